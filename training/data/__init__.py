@@ -1,0 +1,1 @@
+"""Reading, validating, tokenising and batching alignment data."""
