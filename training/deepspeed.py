@@ -1,0 +1,78 @@
+"""DeepSpeed's configuration and its surroundings.
+
+The JSON that DeepSpeed wants is derived from a few fields, with "auto" where transformers fills in its own
+arguments; a JSON file of the user's replaces it whole. DeepSpeed also wants a launcher: started without one
+it looks for MPI, so a single process is given the environment that a launcher would have set.
+"""
+
+import os
+import socket
+from typing import Any
+
+import torch
+
+LAUNCHER_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+def deepspeed_config(zero_stage: int, *, offload: bool, on_accelerator: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for `zero_stage` 0–3.
+
+    `offload` keeps the optimizer's state (and with stage 3 the parameters) in CPU memory, as the original's
+    `--offload` does, and its Adam step runs there.
+    """
+    zero: dict[str, Any] = {"stage": zero_stage, "contiguous_gradients": True, "overlap_comm": on_accelerator}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_accelerator}
+    if zero_stage == 3:
+        zero |= {
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            # Without it the weights of a checkpoint stay in DeepSpeed's own shards, which from_pretrained
+            # cannot read.
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+        if offload:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": on_accelerator}
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,  # progress is reported by the Trainer
+    }
+
+
+def announce_cpu() -> None:
+    """Tell DeepSpeed that there is no accelerator, and accelerate the number of threads, before each finds out.
+
+    Both would warn; DeepSpeed as soon as it is imported, which transformers does.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+def ensure_launcher_environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and a free MASTER_PORT, unless a launcher did."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return
+    for name, value in LAUNCHER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+
+
+def without_shared_memory_op() -> None:
+    """On CPU, let gloo do all communication.
+
+    DeepSpeed otherwise compiles its own shared-memory all-reduce when it starts: half a minute the first time, even
+    for one process that has nobody to talk to, and an error on a machine without ninja or a compiler.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

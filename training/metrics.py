@@ -1,0 +1,76 @@
+"""The numbers that training and evaluation report, defined once.
+
+All are computed per group from the sequence log-probs s_k of the policy and s_k^ref of the reference (nats)
+and the given rewards, and then averaged over the groups of an interval or of the evaluation split, whatever
+batches and processes they came in. r_k = beta_pi · (s_k − s_k^ref) is the policy's implicit reward. *chosen*
+is the candidate of the highest given reward, *rejected* that of the lowest (with two candidates, TRL's
+meaning).
+
+    loss                 EXO or DPO (exo_fast.reference), the mean over groups rewards/chosen       r of the
+    chosen candidate rewards/rejected     r of the rejected candidate rewards/accuracies   1 where
+    rewards/chosen > rewards/rejected, else 0 rewards/margins      rewards/chosen − rewards/rejected
+    logps/chosen         s of the chosen candidate logps/rejected       s of the rejected candidate
+    group_accuracy       1 where the candidate of the highest r is the chosen one, 1/n where n candidates
+    share the
+                         highest r and it is among them (so it starts at 1/K, chance), else 0
+    kl                   mean over the candidates of s^ref − s: the KL(π_ref ‖ π) per sequence in nats, where
+    the
+                         candidates were sampled from the reference (an unbiased estimate; elsewhere just a
+                         distance)
+    entropy              −Σ_k q_k log q_k with q = softmax(r): log K at the start, 0 when the policy picks one
+    candidate
+
+Beside them the Trainer's log carries `tokens_per_second` (tokens put through the model by all processes since
+the last log, padding not counted and a shared prompt counted once, over the time spent in training steps) and
+`peak_memory_mb` (largest over processes: allocated device memory on an accelerator, resident memory on a
+CPU).
+"""
+
+import resource
+import sys
+
+import torch
+from torch import Tensor
+
+GROUP_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "group_accuracy",
+    "kl",
+    "entropy",
+)
+
+
+def group_metrics(policy_logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta_pi: float) -> Tensor:
+    """(G, K) each -> (G, len(GROUP_METRICS)) float32, one column per metric in that order."""
+    policy_logps, ref_logps = policy_logps.float(), ref_logps.float()
+    implicit = beta_pi * (policy_logps - ref_logps)
+    best, worst = rewards.argmax(-1, keepdim=True), rewards.argmin(-1, keepdim=True)
+    chosen, rejected = implicit.gather(-1, best).squeeze(-1), implicit.gather(-1, worst).squeeze(-1)
+    highest = implicit == implicit.amax(-1, keepdim=True)
+    log_q = torch.log_softmax(implicit, dim=-1)
+    columns = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": chosen > rejected,
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": policy_logps.gather(-1, best).squeeze(-1),
+        "logps/rejected": policy_logps.gather(-1, worst).squeeze(-1),
+        "group_accuracy": highest.gather(-1, best).squeeze(-1) / highest.sum(-1),
+        "kl": (ref_logps - policy_logps).mean(-1),
+        "entropy": -(log_q.exp() * log_q).sum(-1),
+    }
+    return torch.stack([columns[name].float() for name in GROUP_METRICS], dim=-1)
+
+
+def peak_memory_mb() -> float:
+    """Megabytes (1e6): the process's peak allocated device memory, or peak resident memory without a
+    device."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # Linux counts in KiB

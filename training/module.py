@@ -1,0 +1,190 @@
+"""The module that the engine trains: a causal LM and the fused loss in one forward.
+
+The loss reads the lm_head's weight without calling the lm_head, and DeepSpeed ZeRO-3 has a parameter in one
+piece only inside the forward of a module it belongs to. So the loss is part of a module that owns the model
+and registers the head as its own (`register_head`); engines that work through a module's forward (DDP's
+reducer, autocast, gradient hooks) then see nothing unusual. Reading `lm_head.weight` from a trainer's
+compute_loss instead is what broke others.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from exo_fast.head import final_hidden, read_head, unwrap
+from exo_fast.layout import Group, MaskPlan, Packed, SharingReport, check_sharing, model_inputs
+from exo_fast.logprobs import linear_logprobs
+from exo_fast.loss import group_loss, linear_group_loss
+from exo_fast.reference import sequence_logps
+from exo_fast.training.data.groups import GroupCollator, GroupDataset
+from exo_fast.training.metrics import group_metrics
+
+logger = logging.get_logger(__name__)
+CHECKED_GROUPS = 4
+
+
+class AlignModule(nn.Module):
+    """A policy (a transformers causal LM, or a PeftModel around one) whose forward is the loss of a packed
+    batch."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        plan: MaskPlan,
+        *,
+        loss_type: str,
+        beta_pi: float,
+        beta_r: float,
+        label_smoothing: float,
+        temperature: float,
+        memory_budget: int | None,
+        backend: str,
+    ):
+        super().__init__()
+        self.policy = policy
+        self.plan = plan
+        self.beta_pi = beta_pi
+        self.temperature = temperature
+        self.loss_options = {
+            "loss_type": loss_type,
+            "beta_pi": beta_pi,
+            "beta_r": beta_r,
+            "label_smoothing": label_smoothing,
+        }
+        self.kernel_options = {"memory_budget": memory_budget, "backend": backend}
+
+    def forward(
+        self, *, check: list[Group] | None = None, reference: bool = False, **batch: Tensor
+    ) -> tuple[Tensor, ...] | tuple[SharingReport]:
+        """`batch` as GroupCollator makes it, G groups of K candidates.
+
+        Returns (mean loss over the G groups, group metrics (G, M)) in training, (losses (G,), group metrics
+        (G, M)) in evaluation, and (sequence log-probs (G, K) float32,) with `reference`, of the policy with
+        its adapters off. With `check`, and no batch, the report of `check_sharing` on those groups: a
+        forward, because only inside one does ZeRO-3 have the head in one piece.
+        """
+        if check is not None:
+            return (check_sharing(self.policy, check, self.plan),)
+        packed = Packed(**{field.name: batch[field.name] for field in fields(Packed)})
+        training = self.training and not reference
+        with self.adapters_off() if reference else nullcontext():
+            hidden, weight, head = self._head_inputs(packed)
+        # The loss keeps its own precision; autocast would take its float32 products down to half.
+        with torch.autocast(hidden.device.type, enabled=False):
+            if training:
+                loss, policy_logps = linear_group_loss(
+                    hidden,
+                    weight,
+                    packed.targets,
+                    packed.cu_seqlens,
+                    batch["ref_logps"],
+                    batch["rewards"],
+                    **self.loss_options,
+                    **head,
+                    **self.kernel_options,
+                )
+                return loss, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
+            token_logps = linear_logprobs(hidden, weight, packed.targets, **head, **self.kernel_options)
+        policy_logps = sequence_logps(token_logps, packed.cu_seqlens).view_as(batch["rewards"])
+        if reference:
+            return (policy_logps,)
+        losses = group_loss(
+            policy_logps, batch["ref_logps"], batch["rewards"], **self.loss_options, reduction="none"
+        )
+        return losses, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
+
+    def _head_inputs(self, packed: Packed) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Hidden states that predict (N, D), the head's weight (V, D), and its bias, scale and softcap."""
+        head = read_head(self.policy)
+        inputs = model_inputs(
+            packed,
+            self.plan,
+            dtype=self.compute_dtype,
+            device=packed.input_ids.device,
+            attn_implementation=self.config._attn_implementation,
+        )
+        hidden = final_hidden(self.policy, **inputs)
+        hidden = hidden.view(-1, hidden.shape[-1])[packed.source]
+        # Under autocast the hidden states are in half precision and the weights are not: the head's product
+        # is taken in the precision of the hidden states, as autocast would.
+        weight = head.weight.to(hidden.dtype)
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        return hidden, weight, {"bias": bias, "scale": head.scale / self.temperature, "softcap": head.softcap}
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype attention runs in: autocast's where it is on, else the weights'."""
+        device = self.policy.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.policy.dtype
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The policy as it was before PEFT; nothing for a policy that is trained in full."""
+        with self.policy.disable_adapter() if self.is_peft else nullcontext():
+            yield
+
+    @property
+    def is_peft(self) -> bool:
+        return hasattr(self.policy, "peft_config") and hasattr(self.policy, "disable_adapter")
+
+    def register_head(self) -> None:
+        """Tell ZeRO-3 that this module's forward needs the head; without partitioned parameters, nothing."""
+        head = read_head(self.policy)
+        for parameter in (head.weight, head.bias):
+            if hasattr(parameter, "ds_id"):
+                import deepspeed
+
+                deepspeed.zero.register_external_parameter(self, parameter)
+
+    # What transformers.Trainer asks of a model.
+
+    @property
+    def config(self) -> Any:
+        return self.policy.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.policy.generation_config
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        unwrap(self.policy).activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        unwrap(self.policy).gradient_checkpointing_enable(**options)
+
+    def num_parameters(self, **options: Any) -> int:
+        return unwrap(self.policy).num_parameters(**options)
+
+
+@torch.no_grad()
+def settle_layout(
+    module: AlignModule, dataset: GroupDataset, collate: GroupCollator, *, share_prompt: bool
+) -> dict[str, Any]:
+    """Set `collate.share_prompt`: by the caller's wish, by the model's plan, and then by numbers on the first
+    groups.
+
+    Warns where candidates are to share their prompt and cannot. Returns the decision and its reason, for the
+    summary.
+    """
+    measured = {}
+    if not share_prompt:
+        shared, reason = False, "switched off"
+    elif not module.plan.share:
+        shared, reason = False, module.plan.reason
+    else:
+        groups = [dataset.group(index) for index in range(min(CHECKED_GROUPS, len(dataset)))]
+        (report,) = module.eval()(check=groups)
+        shared, reason = report.ok, report.reason
+        measured = {"token_rms": report.token_rms, "sequence_max": report.sequence_max}
+    if share_prompt and not shared:
+        candidates = dataset.counts.candidates
+        logger.warning(
+            f"Candidates cannot share their prompt, which is run {candidates} times instead: {reason}"
+        )
+    collate.share_prompt = shared
+    return {"share_prompt": shared, "reason": reason, "mask": module.plan.kind, **measured}
