@@ -1,0 +1,147 @@
+"""Facts of a causal language model's lm_head, so that logits never have to be formed outside the loss.
+
+The fused losses need the hidden states that a model feeds its lm_head and the numbers that turn them into
+logits:
+
+    logits = softcap(hidden @ weight.T + bias) * scale,   softcap(a) = c * tanh(a / c)
+
+Transformers models keep these in different places (`logit_scale`, `logits_scaling`,
+`final_logit_softcapping`, a biased lm_head), and a model that does something else to its logits would be
+wrong in silence. So model types are listed, each checked by the tests against the model's own logits, and
+anything else is an error that says how to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """An lm_head: `logits = softcap(hidden @ weight.T + bias) * scale`, V the vocabulary, D the hidden size.
+
+    `weight` and `bias` are the model's parameters themselves, so gradients of the loss reach them. `scale`
+    is the model's own; a sampling temperature is the caller's to multiply in.
+    """
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+    tied: bool = False  # the weight is also the input embedding
+
+
+# What a model does to `lm_head(hidden)`, by model type: nothing …
+# fmt: off
+_PLAIN = frozenset({
+    "apertus", "arcee", "bloom", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "gemma", "glm", "glm4",
+    "gpt2", "gpt_neox", "gpt_oss", "hunyuan_v1_dense", "llama", "mamba", "ministral", "ministral3",
+    "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
+    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+})
+# fmt: on
+# … a factor …
+_SCALE: dict[str, Callable[[Any], float]] = {
+    "cohere": lambda config: config.logit_scale,
+    "cohere2": lambda config: config.logit_scale,
+    "granite": lambda config: 1.0 / config.logits_scaling,
+    "granitemoe": lambda config: 1.0 / config.logits_scaling,
+}
+# … or a cap.
+_SOFTCAP: dict[str, Callable[[Any], float | None]] = {
+    "gemma2": lambda config: config.final_logit_softcapping,
+    "gemma3_text": lambda config: config.final_logit_softcapping,
+}
+KNOWN_HEADS = tuple(sorted({*_PLAIN, *_SCALE, *_SOFTCAP}))  # the model types `read_head` can read
+
+
+def read_head(model: nn.Module) -> Head:
+    """The facts of a transformers causal LM's lm_head, or of the one inside a `PeftModel`.
+
+    A head that PEFT trains in full (`modules_to_save`) is read as it is now: the trained copy, or the
+    original inside `disable_adapter()`; read it again after switching.
+
+    Raises ValueError for a model type that is not listed, a head that is not a plain linear layer, and a
+    head under a LoRA adapter.
+    """
+    causal_lm = unwrap(model)
+    model_type = causal_lm.config.model_type
+    if model_type not in KNOWN_HEADS:
+        raise ValueError(
+            f"model type {model_type!r}: how it turns lm_head outputs into logits is not known. Known types: "
+            f"{', '.join(KNOWN_HEADS)}. For another, pass a Head(weight, bias, scale, softcap) of your own, "
+            "after comparing softcap(hidden @ weight.T + bias) * scale with the model's logits."
+        )
+    linear = _output_layer(causal_lm)
+    embedding = causal_lm.get_input_embeddings()
+    scale, softcap = _SCALE.get(model_type), _SOFTCAP.get(model_type)
+    return Head(
+        weight=linear.weight,
+        bias=linear.bias,
+        scale=float(scale(causal_lm.config)) if scale else 1.0,
+        softcap=softcap(causal_lm.config) if softcap else None,
+        tied=linear.weight is getattr(embedding, "weight", None),
+    )
+
+
+def final_hidden(model: nn.Module, **inputs: Any) -> Tensor:
+    """(B, T, D): what the model feeds its lm_head, with no logits computed and no key-value cache kept.
+
+    `inputs` are those of the model's forward: input_ids (B, T), attention_mask, position_ids …; `model` is a
+    transformers causal LM or a `PeftModel` around one (its adapters stay in effect).
+    """
+    return decoder(model)(**inputs, use_cache=False, return_dict=True).last_hidden_state
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The part of a causal LM below its lm_head, whose `last_hidden_state` the lm_head reads."""
+    causal_lm = unwrap(model)
+    base = causal_lm.base_model
+    if base is causal_lm:
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no base model apart from its lm_head (base_model_prefix="
+            f"{causal_lm.base_model_prefix!r}), so its final hidden states cannot be had without its logits."
+        )
+    return base
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers causal LM itself: `model`, or the one that a `PeftModel` adapts in place."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{model.active_peft_config.peft_type} puts learned tokens before the input, which packed "
+                "rows do not carry; use an adapter inside the layers, such as LoRA."
+            )
+        model = model.get_base_model()
+    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(
+            f"a transformers causal LM, or a PeftModel around one, is needed; got {type(model).__name__}. "
+            "Pass the inner model of a wrapper (usually its `.module`)."
+        )
+    return model
+
+
+def _output_layer(causal_lm: nn.Module) -> nn.Linear:
+    """The linear layer behind `get_output_embeddings()`, seen through PEFT's wrappers."""
+    layer = causal_lm.get_output_embeddings()
+    if hasattr(layer, "modules_to_save"):
+        use_original = layer.disable_adapters or not layer.active_adapters
+        layer = layer.original_module if use_original else layer.modules_to_save[layer.active_adapters[0]]
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if hasattr(layer, "base_layer"):
+        raise ValueError(
+            f"the lm_head is under an adapter ({kind}), so its "
+            "weight alone does not give the logits. Take 'lm_head' out of target_modules, or train it in full with "
+            "modules_to_save=['lm_head'], or merge the adapter first (merge_and_unload)."
+        )
+    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
+        raise ValueError(
+            f"the lm_head is a {kind}; a linear layer with an "
+            "unquantised (V, D) weight is needed. Leave the lm_head out of quantisation, or pass a Head of your own."
+        )
+    return layer

@@ -1,0 +1,341 @@
+"""The one data layout: candidates share their prompt, several groups to a row.
+
+A row is `[prompt][candidate 1]…[candidate K]`, then the next group. Positions restart at len(prompt) with
+every candidate, and the mask (`exo_fast.masks`) keeps candidates and groups apart, so a prompt is run once
+instead of K times. The state at the last prompt token predicts the first token of all K candidates.
+
+What the losses see of any layout are three index lists: `source`, which hidden state predicts, `targets`,
+what it predicts, and `cu_seqlens`, where each candidate's tokens begin, in the order in which groups and
+candidates were given. Rows with one sequence each (for models that cannot share) and ordinary padded
+batches map onto the same three lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from exo_fast.head import Head, decoder, read_head
+from exo_fast.logprobs import linear_logprobs
+from exo_fast.masks import MaskPlan, model_inputs, plan_mask
+
+__all__ = [
+    "Group",
+    "MaskPlan",
+    "Packed",
+    "SharingReport",
+    "check_sharing",
+    "from_padded",
+    "model_inputs",
+    "pack",
+    "plan_mask",
+]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its K candidates, as token ids."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) == 0:
+            raise ValueError(
+                "Group.prompt is empty: the first token of a completion is predicted from the last prompt "
+                "token, so at least one is needed; begin with the tokenizer's BOS or EOS token."
+            )
+        if len(self.completions) == 0:
+            raise ValueError("Group.completions is empty: at least one completion is needed.")
+        for k, completion in enumerate(self.completions):
+            if len(completion) == 0:
+                raise ValueError(
+                    f"Group.completions[{k}] is empty: at least one token is needed, such as EOS."
+                )
+
+    def tokens(self) -> int:
+        """Tokens of the group in a row that shares the prompt."""
+        return len(self.prompt) + sum(map(len, self.completions))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of B rows of T tokens, with N completion tokens of S sequences."""
+
+    input_ids: Tensor  # (B, T) long
+    position_ids: Tensor  # (B, T) long, 0 on padding
+    group_ids: Tensor  # (B, T) int32, -1 on padding
+    candidate_ids: Tensor  # (B, T) int32: 0 prompt, 1…K candidates, -1 padding
+    source: Tensor  # (N,) long: index into hidden.view(-1, D) of the state that predicts targets[i]
+    targets: Tensor  # (N,) long
+    cu_seqlens: Tensor  # (S + 1,) int32, sequences in the order of groups and candidates given
+    share_prompt: bool
+
+
+def pack(
+    groups: list[Group],
+    *,
+    share_prompt: bool = True,
+    row_length: int | None = None,
+    pad_token_id: int = 0,
+) -> Packed:
+    """Lay groups out in rows.
+
+    share_prompt=True: a group is `[prompt][candidate 1]…[candidate K]`, and groups fill rows of at most
+    `row_length` tokens by first-fit decreasing. `row_length` defaults to the longest group: a dense mask
+    and attention cost T² a row, so longer rows pay only where FlexAttention skips what is masked.
+    share_prompt=False: one right-padded row `[prompt][candidate]` for each sequence. The order of `source`,
+    `targets` and `cu_seqlens` is that of the input.
+
+    Raises ValueError when there is no group, or when one does not fit into `row_length`.
+    """
+    if len(groups) == 0:
+        raise ValueError("groups is empty: at least one group is needed.")
+    # An unshared batch is the same thing with one candidate a group and one group a row.
+    blocks = groups if share_prompt else [Group(g.prompt, [c]) for g in groups for c in g.completions]
+    sizes = [block.tokens() for block in blocks]
+    longest = max(sizes)
+    if row_length is None:
+        row_length = longest
+    if longest > row_length:
+        what = "group" if share_prompt else "sequence"
+        raise ValueError(
+            f"{what} {sizes.index(longest)} has {longest} tokens, more than row_length={row_length}. "
+            f"Set row_length to at least {longest}, or cut the {what}."
+        )
+    if share_prompt:
+        block_row, block_start = _first_fit_decreasing(sizes, row_length)
+    else:
+        block_row, block_start = list(range(len(blocks))), [0] * len(blocks)
+    shape = (max(block_row) + 1, max(start + size for start, size in zip(block_start, sizes, strict=True)))
+
+    # Segments are the prompts and completions in input order; every tensor below is filled by whole segments.
+    segments = [segment for block in blocks for segment in (block.prompt, *block.completions)]
+    lengths = torch.tensor([len(segment) for segment in segments])
+    num_segments = torch.tensor([1 + len(block.completions) for block in blocks])
+    block_of = torch.repeat_interleave(torch.arange(len(blocks)), num_segments)  # (segments,)
+    candidate = torch.arange(len(segments)) - _starts(num_segments)[block_of]
+    prompt_length = lengths[_starts(num_segments)][block_of]
+    # (blocks,) where each begins when the rows are laid end to end
+    block_at = torch.tensor(block_row) * shape[1] + torch.tensor(block_start)
+    segment_at = block_at[block_of] + _starts(lengths) - _starts(torch.tensor(sizes))[block_of]
+
+    segment_of = torch.repeat_interleave(torch.arange(len(segments)), lengths)  # (tokens,)
+    within = torch.arange(len(segment_of)) - _starts(lengths)[segment_of]
+    at = segment_at[segment_of] + within
+    tokens = torch.tensor(list(chain.from_iterable(segments)))
+    in_completion = candidate[segment_of] > 0
+
+    def rows(values: Tensor, fill: int, dtype: torch.dtype) -> Tensor:
+        flat = torch.full((shape[0] * shape[1],), fill, dtype=dtype)
+        flat[at] = values.to(dtype)
+        return flat.view(shape)
+
+    last_prompt_at = (block_at[block_of] + prompt_length - 1)[segment_of]
+    return Packed(
+        input_ids=rows(tokens, pad_token_id, torch.long),
+        position_ids=rows(within + in_completion * prompt_length[segment_of], 0, torch.long),
+        group_ids=rows(block_of[segment_of], -1, torch.int32),
+        candidate_ids=rows(candidate[segment_of], -1, torch.int32),
+        source=torch.where(within == 0, last_prompt_at, at - 1)[in_completion],
+        targets=tokens[in_completion],
+        cu_seqlens=_boundaries(lengths[candidate > 0]),
+        share_prompt=share_prompt,
+    )
+
+
+def _first_fit_decreasing(sizes: list[int], row_length: int) -> tuple[list[int], list[int]]:
+    """Row and start column of each block: longest blocks first, each into the first row with room for it."""
+    row, start = [0] * len(sizes), [0] * len(sizes)
+    smallest = min(sizes)
+    used: list[int] = []
+    open_rows: list[
+        int
+    ] = []  # those with room for the smallest block, so that full rows are not looked at again
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fit = next((r for r in open_rows if used[r] + sizes[i] <= row_length), len(used))
+        if fit == len(used):
+            used.append(0)
+            open_rows.append(fit)
+        row[i], start[i] = fit, used[fit]
+        used[fit] += sizes[i]
+        if used[fit] + smallest > row_length:
+            open_rows.remove(fit)
+    return row, start
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """(n,) counts -> (n,) where each begins when laid end to end."""
+    return counts.cumsum(0) - counts
+
+
+def _boundaries(counts: Tensor) -> Tensor:
+    """(n,) counts -> (n + 1,) int32 boundaries, the form of `cu_seqlens`."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def from_padded(
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor,  # (B, T), 1 on tokens, padding on one side or both
+    prompt_lens: Tensor,  # (B,) prompt tokens in each row, padding not counted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`source` (N,), `targets` (N,) and `cu_seqlens` (B + 1,) int32 of an ordinary batch, one sequence a row.
+
+    Put the K candidates of a group in K rows one after another; `hidden.view(-1, D)[source]` then goes to
+    the losses.
+
+    Raises ValueError on shapes that do not fit, a mask with a hole, and a row without a prompt or
+    completion token.
+    """
+    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"input_ids and attention_mask must be (B, T) of one shape; got {tuple(input_ids.shape)} and "
+            f"{tuple(attention_mask.shape)}."
+        )
+    if prompt_lens.shape != input_ids.shape[:1]:
+        raise ValueError(
+            f"prompt_lens must be ({len(input_ids)},), one a row; got {tuple(prompt_lens.shape)}."
+        )
+    mask = attention_mask.bool()
+    lengths = mask.sum(1)
+    prompt_lens = prompt_lens.to(lengths.device)
+    holes = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1
+    if holes.any():
+        raise ValueError(
+            f"attention_mask row {int(holes.nonzero()[0])} has a hole: tokens must be one run, "
+            "padded at the ends."
+        )
+    bad = (prompt_lens < 1) | (prompt_lens >= lengths)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"row {row} has {int(lengths[row])} tokens and prompt_lens[{row}]={int(prompt_lens[row])}: "
+            "at least one prompt token and one completion token are needed."
+        )
+    in_completion = mask & (mask.cumsum(1) > prompt_lens[:, None])
+    at = in_completion.view(-1).nonzero().squeeze(1)
+    return at - 1, input_ids.reshape(-1)[at], _boundaries(lengths - prompt_lens)
+
+
+@dataclass(frozen=True)
+class SharingReport:
+    """What `check_sharing` measured. Differences are shared minus unshared log-probs, in nats."""
+
+    ok: bool
+    reason: str = ""  # why not; empty when ok
+    token_rms: float = math.nan  # over all completion tokens
+    sequence_max: float = math.nan  # largest absolute difference of a sequence log-prob
+    atol: float = math.nan  # what token_rms was held against
+
+
+def check_sharing(
+    model: nn.Module,
+    groups: list[Group],
+    plan: MaskPlan,
+    *,
+    head: Head | None = None,
+    atol: float | None = None,
+) -> SharingReport:
+    """Run `groups` with shared and with unshared prompts, and compare the log-probs.
+
+    Meant for the first batch of a run (use groups of two candidates or more, longer than the model's window
+    if it has one): several groups go into a row, the model is in eval mode, without gradients and autocast,
+    and float32 products are true float32. `head` defaults to `read_head(model)`. `atol` bounds the root
+    mean square difference of a token's log-prob; the default is 1e-4 for float32 weights and 0.15 for
+    half-precision ones. On a trained 135M model the right mask gave 4e-6 and 0.05, the latter just as much
+    between two unshared batches; wrong ones gave 0.35 to 1.9. A model type on trial (`plan.known` False) in
+    half precision is compared on float32 copies of its weights, and an exception from its forward is
+    reported as a failure.
+    """
+    if not plan.share:
+        return SharingReport(ok=False, reason=plan.reason)
+    base = decoder(model)
+    head = head or read_head(model)
+    half = head.weight.dtype in (torch.bfloat16, torch.float16)
+    partitioned = hasattr(head.weight, "ds_id")  # ZeRO-3 has no whole weights to copy
+    upcast = half and not plan.known and not partitioned
+    if atol is None:
+        atol = 0.15 if half and not upcast else 1e-4
+    tensors = dict(chain(base.named_parameters(), base.named_buffers())) if upcast else {}
+    weights = {name: t.float() for name, t in tensors.items() if t.is_floating_point()}
+
+    def token_logps(packed: Packed) -> Tensor:
+        inputs = model_inputs(
+            packed,
+            plan,
+            dtype=torch.float32 if upcast else head.weight.dtype,
+            device=head.weight.device,
+            attn_implementation=base.config._attn_implementation,
+        )
+        hidden = torch.func.functional_call(
+            base, weights, (), {**inputs, "use_cache": False}
+        ).last_hidden_state
+        source, targets = packed.source.to(hidden.device), packed.targets.to(hidden.device)
+        return linear_logprobs(
+            hidden.reshape(-1, hidden.shape[-1])[source],
+            head.weight.to(hidden.dtype),
+            targets,
+            bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            scale=head.scale,
+            softcap=head.softcap,
+        )
+
+    two_to_a_row = 2 * max(group.tokens() for group in groups)
+    unshared = pack(groups, share_prompt=False)
+    with (
+        torch.no_grad(),
+        torch.autocast(head.weight.device.type, enabled=False),
+        _eval_mode(model),
+        _true_float32(),
+    ):
+        expected = token_logps(unshared)
+        try:
+            found = token_logps(pack(groups, row_length=two_to_a_row))
+        except Exception as error:
+            if plan.known or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return SharingReport(ok=False, reason=f"its forward does not take the mask: {error!r}", atol=atol)
+    difference = (found - expected).double()
+    boundaries = torch.nn.functional.pad(difference.cumsum(0), (1, 0))[unshared.cu_seqlens.long()]
+    token_rms = difference.square().mean().sqrt().item()
+    sequence_max = boundaries.diff().abs().max().item()
+    ok = token_rms <= atol  # False for NaN
+    reason = (
+        ""
+        if ok
+        else f"shared and unshared prompts give different log-probs: rms {token_rms:.1e} nats a token where "
+        f"{atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
+    )
+    return SharingReport(ok=ok, reason=reason, token_rms=token_rms, sequence_max=sequence_max, atol=atol)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside, every module's own mode back after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _true_float32() -> Iterator[None]:
+    """Float32 products in float32, not in the CPU's bf16 or CUDA's TF32, which would blur the comparison."""
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

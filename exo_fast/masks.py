@@ -1,0 +1,264 @@
+"""Which tokens see which when candidates share their prompt, and which models that can be asked of.
+
+In a packed row (see `exo_fast.layout`) token i sees token j iff both are of one group, j is not after i,
+and j is in the prompt or in i's own candidate. No model is patched: a transformers model takes its
+attention mask ready-made, as a 4-D additive tensor (eager, SDPA) or as a FlexAttention `BlockMask`, next to
+`position_ids` that restart with every candidate. A sliding window is cut on positions, pos_i − pos_j <
+window: indices in a row of several candidates are not distances in the text.
+
+A layer that carries a state along the row, or derives distances from a 2-D mask or from indices, cannot be
+told any of this. `plan_mask` therefore says yes to model types whose shared and unshared results the tests
+compare, to others only as a trial (full softmax attention, and nothing in the configuration that hints at
+anything else), and no to the rest. Known or on trial, `exo_fast.layout.check_sharing` settles it on
+numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from exo_fast.layout import Packed
+
+# fmt: off
+# Every layer sees all earlier tokens.
+_PLAIN = frozenset({
+    "apertus", "arcee", "cohere", "deepseek_v3", "ernie4_5", "falcon", "gemma", "glm", "glm4", "gpt2",
+    "gpt_neox", "granite", "granitemoe", "hunyuan_v1_dense", "llama", "nemotron", "olmo", "olmo2",
+    "olmoe", "opt", "phi", "seed_oss", "stablelm",
+})
+# Every layer has the window of `config.sliding_window`, where that is set. These refuse a dict of masks.
+_ONE_WINDOW = frozenset({"ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2"})
+# A dict of masks by the names in `config.layer_types`.
+_BY_LAYER = frozenset({
+    "cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3", "qwen2", "qwen2_moe",
+    "qwen3", "smollm3",
+})
+# fmt: on
+KNOWN_SHARING = tuple(
+    sorted(_PLAIN | _ONE_WINDOW | _BY_LAYER)
+)  # the model types whose masks the tests compare
+
+_INDEX_ALIBI = "its ALiBi biases are distances along the row, which cannot restart with each candidate"
+
+# A configuration entry of such a name means attention (or a mixer) that this module does not know how to cut.
+_UNKNOWN_MIXER = re.compile(
+    r"window|chunk|alibi|conv|mamba|ssm|local_att|linear_att|block_size|index_(topk|n_heads|block)|lsh|hash|cross_att"
+)
+
+MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that read a ready-made mask
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """How to mask a model's packed rows, or why its prompts cannot be shared.
+
+    `kind`: "plain", every layer sees all earlier tokens; "windowed", every layer sees the `window` nearest
+    positions, its own included; "by_layer", a dict of masks by layer type, in which "sliding_attention" has
+    the window.
+    """
+
+    model_type: str
+    share: bool
+    reason: str = ""  # why not; empty when share is True
+    kind: Literal["plain", "windowed", "by_layer"] = "plain"
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    known: bool = True  # False: a model type on trial
+
+
+def plan_mask(config: Any) -> MaskPlan:
+    """Whether a model of this transformers config can share prompts between candidates, and with which masks.
+
+    Never raises for a model it does not like: the answer then says why (`share=False`, `reason`), and
+    callers pack with `share_prompt=False`. A plan with `known=False` must pass `check_sharing` before it is
+    used.
+    """
+    model_type = config.model_type
+    known = model_type in KNOWN_SHARING
+    reason = _refusal(config) or ("" if known else _untried(config))
+    if reason:
+        return MaskPlan(model_type, share=False, reason=f"model type {model_type!r}: {reason}", known=known)
+    window = getattr(config, "sliding_window", None)
+    if model_type in _ONE_WINDOW and window is not None:
+        return MaskPlan(model_type, share=True, kind="windowed", window=window)
+    if model_type in _BY_LAYER:
+        names = tuple(sorted(set(config.layer_types)))
+        return MaskPlan(
+            model_type,
+            share=True,
+            kind="by_layer",
+            window=window if "sliding_attention" in names else None,
+            layer_types=names,
+        )
+    return MaskPlan(model_type, share=True, known=known)
+
+
+def _refusal(config: Any) -> str:
+    """Why a model of this config cannot share prompts, whatever its type; empty if nothing forbids it."""
+    if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
+        return _INDEX_ALIBI
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "encoder-decoder attention has no packed row"
+    parts = [name for name in ("vision_config", "audio_config", "text_config") if getattr(config, name, None)]
+    if parts:
+        return f"a multimodal model ({', '.join(parts)}): masks and positions also depend on the other inputs"
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if "chunked_attention" in other:
+        return "chunked attention cuts its chunks on token indices, not on positions"
+    if other:
+        return (
+            f"layers of type {', '.join(other)}: a state-space, linear-attention or otherwise special layer "
+            "reads the row as one text, so one candidate would see the one before it"
+        )
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation is not None and implementation not in MASKED_ATTENTION:
+        return (
+            f"attn_implementation {implementation!r} takes no ready-made mask; load the model with one of "
+            f"{', '.join(MASKED_ATTENTION)}"
+        )
+    return ""
+
+
+def _untried(config: Any) -> str:
+    """Why a model type that is not listed may not even be tried; empty if it may."""
+    hints = [
+        f"{name}={value!r}"
+        for name, value in config.to_dict().items()
+        if _UNKNOWN_MIXER.search(name) and value not in (None, False, 0, [], {})
+    ]
+    if hints:
+        return (
+            f"not among the tested types, and {hints[0]} hints at more than attention over all earlier tokens"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return "not among the tested types, and it has layers with a sliding window"
+    model_class = _causal_lm_class(config)
+    if model_class is None:
+        return "not among the tested types, and no causal LM class of transformers goes with its config"
+    if getattr(model_class, "_is_stateful", False):
+        return "it carries a recurrent state along the row, so one candidate would see the one before it"
+    accepted = inspect.signature(model_class.forward).parameters
+    if "position_ids" not in accepted or "attention_mask" not in accepted:
+        return "not among the tested types, and its forward takes no position_ids with an attention_mask"
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return "not among the tested types, and its attention is not the standard one of transformers"
+    return ""
+
+
+def _causal_lm_class(config: Any) -> type | None:
+    # Imported here: the losses must work without transformers, and a known model type never needs its class.
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def model_inputs(
+    packed: Packed,
+    plan: MaskPlan,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attn_implementation: str,
+) -> dict[str, Any]:
+    """Keyword arguments for the model's forward on these rows (for `exo_fast.head.final_hidden`).
+
+    Unshared rows are ordinary right-padded ones: input_ids and a 2-D attention_mask (B, T). Rows with
+    shared prompts come with position_ids (B, T) and the plan's mask: (B, 1, T, T) of `dtype`, the model's
+    compute dtype, 0 where a token is seen and the lowest finite value where not, or a BlockMask when
+    `attn_implementation` is "flex_attention", or a dict of either by layer type.
+
+    Raises ValueError for shared rows when the plan refuses sharing or the attention implementation reads no
+    such mask.
+    """
+    input_ids = packed.input_ids.to(device, non_blocking=True)
+    if not packed.share_prompt:
+        # No position_ids: a right-padded row starts at position 0, and Mamba and Bloom take none.
+        return {"input_ids": input_ids, "attention_mask": (packed.group_ids.to(device) >= 0).long()}
+    if not plan.share:
+        raise ValueError(
+            f"these rows share prompts, which this model cannot: {plan.reason}. Pack with share_prompt=False."
+        )
+    if attn_implementation not in MASKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} reads no ready-made mask, which shared prompts "
+            f"need. Load the model with one of {', '.join(MASKED_ATTENTION)}, or pack with share_prompt=False."
+        )
+    position_ids = packed.position_ids.to(device, non_blocking=True)
+    segments = (packed.group_ids.to(device), packed.candidate_ids.to(device), position_ids)
+
+    def mask(window: int | None) -> Tensor | BlockMask:
+        mask_mod = sees(*segments, window)
+        if attn_implementation == "flex_attention":
+            return _block_mask(mask_mod, input_ids.shape, input_ids.device)
+        return additive_mask(mask_mod, input_ids.shape, dtype, input_ids.device)
+
+    attention_mask: Any
+    if plan.kind == "by_layer":
+        attention_mask = {
+            name: mask(plan.window if name == "sliding_attention" else None) for name in plan.layer_types
+        }
+    else:
+        attention_mask = mask(plan.window)
+    return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+
+
+def sees(
+    group_ids: Tensor,  # (B, T) int, -1 for padding
+    candidate_ids: Tensor,  # (B, T) int, 0 for prompt tokens, -1 for padding
+    position_ids: Tensor,  # (B, T) int
+    window: int | None = None,
+) -> Callable[[Any, Any, Any, Any], Tensor]:
+    """`mask_mod(b, h, q, kv)`: does the token at index q of row b see the one at index kv?
+
+    Works on scalar index tensors, as FlexAttention calls it, and on broadcastable ones. Padding is a group
+    of its own, so no row of the mask is empty, and no softmax gets only excluded entries, which would be
+    NaN.
+    """
+
+    def mask_mod(b: Any, h: Any, q: Any, kv: Any) -> Tensor:
+        candidate = candidate_ids[b, kv]
+        same_text = (group_ids[b, q] == group_ids[b, kv]) & (
+            (candidate == 0) | (candidate == candidate_ids[b, q])
+        )
+        seen = same_text & (kv <= q)
+        if window is not None:
+            seen = seen & (position_ids[b, q] - position_ids[b, kv] < window)
+        return seen
+
+    return mask_mod
+
+
+def additive_mask(
+    mask_mod: Callable[[Any, Any, Any, Any], Tensor],
+    shape: torch.Size,  # (B, T)
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """(B, 1, T, T) of `dtype`: 0 where seen, the lowest finite value elsewhere."""
+    rows = torch.arange(shape[0], device=device)
+    index = torch.arange(shape[1], device=device)
+    seen = mask_mod(rows[:, None, None, None], 0, index[:, None], index)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _block_mask(
+    mask_mod: Callable[[Any, Any, Any, Any], Tensor], shape: torch.Size, device: torch.device
+) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # Compiled, the (T, T) values are never stored; on CPU compiling costs more than they do.
+    return create_block_mask(
+        mask_mod, shape[0], None, shape[1], shape[1], device=device, _compile=device.type == "cuda"
+    )

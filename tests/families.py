@@ -1,0 +1,139 @@
+"""Tiny random models of every family the library reads, with the numbers that a wrong reading would trip
+over.
+
+Two layers, hidden 32, vocabulary 61; 24 positions, fewer than the tokens of a packed row; windows of 5
+tokens, shorter than most sequences. Logit scales and caps are far from 1 and from infinity, biases and
+norms far from 0 and 1, and weights are large enough that attending to one wrong token changes every
+log-prob after it.
+"""
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 61
+WINDOW = 5
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+_NO_GQA = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+_HEAD_DIM = {"head_dim": 8}
+_MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+# name -> (model type, config entries); several names may share a model type.
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("apertus", _LLAMA),
+    "arcee": ("arcee", _LLAMA),
+    "cohere": ("cohere", {**_LLAMA, "logit_scale": 0.3}),
+    "cohere2": ("cohere2", {**_LLAMA, **_HEAD_DIM, **_MIXED, "logit_scale": 0.3}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_NO_GQA,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 24,
+        },
+    ),
+    "ernie4_5": ("ernie4_5", {**_LLAMA, **_HEAD_DIM}),
+    "exaone4": ("exaone4", {**_LLAMA, **_MIXED}),
+    "falcon": ("falcon", {**_NO_GQA, "bias": True}),
+    "falcon-new": ("falcon", {**_NO_GQA, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gemma": ("gemma", {**_LLAMA, **_HEAD_DIM}),
+    "gemma2": ("gemma2", {**_LLAMA, **_HEAD_DIM, **_MIXED, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", {**_LLAMA, **_HEAD_DIM, **_MIXED}),
+    "gemma3-softcap": ("gemma3_text", {**_LLAMA, **_HEAD_DIM, **_MIXED, "final_logit_softcapping": 3.0}),
+    "glm": ("glm", {**_LLAMA, **_HEAD_DIM}),
+    "glm4": ("glm4", {**_LLAMA, **_HEAD_DIM}),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt_neox": ("gpt_neox", _NO_GQA),
+    "gpt_oss": ("gpt_oss", {**_LLAMA, **_HEAD_DIM, **_MIXED, **_LOCAL_EXPERTS}),
+    "granite": ("granite", {**_LLAMA, "logits_scaling": 4.0}),
+    "granitemoe": ("granitemoe", {**_LLAMA, **_LOCAL_EXPERTS, "logits_scaling": 4.0}),
+    "hunyuan": ("hunyuan_v1_dense", {**_LLAMA, **_HEAD_DIM}),
+    "llama": ("llama", _LLAMA),
+    "llama-tied": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
+    "ministral": ("ministral", {**_LLAMA, **_HEAD_DIM, **_MIXED}),
+    "ministral3": ("ministral3", {**_LLAMA, **_HEAD_DIM, "sliding_window": WINDOW}),
+    "mistral": ("mistral", {**_LLAMA, "sliding_window": None}),
+    "mistral-window": ("mistral", {**_LLAMA, "sliding_window": WINDOW}),
+    "mixtral": ("mixtral", {**_LLAMA, **_LOCAL_EXPERTS}),
+    "mixtral-window": ("mixtral", {**_LLAMA, **_LOCAL_EXPERTS, "sliding_window": WINDOW}),
+    "nemotron": ("nemotron", _LLAMA),
+    "olmo": ("olmo", _LLAMA),
+    "olmo2": ("olmo2", _LLAMA),
+    "olmo3": ("olmo3", {**_LLAMA, **_MIXED}),
+    "olmoe": ("olmoe", {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
+    "opt": ("opt", {**_NO_GQA, "ffn_dim": 48, "word_embed_proj_dim": 16}),
+    "phi": ("phi", _LLAMA),
+    "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
+    "phimoe": ("phimoe", {**_LLAMA, **_LOCAL_EXPERTS, "sliding_window": WINDOW, "lm_head_bias": True}),
+    "qwen2": ("qwen2", _LLAMA),
+    "qwen2-window": (
+        "qwen2",
+        {**_LLAMA, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen2_moe": ("qwen2_moe", {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 24}),
+    "qwen3": ("qwen3", {**_LLAMA, **_HEAD_DIM}),
+    "qwen3_moe": ("qwen3_moe", {**_LLAMA, **_HEAD_DIM, **_EXPERTS}),
+    "qwen3_moe-window": (
+        "qwen3_moe",
+        {**_LLAMA, **_HEAD_DIM, **_EXPERTS, "use_sliding_window": True, "sliding_window": WINDOW},
+    ),
+    "seed_oss": ("seed_oss", {**_LLAMA, **_HEAD_DIM}),
+    "smollm3": ("smollm3", {**_LLAMA, "no_rope_layers": [1, 0]}),
+    "smollm3-window": (
+        "smollm3",
+        {**_LLAMA, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW},
+    ),
+    "stablelm": ("stablelm", _LLAMA),
+    "starcoder2": ("starcoder2", {**_LLAMA, "sliding_window": WINDOW}),
+}
+REFUSING: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon-alibi": ("falcon", {**_NO_GQA, "alibi": True}),
+    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 24}),
+}
+FAMILIES = {**SHARING, **REFUSING}
+
+_SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+    """A random model of the family `name` in eval mode, the same on every call; `config` entries override."""
+    model_type, entries = FAMILIES[name]
+    return random_model(model_type, dtype=dtype, **{**entries, **config})
+
+
+def random_model(model_type: str, *, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+    """A random model of any type, in eval mode."""
+    config = CONFIG_MAPPING[model_type](vocab_size=VOCAB, **_SPECIAL_TOKENS, **config)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.3, generator=generator)
+            else:
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
+    return model.to(dtype)
