@@ -1,0 +1,401 @@
+"""The chunked backend in plain PyTorch: the default on CPU, and the readable version of what the kernels do.
+
+One idea carries it. Let E = exp(z − shift) for a chunk of rows, s its row sums and U = E − s·1[v = y] (E with s taken
+off at the target). Then ∂ℓ_t/∂z = −U_t / s_t: U needs neither the loss nor its gradient, so it can be stored once, in
+the dtype of the head, and be the operand of both products:
+
+    ∂L/∂h_t = −(c_t · scale / s_t) · (U_t W)          scaled after the product, in float32
+    ∂L/∂W   = −Uᵀ ((c · scale / s) ⊙ H)               scaled before the product, on the (n, D) side
+
+with c_t = ∂L/∂ℓ_t. Nothing of size V is touched a second time. `shift` is the row maximum over the first vocabulary
+block, which keeps E in range unless a later block exceeds it by more than `log(OVERFLOW)`; then the chunk is done
+again with the exact maximum.
+
+Logits leave every product in float32, whatever the operands (rounding them to bf16 costs 0.6 nats on a sequence of
+2,048 tokens). Where U is stored in bf16 it has the 2⁻⁹ relative error of any operand of a bf16 product.
+
+Cost for N rows: log-probs 2·N·D·V flops; with the gradients of the one-pass schedule 6·N·D·V; of the two-pass
+schedule 8·N·D·V. Scratch is bounded by the memory budget (`Plan`).
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exo_fast.groups import losses_and_coefficients
+from exo_fast.head import Head
+
+DEFAULT_MEMORY_BUDGET = 512 * 2**20
+BLOCK = 4096  # columns of the vocabulary at a time: a block of logits stays in cache between product and exponential
+MIN_ROWS = 192  # fewer whole rows than this in the budget make the products too thin: work by blocks instead
+MAX_ROWS = 1024  # more rows than this make no product faster, and fresh pages cost time
+THIN = 256  # oneDNN's bf16 (n, V) x (V, D) runs half again as fast on up to about 400 rows
+OVERFLOW = 1e26  # a row sum beyond this says that the shift was too small
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the budget is cut: `rows` whole rows of V are kept at once, or, when 0, blocks of (block_rows, block)."""
+
+    rows: int
+    block_rows: int
+    block: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: Head, memory_budget: int | None) -> "Plan":
+        budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
+        n, (vocab, width) = len(hidden), head.weight.shape
+        acc = accumulator(hidden).itemsize
+        block = min(BLOCK, vocab)
+        block_copy = 0 if hidden.dtype in (torch.float32, torch.float64) else block * width * acc
+        planes = 2 if head.softcap is not None else 1
+        per_row = vocab * storage(hidden).itemsize + planes * block * acc + 4 * width * acc
+        rows = min(n, MAX_ROWS, max(0, budget - block_copy) // per_row)
+        if rows < min(MIN_ROWS, n):
+            rows = 0
+        block_rows = max(1, min(n, 2 * MAX_ROWS, budget // (planes * block * acc)))
+        return cls(rows=rows, block_rows=rows or block_rows, block=block)
+
+
+def accumulator(hidden: Tensor) -> torch.dtype:
+    """The dtype of logits, sums and dW: float64 for float64 operands, else float32."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def storage(hidden: Tensor) -> torch.dtype:
+    """The dtype U is kept in. float16 has no range for unnormalised exponentials: its rows are kept in float32."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+@contextmanager
+def bf16_products(operands: torch.dtype) -> Iterator[None]:
+    """On CPU a float32 view of bf16 operands loses nothing when oneDNN multiplies it in bf16 and sums in float32."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if operands == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class LogitBlocks:
+    """Logits of some rows, one vocabulary block at a time, in scratch that is reused from block to block."""
+
+    def __init__(self, head: Head, plan: Plan, like: Tensor):
+        self.head, self.plan = head, plan
+        self.acc = accumulator(like)
+        self.scratch = torch.empty(plan.block_rows * plan.block, dtype=self.acc, device=like.device)
+        self.cast = like.dtype != self.acc and like.device.type == "cpu"
+        self.out_dtype = like.dtype != self.acc and like.device.type != "cpu"
+
+    def __call__(self, hidden: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields (first column, last column + 1, z): z (n, columns) is scratch the caller may overwrite."""
+        head, vocab = self.head, len(self.head.weight)
+        hidden = hidden.to(self.acc) if self.cast else hidden
+        for start in range(0, vocab, self.plan.block):
+            stop = min(start + self.plan.block, vocab)
+            z = self.scratch[: len(hidden) * (stop - start)].view(len(hidden), stop - start)
+            self._product(hidden, head.weight[start:stop], z)
+            if head.bias is not None:
+                z += head.bias[start:stop]
+            if head.softcap is not None:
+                z.div_(head.softcap).tanh_().mul_(head.softcap)
+            if head.scale != 1.0:
+                z *= head.scale
+            yield start, stop, z
+
+    def _product(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        if self.out_dtype:
+            torch.mm(hidden, weight.T, out_dtype=self.acc, out=out)
+        else:
+            with bf16_products(self.head.weight.dtype):
+                torch.mm(hidden, weight.to(self.acc).T, out=out)
+
+
+@dataclass
+class Statistics:
+    """What a softmax row leaves behind: with these, E and U can be made again. All (n,), accumulator dtype."""
+
+    shift: Tensor
+    sum: Tensor  # Σ_v exp(z_v − shift)
+    target: Tensor  # z[y]
+
+    @property
+    def logps(self) -> Tensor:
+        return self.target - self.shift - self.sum.log()
+
+    def __getitem__(self, rows: slice) -> "Statistics":
+        return Statistics(self.shift[rows], self.sum[rows], self.target[rows])
+
+
+def pick(z: Tensor, targets: Tensor, start: int, into: Tensor) -> None:
+    """into[i] = z[i, targets[i] − start] for the rows whose target lies in this block."""
+    column = targets - start
+    inside = (column >= 0) & (column < z.shape[1])
+    value = z.gather(1, column.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    torch.where(inside, value, into, out=into)
+
+
+def softcap_slope(z: Tensor, head: Head) -> Tensor:
+    """∂softcap(a)/∂a = 1 − tanh²(a / c), from the finished logits z = c·tanh(a / c)·scale."""
+    return 1 - (z / (head.softcap * head.scale)).square()
+
+
+def exponentials(
+    blocks: LogitBlocks,
+    hidden: Tensor,  # (n, D)
+    targets: Tensor,  # (n,)
+    keep: Tensor | None = None,  # (n, V), receives U
+    shift: Tensor | None = None,
+) -> Statistics:
+    """One walk over the vocabulary: row statistics, and U into `keep` (times the softcap's slope) when asked."""
+    head, given = blocks.head, shift
+    total = torch.zeros(len(hidden), dtype=blocks.acc, device=hidden.device)
+    target = torch.zeros_like(total)
+    for start, stop, z in blocks(hidden):
+        pick(z, targets, start, into=target)
+        if shift is None:
+            shift = z.amax(dim=1)
+        slope = softcap_slope(z, head) if keep is not None and head.softcap is not None else None
+        z.sub_(shift.unsqueeze(1))
+        if keep is not None and slope is None and keep.dtype == z.dtype:
+            z = torch.exp(z, out=keep[:, start:stop])
+            total += z.sum(dim=1)
+            continue
+        total += z.exp_().sum(dim=1)
+        if keep is not None:
+            keep[:, start:stop] = z if slope is None else z.mul_(slope)
+    if given is None and not bool((total < OVERFLOW).all()):
+        exact = torch.stack([z.amax(dim=1) for _, _, z in blocks(hidden)]).amax(dim=0)
+        return exponentials(blocks, hidden, targets, keep, exact)
+    stats = Statistics(shift, total, target)
+    if keep is not None:
+        keep[torch.arange(len(keep), device=keep.device), targets] = target_entry(stats, head).to(keep.dtype)
+    return stats
+
+
+def target_entry(stats: Statistics, head: Head) -> Tensor:
+    """U at the target, (e_y − s)·slope, formed in the accumulator dtype."""
+    entry = (stats.target - stats.shift).exp() - stats.sum
+    return entry if head.softcap is None else entry * softcap_slope(stats.target, head)
+
+
+class Gradients:
+    """dH, dW and db of a run over N rows; those nobody needs stay None and cost nothing."""
+
+    def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool]):
+        acc = accumulator(hidden)
+        self.head = head
+        self.hidden = torch.zeros_like(hidden) if need[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=acc) if need[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=acc) if need[2] and head.bias is not None else None
+        self.head_needed = self.weight is not None or self.bias is not None
+
+    def unit_hidden(self, keep: Tensor, stats: Statistics) -> Tensor:
+        """∂ℓ_t/∂h_t for each kept row, (n, D) in the accumulator dtype."""
+        weight = self.head.weight.to(keep.dtype)
+        size = THIN if keep.dtype == torch.bfloat16 and keep.device.type == "cpu" else len(keep)
+        product = torch.cat([part @ weight for part in keep.split(size)]).to(stats.sum.dtype)
+        return product.mul_((-self.head.scale / stats.sum).unsqueeze(1))
+
+    def add_head(self, keep: Tensor, hidden: Tensor, stats: Statistics, coefficients: Tensor) -> None:
+        """Adds the kept rows' share of dW and db."""
+        factor = coefficients * (-self.head.scale / stats.sum)
+        if self.weight is not None:
+            scaled = hidden * factor.unsqueeze(1)
+            if keep.dtype == self.weight.dtype:
+                self.weight.addmm_(keep.T, scaled)
+            else:
+                with bf16_products(keep.dtype):
+                    for start in range(0, keep.shape[1], BLOCK):
+                        part = keep[:, start : start + BLOCK].to(scaled.dtype)
+                        self.weight[start : start + BLOCK].addmm_(part.T, scaled)
+        if self.bias is not None:
+            for start in range(0, keep.shape[1], BLOCK):
+                part = keep[:, start : start + BLOCK].to(factor.dtype)
+                self.bias[start : start + BLOCK].addmv_(part.T, factor)
+
+    def add_by_blocks(
+        self, blocks: LogitBlocks, rows: slice, hidden: Tensor, targets: Tensor, stats: Statistics, c: Tensor
+    ) -> None:
+        """All gradients of some rows (of N) when not one chunk of whole rows fits: U lives a block at a time."""
+        head, factor = self.head, c * (-self.head.scale / stats.sum)
+        wide = hidden.to(blocks.acc)
+        scaled = wide * factor.unsqueeze(1)
+        grad_hidden = torch.zeros_like(wide)
+        entry = target_entry(stats, head)
+        for start, stop, z in blocks(hidden):
+            slope = softcap_slope(z, head) if head.softcap is not None else None
+            z.sub_(stats.shift.unsqueeze(1)).exp_()
+            if slope is not None:
+                z *= slope
+            column = (targets - start).clamp(0, stop - start - 1).unsqueeze(1)
+            inside = ((targets >= start) & (targets < stop)).unsqueeze(1)
+            z.scatter_(1, column, torch.where(inside, entry.unsqueeze(1), z.gather(1, column)))
+            with bf16_products(head.weight.dtype):
+                if self.hidden is not None:
+                    grad_hidden.addmm_(z, head.weight[start:stop].to(z.dtype))
+                if self.weight is not None:
+                    self.weight[start:stop].addmm_(z.T, scaled)
+            if self.bias is not None:
+                self.bias[start:stop].addmv_(z.T, factor)
+        if self.hidden is not None:
+            self.hidden[rows] = grad_hidden.mul_(factor.unsqueeze(1)).to(hidden.dtype)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+
+def as_inputs(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dW and db, accumulated in float32, in the dtypes of their parameters."""
+    hidden, dw, db = grads
+    return hidden, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
+
+
+def row_chunks(start: int, stop: int, size: int) -> list[slice]:
+    """[start, stop) in pieces of nearly equal length, at most `size` each."""
+    pieces = -(-(stop - start) // size)
+    bounds = [start + (stop - start) * i // pieces for i in range(pieces + 1)] if pieces else []
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def logprobs_forward(
+    hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None, unit_hidden: bool
+) -> tuple[Tensor, Statistics, Tensor | None]:
+    """Per-token log-probs (N,), what the backward pass needs to make the logits again, and, when `unit_hidden`,
+    ∂ℓ_t/∂h_t (N, D). 2·N·D·V flops, and as much again for the last."""
+    plan = Plan.of(hidden, head, memory_budget)
+    blocks = LogitBlocks(head, plan, hidden)
+    grads = Gradients(hidden, head, (unit_hidden, False, False))
+    keep = keep_buffer(hidden, head, plan) if unit_hidden else None
+    stats = Statistics(*[torch.empty(len(hidden), dtype=blocks.acc, device=hidden.device) for _ in range(3)])
+    for rows in row_chunks(0, len(hidden), plan.block_rows):
+        u = None if keep is None else keep[: rows.stop - rows.start]
+        part = exponentials(blocks, hidden[rows], targets[rows], u)
+        stats.shift[rows], stats.sum[rows], stats.target[rows] = part.shift, part.sum, part.target
+        if u is not None:
+            grads.hidden[rows] = grads.unit_hidden(u, part).to(hidden.dtype)
+        elif unit_hidden:
+            grads.add_by_blocks(blocks, rows, hidden[rows], targets[rows], part, torch.ones_like(part.sum))
+    return stats.logps, stats, grads.hidden
+
+
+def logprobs_backward(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    stats: Statistics,
+    coefficients: Tensor,  # (N,) upstream gradient of the log-probs
+    need: tuple[bool, bool, bool],
+    memory_budget: int | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW."""
+    plan = Plan.of(hidden, head, memory_budget)
+    blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need)
+    keep = keep_buffer(hidden, head, plan)
+    for rows in row_chunks(0, len(hidden), plan.block_rows):
+        h, part, c = hidden[rows], stats[rows], coefficients[rows]
+        if keep is None:
+            grads.add_by_blocks(blocks, rows, h, targets[rows], part, c)
+            continue
+        u = keep[: len(h)]
+        exponentials(blocks, h, targets[rows], u, part.shift)
+        if grads.hidden is not None:
+            grads.hidden[rows] = grads.unit_hidden(u, part).mul_(c.unsqueeze(1)).to(h.dtype)
+        if grads.head_needed:
+            grads.add_head(u, h, part, c)
+    return grads.result()
+
+
+def keep_buffer(hidden: Tensor, head: Head, plan: Plan) -> Tensor | None:
+    if not plan.rows:
+        return None
+    return torch.empty(plan.rows, len(head.weight), dtype=storage(hidden), device=hidden.device)
+
+
+def group_units(bounds: list[int], rows: int) -> list[tuple[int, int]]:
+    """Groups [first, last) that are finished together: as many whole groups as `rows` hold, at least one.
+
+    `bounds` are the G + 1 token boundaries of the groups. Small groups share a unit so that products stay large.
+    """
+    units, first = [], 0
+    for group in range(1, len(bounds)):
+        if bounds[group] - bounds[first] > rows and group - 1 > first:
+            units.append((first, group - 1))
+            first = group - 1
+    if first < len(bounds) - 1:
+        units.append((first, len(bounds) - 1))
+    return units
+
+
+def group_loss_forward(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    loss: dict,  # loss_type, beta_pi, beta_r, label_smoothing
+    need: tuple[bool, bool, bool],
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Losses (G,), policy log-probs (G, K) and the gradients of the *mean* loss, in one pass where the budget allows.
+
+    A group's loss depends on that group alone: when its last row is done its coefficients are known, and what was
+    kept becomes dW at once. Rows of a group beyond the budget are made again: 2·D·V flops more for each.
+    """
+    groups, candidates = ref_logps.shape
+    plan = Plan.of(hidden, head, memory_budget)
+    blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need)
+    keep = keep_buffer(hidden, head, plan) if any(need) else None
+    lengths = cu_seqlens.diff()
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    bounds = cu_seqlens[::candidates].tolist()
+    policy_logps = torch.zeros(groups * candidates, dtype=blocks.acc, device=hidden.device)
+    losses = torch.empty(groups, dtype=blocks.acc, device=hidden.device)
+
+    for first, last in group_units(bounds, plan.block_rows):
+        pieces = row_chunks(bounds[first], bounds[last], plan.block_rows)
+        stats, unit = [], None
+        for rows in pieces:
+            u = None if keep is None else keep[: rows.stop - rows.start]
+            part = exponentials(blocks, hidden[rows], targets[rows], u)
+            stats.append(part)
+            policy_logps.index_add_(0, owner[rows], part.logps)
+            if grads.hidden is not None and u is not None:
+                unit = grads.unit_hidden(u, part)
+                if len(pieces) > 1:
+                    grads.hidden[rows] = unit.to(hidden.dtype)
+        sequences = slice(first * candidates, last * candidates)
+        losses[first:last], coefficients = losses_and_coefficients(
+            policy_logps[sequences].view(last - first, candidates),
+            ref_logps[first:last],
+            rewards[first:last],
+            **loss,
+        )
+        if not any(need):
+            continue
+        c = (coefficients.flatten() / groups).to(blocks.acc)
+        # The last piece is still kept; the ones before it, if any, are made again.
+        for rows, part in zip(reversed(pieces), reversed(stats), strict=True):
+            c_rows = c[owner[rows] - sequences.start]
+            if keep is None:
+                grads.add_by_blocks(blocks, rows, hidden[rows], targets[rows], part, c_rows)
+                continue
+            if grads.hidden is not None:
+                unit = unit if len(pieces) == 1 else grads.hidden[rows].to(blocks.acc)
+                grads.hidden[rows] = unit.mul_(c_rows.unsqueeze(1)).to(hidden.dtype)
+            if grads.head_needed:
+                u = keep[: rows.stop - rows.start]
+                if rows != pieces[-1]:
+                    exponentials(blocks, hidden[rows], targets[rows], u, part.shift)
+                grads.add_head(u, hidden[rows], part, c_rows)
+    return losses, policy_logps.view(groups, candidates), grads.result()

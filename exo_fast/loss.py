@@ -1,0 +1,246 @@
+"""The EXO and DPO losses over K candidates per prompt: on log-probs, or straight from hidden states in one pass.
+
+Definitions and sources: `exo_fast.reference`. Closed-form gradient: `exo_fast.groups`. Schedules: `exo_fast.backends`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exo_fast import reference
+from exo_fast.backends import choose
+from exo_fast.backends import torch as chunked
+from exo_fast.head import Head
+from exo_fast.logprobs import autocast_operands
+from exo_fast.validate import (
+    check_boundaries,
+    check_budget,
+    check_groups,
+    check_projection,
+    check_targets,
+    check_tensor,
+)
+
+
+def group_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    *,
+    loss_type: str,
+    beta_pi: float = 0.1,
+    beta_r: float = 0.1,
+    label_smoothing: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """EXO or DPO loss of groups of K candidates from their sequence log-probs (arXiv 2402.00856).
+
+    Args:
+        policy_logps: (G, K) sequence log-probs under the policy, in nats; differentiable.
+        ref_logps: (G, K) the same under the reference.
+        rewards: (G, K) a finite number for each candidate. `*-pref` uses only which one is highest.
+        loss_type: exo-pref, exo-rw, dpo-pref or dpo-rw.
+        beta_pi: coefficient of the log-ratio, r = beta_pi · (policy − reference).
+        beta_r: temperature of the rewards in `*-rw` targets, softmax(reward / beta_r).
+        label_smoothing: ε of the `*-pref` targets, 1 − ε for the best candidate and ε / (K − 1) for each other.
+            Default 1e-3 for EXO, which needs ε > 0, and 0 for dpo-pref.
+        reduction: mean over groups, sum, or none for (G,).
+
+    Raises:
+        ValueError: a wrong shape, dtype or number, a non-finite reward, or a tie for the highest in `*-pref`.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is not known; choose mean, sum or none")
+    check_tensor("policy_logps", policy_logps)
+    if not policy_logps.dtype.is_floating_point:
+        raise ValueError(f"policy_logps must be of a floating-point dtype, got {policy_logps.dtype}")
+    smoothing = check_groups(
+        tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing
+    )
+    losses = reference.group_loss(
+        policy_logps,
+        ref_logps,
+        rewards,
+        loss_type=loss_type,
+        beta_pi=beta_pi,
+        beta_r=beta_r,
+        label_smoothing=smoothing,
+    )
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+class _LinearGroupLoss(torch.autograd.Function):
+    """One pass: the gradients of the mean loss are formed in forward, and backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cu_seqlens: Tensor,
+        ref_logps: Tensor, rewards: Tensor, loss: dict, scale: float, softcap: float | None, memory_budget: int | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        losses, policy_logps, grads = chunked.group_loss_forward(
+            hidden, Head(weight, bias, scale, softcap), targets, cu_seqlens, ref_logps, rewards, loss,
+            ctx.needs_input_grad[:3], memory_budget,
+        )  # fmt: skip
+        # Not save_for_backward: backward hands the buffers over, so that a second copy of dW never exists.
+        ctx.grads, ctx.like = grads, (weight.detach(), None if bias is None else bias.detach())
+        ctx.mark_non_differentiable(policy_logps)
+        return losses.mean(), policy_logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "linear_group_loss was differentiated a second time: its gradients are formed once, in forward, and "
+                "handed over by the first backward(). Call linear_group_loss again, or sum the losses first."
+            )
+        grads, ctx.grads = ctx.grads, None
+        if grad.device.type != "cpu" or grad.item() != 1.0:
+            grads = tuple(None if g is None else g.mul_(grad.to(g.dtype)) for g in grads)
+        return *chunked.as_inputs(grads, *ctx.like), *[None] * 8
+
+
+def linear_group_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    *,
+    loss_type: str,
+    beta_pi: float = 0.1,
+    beta_r: float = 0.1,
+    label_smoothing: float | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """`group_loss` straight from hidden states, with its gradients formed in the same pass over the vocabulary.
+
+    Args:
+        hidden: (N, D), one row for each completion token, group by group and candidate by candidate: the hidden state
+            that predicts it (that of the last prompt token for the first token of a completion).
+        weight: (V, D), of hidden's dtype (under torch.autocast both are cast to its dtype).
+        targets: (N,) int, the completion tokens.
+        cu_seqlens: (G*K + 1,) int, boundaries of the candidates in N.
+        ref_logps, rewards: (G, K) float; see `group_loss`, also for loss_type, beta_pi, beta_r and label_smoothing.
+        bias: (V,) or None. scale, softcap: see `exo_fast.logprobs.linear_logprobs`.
+        memory_budget: bytes of vocabulary-sized scratch (default 512 MiB). A group whose rows do not fit makes the
+            ones beyond it again; less memory costs time, never correctness.
+        backend: auto, reference, torch or triton. process_group: vocabulary parallelism; None.
+
+    Returns:
+        The mean loss over groups (scalar; differentiable once in hidden, weight and bias) and the detached policy
+        sequence log-probs (G, K), both float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: before any work, naming the argument, what came and what is needed.
+    """
+    check_budget(memory_budget, process_group)
+    smoothing = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
+    if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
+        hidden, weight = autocast_operands(hidden, weight)
+    check_projection(hidden, weight, targets, bias, scale, softcap)
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}"
+        )
+    check_targets(targets, weight.shape[0], None)
+    check_boundaries(cu_seqlens, *ref_logps.shape, len(hidden), hidden.device)
+    for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}: move one of them")
+    loss = {"loss_type": loss_type, "beta_pi": beta_pi, "beta_r": beta_r, "label_smoothing": smoothing}
+    with torch.autocast(hidden.device.type, enabled=False):
+        if choose(backend, hidden) == "reference":
+            return reference.linear_group_loss(
+                hidden,
+                weight,
+                targets,
+                cu_seqlens,
+                ref_logps,
+                rewards,
+                bias=bias,
+                scale=scale,
+                softcap=softcap,
+                **loss,
+            )
+        return _LinearGroupLoss.apply(
+            hidden, weight, bias, targets.long(), cu_seqlens.long(), ref_logps, rewards, loss, scale, softcap,
+            memory_budget,
+        )  # fmt: skip
+
+
+class GroupLoss(nn.Module):
+    """`group_loss` with its options held: GroupLoss(loss_type="exo-rw")(policy_logps, ref_logps, rewards)."""
+
+    def __init__(
+        self,
+        loss_type: str,
+        beta_pi: float = 0.1,
+        beta_r: float = 0.1,
+        label_smoothing: float | None = None,
+        reduction: str = "mean",
+    ):
+        super().__init__()
+        self.options = {
+            "loss_type": loss_type,
+            "beta_pi": beta_pi,
+            "beta_r": beta_r,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+        }
+
+    def forward(self, policy_logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Tensor:
+        return group_loss(policy_logps, ref_logps, rewards, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearGroupLoss(nn.Module):
+    """`linear_group_loss` with its options held; the head's weight and bias come with each call."""
+
+    def __init__(
+        self,
+        loss_type: str,
+        beta_pi: float = 0.1,
+        beta_r: float = 0.1,
+        label_smoothing: float | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        memory_budget: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.options = {
+            "loss_type": loss_type,
+            "beta_pi": beta_pi,
+            "beta_r": beta_r,
+            "label_smoothing": label_smoothing,
+            "scale": scale,
+            "softcap": softcap,
+            "memory_budget": memory_budget,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        ref_logps: Tensor,
+        rewards: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return linear_group_loss(
+            hidden, weight, targets, cu_seqlens, ref_logps, rewards, bias=bias, **self.options
+        )
+
+    extra_repr = GroupLoss.extra_repr

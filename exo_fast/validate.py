@@ -1,0 +1,156 @@
+"""Checks at the door of the public functions. Each error names the argument, what came and what is needed."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from exo_fast.reference import LOSS_TYPES, default_label_smoothing
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_projection(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> None:
+    """hidden (..., D), weight (V, D), targets (...), bias (V,): shapes, dtypes, devices and the numbers beside them."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        check_tensor(name, value)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {_shape(hidden)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden {_shape(hidden)}, "
+            f"got {_shape(weight)}; an lm_head's weight is (vocabulary, hidden size)"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have shape {_shape(hidden[..., 0])}, one id for each row of hidden, got {_shape(targets)}"
+        )
+    if targets.dtype not in INTEGERS:
+        raise ValueError(f"targets must be int64 or int32 token ids, got {targets.dtype}")
+    if not hidden.dtype.is_floating_point or hidden.dtype.itemsize < 2:
+        raise ValueError(f"hidden must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them, or call under torch.autocast"
+        )
+    if bias is not None:
+        check_tensor("bias", bias)
+        if _shape(bias) != (weight.shape[0],):
+            raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {_shape(bias)}")
+        if not bias.dtype.is_floating_point:
+            raise ValueError(f"bias must be of a floating-point dtype, got {bias.dtype}")
+    for name, value in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}: move one of them")
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"scale must be a finite number other than 0, got {scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+
+
+def check_targets(targets: Tensor, vocab: int, ignore_index: int | None) -> None:
+    """Every target lies in [0, V) (or is `ignore_index`)."""
+    outside = (targets < 0) | (targets >= vocab)
+    if ignore_index is not None:
+        outside &= targets != ignore_index
+    if outside.any():
+        where = int(outside.flatten().nonzero()[0])
+        allowed = "" if ignore_index is None else f", or {ignore_index} to be ignored"
+        raise ValueError(
+            f"targets[{where}] (flattened) is {int(targets.flatten()[where])}; "
+            f"ids must lie in [0, {vocab}), the rows of weight{allowed}"
+        )
+
+
+def check_budget(memory_budget: int | None, process_group: object) -> None:
+    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget <= 0):
+        raise ValueError(f"memory_budget must be a positive number of bytes or None, got {memory_budget!r}")
+    if process_group is not None:
+        raise ValueError(
+            "process_group (a weight that holds one rank's slice of the vocabulary) is not supported in this version; "
+            "gather the whole weight and leave process_group=None"
+        )
+
+
+def check_groups(
+    policy_shape: tuple[int, ...] | None, ref_logps: Tensor, rewards: Tensor, loss_type: str, beta_pi: float,
+    beta_r: float, label_smoothing: float | None,
+) -> float:  # fmt: skip
+    """Checks what the K-way loss needs and returns the label smoothing to use."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is not known; choose one of {', '.join(LOSS_TYPES)}")
+    check_tensor("ref_logps", ref_logps)
+    check_tensor("rewards", rewards)
+    if ref_logps.dim() != 2 or ref_logps.shape[1] < 2 or ref_logps.shape[0] < 1:
+        raise ValueError(
+            f"ref_logps must be (G, K), at least one group of at least 2 candidates, got {_shape(ref_logps)}"
+        )
+    if rewards.shape != ref_logps.shape:
+        raise ValueError(f"rewards must be (G, K) = {_shape(ref_logps)} as ref_logps, got {_shape(rewards)}")
+    if policy_shape is not None and policy_shape != _shape(ref_logps):
+        raise ValueError(
+            f"policy_logps must be (G, K) = {_shape(ref_logps)} as ref_logps, got {policy_shape}"
+        )
+    for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
+        if not value.dtype.is_floating_point:
+            raise ValueError(f"{name} must be of a floating-point dtype, got {value.dtype}: use .float()")
+        if not bool(torch.isfinite(value).all()):
+            row, column = (int(i) for i in (~torch.isfinite(value)).nonzero()[0])
+            raise ValueError(
+                f"{name}[{row}, {column}] is {float(value[row, column])}; every value must be finite"
+            )
+    for name, value in (("beta_pi", beta_pi), ("beta_r", beta_r)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, got {value}")
+    smoothing = default_label_smoothing(loss_type) if label_smoothing is None else label_smoothing
+    lowest = 0.0 if loss_type.startswith("dpo") else math.ulp(0.0)
+    if loss_type.endswith("-pref"):
+        if not lowest <= smoothing < 1:
+            need = (
+                "0 <= label_smoothing < 1"
+                if lowest == 0
+                else "0 < label_smoothing < 1, for log p to be finite"
+            )
+            raise ValueError(f"label_smoothing={smoothing}: {loss_type} needs {need}")
+        top = rewards == rewards.amax(dim=1, keepdim=True)
+        if bool((top.sum(dim=1) > 1).any()):
+            row = int((top.sum(dim=1) > 1).nonzero()[0])
+            raise ValueError(
+                f"rewards[{row}] = {rewards[row].tolist()} has a tie for the highest reward, so {loss_type} has no "
+                "preferred candidate; drop the row or break the tie, or use a *-rw loss"
+            )
+    return smoothing
+
+
+def check_boundaries(
+    cu_seqlens: Tensor, groups: int, candidates: int, tokens: int, device: torch.device
+) -> None:
+    """cu_seqlens (G*K + 1,): integer boundaries from 0 to N, every sequence at least one token."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in INTEGERS or _shape(cu_seqlens) != (groups * candidates + 1,):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 of shape (G*K + 1,) = ({groups * candidates + 1},) for ref_logps "
+            f"({groups}, {candidates}), got {cu_seqlens.dtype} {_shape(cu_seqlens)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and hidden on {device}: move one of them")
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens:
+        raise ValueError(f"cu_seqlens must run from 0 to N = {tokens}, got {bounds[0]} to {bounds[-1]}")
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+        if b <= a:
+            raise ValueError(
+                f"cu_seqlens[{i}:{i + 2}] = [{a}, {b}]: sequence {i} has {b - a} tokens; at least 1 is needed"
+            )
