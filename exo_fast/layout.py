@@ -55,9 +55,7 @@ class Group:
             raise ValueError("Group.completions is empty: at least one completion is needed.")
         for k, completion in enumerate(self.completions):
             if len(completion) == 0:
-                raise ValueError(
-                    f"Group.completions[{k}] is empty: at least one token is needed, such as EOS."
-                )
+                raise ValueError(f"Group.completions[{k}] is empty: at least one token is needed, such as EOS.")
 
     def tokens(self) -> int:
         """Tokens of the group in a row that shares the prompt."""
@@ -155,9 +153,7 @@ def _first_fit_decreasing(sizes: list[int], row_length: int) -> tuple[list[int],
     row, start = [0] * len(sizes), [0] * len(sizes)
     smallest = min(sizes)
     used: list[int] = []
-    open_rows: list[
-        int
-    ] = []  # those with room for the smallest block, so that full rows are not looked at again
+    open_rows: list[int] = []  # those with room for the smallest block, so that full rows are not looked at again
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         fit = next((r for r in open_rows if used[r] + sizes[i] <= row_length), len(used))
         if fit == len(used):
@@ -199,17 +195,14 @@ def from_padded(
             f"{tuple(attention_mask.shape)}."
         )
     if prompt_lens.shape != input_ids.shape[:1]:
-        raise ValueError(
-            f"prompt_lens must be ({len(input_ids)},), one a row; got {tuple(prompt_lens.shape)}."
-        )
+        raise ValueError(f"prompt_lens must be ({len(input_ids)},), one a row; got {tuple(prompt_lens.shape)}.")
     mask = attention_mask.bool()
     lengths = mask.sum(1)
     prompt_lens = prompt_lens.to(lengths.device)
     holes = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1
     if holes.any():
         raise ValueError(
-            f"attention_mask row {int(holes.nonzero()[0])} has a hole: tokens must be one run, "
-            "padded at the ends."
+            f"attention_mask row {int(holes.nonzero()[0])} has a hole: tokens must be one run, padded at the ends."
         )
     bad = (prompt_lens < 1) | (prompt_lens >= lengths)
     if bad.any():
@@ -273,9 +266,7 @@ def check_sharing(
             device=head.weight.device,
             attn_implementation=base.config._attn_implementation,
         )
-        hidden = torch.func.functional_call(
-            base, weights, (), {**inputs, "use_cache": False}
-        ).last_hidden_state
+        hidden = torch.func.functional_call(base, weights, (), {**inputs, "use_cache": False}).last_hidden_state
         source, targets = packed.source.to(hidden.device), packed.targets.to(hidden.device)
         return linear_logprobs(
             hidden.reshape(-1, hidden.shape[-1])[source],

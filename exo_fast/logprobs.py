@@ -35,15 +35,9 @@ class _LinearLogprobs(torch.autograd.Function):
         head = Head(weight, bias, scale, softcap)
         ctx.need = ctx.needs_input_grad[:3]
         unit_only = ctx.need == (True, False, False)
-        logps, stats, unit = chunked.logprobs_forward(
-            hidden, head, targets, memory_budget, unit_hidden=unit_only
-        )
+        logps, stats, unit = chunked.logprobs_forward(hidden, head, targets, memory_budget, unit_hidden=unit_only)
         if any(ctx.need):
-            kept = (
-                (unit,)
-                if unit_only
-                else (hidden, weight, bias, targets, stats.shift, stats.sum, stats.target)
-            )
+            kept = (unit,) if unit_only else (hidden, weight, bias, targets, stats.shift, stats.sum, stats.target)
             ctx.save_for_backward(*kept)
             ctx.facts = (unit_only, scale, softcap, memory_budget)
         return logps
@@ -115,9 +109,7 @@ def linear_logprobs(
         rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
         keep = wanted != ignore_index
         if bool(keep.all()):
-            return _LinearLogprobs.apply(rows, weight, bias, wanted, scale, softcap, memory_budget).view(
-                targets.shape
-            )
+            return _LinearLogprobs.apply(rows, weight, bias, wanted, scale, softcap, memory_budget).view(targets.shape)
         index = keep.nonzero().squeeze(1)
         logps = _LinearLogprobs.apply(rows[index], weight, bias, wanted[index], scale, softcap, memory_budget)
         return logps.new_zeros(len(wanted)).index_copy(0, index, logps).view(targets.shape)

@@ -55,9 +55,7 @@ def group_loss(
     check_tensor("policy_logps", policy_logps)
     if not policy_logps.dtype.is_floating_point:
         raise ValueError(f"policy_logps must be of a floating-point dtype, got {policy_logps.dtype}")
-    smoothing = check_groups(
-        tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing
-    )
+    smoothing = check_groups(tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
     losses = reference.group_loss(
         policy_logps,
         ref_logps,
@@ -147,9 +145,7 @@ def linear_group_loss(
         hidden, weight = autocast_operands(hidden, weight)
     check_projection(hidden, weight, targets, bias, scale, softcap)
     if hidden.dim() != 2:
-        raise ValueError(
-            f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}"
-        )
+        raise ValueError(f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}")
     check_targets(targets, weight.shape[0], None)
     check_boundaries(cu_seqlens, *ref_logps.shape, len(hidden), hidden.device)
     for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
@@ -239,8 +235,6 @@ class LinearGroupLoss(nn.Module):
         rewards: Tensor,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return linear_group_loss(
-            hidden, weight, targets, cu_seqlens, ref_logps, rewards, bias=bias, **self.options
-        )
+        return linear_group_loss(hidden, weight, targets, cu_seqlens, ref_logps, rewards, bias=bias, **self.options)
 
     extra_repr = GroupLoss.extra_repr

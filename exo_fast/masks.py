@@ -44,9 +44,7 @@ _BY_LAYER = frozenset({
     "qwen3", "smollm3",
 })
 # fmt: on
-KNOWN_SHARING = tuple(
-    sorted(_PLAIN | _ONE_WINDOW | _BY_LAYER)
-)  # the model types whose masks the tests compare
+KNOWN_SHARING = tuple(sorted(_PLAIN | _ONE_WINDOW | _BY_LAYER))  # the model types whose masks the tests compare
 
 _INDEX_ALIBI = "its ALiBi biases are distances along the row, which cannot restart with each candidate"
 
@@ -139,9 +137,7 @@ def _untried(config: Any) -> str:
         if _UNKNOWN_MIXER.search(name) and value not in (None, False, 0, [], {})
     ]
     if hints:
-        return (
-            f"not among the tested types, and {hints[0]} hints at more than attention over all earlier tokens"
-        )
+        return f"not among the tested types, and {hints[0]} hints at more than attention over all earlier tokens"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return "not among the tested types, and it has layers with a sliding window"
     model_class = _causal_lm_class(config)
@@ -206,9 +202,7 @@ def model_inputs(
 
     attention_mask: Any
     if plan.kind == "by_layer":
-        attention_mask = {
-            name: mask(plan.window if name == "sliding_attention" else None) for name in plan.layer_types
-        }
+        attention_mask = {name: mask(plan.window if name == "sliding_attention" else None) for name in plan.layer_types}
     else:
         attention_mask = mask(plan.window)
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
@@ -229,9 +223,7 @@ def sees(
 
     def mask_mod(b: Any, h: Any, q: Any, kv: Any) -> Tensor:
         candidate = candidate_ids[b, kv]
-        same_text = (group_ids[b, q] == group_ids[b, kv]) & (
-            (candidate == 0) | (candidate == candidate_ids[b, q])
-        )
+        same_text = (group_ids[b, q] == group_ids[b, kv]) & ((candidate == 0) | (candidate == candidate_ids[b, q]))
         seen = same_text & (kv <= q)
         if window is not None:
             seen = seen & (position_ids[b, q] - position_ids[b, kv] < window)
@@ -253,9 +245,7 @@ def additive_mask(
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _block_mask(
-    mask_mod: Callable[[Any, Any, Any, Any], Tensor], shape: torch.Size, device: torch.device
-) -> BlockMask:
+def _block_mask(mask_mod: Callable[[Any, Any, Any, Any], Tensor], shape: torch.Size, device: torch.device) -> BlockMask:
     from torch.nn.attention.flex_attention import create_block_mask
 
     # Compiled, the (T, T) values are never stored; on CPU compiling costs more than they do.

@@ -100,17 +100,13 @@ def check_groups(
     if rewards.shape != ref_logps.shape:
         raise ValueError(f"rewards must be (G, K) = {_shape(ref_logps)} as ref_logps, got {_shape(rewards)}")
     if policy_shape is not None and policy_shape != _shape(ref_logps):
-        raise ValueError(
-            f"policy_logps must be (G, K) = {_shape(ref_logps)} as ref_logps, got {policy_shape}"
-        )
+        raise ValueError(f"policy_logps must be (G, K) = {_shape(ref_logps)} as ref_logps, got {policy_shape}")
     for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
         if not value.dtype.is_floating_point:
             raise ValueError(f"{name} must be of a floating-point dtype, got {value.dtype}: use .float()")
         if not bool(torch.isfinite(value).all()):
             row, column = (int(i) for i in (~torch.isfinite(value)).nonzero()[0])
-            raise ValueError(
-                f"{name}[{row}, {column}] is {float(value[row, column])}; every value must be finite"
-            )
+            raise ValueError(f"{name}[{row}, {column}] is {float(value[row, column])}; every value must be finite")
     for name, value in (("beta_pi", beta_pi), ("beta_r", beta_r)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a positive number, got {value}")
@@ -118,11 +114,7 @@ def check_groups(
     lowest = 0.0 if loss_type.startswith("dpo") else math.ulp(0.0)
     if loss_type.endswith("-pref"):
         if not lowest <= smoothing < 1:
-            need = (
-                "0 <= label_smoothing < 1"
-                if lowest == 0
-                else "0 < label_smoothing < 1, for log p to be finite"
-            )
+            need = "0 <= label_smoothing < 1" if lowest == 0 else "0 < label_smoothing < 1, for log p to be finite"
             raise ValueError(f"label_smoothing={smoothing}: {loss_type} needs {need}")
         top = rewards == rewards.amax(dim=1, keepdim=True)
         if bool((top.sum(dim=1) > 1).any()):
@@ -134,9 +126,7 @@ def check_groups(
     return smoothing
 
 
-def check_boundaries(
-    cu_seqlens: Tensor, groups: int, candidates: int, tokens: int, device: torch.device
-) -> None:
+def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: int, device: torch.device) -> None:
     """cu_seqlens (G*K + 1,): integer boundaries from 0 to N, every sequence at least one token."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in INTEGERS or _shape(cu_seqlens) != (groups * candidates + 1,):
