@@ -135,13 +135,13 @@ def _output_layer(causal_lm: nn.Module) -> nn.Linear:
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
     if hasattr(layer, "base_layer"):
         raise ValueError(
-            f"the lm_head is under an adapter ({kind}), so its "
-            "weight alone does not give the logits. Take 'lm_head' out of target_modules, or train it in full with "
+            f"the lm_head is under an adapter ({kind}), so its weight alone does not give the logits. "
+            "Take 'lm_head' out of target_modules, or train it in full with "
             "modules_to_save=['lm_head'], or merge the adapter first (merge_and_unload)."
         )
     if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
         raise ValueError(
-            f"the lm_head is a {kind}; a linear layer with an "
-            "unquantised (V, D) weight is needed. Leave the lm_head out of quantisation, or pass a Head of your own."
+            f"the lm_head is a {kind}; a linear layer with an unquantised (V, D) weight is needed. "
+            "Leave the lm_head out of quantisation, or pass a Head of your own."
         )
     return layer

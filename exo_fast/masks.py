@@ -188,8 +188,8 @@ def model_inputs(
         )
     if attn_implementation not in MASKED_ATTENTION:
         raise ValueError(
-            f"attn_implementation={attn_implementation!r} reads no ready-made mask, which shared prompts "
-            f"need. Load the model with one of {', '.join(MASKED_ATTENTION)}, or pack with share_prompt=False."
+            f"attn_implementation={attn_implementation!r} reads no ready-made mask, which shared prompts need. "
+            f"Load the model with one of {', '.join(MASKED_ATTENTION)}, or pack with share_prompt=False."
         )
     position_ids = packed.position_ids.to(device, non_blocking=True)
     segments = (packed.group_ids.to(device), packed.candidate_ids.to(device), position_ids)

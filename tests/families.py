@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 VOCAB = 61
 WINDOW = 5
 
-_LLAMA = {
+LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -24,7 +24,7 @@ _LLAMA = {
     "max_position_embeddings": 24,
 }
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
-_NO_GQA = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+_NO_GQA = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
 _HEAD_DIM = {"head_dim": 8}
 _MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -32,10 +32,10 @@ _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # name -> (model type, config entries); several names may share a model type.
 SHARING: dict[str, tuple[str, dict[str, Any]]] = {
-    "apertus": ("apertus", _LLAMA),
-    "arcee": ("arcee", _LLAMA),
-    "cohere": ("cohere", {**_LLAMA, "logit_scale": 0.3}),
-    "cohere2": ("cohere2", {**_LLAMA, **_HEAD_DIM, **_MIXED, "logit_scale": 0.3}),
+    "apertus": ("apertus", LLAMA),
+    "arcee": ("arcee", LLAMA),
+    "cohere": ("cohere", {**LLAMA, "logit_scale": 0.3}),
+    "cohere2": ("cohere2", {**LLAMA, **_HEAD_DIM, **_MIXED, "logit_scale": 0.3}),
     "deepseek_v3": (
         "deepseek_v3",
         {
@@ -54,59 +54,73 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 24,
         },
     ),
-    "ernie4_5": ("ernie4_5", {**_LLAMA, **_HEAD_DIM}),
-    "exaone4": ("exaone4", {**_LLAMA, **_MIXED}),
+    "ernie4_5": ("ernie4_5", {**LLAMA, **_HEAD_DIM}),
+    "exaone4": ("exaone4", {**LLAMA, **_MIXED}),
     "falcon": ("falcon", {**_NO_GQA, "bias": True}),
     "falcon-new": ("falcon", {**_NO_GQA, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "gemma": ("gemma", {**_LLAMA, **_HEAD_DIM}),
-    "gemma2": ("gemma2", {**_LLAMA, **_HEAD_DIM, **_MIXED, "final_logit_softcapping": 3.0}),
-    "gemma3": ("gemma3_text", {**_LLAMA, **_HEAD_DIM, **_MIXED}),
-    "gemma3-softcap": ("gemma3_text", {**_LLAMA, **_HEAD_DIM, **_MIXED, "final_logit_softcapping": 3.0}),
-    "glm": ("glm", {**_LLAMA, **_HEAD_DIM}),
-    "glm4": ("glm4", {**_LLAMA, **_HEAD_DIM}),
+    "gemma": ("gemma", {**LLAMA, **_HEAD_DIM}),
+    "gemma2": ("gemma2", {**LLAMA, **_HEAD_DIM, **_MIXED, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", {**LLAMA, **_HEAD_DIM, **_MIXED}),
+    "gemma3-softcap": ("gemma3_text", {**LLAMA, **_HEAD_DIM, **_MIXED, "final_logit_softcapping": 3.0}),
+    "glm": ("glm", {**LLAMA, **_HEAD_DIM}),
+    "glm4": ("glm4", {**LLAMA, **_HEAD_DIM}),
     "gpt2": ("gpt2", _GPT2),
     "gpt_neox": ("gpt_neox", _NO_GQA),
-    "gpt_oss": ("gpt_oss", {**_LLAMA, **_HEAD_DIM, **_MIXED, **_LOCAL_EXPERTS}),
-    "granite": ("granite", {**_LLAMA, "logits_scaling": 4.0}),
-    "granitemoe": ("granitemoe", {**_LLAMA, **_LOCAL_EXPERTS, "logits_scaling": 4.0}),
-    "hunyuan": ("hunyuan_v1_dense", {**_LLAMA, **_HEAD_DIM}),
-    "llama": ("llama", _LLAMA),
-    "llama-tied": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
-    "ministral": ("ministral", {**_LLAMA, **_HEAD_DIM, **_MIXED}),
-    "ministral3": ("ministral3", {**_LLAMA, **_HEAD_DIM, "sliding_window": WINDOW}),
-    "mistral": ("mistral", {**_LLAMA, "sliding_window": None}),
-    "mistral-window": ("mistral", {**_LLAMA, "sliding_window": WINDOW}),
-    "mixtral": ("mixtral", {**_LLAMA, **_LOCAL_EXPERTS}),
-    "mixtral-window": ("mixtral", {**_LLAMA, **_LOCAL_EXPERTS, "sliding_window": WINDOW}),
-    "nemotron": ("nemotron", _LLAMA),
-    "olmo": ("olmo", _LLAMA),
-    "olmo2": ("olmo2", _LLAMA),
-    "olmo3": ("olmo3", {**_LLAMA, **_MIXED}),
-    "olmoe": ("olmoe", {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("gpt_oss", {**LLAMA, **_HEAD_DIM, **_MIXED, **_LOCAL_EXPERTS}),
+    "granite": ("granite", {**LLAMA, "logits_scaling": 4.0}),
+    "granitemoe": ("granitemoe", {**LLAMA, **_LOCAL_EXPERTS, "logits_scaling": 4.0}),
+    "hunyuan": ("hunyuan_v1_dense", {**LLAMA, **_HEAD_DIM}),
+    "llama": ("llama", LLAMA),
+    "llama-tied": ("llama", {**LLAMA, "tie_word_embeddings": True}),
+    "ministral": ("ministral", {**LLAMA, **_HEAD_DIM, **_MIXED}),
+    "ministral3": ("ministral3", {**LLAMA, **_HEAD_DIM, "sliding_window": WINDOW}),
+    "mistral": ("mistral", {**LLAMA, "sliding_window": None}),
+    "mistral-window": ("mistral", {**LLAMA, "sliding_window": WINDOW}),
+    "mixtral": ("mixtral", {**LLAMA, **_LOCAL_EXPERTS}),
+    "mixtral-window": ("mixtral", {**LLAMA, **_LOCAL_EXPERTS, "sliding_window": WINDOW}),
+    "nemotron": ("nemotron", LLAMA),
+    "olmo": ("olmo", LLAMA),
+    "olmo2": ("olmo2", LLAMA),
+    "olmo3": ("olmo3", {**LLAMA, **_MIXED}),
+    "olmoe": ("olmoe", {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("opt", {**_NO_GQA, "ffn_dim": 48, "word_embed_proj_dim": 16}),
-    "phi": ("phi", _LLAMA),
-    "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
-    "phimoe": ("phimoe", {**_LLAMA, **_LOCAL_EXPERTS, "sliding_window": WINDOW, "lm_head_bias": True}),
-    "qwen2": ("qwen2", _LLAMA),
+    "phi": ("phi", LLAMA),
+    "phi3": ("phi3", {**LLAMA, "sliding_window": WINDOW}),
+    "phimoe": ("phimoe", {**LLAMA, **_LOCAL_EXPERTS, "sliding_window": WINDOW, "lm_head_bias": True}),
+    "qwen2": ("qwen2", LLAMA),
     "qwen2-window": (
         "qwen2",
-        {**_LLAMA, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        {**LLAMA, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
-    "qwen2_moe": ("qwen2_moe", {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 24}),
-    "qwen3": ("qwen3", {**_LLAMA, **_HEAD_DIM}),
-    "qwen3_moe": ("qwen3_moe", {**_LLAMA, **_HEAD_DIM, **_EXPERTS}),
+    "qwen2_moe": ("qwen2_moe", {**LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 24}),
+    "qwen2_moe-window": (
+        "qwen2_moe",
+        {
+            **LLAMA,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 24,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    ),
+    "qwen3": ("qwen3", {**LLAMA, **_HEAD_DIM}),
+    "qwen3-window": (
+        "qwen3",
+        {**LLAMA, **_HEAD_DIM, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**LLAMA, **_HEAD_DIM, **_EXPERTS}),
     "qwen3_moe-window": (
         "qwen3_moe",
-        {**_LLAMA, **_HEAD_DIM, **_EXPERTS, "use_sliding_window": True, "sliding_window": WINDOW},
+        {**LLAMA, **_HEAD_DIM, **_EXPERTS, "use_sliding_window": True, "sliding_window": WINDOW},
     ),
-    "seed_oss": ("seed_oss", {**_LLAMA, **_HEAD_DIM}),
-    "smollm3": ("smollm3", {**_LLAMA, "no_rope_layers": [1, 0]}),
+    "seed_oss": ("seed_oss", {**LLAMA, **_HEAD_DIM}),
+    "smollm3": ("smollm3", {**LLAMA, "no_rope_layers": [1, 0]}),
     "smollm3-window": (
         "smollm3",
-        {**_LLAMA, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW},
+        {**LLAMA, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW},
     ),
-    "stablelm": ("stablelm", _LLAMA),
-    "starcoder2": ("starcoder2", {**_LLAMA, "sliding_window": WINDOW}),
+    "stablelm": ("stablelm", LLAMA),
+    "starcoder2": ("starcoder2", {**LLAMA, "sliding_window": WINDOW}),
 }
 REFUSING: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),

@@ -1,0 +1,37 @@
+"""Shared fixtures: the tiny random models of `families.py`, and one thread for tensors too small to gain from two."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def _load_families() -> ModuleType:
+    # By path: the tests folder stays off sys.path, where its subfolders would shadow packages of the same name.
+    spec = importlib.util.spec_from_file_location("exo_fast_test_families", Path(__file__).with_name("families.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_families = _load_families()
+
+
+@pytest.fixture
+def families() -> ModuleType:
+    """`tests/families.py`: tiny_model(name), random_model(model_type), and the tables SHARING, REFUSING, FAMILIES."""
+    return _families
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with an argument of these names run once for each family of the table."""
+    tables = {"family": "FAMILIES", "sharing_family": "SHARING", "refusing_family": "REFUSING"}
+    for argument, table in tables.items():
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, list(getattr(_families, table)))
