@@ -20,10 +20,10 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from exo_fast.head import read_head
 from exo_fast.layout import plan_mask
 from exo_fast.training.config import AlignConfig
-from exo_fast.training.data.examples import load_examples
+from exo_fast.training.data.examples import Example, load_examples
 from exo_fast.training.data.groups import GroupCollator, GroupDataset, tokenize
 from exo_fast.training.data.records import find_source
-from exo_fast.training.deepspeed import without_shared_memory_op
+from exo_fast.training.deepspeed import start_on_cpu
 from exo_fast.training.errors import InputError
 from exo_fast.training.metrics import peak_memory_mb
 from exo_fast.training.module import AlignModule, settle_layout
@@ -43,10 +43,9 @@ def align(config: AlignConfig) -> dict[str, Any]:
     started = time.time()
     set_seed(config.seed)
     checkpoint = _resume_checkpoint(config)
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model_name_or_path, trust_remote_code=config.trust_remote_code, use_fast=True
-    )
-    datasets = load_data(config, tokenizer)
+    examples = read_data(config)
+    tokenizer = _from_pretrained(AutoTokenizer, config, config.model_name_or_path)
+    datasets = tokenize_data(config, examples, tokenizer)
     _check_fits_model(config, datasets)
     if config.process_index == 0:
         print(data_table(datasets, config.max_seq_len, config.max_gen_len), flush=True)
@@ -88,30 +87,27 @@ def align(config: AlignConfig) -> dict[str, Any]:
 # Data
 
 
-def load_data(config: AlignConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, GroupDataset]:
-    """The groups to train on and, where there are any, to evaluate on: {"train": …, "eval": …}.
-
-    Every row of both is checked before any is tokenised.
-    """
+def read_data(config: AlignConfig) -> dict[str, list[Example]]:
+    """The checked rows to train on and, where there are any, to evaluate on: {"train": …, "eval": …}."""
     sources = {"train": find_source(config.data, "train")}
     if sources["train"] is None:
-        raise InputError(
-            f"data={config.data!r}: the directory holds no train.json, train.jsonl or train.parquet."
-        )
+        raise InputError(f"data={config.data!r}: the directory holds no train.json, train.jsonl or train.parquet.")
     if config.eval_data is not None:
         sources["eval"] = find_source(config.eval_data, "eval") or find_source(config.eval_data, "train")
         if sources["eval"] is None:
-            raise InputError(
-                f"eval_data={config.eval_data!r}: the directory holds no test.json, .jsonl or .parquet."
-            )
-    elif (
-        Path(config.data).expanduser().is_dir() and (held_out := find_source(config.data, "eval")) is not None
-    ):
+            raise InputError(f"eval_data={config.eval_data!r}: the directory holds no test.json, .jsonl or .parquet.")
+    elif Path(config.data).expanduser().is_dir() and (held_out := find_source(config.data, "eval")) is not None:
         sources["eval"] = held_out
-    examples = {
+    return {
         name: load_examples(source, loss_type=config.loss_type, num_contrastive=config.num_contrastive)
         for name, source in sources.items()
     }
+
+
+def tokenize_data(
+    config: AlignConfig, examples: dict[str, list[Example]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, GroupDataset]:
+    """The rows of each split as tokenised groups."""
     return {
         name: tokenize(
             rows,
@@ -149,9 +145,7 @@ def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len:
 
 
 def _check_fits_model(config: AlignConfig, datasets: dict[str, GroupDataset]) -> None:
-    model_config = AutoConfig.from_pretrained(
-        config.model_name_or_path, trust_remote_code=config.trust_remote_code
-    ).get_text_config()
+    model_config = _from_pretrained(AutoConfig, config, config.model_name_or_path).get_text_config()
     limit, vocabulary = getattr(model_config, "max_position_embeddings", None), model_config.vocab_size
     for dataset in datasets.values():
         longest = dataset.counts.longest_sequence
@@ -172,14 +166,26 @@ def _check_fits_model(config: AlignConfig, datasets: dict[str, GroupDataset]) ->
 # Models
 
 
+def _from_pretrained(auto_class: Any, config: AlignConfig, name_or_path: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=config.trust_remote_code, **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name_or_path!r}: neither a directory with a model and tokenizer nor on the Hub, or the Hub cannot be "
+            f"reached: {reason}"
+        ) from error
+
+
 def load_model(config: AlignConfig, name_or_path: str) -> nn.Module:
     """A causal LM in the dtype the engine trains: DeepSpeed keeps float32 copies of bf16 weights, autocast
     does not."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        config,
         name_or_path,
         dtype=_weight_dtype(config),
         attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
     )
     try:
         read_head(model)
@@ -235,9 +241,7 @@ def _fill_from_separate_reference(
     """Reference log-probs by another model than the policy's start; it is gone before the policy is
     loaded."""
     sizes = [
-        AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        .get_text_config()
-        .vocab_size
+        _from_pretrained(AutoConfig, config, name).get_text_config().vocab_size
         for name in (config.model_name_or_path, config.ref_name_or_path)
     ]
     if sizes[0] != sizes[1]:
@@ -315,7 +319,7 @@ def _deepspeed_scope(config: AlignConfig) -> Iterator[None]:
     if config.engine == "deepspeed":
         set_hf_deepspeed_config(config.hf_deepspeed_config)
         if config.device.type == "cpu":
-            without_shared_memory_op()
+            start_on_cpu()
     else:
         unset_hf_deepspeed_config()
     with warnings.catch_warnings():
@@ -353,9 +357,7 @@ def _version(package: str) -> str | None:
 
 
 def _closing_lines(summary: dict[str, Any], config: AlignConfig) -> str:
-    lines = [
-        f"{summary['steps']} steps in {summary['train_seconds']:.0f} s; the model is in {config.output_dir}"
-    ]
+    lines = [f"{summary['steps']} steps in {summary['train_seconds']:.0f} s; the model is in {config.output_dir}"]
     for name, key in (("train", "loss"), ("eval", "eval_loss")):
         if (metrics := summary["metrics"].get(name)) is not None:
             prefix = "eval_" if name == "eval" else ""

@@ -39,15 +39,11 @@ class StageParser(HfArgumentParser):
 
     def __init__(self, config_class: type, *, show_all: bool, **kwargs: Any):
         self.show_all = show_all
-        super().__init__(
-            config_class, formatter_class=_OneSpelling, allow_abbrev=False, add_help=False, **kwargs
-        )
+        super().__init__(config_class, formatter_class=_OneSpelling, allow_abbrev=False, add_help=False, **kwargs)
 
     def _add_dataclass_arguments(self, config_class: type) -> None:
         general = self.add_argument_group("general")
-        general.add_argument(
-            "--config", metavar="FILE", help="A YAML recipe; options on the command line override it."
-        )
+        general.add_argument("--config", metavar="FILE", help="A YAML recipe; options on the command line override it.")
         general.add_argument("-h", "--help", action="help", help="Show the options that matter most.")
         general.add_argument("--help-all", action="help", help="Show every option.")
         hints = get_type_hints(config_class)
@@ -64,9 +60,7 @@ class StageParser(HfArgumentParser):
                 elif action.default is not None and "Default:" not in action.help:
                     action.help += f" [{action.default}]".replace("%", "%%")
                 if action.choices is None:
-                    action.metavar = (
-                        getattr(action.type, "__name__", "value").replace("string_to_bool", "bool").upper()
-                    )
+                    action.metavar = getattr(action.type, "__name__", "value").replace("string_to_bool", "bool").upper()
 
     def format_usage(self) -> str:
         return f"{self.prog} --config RECIPE.yaml [--FIELD VALUE ...]\n"

@@ -99,9 +99,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("exo_fast"):
-        return (
-            f"{error.name} is not installed; pip install 'exo_fast[train]' (for the demo: 'exo_fast[demo]')."
-        )
+        return f"{error.name} is not installed; pip install 'exo_fast[train]' (for the demo: 'exo_fast[demo]')."
     return f"{type(error).__name__}: {error}\n(exo-fast --debug STAGE … shows the traceback)"
 
 

@@ -5,6 +5,7 @@ cosine schedule and no warm-up, Adam betas (0.9, 0.95), one epoch, gradient clip
 transformers elsewhere. Everything is checked when the object is made, so a wrong value costs no model load.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +39,7 @@ class AlignConfig(TrainingArguments):
         "The reference model. Default: the policy as it is before training (with LoRA, its adapters off).",
     )
     attn_implementation: str = _field("sdpa", "sdpa, eager, or flex_attention (on CUDA, for long rows).")
-    trust_remote_code: bool = _field(
-        False, "Run model code that comes with the model. Only for models you trust."
-    )
+    trust_remote_code: bool = _field(False, "Run model code that comes with the model. Only for models you trust.")
 
     # Data
     data: str | None = _field(
@@ -48,12 +47,8 @@ class AlignConfig(TrainingArguments):
         "Training data: a .json, .jsonl or .parquet file, a directory with train.* (and test.*), or a "
         "dataset saved by save_to_disk. Rows: prompt, completions, rewards; or prompt, chosen, rejected.",
     )
-    eval_data: str | None = _field(
-        None, "Held-out data in the same forms. Default: test.* beside the training data."
-    )
-    max_seq_len: int = _field(
-        512, "Longest prompt plus completion, in tokens; prompts are cut on the left to fit."
-    )
+    eval_data: str | None = _field(None, "Held-out data in the same forms. Default: test.* beside the training data.")
+    max_seq_len: int = _field(512, "Longest prompt plus completion, in tokens; prompts are cut on the left to fit.")
     max_gen_len: int = _field(256, "Longest completion, in tokens with EOS; cut on the right.")
 
     # Loss
@@ -63,17 +58,13 @@ class AlignConfig(TrainingArguments):
     num_contrastive: int | None = _field(
         None, "Candidates per group; must divide the candidates of each prompt. Default: all of them."
     )
-    beta_pi: float = _field(
-        0.1, "Weight of the log-ratio: the policy's implicit reward is beta_pi * log-ratio."
-    )
+    beta_pi: float = _field(0.1, "Weight of the log-ratio: the policy's implicit reward is beta_pi * log-ratio.")
     beta_r: float = _field(0.1, "Temperature of the given rewards in exo-rw and dpo-rw.")
     label_smoothing: float | None = _field(
         None,
         "Target mass on the candidates that are not the best, in exo-pref and dpo-pref. Default: 1e-3 and 0.",
     )
-    temperature: float = _field(
-        1.0, "Sampling temperature of the candidates; both models' logits are divided by it."
-    )
+    temperature: float = _field(1.0, "Sampling temperature of the candidates; both models' logits are divided by it.")
 
     # LoRA
     lora_r: int = _field(0, "Rank of LoRA adapters; 0 trains the whole model.")
@@ -81,27 +72,19 @@ class AlignConfig(TrainingArguments):
     lora_dropout: float = _field(0.0, "Dropout on the input of LoRA adapters.")
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Names of the modules that get adapters. Default: every linear layer but the head."
-        },
+        metadata={"help": "Names of the modules that get adapters. Default: every linear layer but the head."},
     )
 
     # Speed and memory
     share_prompt: Literal["auto", "off"] = _field(
         "auto", "Run each prompt once for all its candidates where the model can; off: one row per candidate."
     )
-    memory_budget: str | None = _field(
-        None, "Scratch for vocabulary-sized values, e.g. 512MB. Default: 512MiB."
-    )
-    backend: Literal["auto", "torch", "triton", "reference"] = _field(
-        "auto", "Implementation of the fused loss."
-    )
+    memory_budget: str | None = _field(None, "Scratch for vocabulary-sized values, e.g. 512MB. Default: 512MiB.")
+    backend: Literal["auto", "torch", "triton", "reference"] = _field("auto", "Implementation of the fused loss.")
     matmul_precision: Literal["ieee", "tf32", "bf16"] = _field(
         "ieee", "How float32 matrices are multiplied: tf32 on CUDA, bf16 on CPU (about twice as fast there)."
     )
-    engine: Literal["deepspeed", "torch"] = _field(
-        "deepspeed", "torch: plain PyTorch (DDP) without DeepSpeed."
-    )
+    engine: Literal["deepspeed", "torch"] = _field("deepspeed", "torch: plain PyTorch (DDP) without DeepSpeed.")
     zero_stage: int = _field(2, "DeepSpeed ZeRO stage, 0 to 3; --deepspeed FILE.json replaces it.")
     offload: bool = _field(False, "Keep the optimizer's state (at stage 3 also parameters) in CPU memory.")
     reference_cache_dir: str = _field(
@@ -110,24 +93,16 @@ class AlignConfig(TrainingArguments):
     )
 
     # Other defaults for fields of TrainingArguments
-    output_dir: str | None = _field(
-        "runs/align", "Where the model, checkpoints, logs and summary.json are written."
-    )
+    output_dir: str | None = _field("runs/align", "Where the model, checkpoints, logs and summary.json are written.")
     learning_rate: float = _field(1e-6, "The initial learning rate.")
     lr_scheduler_type: str = _field("cosine", "The learning rate schedule: cosine, linear, constant, …")
     adam_beta2: float = _field(0.95, "Adam's beta2.")
     num_train_epochs: float = _field(1.0, "Epochs to train.")
-    per_device_train_batch_size: int = _field(
-        8, "Groups (a prompt and its candidates) per device and micro-batch."
-    )
+    per_device_train_batch_size: int = _field(8, "Groups (a prompt and its candidates) per device and micro-batch.")
     per_device_eval_batch_size: int = _field(8, "Groups per device in evaluation and the reference pass.")
-    logging_steps: float = _field(
-        10, "Log every so many optimizer steps (a fraction: of the whole training)."
-    )
+    logging_steps: float = _field(10, "Log every so many optimizer steps (a fraction: of the whole training).")
     logging_first_step: bool = _field(True, "Log the first step too.")
-    eval_strategy: str = _field(
-        "epoch", "Evaluate every epoch, every eval_steps (steps), or no; needs held-out data."
-    )
+    eval_strategy: str = _field("epoch", "Evaluate every epoch, every eval_steps (steps), or no; needs held-out data.")
     report_to: None | str | list[str] = field(  # noqa: RUF036 - HfArgumentParser needs this order
         default="tensorboard", metadata={"help": "Where logs go beside the terminal; none for nowhere."}
     )
@@ -135,9 +110,7 @@ class AlignConfig(TrainingArguments):
         None,
         "true: the last checkpoint in output_dir; auto: the same where there is one; or a checkpoint's path.",
     )
-    gradient_checkpointing: bool | None = _field(
-        None, "Recompute activations in backward: less memory, more time."
-    )
+    gradient_checkpointing: bool | None = _field(None, "Recompute activations in backward: less memory, more time.")
     remove_unused_columns: bool = _field(False, "Not used: batches are made by exo_fast.")
     logging_nan_inf_filter: bool = _field(False, "Leave losses that are not finite out of the log.")
 
@@ -187,21 +160,23 @@ class AlignConfig(TrainingArguments):
     }
 
     def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._check_fields()
         for name in ("model_name_or_path", "ref_name_or_path"):
-            # A saved adapter names its base model: a relative path would hold only where training was
-            # started.
-            if (path := getattr(self, name)) is not None and Path(path).expanduser().exists():
+            path = getattr(self, name)
+            if path is not None and Path(path).expanduser().exists():
+                # A saved adapter names its base model: a relative path would hold only where training was started.
                 setattr(self, name, str(Path(path).expanduser().resolve()))
+            elif path is not None and path.startswith(("/", "./", "../", "~")):
+                raise InputError(f"{name}={path!r}: no such directory.")
         if self.label_smoothing is None:
             self.label_smoothing = default_label_smoothing(self.loss_type)
         if self.gradient_checkpointing is not None and self.activation_checkpointing is None:
             # transformers' new name, so that the usual one brings no deprecation warning
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         if self.ddp_find_unused_parameters is None:
-            # As transformers decides for a model of its own class, which the module around ours is not.
-            self.ddp_find_unused_parameters = not self.activation_checkpointing
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+            # transformers assumes the worst of a module that is not a model of its own class, at a cost per step.
+            self.ddp_find_unused_parameters = False
         if self.use_cpu:
             announce_cpu()
         if self.engine == "deepspeed":
@@ -210,6 +185,8 @@ class AlignConfig(TrainingArguments):
                 self.deepspeed = deepspeed_config(
                     self.zero_stage, offload=self.offload, on_accelerator=not self.use_cpu
                 )
+        else:
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what an earlier run in this process left behind
         super().__post_init__()
 
     @property
@@ -259,6 +236,11 @@ class AlignConfig(TrainingArguments):
             "that is transformers' smoothing over the vocabulary; label_smoothing smooths the targets here.",
         )
         need(not self.fp16, "fp16", "gradients are formed before the loss is scaled; use bf16.")
+        need(
+            self.matmul_precision in ("ieee", "bf16" if self.use_cpu else "tf32"),
+            "matmul_precision",
+            f"ieee or bf16 is needed on CPU, ieee or tf32 on CUDA; this run is on {'CPU' if self.use_cpu else 'CUDA'}.",
+        )
         need(self.lora_r >= 0, "lora_r", "a rank of at least 1 is needed, or 0 for no LoRA.")
         need(0 <= self.lora_dropout < 1, "lora_dropout", "a number in [0, 1) is needed.")
         need(

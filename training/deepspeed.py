@@ -48,7 +48,8 @@ def deepspeed_config(zero_stage: int, *, offload: bool, on_accelerator: bool) ->
 
 
 def announce_cpu() -> None:
-    """Tell DeepSpeed that there is no accelerator, and accelerate the number of threads, before each finds out.
+    """Tell DeepSpeed that there is no accelerator, and accelerate the number of threads, before each finds
+    out.
 
     Both would warn; DeepSpeed as soon as it is imported, which transformers does.
     """
@@ -67,12 +68,16 @@ def ensure_launcher_environment() -> None:
         os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
 
 
-def without_shared_memory_op() -> None:
-    """On CPU, let gloo do all communication.
+def start_on_cpu() -> None:
+    """Start DeepSpeed's communication on CPU: gloo, and nothing to compile.
 
-    DeepSpeed otherwise compiles its own shared-memory all-reduce when it starts: half a minute the first time, even
-    for one process that has nobody to talk to, and an error on a machine without ninja or a compiler.
+    The Trainer starts it for accelerators only, and then ZeRO-3 shards a model while it loads without knowing
+    of the other processes. DeepSpeed would also compile its own shared-memory all-reduce: half a minute the
+    first time, even for one process that has nobody to talk to, and an error on a machine without ninja or a
+    compiler.
     """
+    import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")

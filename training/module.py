@@ -71,36 +71,32 @@ class AlignModule(nn.Module):
         if check is not None:
             return (check_sharing(self.policy, check, self.plan),)
         packed = Packed(**{field.name: batch[field.name] for field in fields(Packed)})
-        training = self.training and not reference
         with self.adapters_off() if reference else nullcontext():
-            hidden, weight, head = self._head_inputs(packed)
-        # The loss keeps its own precision; autocast would take its float32 products down to half.
-        with torch.autocast(hidden.device.type, enabled=False):
-            if training:
-                loss, policy_logps = linear_group_loss(
-                    hidden,
-                    weight,
-                    packed.targets,
-                    packed.cu_seqlens,
-                    batch["ref_logps"],
-                    batch["rewards"],
-                    **self.loss_options,
-                    **head,
-                    **self.kernel_options,
-                )
-                return loss, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
-            token_logps = linear_logprobs(hidden, weight, packed.targets, **head, **self.kernel_options)
+            head = read_head(self.policy)
+            hidden = self._predicting_hidden(packed)
+        logits = {"bias": head.bias, "scale": head.scale / self.temperature, "softcap": head.softcap}
+        if self.training and not reference:
+            loss, policy_logps = linear_group_loss(
+                hidden,
+                head.weight,
+                packed.targets,
+                packed.cu_seqlens,
+                batch["ref_logps"],
+                batch["rewards"],
+                **self.loss_options,
+                **logits,
+                **self.kernel_options,
+            )
+            return loss, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
+        token_logps = linear_logprobs(hidden, head.weight, packed.targets, **logits, **self.kernel_options)
         policy_logps = sequence_logps(token_logps, packed.cu_seqlens).view_as(batch["rewards"])
         if reference:
             return (policy_logps,)
-        losses = group_loss(
-            policy_logps, batch["ref_logps"], batch["rewards"], **self.loss_options, reduction="none"
-        )
+        losses = group_loss(policy_logps, batch["ref_logps"], batch["rewards"], **self.loss_options, reduction="none")
         return losses, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
 
-    def _head_inputs(self, packed: Packed) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Hidden states that predict (N, D), the head's weight (V, D), and its bias, scale and softcap."""
-        head = read_head(self.policy)
+    def _predicting_hidden(self, packed: Packed) -> Tensor:
+        """(N, D): the hidden state that predicts each completion token."""
         inputs = model_inputs(
             packed,
             self.plan,
@@ -109,12 +105,7 @@ class AlignModule(nn.Module):
             attn_implementation=self.config._attn_implementation,
         )
         hidden = final_hidden(self.policy, **inputs)
-        hidden = hidden.view(-1, hidden.shape[-1])[packed.source]
-        # Under autocast the hidden states are in half precision and the weights are not: the head's product
-        # is taken in the precision of the hidden states, as autocast would.
-        weight = head.weight.to(hidden.dtype)
-        bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        return hidden, weight, {"bias": bias, "scale": head.scale / self.temperature, "softcap": head.softcap}
+        return hidden.reshape(-1, hidden.shape[-1])[packed.source]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -183,8 +174,6 @@ def settle_layout(
         measured = {"token_rms": report.token_rms, "sequence_max": report.sequence_max}
     if share_prompt and not shared:
         candidates = dataset.counts.candidates
-        logger.warning(
-            f"Candidates cannot share their prompt, which is run {candidates} times instead: {reason}"
-        )
+        logger.warning(f"Candidates cannot share their prompt, which is run {candidates} times instead: {reason}")
     collate.share_prompt = shared
     return {"share_prompt": shared, "reason": reason, "mask": module.plan.kind, **measured}

@@ -158,9 +158,7 @@ class AlignTrainer(Trainer):
             self.model, self.train_dataset, self.data_collator, share_prompt=self.args.share_prompt == "auto"
         )
         datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
-        missing = {
-            name: data for name, data in datasets.items() if data is not None and data.ref_logps is None
-        }
+        missing = {name: data for name, data in datasets.items() if data is not None and data.ref_logps is None}
         self.reference_cache_hits |= fill_reference_logps(
             self.args, self.model, self.args.model_name_or_path, missing, self.data_collator
         )
@@ -182,11 +180,7 @@ class AlignTrainer(Trainer):
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if (
-            self.is_deepspeed_enabled
-            and self.model.is_peft
-            and self.deepspeed.zero_optimization_partition_weights()
-        ):
+        if self.is_deepspeed_enabled and self.model.is_peft and self.deepspeed.zero_optimization_partition_weights():
             # Gather the adapters only, not the frozen model they sit in.
             self._save(
                 output_dir,

@@ -1,8 +1,11 @@
 """A tiny random Llama with its own tokenizer, and data to align it on: no network, a few milliseconds a step."""
 
 import json
+import os
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,23 +13,29 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 from transformers.models.auto import AutoModelForCausalLM
 
-WORDS = (
-    "the film was good bad long short plot actor scene and but very really quite fine dull great poor".split()
-)
-SPECIAL = ["<unk>", "<s>", "</s>"]
+WORDS = ("the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great")
+SPECIAL = ("<unk>", "<s>", "</s>")
+
+
+@pytest.fixture(autouse=True)
+def keep_environment() -> Iterator[None]:
+    """A run without a launcher sets RANK and the like, which a later test's child process must not inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def make_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """Words and single characters; with `bos` it puts <s> before every text."""
-    characters = [chr(c) for c in range(32, 127)]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *characters])}
+    """Words and the space between them as tokens; with `bos` it puts <s> before every text."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, " ", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +44,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The directory of a two-layer Llama (tied head) and its tokenizer."""
+def bare_tokenizer() -> PreTrainedTokenizerFast:
+    """One that adds nothing to a text."""
+    return make_tokenizer(bos=False)
+
+
+def save_model(config: Any, tokenizer: PreTrainedTokenizerFast, directory: Path) -> str:
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The directory of a two-layer Llama (tied head, weights large enough to have opinions) and its tokenizer."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -46,8 +68,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.2,
     )
     return save_model(config, tokenizer, tmp_path_factory.mktemp("tiny_llama"))
@@ -55,43 +77,59 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 @pytest.fixture(scope="session")
 def tiny_bloom(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
-    config = BloomConfig(
-        vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-    )
+    """The directory of a two-layer Bloom, whose ALiBi cannot share prompts."""
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
     return save_model(config, tokenizer, tmp_path_factory.mktemp("tiny_bloom"))
 
 
-def save_model(config: object, tokenizer: PreTrainedTokenizerFast, directory: Path) -> str:
-    set_seed(0)
-    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return str(directory)
-
-
-def make_rows(count: int, candidates: int = 4, seed: int = 0) -> list[dict[str, object]]:
-    """Rows whose reward is how many words of praise a completion has, plus a little, so that there are no ties."""
+def make_rows(count: int, candidates: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows whose reward counts words of praise, plus a little for the place, so that there are no ties."""
     rng = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
     rows = []
     for _ in range(count):
-        completions = [" ".join(rng.choices(WORDS, k=rng.randint(2, 7))) for _ in range(candidates)]
-        rewards = [
-            sum(word in ("good", "great", "fine") for word in text.split()) + 0.01 * k
-            for k, text in enumerate(completions)
-        ]
-        rows.append(
-            {
-                "prompt": "the " + " ".join(rng.choices(WORDS, k=rng.randint(1, 6))),
-                "completions": completions,
-                "rewards": rewards,
-            }
-        )
+        completions = [words(2, 7) for _ in range(candidates)]
+        praise = [sum(word in ("good", "great", "fine") for word in text.split()) for text in completions]
+        rewards = [count + 0.01 * k for k, count in enumerate(praise)]
+        rows.append({"prompt": words(1, 6), "completions": completions, "rewards": rewards})
     return rows
 
 
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """train.json (16 prompts) and test.json (6 prompts), 4 candidates each."""
+    """train.json (16 prompts) and test.json (5 prompts), 4 candidates each."""
     directory = tmp_path_factory.mktemp("data")
     (directory / "train.json").write_text(json.dumps(make_rows(16)))
-    (directory / "test.json").write_text(json.dumps(make_rows(6, seed=1)))
+    (directory / "test.json").write_text(json.dumps(make_rows(5, seed=1)))
     return str(directory)
+
+
+@pytest.fixture
+def settings(tiny_llama: str, data_directory: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`settings(**overrides)`: AlignConfig fields of a run of 8 steps that takes well under a second."""
+
+    def with_overrides(**overrides: Any) -> dict[str, Any]:
+        return {
+            "model_name_or_path": tiny_llama,
+            "data": data_directory,
+            "max_seq_len": 64,
+            "max_gen_len": 16,
+            "loss_type": "exo-rw",
+            "learning_rate": 3e-3,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "output_dir": str(tmp_path / "run"),
+            "reference_cache_dir": str(tmp_path / "cache"),
+            **overrides,
+        }
+
+    return with_overrides

@@ -8,7 +8,6 @@ faults instead of one.
 """
 
 import difflib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from exo_fast.training.data.records import Place, Source, read_records
 from exo_fast.training.errors import InputError
 
 MAX_SHOWN = 10
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 FIELDS = ("prompt", "completions", "rewards", "chosen", "rejected")
 
 
@@ -29,6 +29,11 @@ class Example:
     prompt: str
     completions: list[str]
     rewards: list[float]
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "missing"
 
 
 class _BadField(Exception):
@@ -50,7 +55,7 @@ def load_examples(source: Source, *, loss_type: str, num_contrastive: int | None
     for place, record in read_records(source):
         try:
             example = _to_example(place, record)
-            if group_size is None:
+            if group_size is None and len(example.completions) > 1:
                 group_size = len(example.completions)
             _check_candidates(example, group_size, num_contrastive)
             if loss_type.endswith("-pref"):
@@ -72,9 +77,7 @@ def load_examples(source: Source, *, loss_type: str, num_contrastive: int | None
 
 def _to_example(place: Place, record: Any) -> Example:
     if not isinstance(record, dict):
-        raise _BadField(
-            "(the whole row)", record, "an object with the fields prompt, completions, rewards is needed."
-        )
+        raise _BadField("(the whole row)", record, "an object with the fields prompt, completions, rewards is needed.")
     if "messages" in record or "conversations" in record:
         name = "messages" if "messages" in record else "conversations"
         raise _conversation(name, record[name])
@@ -89,9 +92,7 @@ def _to_example(place: Place, record: Any) -> Example:
     rewards = _field(record, "rewards")
     if not isinstance(rewards, list) or len(rewards) != len(completions):
         held = f"{len(rewards)} numbers" if isinstance(rewards, list) else "not a list"
-        raise _BadField(
-            "rewards", rewards, f"one number per completion is needed: {len(completions)}, not {held}."
-        )
+        raise _BadField("rewards", rewards, f"one number per completion is needed: {len(completions)}, not {held}.")
     for index, reward in enumerate(rewards):
         _check_reward(f"rewards[{index}]", reward)
     return Example(place, prompt, completions, [float(reward) for reward in rewards])
@@ -103,9 +104,7 @@ def _field(record: dict[str, Any], name: str) -> Any:
     unknown = [key for key in record if key not in FIELDS]
     near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.7)
     hint = f" (rename `{near[0]}`?)" if near else ""
-    raise _BadField(
-        name, "missing", f"the row has {', '.join(map(str, record)) or 'no fields'}{hint}; add `{name}`."
-    )
+    raise _BadField(name, _Missing(), f"the row has {', '.join(map(str, record)) or 'no fields'}{hint}; add `{name}`.")
 
 
 def _text(record: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
@@ -120,9 +119,7 @@ def _check_text(name: str, value: Any, may_be_empty: bool = False) -> None:
     if not isinstance(value, str):
         raise _BadField(name, value, f"a string is needed, not {type(value).__name__}.")
     if not value and not may_be_empty:
-        raise _BadField(
-            name, value, "an empty completion has nothing to learn from; remove the row or give its text."
-        )
+        raise _BadField(name, value, "an empty completion has nothing to learn from; remove the row or give its text.")
 
 
 def _conversation(name: str, value: Any) -> _BadField:
@@ -138,11 +135,11 @@ def _check_reward(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _BadField(name, value, f"a number is needed, not {type(value).__name__}.")
     # Rewards are used in float32, where a finite double may not be finite.
-    if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+    if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
         raise _BadField(name, value, "a finite float32 number is needed; remove the row or score it again.")
 
 
-def _check_candidates(example: Example, group_size: int, num_contrastive: int | None) -> None:
+def _check_candidates(example: Example, group_size: int | None, num_contrastive: int | None) -> None:
     count = len(example.completions)
     if count < 2:
         raise _BadField("completions", example.completions, f"at least 2 candidates are needed, not {count}.")
@@ -168,9 +165,7 @@ def _check_ties(example: Example, group_size: int, loss_type: str) -> None:
     for group, row in enumerate(rewards):
         if (row == row.max()).sum() > 1:
             where = (
-                ""
-                if len(rewards) == 1
-                else f" among candidates {group * group_size} to {(group + 1) * group_size - 1}"
+                "" if len(rewards) == 1 else f" among candidates {group * group_size} to {(group + 1) * group_size - 1}"
             )
             raise _BadField(
                 "rewards",

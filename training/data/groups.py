@@ -208,9 +208,7 @@ class GroupCollator:
         groups = [item["group"] for item in items]
         packed = pack(groups, share_prompt=self.share_prompt, pad_token_id=self.pad_token_id)
         copies = [1 if self.share_prompt else len(group.completions) for group in groups]
-        num_tokens = sum(
-            n * len(g.prompt) + sum(map(len, g.completions)) for n, g in zip(copies, groups, strict=True)
-        )
+        num_tokens = sum(n * len(g.prompt) + sum(map(len, g.completions)) for n, g in zip(copies, groups, strict=True))
         return {
             **{field.name: getattr(packed, field.name) for field in fields(Packed)},
             "ref_logps": torch.stack([item["ref_logps"] for item in items]),

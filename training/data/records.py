@@ -29,9 +29,7 @@ class Place:
 
     def __str__(self) -> str:
         return (
-            f"{self.file}, row {self.row}"
-            if self.line is None
-            else f"{self.file}, line {self.line} (row {self.row})"
+            f"{self.file}, row {self.row}" if self.line is None else f"{self.file}, line {self.line} (row {self.row})"
         )
 
 
@@ -70,9 +68,7 @@ def find_source(path: str | Path, split: str) -> Source | None:
     for name in names:
         found = [path / f"{name}{suffix}" for suffix in FILE_SUFFIXES if (path / f"{name}{suffix}").is_file()]
         if len(found) > 1:
-            raise InputError(
-                f"{path}: both {found[0].name} and {found[1].name} are there; name the one to use."
-            )
+            raise InputError(f"{path}: both {found[0].name} and {found[1].name} are there; name the one to use.")
         if found:
             return Source(found[0])
     return None
@@ -98,9 +94,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8."
-        ) from error
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8.") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
 

@@ -1,0 +1,166 @@
+"""What is read, and what is said of what cannot be used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from exo_fast.training.data.examples import load_examples
+from exo_fast.training.data.records import Source, find_source
+from exo_fast.training.errors import InputError
+
+GOOD = {"prompt": "a", "completions": ["b", "c", "d", "e"], "rewards": [0.0, 1, 2, 3]}
+
+
+def load(path: Path, loss_type: str = "exo-rw", num_contrastive: int | None = None) -> list[Any]:
+    return load_examples(Source(path), loss_type=loss_type, num_contrastive=num_contrastive)
+
+
+def write(tmp_path: Path, rows: Any, name: str = "train.json") -> Path:
+    path = tmp_path / name
+    path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    return path
+
+
+def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
+    rows = [GOOD, {**GOOD, "prompt": "x\u2028y", "extra": 1}]
+    paths = {
+        "list": write(tmp_path, json.dumps(rows, indent=2), "a.json"),
+        "lines": write(tmp_path, "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n", "b.jsonl"),
+        "lines in .json": write(tmp_path, "\n".join(map(json.dumps, rows)), "c.json"),
+        "parquet": tmp_path / "d.parquet",
+    }
+    table = datasets.Dataset.from_list([{k: r[k] for k in GOOD} for r in rows])
+    table.to_parquet(paths["parquet"])
+    table.save_to_disk(tmp_path / "saved")
+    expected = [(row["prompt"], row["completions"], [float(r) for r in row["rewards"]]) for row in rows]
+    for path in (*paths.values(), tmp_path / "saved"):
+        assert [(e.prompt, e.completions, e.rewards) for e in load(path)] == expected
+    # The place is what an editor shows.
+    assert [(e.place.row, e.place.line) for e in load(paths["list"])] == [(0, 2), (1, 17)]
+    assert [(e.place.row, e.place.line) for e in load(paths["lines"])] == [(0, 1), (1, 2)]
+    assert str(load(paths["parquet"])[1].place).endswith("d.parquet, row 1")
+
+
+def test_preferences_become_two_candidates(tmp_path: Path) -> None:
+    (example,) = load(write(tmp_path, [{"prompt": "p", "chosen": "yes", "rejected": "no"}]), "dpo-pref")
+    assert (example.completions, example.rewards) == (["yes", "no"], [1.0, 0.0])
+
+
+BAD_ROWS = {
+    "not an object": (["text"], "field `(the whole row)`, value 'text': an object"),
+    "missing": ({"prompt": "a", "completions": ["b", "c"]}, "field `rewards`, value missing: the row has"),
+    "misspelt": (
+        {"prompt": "a", "completion": ["b", "c"], "rewards": [1, 2]},
+        "`completions`, value missing: the row has prompt, completion, rewards (rename `completion`?)",
+    ),
+    "no rejected": ({"prompt": "a", "chosen": "b"}, "field `rejected`, value missing"),
+    "prompt not text": ({**GOOD, "prompt": 3}, "field `prompt`, value 3: a string is needed, not int"),
+    "conversation": ({**GOOD, "prompt": [{"role": "user", "content": "hi"}]}, "apply_chat_template"),
+    "messages": ({"messages": [{"role": "user", "content": "hi"}]}, "field `messages`, value [{'role'"),
+    "completions not a list": ({**GOOD, "completions": "b"}, "value 'b': a list of strings is needed"),
+    "completion not text": ({**GOOD, "completions": ["b", None, "d", "e"]}, "field `completions[1]`, value None"),
+    "empty completion": ({**GOOD, "completions": ["b", "", "d", "e"]}, "field `completions[1]`, value '': an empty"),
+    "empty chosen": ({"prompt": "a", "chosen": "", "rejected": "b"}, "field `chosen`, value ''"),
+    "rewards not a list": ({**GOOD, "rewards": 1}, "one number per completion is needed: 4, not not a list"),
+    "too few rewards": ({**GOOD, "rewards": [1, 2]}, "one number per completion is needed: 4, not 2 numbers"),
+    "reward not a number": ({**GOOD, "rewards": [1, 2, "3", 4]}, "field `rewards[2]`, value '3': a number"),
+    "reward a truth": ({**GOOD, "rewards": [1, 2, True, 4]}, "field `rewards[2]`, value True: a number"),
+    "reward nan": ({**GOOD, "rewards": [1, 2, 3, float("nan")]}, "field `rewards[3]`, value nan: a finite"),
+    "reward beyond float32": ({**GOOD, "rewards": [1e39, 2, 3, 4]}, "field `rewards[0]`, value 1e+39: a finite"),
+    "reward beyond any float": ({**GOOD, "rewards": [10**400, 2, 3, 4]}, "field `rewards[0]`, value 1000"),
+    "one candidate": ({**GOOD, "completions": ["b"], "rewards": [1]}, "at least 2 candidates are needed, not 1"),
+    "other number of candidates": (
+        {"prompt": "a", "completions": ["b", "c", "d"], "rewards": [1, 2, 3]},
+        "3 candidates where the rows before have 4",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_a_bad_row_names_file_line_field_value_and_fix(tmp_path: Path, row: Any, message: str) -> None:
+    row = row[0] if isinstance(row, list) else row
+    path = write(tmp_path, "[" + ",\n".join(json.dumps(r) for r in (GOOD, row, GOOD)) + "]")
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert message in str(error.value)
+    assert f"{path}, line 2 (row 1), field" in str(error.value)
+    assert "1 of 3 rows" in str(error.value)
+
+
+def test_only_the_first_ten_faults_are_shown(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        load(write(tmp_path, [{**GOOD, "prompt": i} for i in range(25)]))
+    assert "25 of 25 rows" in str(error.value)
+    assert "value 9:" in str(error.value)
+    assert "value 10:" not in str(error.value)
+    assert "and 15 more" in str(error.value)
+
+
+def test_ties_are_errors_for_preferences_only(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD, {**GOOD, "rewards": [3, 1, 3, 0]}])
+    assert len(load(path, "exo-rw")) == 2
+    with pytest.raises(InputError, match=r"row 1\), field `rewards`, value \[3.*exo-pref has no preferred one"):
+        load(path, "exo-pref")
+    # In groups of two neither tie is left; a tie that only float32 sees is one all the same.
+    assert len(load(path, "exo-pref", num_contrastive=2)) == 2
+    with pytest.raises(InputError, match="reward among candidates 2 to 3, so dpo-pref has no preferred one"):
+        load(write(tmp_path, [{**GOOD, "rewards": [0, 1, 2, 2 + 1e-9]}]), "dpo-pref", num_contrastive=2)
+
+
+def test_num_contrastive_must_divide_the_candidates(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD])
+    with pytest.raises(InputError, match=r"num_contrastive=3 does not divide the 4 candidates.*2 or 4 would fit"):
+        load(path, num_contrastive=3)
+    with pytest.raises(InputError, match="num_contrastive=8 does not divide"):
+        load(path, num_contrastive=8)
+    # Said outright, groups of two may come from prompts with two and with four candidates.
+    two = {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2]}
+    assert len(load(write(tmp_path, [GOOD, two]), num_contrastive=2)) == 2
+
+
+BAD_FILES = {
+    "empty list": ("[]", "no rows"),
+    "empty file": ("", "no rows"),
+    "broken list": ('[{"prompt": "a"},\n {"prompt": }]', "line 2: not valid JSON"),
+    "unclosed list": ('[{"prompt": "a"}', "line 1: not valid JSON: a comma or ]"),
+    "text after the list": ('[{"prompt": "a"}]\n{}', "line 2: text after"),
+    "broken line": ('{"prompt": "a"}\nnonsense', "line 2: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=r"train\.json.*") as error:
+        load(write(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.json"
+    latin.write_bytes('["é"]'.encode("latin-1"))
+    with pytest.raises(InputError, match="not UTF-8"):
+        load(latin)
+    with pytest.raises(InputError, match="not a readable parquet"):
+        load(write(tmp_path, "text", "x.parquet"))
+    with pytest.raises(InputError, match="no such file"):
+        find_source(tmp_path / "missing", "train")
+    with pytest.raises(InputError, match=r"unknown kind of file; one of \.json"):
+        find_source(write(tmp_path, "a,b", "x.csv"), "train")
+
+
+def test_splits_of_a_directory(tmp_path: Path) -> None:
+    write(tmp_path, [GOOD], "train.jsonl")
+    write(tmp_path, [GOOD], "validation.json")
+    assert find_source(tmp_path, "train") == Source(tmp_path / "train.jsonl")
+    assert find_source(tmp_path, "eval") == Source(tmp_path / "validation.json")
+    write(tmp_path, [GOOD], "train.json")
+    with pytest.raises(InputError, match=r"both train\.json and train\.jsonl"):
+        find_source(tmp_path, "train")
+    saved = tmp_path / "saved"
+    table = datasets.Dataset.from_list([GOOD])
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(saved)
+    assert find_source(saved, "eval") == Source(saved, "test")
+    assert len(load_examples(find_source(saved, "eval"), loss_type="exo-rw", num_contrastive=None)) == 1

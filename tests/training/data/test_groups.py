@@ -1,0 +1,104 @@
+"""Token ids: joined, cut, grouped and batched."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from exo_fast.layout import pack
+from exo_fast.training.data.examples import Example
+from exo_fast.training.data.groups import GroupCollator, GroupDataset, tokenize
+from exo_fast.training.data.records import Place
+from exo_fast.training.errors import InputError
+
+BOS, EOS = 1, 2
+WORDS = ("the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great")
+Ids = Callable[[str], list[int]]
+
+
+@pytest.fixture
+def ids(bare_tokenizer: PreTrainedTokenizerFast) -> Ids:
+    return lambda text: bare_tokenizer(text)["input_ids"]
+
+
+@pytest.fixture
+def run(tokenizer: PreTrainedTokenizerFast) -> Callable[..., GroupDataset]:
+    defaults = {"tokenizer": tokenizer, "num_contrastive": None, "max_seq_len": 64, "max_gen_len": 16}
+    return lambda examples, **options: tokenize(examples, **{**defaults, **options}, progress=False)
+
+
+def example(prompt: str, *completions: str) -> Example:
+    return Example(Place("f.json", 0, 1), prompt, list(completions), [float(k) for k in range(len(completions))])
+
+
+def test_ids_are_joined_with_bos_before_the_prompt_and_eos_after_each_completion(
+    run: Any, ids: Ids, bare_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    group = run([example("the film", " was good", " was bad")]).group(0)
+    assert group.prompt == [BOS, *ids("the film")]
+    assert group.completions == [[*ids(" was good"), EOS], [*ids(" was bad"), EOS]]
+    # A tokenizer that adds nothing to a text adds nothing here.
+    assert run([example("the film", "a", "b")], tokenizer=bare_tokenizer).group(0).prompt == ids("the film")
+
+
+def test_special_tokens_in_the_text_are_not_doubled(run: Any, ids: Ids) -> None:
+    group = run([example("<s>the", "good</s>", "bad")]).group(0)
+    assert group.prompt == [BOS, *ids("the")]
+    assert group.completions[0] == [*ids("good"), EOS]
+
+
+def test_completions_are_cut_on_the_right_and_prompts_on_the_left_per_group(run: Any, ids: Ids) -> None:
+    prompt, long, short = " ".join(WORDS), " ".join(WORDS[::-1]), "good"
+    data = run([example(prompt, long, short, short, short)], num_contrastive=2, max_seq_len=20, max_gen_len=8)
+    first, second = data.group(0), data.group(1)
+    assert first.completions == [ids(long)[:8], [*ids(short), EOS]]  # cut: no EOS
+    # Room is what the group's longest completion leaves; BOS stays.
+    assert first.prompt == [BOS, *ids(prompt)[-(20 - 8 - 1) :]]
+    assert second.prompt == [BOS, *ids(prompt)[-(20 - 2 - 1) :]]
+    assert (data.counts.cut_prompts, data.counts.cut_completions, data.counts.longest_sequence) == (2, 1, 20)
+    assert data.counts.longest_group == 12 + 8 + 2
+
+
+def test_candidates_are_cut_into_consecutive_groups_as_in_the_original(run: Any, ids: Ids) -> None:
+    rows = [example("the", *(f"{w} film" for w in WORDS[:6])), example("was", *(f"{w} plot" for w in WORDS[:3]))]
+    data = run(rows, num_contrastive=3)
+    assert len(data) == 3
+    assert [data.group(i).completions[0][0] for i in range(3)] == [ids(WORDS[0])[0], ids(WORDS[3])[0], ids(WORDS[0])[0]]
+    assert data.rewards.tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    assert data.counts.shared_tokens == sum(data.lengths())
+    assert data.counts.unshared_tokens == sum(
+        len(data.group(i).prompt) + len(c) for i in range(3) for c in data.group(i).completions
+    )
+
+
+def test_tokenizing_in_chunks_changes_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [example(word, "good", "bad") for word in WORDS]
+    whole = run(rows)
+    monkeypatch.setattr("exo_fast.training.data.groups.EXAMPLES_PER_CALL", 3)
+    assert [run(rows).group(i) for i in range(len(rows))] == [whole.group(i) for i in range(len(rows))]
+
+
+def test_what_cannot_be_tokenized(run: Any, bare_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match=r"f\.json, line 1 \(row 0\), field `prompt`, value '': no tokens"):
+        run([example("", "a", "b")], tokenizer=bare_tokenizer)
+    assert run([example("", "a", "b")]).group(0).prompt == [BOS]
+    without_eos = deepcopy(bare_tokenizer)
+    without_eos.eos_token = None
+    with pytest.raises(InputError, match="no EOS token"):
+        run([example("a", "b", "c")], tokenizer=without_eos)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_collator(run: Any, share_prompt: bool) -> None:
+    data = run([example("the film was", "good", "very bad"), example("the", "fine", "dull")])
+    data.ref_logps = torch.tensor([[-1.5, -2.5], [-3.5, -4.5]])
+    batch = GroupCollator(pad_token_id=EOS, share_prompt=share_prompt)([data[1], data[0]])
+    packed = pack([data.group(1), data.group(0)], share_prompt=share_prompt, pad_token_id=EOS)
+    assert torch.equal(batch["input_ids"], packed.input_ids)
+    assert torch.equal(batch["cu_seqlens"], packed.cu_seqlens)
+    assert batch["ref_logps"].tolist() == [[-3.5, -4.5], [-1.5, -2.5]]
+    assert batch["index"].tolist() == [1, 0]
+    assert batch["num_tokens"] == (packed.group_ids >= 0).sum()
