@@ -180,13 +180,8 @@ def _from_pretrained(auto_class: Any, config: AlignConfig, name_or_path: str, **
 def load_model(config: AlignConfig, name_or_path: str) -> nn.Module:
     """A causal LM in the dtype the engine trains: DeepSpeed keeps float32 copies of bf16 weights, autocast
     does not."""
-    model = _from_pretrained(
-        AutoModelForCausalLM,
-        config,
-        name_or_path,
-        dtype=_weight_dtype(config),
-        attn_implementation=config.attn_implementation,
-    )
+    attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    model = _from_pretrained(AutoModelForCausalLM, config, name_or_path, dtype=_weight_dtype(config), **attention)
     try:
         read_head(model)
     except ValueError as error:

@@ -38,7 +38,9 @@ class AlignConfig(TrainingArguments):
         None,
         "The reference model. Default: the policy as it is before training (with LoRA, its adapters off).",
     )
-    attn_implementation: str = _field("sdpa", "sdpa, eager, or flex_attention (on CUDA, for long rows).")
+    attn_implementation: str | None = _field(
+        None, "sdpa, eager, or flex_attention (on CUDA, for long rows). Default: transformers' choice for the model."
+    )
     trust_remote_code: bool = _field(False, "Run model code that comes with the model. Only for models you trust.")
 
     # Data

@@ -79,5 +79,6 @@ def start_on_cpu() -> None:
     import deepspeed
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A dict that DeepSpeed fills by running the compiler when it is first looked at, for this one question.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")

@@ -48,6 +48,7 @@ class AlignTrainer(Trainer):
     ):
         self.reference_cache_hits: dict[str, bool] = {}
         self.layout: dict[str, Any] = {}
+        self._policy_is_reference = True
         use_cache = module.config.use_cache
         super().__init__(
             module,
@@ -162,45 +163,56 @@ class AlignTrainer(Trainer):
         self.reference_cache_hits |= fill_reference_logps(
             self.args, self.model, self.args.model_name_or_path, missing, self.data_collator
         )
+        self._policy_is_reference = False
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
                 deepspeed_load_checkpoint(
                     self.model_wrapped, resume_from_checkpoint, load_module_strict=not self.model.is_peft
                 )
+            else:
+                self._load_from_checkpoint(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
         return model, train_dataloader
 
     # Saving and resuming the policy inside the module
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        with self._policy_as_model():
-            super()._save(output_dir, None if state_dict is None else _policy_state(state_dict))
-        # The Trainer's pickle of its arguments; configuration is in summary.json and the recipe.
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_deepspeed_enabled and self.model.is_peft and self.deepspeed.zero_optimization_partition_weights():
-            # Gather the adapters only, not the frozen model they sit in.
-            self._save(
-                output_dir,
-                self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True),
+        state_dict = None  # the policy's own
+        if self.is_deepspeed_enabled and self.deepspeed.zero_optimization_partition_weights():
+            # With LoRA, gather the adapters only, not the frozen model they sit in. None on all but the main process.
+            state_dict = self.deepspeed._zero3_consolidated_16bit_state_dict(
+                exclude_frozen_parameters=self.model.is_peft
             )
-        else:
-            super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {name.removeprefix("policy."): value for name, value in state_dict.items()}
+        with self._policy_as_model():
+            super()._save(output_dir, state_dict)
+        # The Trainer's pickle of its arguments; the configuration is in summary.json.
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._policy_as_model():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._policy_is_reference:
+            return  # train() calls this too early: see _prepare_for_training
         with self._policy_as_model():
-            super()._load_from_checkpoint(resume_from_checkpoint, self.model if model is None else model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with self._policy_as_model():
+            super()._load_best_model()
 
     @contextlib.contextmanager
     def _policy_as_model(self) -> Iterator[None]:
-        """The Trainer's saving code with the policy in the module's place: PEFT and transformers find their
-        own."""
+        """The Trainer's code with the policy in the module's place, so that it finds a model of its own or PEFT's."""
         module = self.model
         self.model = module.policy
         try:
@@ -213,7 +225,3 @@ def _average(predictions: EvalPrediction) -> dict[str, float]:
     """(groups, 1 + M) rows of loss and metrics -> their means."""
     means = predictions.predictions.astype("float64").mean(0)
     return dict(zip(("loss", *GROUP_METRICS), means.tolist(), strict=True))
-
-
-def _policy_state(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("policy."): value for name, value in state_dict.items()}
