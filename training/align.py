@@ -167,13 +167,18 @@ def _check_fits_model(config: AlignConfig, datasets: dict[str, GroupDataset]) ->
 
 
 def _from_pretrained(auto_class: Any, config: AlignConfig, name_or_path: str, **options: Any) -> Any:
+    if Path(name_or_path, "adapter_config.json").is_file():
+        raise InputError(
+            f"{name_or_path!r}: a LoRA adapter, where a whole model is needed; merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)."
+        )
     try:
         return auto_class.from_pretrained(name_or_path, trust_remote_code=config.trust_remote_code, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name_or_path!r}: neither a directory with a model and tokenizer nor on the Hub, or the Hub cannot be "
-            f"reached: {reason}"
+            f"{name_or_path!r}: cannot be loaded as {auto_class.__name__}; a directory with a model and its tokenizer, "
+            f"or the name of one on the Hub, is needed. {reason}"
         ) from error
 
 

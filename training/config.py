@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from exo_fast.backends import choose
 from exo_fast.reference import default_label_smoothing
 from exo_fast.training.deepspeed import announce_cpu, deepspeed_config, ensure_launcher_environment
 from exo_fast.training.errors import InputError
@@ -190,6 +191,10 @@ class AlignConfig(TrainingArguments):
         else:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what an earlier run in this process left behind
         super().__post_init__()
+        try:
+            choose(self.backend, torch.empty(0, device=self.device))
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     @property
     def memory_budget_bytes(self) -> int | None:

@@ -18,6 +18,7 @@ from exo_fast import reference
 from exo_fast.training.align import align, load_model, make_module, read_data, tokenize_data
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
+from exo_fast.training.deepspeed import deepspeed_config
 from exo_fast.training.errors import InputError
 from exo_fast.training.metrics import GROUP_METRICS
 from exo_fast.training.module import AlignModule
@@ -118,6 +119,7 @@ ENGINES = {
     "zero3": {"zero_stage": 3},
     "checkpointing": {"gradient_checkpointing": True},
     "unshared": {"share_prompt": "off"},
+    "json file": {"deepspeed": "ZERO1"},
     "small budget": {"memory_budget": "8KiB"},
     "reference backend": {"backend": "reference"},
 }
@@ -125,6 +127,10 @@ ENGINES = {
 
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES.keys())
 def test_engines_and_layouts_give_the_same_model(settings: Settings, tmp_path: Path, options: dict[str, Any]) -> None:
+    if options.get("deepspeed") == "ZERO1":
+        path = tmp_path / "zero1.json"
+        path.write_text(json.dumps(deepspeed_config(1, offload=False, on_accelerator=False)))
+        options = {"deepspeed": str(path)}
     plain = settings(engine="torch", output_dir=str(tmp_path / "plain"))
     other = settings(**options, reference_cache_dir=str(tmp_path / "other_cache"))
     expected, found = run(plain), run(other)
@@ -220,6 +226,8 @@ def test_lora_reference_is_the_model_with_adapters_off(settings: Settings, tmp_p
         batch["ref_logps"] = base
         assert module(**batch)[1][:, GROUP_METRICS.index("kl")].abs().min() > 1e-2
     assert "lora_A" in str(AutoModelForCausalLM.from_pretrained(options["output_dir"]))
+    with pytest.raises(InputError, match="a LoRA adapter, where a whole model is needed; merge it first"):
+        run(settings(model_name_or_path=options["output_dir"], output_dir=str(tmp_path / "next")))
 
 
 # Evaluation
@@ -326,6 +334,13 @@ def test_data_that_does_not_fit_the_model(settings: Settings, tmp_path: Path) ->
         run(settings(data=str(tmp_path / "cache")) | {"data": settings()["model_name_or_path"]})
     with pytest.raises(InputError, match=r"eval_data=.*: the directory holds no test"):
         run(settings(eval_data=settings()["model_name_or_path"]))
+
+
+def test_models_that_cannot_be_loaded(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be loaded as AutoTokenizer; a directory with a model"):
+        run(settings(model_name_or_path=str(tmp_path)))
+    with pytest.raises(InputError, match=r"cannot be loaded as AutoModelForCausalLM.*no_such_attention"):
+        run(settings(attn_implementation="no_such_attention"))
 
 
 def test_lora_on_modules_that_are_not_there(settings: Settings) -> None:

@@ -106,6 +106,7 @@ BAD_VALUES = {
         {"matmul_precision": "tf32", "use_cpu": True},
         "matmul_precision='tf32': ieee or bf16 is needed on CPU",
     ),
+    "backend": ({"backend": "none"}, "backend='none' is not known"),
     "lora": ({"lora_r": -1}, "lora_r=-1"),
 }
 
