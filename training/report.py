@@ -83,7 +83,7 @@ def paired_bootstrap(
     mean = float(differences.mean())
     if np.allclose(
         differences, mean, rtol=0, atol=1e-12
-    ):  # nothing varies, so no resample does, and the correction would divide by zero
+    ):  # no resample varies: the correction would divide by 0
         return Interval(mean, mean, mean)
     found = stats.bootstrap(
         (differences,),
