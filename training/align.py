@@ -1,5 +1,6 @@
 """The stage `exo-fast align`, from a configuration to an aligned model: read it from top to bottom."""
 
+import gc
 import json
 import platform
 import time
@@ -25,7 +26,6 @@ from exo_fast.training.data.groups import GroupCollator, GroupDataset, tokenize
 from exo_fast.training.data.records import find_source
 from exo_fast.training.deepspeed import start_on_cpu
 from exo_fast.training.errors import InputError
-from exo_fast.training.metrics import peak_memory_mb
 from exo_fast.training.module import AlignModule, settle_layout
 from exo_fast.training.reference_logps import fill_reference_logps
 from exo_fast.training.trainer import AlignTrainer
@@ -56,13 +56,14 @@ def align(config: AlignConfig) -> dict[str, Any]:
         cache_hits = {}
         if config.ref_name_or_path not in (None, config.model_name_or_path):
             cache_hits = _fill_from_separate_reference(config, tokenizer, datasets)
+            gc.collect()  # of a model in reference cycles, which ZeRO-3 makes
         policy = _add_lora(config, load_model(config, config.model_name_or_path))
         trainer = AlignTrainer(make_module(config, policy), config, datasets, tokenizer)
         output = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        trainer.save_state()
         if "eval" in datasets and not _evaluated_at(trainer.state.log_history, trainer.state.global_step):
             trainer.evaluate()
+        trainer.save_state()
     summary = {
         "config": config.to_dict(),
         "versions": {name: _version(name) for name in VERSIONS} | {"python": platform.python_version()},
@@ -76,7 +77,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         "metrics": _first_and_last(trainer.state.log_history),
         "train_seconds": round(output.metrics["train_runtime"], 3),
         "total_seconds": round(time.time() - started, 3),
-        "peak_memory_mb": round(peak_memory_mb(), 1),
+        **trainer.throughput(),
     }
     if config.process_index == 0:
         Path(config.output_dir, "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
@@ -191,7 +192,19 @@ def load_model(config: AlignConfig, name_or_path: str) -> nn.Module:
         read_head(model)
     except ValueError as error:
         raise InputError(f"{name_or_path}: {error}") from error
+    if config.disable_dropout:
+        _disable_dropout(model)
     return model
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Dropout layers, and the rates that attention modules hand to a function; the model's config stays as it is."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:

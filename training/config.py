@@ -42,6 +42,9 @@ class AlignConfig(TrainingArguments):
     attn_implementation: str | None = _field(
         None, "sdpa, eager, or flex_attention (on CUDA, for long rows). Default: transformers' choice for the model."
     )
+    disable_dropout: bool = _field(
+        True, "Train without dropout, which would put noise between the policy and its reference."
+    )
     trust_remote_code: bool = _field(False, "Run model code that comes with the model. Only for models you trust.")
 
     # Data
@@ -119,7 +122,13 @@ class AlignConfig(TrainingArguments):
 
     # The order of --help; fields that are not named here follow at the end.
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "model": ("model_name_or_path", "ref_name_or_path", "attn_implementation", "trust_remote_code"),
+        "model": (
+            "model_name_or_path",
+            "ref_name_or_path",
+            "attn_implementation",
+            "disable_dropout",
+            "trust_remote_code",
+        ),
         "data": ("data", "eval_data", "max_seq_len", "max_gen_len"),
         "loss": ("loss_type", "num_contrastive", "beta_pi", "beta_r", "label_smoothing", "temperature"),
         "training": (

@@ -49,6 +49,7 @@ class AlignTrainer(Trainer):
         self.reference_cache_hits: dict[str, bool] = {}
         self.layout: dict[str, Any] = {}
         self._policy_is_reference = True
+        self._run_tokens = self._run_seconds = 0.0
         use_cache = module.config.use_cache
         super().__init__(
             module,
@@ -128,12 +129,22 @@ class AlignTrainer(Trainer):
             torch.tensor([[self._interval_seconds, peak_memory_mb()]], device=self.args.device)
         ).amax(0)
         *metrics, groups, tokens = sums.tolist()
+        seconds, peak = largest.tolist()
+        self._run_tokens, self._run_seconds = self._run_tokens + tokens, self._run_seconds + seconds
         self._reset_interval()
         return {
             **{name: value / groups for name, value in zip(GROUP_METRICS, metrics, strict=True)},
-            "tokens_per_second": tokens / largest[0].item(),
-            "peak_memory_mb": largest[1].item(),
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_mb": peak,
         }
+
+    def throughput(self) -> dict[str, float | None]:
+        """`tokens_per_second` and `peak_memory_mb` (see exo_fast.training.metrics) of the whole run; a collective call."""
+        if self._interval_groups:
+            self._interval_averages()
+        peak = self.accelerator.gather(torch.tensor([peak_memory_mb()], device=self.args.device)).max().item()
+        speed = self._run_tokens / self._run_seconds if self._run_seconds else None
+        return {"tokens_per_second": speed, "peak_memory_mb": peak}
 
     def prediction_step(
         self,

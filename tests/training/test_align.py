@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exo_fast import reference
+from exo_fast.layout import SharingReport
 from exo_fast.training.align import align, load_model, make_module, read_data, tokenize_data
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
@@ -101,6 +102,8 @@ def test_training_lowers_each_loss(settings: Settings, data_directory: str, loss
     assert evaluations["first"]["eval_kl"] == pytest.approx(0, abs=1e-5)
     assert summary["data"]["train"]["groups"] == 32
     assert summary["metrics"]["train"]["last"].keys() >= {*GROUP_METRICS, "tokens_per_second", "peak_memory_mb"}
+    assert summary["tokens_per_second"] > 0
+    assert summary["peak_memory_mb"] >= summary["metrics"]["train"]["last"]["peak_memory_mb"]
     assert summary["layout"]["share_prompt"]
     assert summary["layout"]["token_rms"] < 1e-5
     # What a user finds: a model that loads, its tokenizer, logs and the summary.
@@ -260,6 +263,29 @@ def test_a_model_that_cannot_share_is_trained_unshared_and_says_why(
     assert not summary["layout"]["share_prompt"]
     assert "ALiBi" in summary["layout"]["reason"]
     assert "Candidates cannot share their prompt, which is run 4 times instead: " in caplog.text
+
+
+def test_a_difference_on_the_first_groups_unshares(
+    settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = SharingReport(ok=False, reason="a token's log-prob is off by 0.5", token_rms=0.5, sequence_max=4.0)
+    monkeypatch.setattr("exo_fast.training.module.check_sharing", lambda *_: report)
+    logging.getLogger("transformers").propagate = True
+    summary = run(settings(max_steps=2))
+    assert (summary["layout"]["share_prompt"], summary["layout"]["token_rms"]) == (False, 0.5)
+    assert "which is run 4 times instead: a token's log-prob is off by 0.5" in caplog.text
+
+
+def test_dropout_is_off_unless_asked_for(settings: Settings, tmp_path: Path) -> None:
+    model = tmp_path / "dropout"
+    shutil.copytree(settings()["model_name_or_path"], model)
+    facts = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**facts, "attention_dropout": 0.5}))
+    options = settings(model_name_or_path=str(model), max_steps=1)
+    assert run(options)["metrics"]["train"]["first"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert json.loads(Path(options["output_dir"], "config.json").read_text())["attention_dropout"] == 0.5
+    noisy = run({**options, "disable_dropout": False, "output_dir": str(tmp_path / "noisy")})
+    assert abs(noisy["metrics"]["train"]["first"]["kl"]) > 1e-2
 
 
 # Resuming
