@@ -85,7 +85,7 @@ def linear_logprobs(
         scale: factor on the logits: the model's own logit scale divided by the sampling temperature.
         softcap: c of c·tanh(a/c), or None.
         ignore_index: rows with this target get log-prob 0, no gradient, and no work.
-        memory_budget: bytes of vocabulary-sized scratch (default 512 MiB); less costs time, never correctness.
+        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB); less costs time, never correctness.
         backend: auto, reference, torch or triton.
         process_group: vocabulary parallelism; None.
 

@@ -74,29 +74,28 @@ class _LinearGroupLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cu_seqlens: Tensor,
-        ref_logps: Tensor, rewards: Tensor, loss: dict, scale: float, softcap: float | None, memory_budget: int | None,
+        ref_logps: Tensor, rewards: Tensor, loss: dict, head: dict, memory_budget: int | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        losses, policy_logps, grads = chunked.group_loss_forward(
-            hidden, Head(weight, bias, scale, softcap), targets, cu_seqlens, ref_logps, rewards, loss,
-            ctx.needs_input_grad[:3], memory_budget,
-        )  # fmt: skip
-        # Not save_for_backward: backward hands the buffers over, so that a second copy of dW never exists.
-        ctx.grads, ctx.like = grads, (weight.detach(), None if bias is None else bias.detach())
+        ctx.options = (loss, ctx.needs_input_grad[:3], memory_budget)
+        ctx.head = head
+        losses, policy_logps, ctx.grads = chunked.group_loss_forward(
+            hidden, Head(weight, bias, **head), targets, cu_seqlens, ref_logps, rewards, *ctx.options
+        )
+        ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens, ref_logps, rewards)
         ctx.mark_non_differentiable(policy_logps)
         return losses.mean(), policy_logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError(
-                "linear_group_loss was differentiated a second time: its gradients are formed once, in forward, and "
-                "handed over by the first backward(). Call linear_group_loss again, or sum the losses first."
-            )
+        hidden, weight, bias, *rest = ctx.saved_tensors
+        # The buffers are handed over, so that no second copy of dW ever exists; a second backward makes them again.
         grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            grads = chunked.group_loss_forward(hidden, Head(weight, bias, **ctx.head), *rest, *ctx.options)[-1]
         if grad.device.type != "cpu" or grad.item() != 1.0:
             grads = tuple(None if g is None else g.mul_(grad.to(g.dtype)) for g in grads)
-        return *chunked.as_inputs(grads, *ctx.like), *[None] * 8
+        return *chunked.as_inputs(grads, weight, bias), *[None] * 7
 
 
 def linear_group_loss(
@@ -128,12 +127,12 @@ def linear_group_loss(
         cu_seqlens: (G*K + 1,) int, boundaries of the candidates in N.
         ref_logps, rewards: (G, K) float; see `group_loss`, also for loss_type, beta_pi, beta_r and label_smoothing.
         bias: (V,) or None. scale, softcap: see `exo_fast.logprobs.linear_logprobs`.
-        memory_budget: bytes of vocabulary-sized scratch (default 512 MiB). A group whose rows do not fit makes the
+        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB). A group whose rows do not fit makes the
             ones beyond it again; less memory costs time, never correctness.
         backend: auto, reference, torch or triton. process_group: vocabulary parallelism; None.
 
     Returns:
-        The mean loss over groups (scalar; differentiable once in hidden, weight and bias) and the detached policy
+        The mean loss over groups (scalar; differentiable in hidden, weight and bias, not twice) and the detached policy
         sequence log-probs (G, K), both float32 (float64 for float64 inputs).
 
     Raises:
@@ -167,8 +166,8 @@ def linear_group_loss(
                 **loss,
             )
         return _LinearGroupLoss.apply(
-            hidden, weight, bias, targets.long(), cu_seqlens.long(), ref_logps, rewards, loss, scale, softcap,
-            memory_budget,
+            hidden, weight, bias, targets.long(), cu_seqlens.long(), ref_logps, rewards, loss,
+            {"scale": scale, "softcap": softcap}, memory_budget,
         )  # fmt: skip
 
 

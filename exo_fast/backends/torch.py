@@ -29,7 +29,7 @@ from torch import Tensor
 from exo_fast.groups import losses_and_coefficients
 from exo_fast.head import Head
 
-DEFAULT_MEMORY_BUDGET = 512 * 2**20
+DEFAULT_MEMORY_BUDGET = 640 * 2**20
 BLOCK = 4096  # columns of the vocabulary at a time: a block of logits stays in cache between product and exponential
 MIN_ROWS = 192  # fewer whole rows than this in the budget make the products too thin: work by blocks instead
 MAX_ROWS = 1024  # more rows than this make no product faster, and fresh pages cost time
@@ -46,7 +46,8 @@ class Plan:
     block: int
 
     @classmethod
-    def of(cls, hidden: Tensor, head: Head, memory_budget: int | None) -> "Plan":
+    def of(cls, hidden: Tensor, head: Head, memory_budget: int | None, together: int = 0) -> "Plan":
+        """`together` rows, those of the largest group, save work when they are kept at the same time."""
         budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
         n, (vocab, width) = len(hidden), head.weight.shape
         acc = accumulator(hidden).itemsize
@@ -54,7 +55,7 @@ class Plan:
         block_copy = 0 if hidden.dtype in (torch.float32, torch.float64) else block * width * acc
         planes = 2 if head.softcap is not None else 1
         per_row = vocab * storage(hidden).itemsize + planes * block * acc + 4 * width * acc
-        rows = min(n, MAX_ROWS, max(0, budget - block_copy) // per_row)
+        rows = min(n, max(MAX_ROWS, together), max(0, budget - block_copy) // per_row)
         if rows < min(MIN_ROWS, n):
             rows = 0
         block_rows = max(1, min(n, 2 * MAX_ROWS, budget // (planes * block * acc)))
@@ -93,6 +94,9 @@ class LogitBlocks:
         self.scratch = torch.empty(plan.block_rows * plan.block, dtype=self.acc, device=like.device)
         self.cast = like.dtype != self.acc and like.device.type == "cpu"
         self.out_dtype = like.dtype != self.acc and like.device.type != "cpu"
+        self.wide_weight = (
+            head.weight.new_empty(plan.block, head.weight.shape[1], dtype=self.acc) if self.cast else None
+        )
 
     def __call__(self, hidden: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (first column, last column + 1, z): z (n, columns) is scratch the caller may overwrite."""
@@ -115,7 +119,11 @@ class LogitBlocks:
             torch.mm(hidden, weight.T, out_dtype=self.acc, out=out)
         else:
             with bf16_products(self.head.weight.dtype):
-                torch.mm(hidden, weight.to(self.acc).T, out=out)
+                torch.mm(hidden, self.widened(weight).T, out=out)
+
+    def widened(self, weight: Tensor) -> Tensor:
+        """A block of the head's rows in the accumulator dtype, in a buffer that is reused."""
+        return weight if self.wide_weight is None else self.wide_weight[: len(weight)].copy_(weight)
 
 
 @dataclass
@@ -186,6 +194,14 @@ def target_entry(stats: Statistics, head: Head) -> Tensor:
     return entry if head.softcap is None else entry * softcap_slope(stats.target, head)
 
 
+def widened_blocks(keep: Tensor, scratch: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, U over those columns in scratch's dtype), block by block."""
+    for start in range(0, keep.shape[1], BLOCK):
+        columns = slice(start, min(start + BLOCK, keep.shape[1]))
+        part = keep[:, columns]
+        yield columns, scratch[: part.numel()].view(part.shape).copy_(part)
+
+
 class Gradients:
     """dH, dW and db of a run over N rows; those nobody needs stay None and cost nothing."""
 
@@ -204,8 +220,8 @@ class Gradients:
         product = torch.cat([part @ weight for part in keep.split(size)]).to(stats.sum.dtype)
         return product.mul_((-self.head.scale / stats.sum).unsqueeze(1))
 
-    def add_head(self, keep: Tensor, hidden: Tensor, stats: Statistics, coefficients: Tensor) -> None:
-        """Adds the kept rows' share of dW and db."""
+    def add_head(self, keep: Tensor, hidden: Tensor, stats: Statistics, coefficients: Tensor, scratch: Tensor) -> None:
+        """Adds the kept rows' share of dW and db; `scratch` (of LogitBlocks) holds a widened block of U."""
         factor = coefficients * (-self.head.scale / stats.sum)
         if self.weight is not None:
             scaled = hidden * factor.unsqueeze(1)
@@ -213,23 +229,21 @@ class Gradients:
                 self.weight.addmm_(keep.T, scaled)
             else:
                 with bf16_products(keep.dtype):
-                    for start in range(0, keep.shape[1], BLOCK):
-                        part = keep[:, start : start + BLOCK].to(scaled.dtype)
-                        self.weight[start : start + BLOCK].addmm_(part.T, scaled)
+                    for columns, u in widened_blocks(keep, scratch):
+                        self.weight[columns].addmm_(u.T, scaled)
         if self.bias is not None:
-            for start in range(0, keep.shape[1], BLOCK):
-                part = keep[:, start : start + BLOCK].to(factor.dtype)
-                self.bias[start : start + BLOCK].addmv_(part.T, factor)
+            for columns, u in widened_blocks(keep, scratch):
+                self.bias[columns].addmv_(u.T, factor)
 
     def add_by_blocks(
         self, blocks: LogitBlocks, rows: slice, hidden: Tensor, targets: Tensor, stats: Statistics, c: Tensor
     ) -> None:
         """All gradients of some rows (of N) when not one chunk of whole rows fits: U lives a block at a time."""
-        head, factor = self.head, c * (-self.head.scale / stats.sum)
+        head = self.head
+        factor = (c * (-head.scale / stats.sum)).unsqueeze(1)
+        entry = target_entry(stats, head).unsqueeze(1)
         wide = hidden.to(blocks.acc)
-        scaled = wide * factor.unsqueeze(1)
         grad_hidden = torch.zeros_like(wide)
-        entry = target_entry(stats, head)
         for start, stop, z in blocks(hidden):
             slope = softcap_slope(z, head) if head.softcap is not None else None
             z.sub_(stats.shift.unsqueeze(1)).exp_()
@@ -237,16 +251,17 @@ class Gradients:
                 z *= slope
             column = (targets - start).clamp(0, stop - start - 1).unsqueeze(1)
             inside = ((targets >= start) & (targets < stop)).unsqueeze(1)
-            z.scatter_(1, column, torch.where(inside, entry.unsqueeze(1), z.gather(1, column)))
+            z.scatter_(1, column, torch.where(inside, entry, z.gather(1, column)))
+            z *= factor  # ∂L/∂(logits before scale and softcap): either product rounds it once
             with bf16_products(head.weight.dtype):
                 if self.hidden is not None:
-                    grad_hidden.addmm_(z, head.weight[start:stop].to(z.dtype))
+                    grad_hidden.addmm_(z, blocks.widened(head.weight[start:stop]))
                 if self.weight is not None:
-                    self.weight[start:stop].addmm_(z.T, scaled)
+                    self.weight[start:stop].addmm_(z.T, wide)
             if self.bias is not None:
-                self.bias[start:stop].addmv_(z.T, factor)
+                self.bias[start:stop] += z.sum(dim=0)
         if self.hidden is not None:
-            self.hidden[rows] = grad_hidden.mul_(factor.unsqueeze(1)).to(hidden.dtype)
+            self.hidden[rows] = grad_hidden.to(hidden.dtype)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.hidden, self.weight, self.bias
@@ -311,7 +326,7 @@ def logprobs_backward(
         if grads.hidden is not None:
             grads.hidden[rows] = grads.unit_hidden(u, part).mul_(c.unsqueeze(1)).to(h.dtype)
         if grads.head_needed:
-            grads.add_head(u, h, part, c)
+            grads.add_head(u, h, part, c, blocks.scratch)
     return grads.result()
 
 
@@ -353,12 +368,12 @@ def group_loss_forward(
     kept becomes dW at once. Rows of a group beyond the budget are made again: 2·D·V flops more for each.
     """
     groups, candidates = ref_logps.shape
-    plan = Plan.of(hidden, head, memory_budget)
+    bounds = cu_seqlens[::candidates].tolist()
+    plan = Plan.of(hidden, head, memory_budget, together=max(b - a for a, b in itertools.pairwise(bounds)))
     blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need)
     keep = keep_buffer(hidden, head, plan) if any(need) else None
     lengths = cu_seqlens.diff()
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    bounds = cu_seqlens[::candidates].tolist()
     policy_logps = torch.zeros(groups * candidates, dtype=blocks.acc, device=hidden.device)
     losses = torch.empty(groups, dtype=blocks.acc, device=hidden.device)
 
@@ -397,5 +412,5 @@ def group_loss_forward(
                 u = keep[: rows.stop - rows.start]
                 if rows != pieces[-1]:
                     exponentials(blocks, hidden[rows], targets[rows], u, part.shift)
-                grads.add_head(u, hidden[rows], part, c_rows)
+                grads.add_head(u, hidden[rows], part, c_rows, blocks.scratch)
     return losses, policy_logps.view(groups, candidates), grads.result()

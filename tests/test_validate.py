@@ -1,0 +1,105 @@
+"""Every argument error: raised before work, a ValueError that names the argument, what came and what is needed."""
+
+import pytest
+import torch
+
+from exo_fast.logprobs import linear_logprobs
+from exo_fast.loss import group_loss, linear_group_loss
+
+
+def good() -> dict:
+    return {
+        "hidden": torch.randn(4, 3),
+        "weight": torch.randn(7, 3),
+        "targets": torch.tensor([0, 1, 2, 6]),
+        "cu_seqlens": torch.tensor([0, 1, 4], dtype=torch.int32),
+        "ref_logps": torch.zeros(1, 2),
+        "rewards": torch.tensor([[1.0, 0.0]]),
+        "loss_type": "exo-pref",
+    }
+
+
+CASES = {
+    "hidden-shape": ({"hidden": torch.randn(4)}, r"hidden must be \(N, D\)"),
+    "hidden-batch": (
+        {"hidden": torch.randn(1, 4, 3), "targets": torch.zeros(1, 4, dtype=torch.long)},
+        r"hidden must be \(N, D\), the rows",
+    ),
+    "hidden-type": ({"hidden": [[1.0]]}, "hidden must be a tensor, got list"),
+    "hidden-dtype": ({"hidden": torch.zeros(4, 3, dtype=torch.int64)}, "hidden must be float64, .*got torch.int64"),
+    "weight-shape": ({"weight": torch.randn(3, 7)}, r"weight must be \(V, D\) with D = 3.*got \(3, 7\)"),
+    "weight-dtype": ({"weight": torch.randn(7, 3).bfloat16()}, "hidden is torch.float32 and weight is torch.bfloat16"),
+    "weight-device": ({"weight": torch.randn(7, 3, device="meta")}, "weight is on meta and hidden on cpu"),
+    "targets-shape": ({"targets": torch.tensor([0, 1])}, r"targets must have shape \(4,\).*got \(2,\)"),
+    "targets-dtype": ({"targets": torch.zeros(4)}, "targets must be int64 or int32 token ids, got torch.float32"),
+    "targets-high": ({"targets": torch.tensor([0, 1, 7, 2])}, r"targets\[2\] \(flattened\) is 7; .*\[0, 7\)"),
+    "targets-low": ({"targets": torch.tensor([0, -100, 1, 2])}, r"targets\[1\] \(flattened\) is -100"),
+    "bias-shape": ({"bias": torch.zeros(3)}, r"bias must be \(V,\) = \(7,\), got \(3,\)"),
+    "scale": ({"scale": float("nan")}, "scale must be a finite number other than 0, got nan"),
+    "softcap": ({"softcap": 0.0}, "softcap must be a positive number or None, got 0.0"),
+    "budget": ({"memory_budget": 0}, "memory_budget must be a positive number of bytes or None, got 0"),
+    "process-group": ({"process_group": object()}, "process_group .* is not supported in this version"),
+    "backend": ({"backend": "cuda"}, "backend='cuda' is not known; choose one of auto, reference, torch, triton"),
+    "triton": ({"backend": "triton"}, "backend='triton' is not available in this version"),
+    "loss-type": ({"loss_type": "ppo"}, "loss_type='ppo' is not known; choose one of exo-pref, exo-rw"),
+    "one-candidate": (
+        {"ref_logps": torch.zeros(2, 1), "rewards": torch.zeros(2, 1)},
+        r"ref_logps must be \(G, K\), .*at least 2 candidates, got \(2, 1\)",
+    ),
+    "rewards-shape": ({"rewards": torch.zeros(2, 2)}, r"rewards must be \(G, K\) = \(1, 2\)"),
+    "rewards-dtype": (
+        {"rewards": torch.tensor([[1, 0]])},
+        "rewards must be of a floating-point dtype, got torch.int64",
+    ),
+    "rewards-nan": ({"rewards": torch.tensor([[1.0, float("nan")]])}, r"rewards\[0, 1\] is nan; every value"),
+    "ref-inf": ({"ref_logps": torch.tensor([[float("-inf"), 0.0]])}, r"ref_logps\[0, 0\] is -inf; every value"),
+    "rewards-tie": ({"rewards": torch.tensor([[1.0, 1.0]])}, r"rewards\[0\] = \[1.0, 1.0\] has a tie for the highest"),
+    "beta-pi": ({"beta_pi": 0.0}, "beta_pi must be a positive number, got 0.0"),
+    "beta-r": ({"beta_r": -1.0}, "beta_r must be a positive number, got -1.0"),
+    "smoothing-zero": ({"label_smoothing": 0.0}, "label_smoothing=0.0: exo-pref needs 0 < label_smoothing < 1"),
+    "smoothing-one": (
+        {"label_smoothing": 1.0, "loss_type": "dpo-pref"},
+        "label_smoothing=1.0: dpo-pref needs 0 <= label_smoothing < 1",
+    ),
+    "boundaries-shape": (
+        {"cu_seqlens": torch.tensor([0, 4])},
+        r"cu_seqlens must be int32 or int64 of shape \(G\*K \+ 1,\) = \(3,\)",
+    ),
+    "boundaries-end": ({"cu_seqlens": torch.tensor([0, 1, 5])}, "cu_seqlens must run from 0 to N = 4, got 0 to 5"),
+    "boundaries-empty": (
+        {"cu_seqlens": torch.tensor([0, 0, 4])},
+        r"cu_seqlens\[0:2\] = \[0, 0\]: sequence 0 has 0 tokens",
+    ),
+    "ref-device": ({"cu_seqlens": torch.tensor([0, 1, 4], device="meta")}, "cu_seqlens is on meta and hidden on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_linear_group_loss_errors(case: str) -> None:
+    change, message = CASES[case]
+    linear_group_loss(**good())
+    with pytest.raises(ValueError, match=message):
+        linear_group_loss(**{**good(), **change})
+
+
+def test_linear_logprobs_errors() -> None:
+    hidden, weight, targets = torch.randn(2, 3), torch.randn(7, 3), torch.tensor([1, -100])
+    linear_logprobs(hidden, weight, targets)
+    with pytest.raises(ValueError, match=r"targets\[1\] .* is -100; ids must lie in \[0, 7\), .* or -1 to be ignored"):
+        linear_logprobs(hidden, weight, targets, ignore_index=-1)
+    with pytest.raises(ValueError, match="backend='triton' is not available"):
+        linear_logprobs(hidden, weight, targets, backend="triton")
+
+
+def test_group_loss_errors() -> None:
+    zeros, rewards = torch.zeros(2, 3), torch.randn(2, 3)
+    group_loss(zeros, zeros, rewards, loss_type="exo-rw")
+    with pytest.raises(ValueError, match=r"policy_logps must be \(G, K\) = \(2, 3\) as ref_logps, got \(3, 2\)"):
+        group_loss(zeros.T, zeros, rewards, loss_type="exo-rw")
+    with pytest.raises(ValueError, match="policy_logps must be of a floating-point dtype"):
+        group_loss(zeros.long(), zeros, rewards, loss_type="exo-rw")
+    with pytest.raises(ValueError, match="reduction='max' is not known"):
+        group_loss(zeros, zeros, rewards, loss_type="exo-rw", reduction="max")
+    # a tie that is not for the highest reward, or in *-rw data, is no error
+    group_loss(zeros, zeros, torch.tensor([[0.0, 0.0, 1.0]] * 2), loss_type="exo-pref")
+    group_loss(zeros, zeros, torch.tensor([[0.0, 1.0, 1.0]] * 2), loss_type="exo-rw")
