@@ -184,8 +184,7 @@ def _from_pretrained(auto_class: Any, config: AlignConfig, name_or_path: str, **
 
 
 def load_model(config: AlignConfig, name_or_path: str) -> nn.Module:
-    """A causal LM in the dtype the engine trains: DeepSpeed keeps float32 copies of bf16 weights, autocast
-    does not."""
+    """A causal LM in the dtype the engine trains: DeepSpeed keeps float32 copies of bf16 weights, autocast does not."""
     attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     model = _from_pretrained(AutoModelForCausalLM, config, name_or_path, dtype=_weight_dtype(config), **attention)
     try:
@@ -251,8 +250,7 @@ def _weight_dtype(config: AlignConfig) -> torch.dtype:
 def _fill_from_separate_reference(
     config: AlignConfig, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, GroupDataset]
 ) -> dict[str, bool]:
-    """Reference log-probs by another model than the policy's start; it is gone before the policy is
-    loaded."""
+    """Reference log-probs by another model than the policy's start; it is gone before the policy is loaded."""
     sizes = [
         _from_pretrained(AutoConfig, config, name).get_text_config().vocab_size
         for name in (config.model_name_or_path, config.ref_name_or_path)
@@ -286,8 +284,7 @@ def _fill_from_separate_reference(
 
 
 def _resume_checkpoint(config: AlignConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means; None to start anew, which an earlier run's
-    directory refuses."""
+    """The checkpoint that `resume_from_checkpoint` means; None to start anew, never into an earlier run's directory."""
     wish = (config.resume_from_checkpoint or "false").lower()
     last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
     if wish == "auto" or (wish == "true" and last is not None):
@@ -327,8 +324,7 @@ def _matmul_precision(config: AlignConfig) -> Iterator[None]:
 
 @contextmanager
 def _deepspeed_scope(config: AlignConfig) -> Iterator[None]:
-    """transformers' global DeepSpeed configuration (ZeRO-3 loads weights in shards), for this run and no
-    later one."""
+    """transformers' global DeepSpeed configuration (ZeRO-3 loads weights in shards), for this run and no later one."""
     if config.engine == "deepspeed":
         set_hf_deepspeed_config(config.hf_deepspeed_config)
         if config.device.type == "cpu":

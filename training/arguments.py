@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from exo_fast.training.errors import InputError
 
@@ -34,8 +35,7 @@ class _OneSpelling(argparse.RawDescriptionHelpFormatter):
 
 
 class StageParser(HfArgumentParser):
-    """HfArgumentParser that shows the fields in the config's `field_groups` first, and the others when asked
-    for."""
+    """HfArgumentParser that shows the fields in the config's `field_groups` first, and the others when asked for."""
 
     def __init__(self, config_class: type, *, show_all: bool, **kwargs: Any):
         self.show_all = show_all
@@ -55,6 +55,8 @@ class StageParser(HfArgumentParser):
                 fields[name].type = hints[name]
                 self._parse_dataclass_field(group, fields[name])
             for action in group._group_actions:
+                if action.type is string_to_bool:  # a switch needs no value, also where its default is None
+                    action.nargs, action.const = "?", True
                 if action.nargs == 0 or (title == OTHER_FIELDS and not self.show_all):
                     action.help = argparse.SUPPRESS
                 elif action.default is not None and "Default:" not in action.help:
@@ -98,8 +100,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str], **parser_optio
 
 
 def _recipe_words(parser: StageParser, path: Path) -> list[str]:
-    """The recipe as command-line words. What has no words (null, a list for a field of one value) becomes a
-    default."""
+    """The recipe as command-line words. What has no words (null, a list for a field of one value) becomes a default."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as error:

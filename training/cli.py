@@ -64,8 +64,7 @@ STAGES: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a stage; returns the exit status: 0, 2 for input the user can fix, 1 for other failures, 130 for
-    Ctrl-C."""
+    """Run a stage; returns the exit status: 0, 2 for input the user can fix, 1 for other failures, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="exo-fast",
         description="Align language models by EXO and DPO over K candidates per prompt.",

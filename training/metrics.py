@@ -68,8 +68,7 @@ def group_metrics(policy_logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta
 
 
 def peak_memory_mb() -> float:
-    """Megabytes (1e6): the process's peak allocated device memory, or peak resident memory without a
-    device."""
+    """Megabytes (1e6): the process's peak allocated device memory, or peak resident memory without a device."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -29,8 +29,7 @@ CHECKED_GROUPS = 4
 
 
 class AlignModule(nn.Module):
-    """A policy (a transformers causal LM, or a PeftModel around one) whose forward is the loss of a packed
-    batch."""
+    """A policy (a transformers causal LM, or a PeftModel around one) whose forward is the loss of a packed batch."""
 
     def __init__(
         self,
@@ -156,11 +155,10 @@ class AlignModule(nn.Module):
 def settle_layout(
     module: AlignModule, dataset: GroupDataset, collate: GroupCollator, *, share_prompt: bool
 ) -> dict[str, Any]:
-    """Set `collate.share_prompt`: by the caller's wish, by the model's plan, and then by numbers on the first
-    groups.
+    """Set `collate.share_prompt`: by the caller's wish, by the model's plan, and by numbers on the first groups.
 
-    Warns where candidates are to share their prompt and cannot. Returns the decision and its reason, for the
-    summary.
+    Warns where candidates are to share their prompt and cannot. Returns the decision, its reason, and what
+    `check_sharing` measured (nats), for the summary.
     """
     measured = {}
     if not share_prompt:

@@ -31,21 +31,21 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json
 
 
 def model_digest(name_or_path: str) -> str:
-    """SHA-256 over the names and content of a model's weight and configuration files (local, or a Hub
-    snapshot)."""
+    """SHA-256 over the names and content of a model's weight and configuration files (local, or a Hub snapshot)."""
     directory = Path(name_or_path)
     if not directory.is_dir():
         directory = Path(cached_file(name_or_path, "config.json")).parent
     digest = hashlib.sha256()
     for path in sorted({path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)}):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
-            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 
 def cache_key(dataset: GroupDataset, model: str, **settings: Any) -> str:
-    """SHA-256 of the data set's token ids, a model digest, and the JSON-able settings that change the
-    numbers."""
+    """SHA-256 of the data set's token ids, a model digest, and the JSON-able settings that change the numbers."""
     digest = hashlib.sha256(json.dumps([FORMAT, model, settings], sort_keys=True).encode())
     for ids in (
         dataset.prompt_ids,
@@ -110,6 +110,7 @@ def fill_reference_logps(
                 weights=str(module.policy.dtype),
                 bf16=config.bf16,
                 matmul_precision=config.matmul_precision,
+                attention=module.config._attn_implementation,
                 share_prompt=collate.share_prompt,
             )
             logps = load(config.reference_cache_dir, key, tuple(dataset.rewards.shape))

@@ -33,8 +33,7 @@ logger = logging.get_logger(__name__)
 
 
 class AlignTrainer(Trainer):
-    """Trains an AlignModule on a GroupDataset; `evaluate` reports the loss and metrics of
-    exo_fast.training.metrics.
+    """Trains an AlignModule on a GroupDataset and reports the loss and metrics of exo_fast.training.metrics.
 
     Data sets without reference log-probs get them from the policy, before its first step.
     """
@@ -61,16 +60,14 @@ class AlignTrainer(Trainer):
             compute_metrics=_average,
         )
         module.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
-        # num_items_in_batch (below, groups) reaches compute_loss, and the loss it returns is already
-        # normalised.
+        # num_items_in_batch (groups, see below) reaches compute_loss, and the loss it returns is already normalised.
         self.model_accepts_loss_kwargs = True
         self._reset_interval()
 
     # Loss and metrics
 
     def _prepare_input(self, data: Any) -> Any:
-        # The Trainer would cast float inputs to the engine's dtype; log-probs of thousands of tokens stay
-        # float32.
+        # The Trainer would cast float inputs to the engine's dtype; log-probs of thousands of tokens stay float32.
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
@@ -139,7 +136,7 @@ class AlignTrainer(Trainer):
         }
 
     def throughput(self) -> dict[str, float | None]:
-        """`tokens_per_second` and `peak_memory_mb` (see exo_fast.training.metrics) of the whole run; a collective call."""
+        """`tokens_per_second` and `peak_memory_mb` (exo_fast.training.metrics) of the whole run; a collective call."""
         if self._interval_groups:
             self._interval_averages()
         peak = self.accelerator.gather(torch.tensor([peak_memory_mb()], device=self.args.device)).max().item()

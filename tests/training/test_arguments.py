@@ -38,12 +38,12 @@ def test_recipe_values_are_taken_as_written_and_the_command_line_wins(tmp_path: 
         beta_pi: 0.3
         """.replace("        ", ""),
     )
-    config = parse_config(AlignConfig, [*words, "--beta_pi", "0.2", "--num-contrastive=2", "--zero_stage", "3"])
+    config = parse_config(AlignConfig, [*words, "--beta_pi", "0.2", "--gradient_checkpointing", "--zero_stage", "3"])
     assert (config.learning_rate, config.share_prompt, config.bf16, config.loss_type) == (1e-6, "off", True, "dpo-rw")
     assert config.lora_target_modules == ["q_proj", "v_proj"]
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
     assert (config.save_total_limit, config.output_dir) == (None, "a b")
-    assert (config.beta_pi, config.num_contrastive, config.memory_budget_bytes) == (0.2, 2, 64_000_000)
+    assert (config.beta_pi, config.activation_checkpointing, config.memory_budget_bytes) == (0.2, True, 64_000_000)
     assert config.deepspeed["zero_optimization"]["stage"] == 3
     assert config.label_smoothing == 1e-3
 

@@ -20,8 +20,7 @@ JSON_SPACE = " \t\n\r"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a record stands: `row` counts records from 0, `line` counts text lines from 1 (None in binary
-    formats)."""
+    """Where a record stands: `row` counts records from 0, `line` counts text lines from 1 (None in binary formats)."""
 
     file: str
     row: int
@@ -35,8 +34,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Source:
-    """One split's data: a file, or a saved Hugging Face dataset (`dataset_split` names one in a
-    DatasetDict)."""
+    """One split's data: a file, or a saved Hugging Face dataset (`dataset_split` names one in a DatasetDict)."""
 
     path: Path
     dataset_split: str | None = None
