@@ -1,4 +1,4 @@
-"""Packaging. `kernels/` and `training/` live at the top level for readers, and install inside the package:
+"""Packaging. `kernels/`, `training/` and `recipes/` live at the top level for readers, and install inside the package:
 a top-level module called `kernels` would shadow the Hugging Face package of that name."""
 
 from pathlib import Path
@@ -34,6 +34,7 @@ setup(
         "exo_fast": "exo_fast",
         "exo_fast.kernels": "kernels",
         "exo_fast.training": "training",
+        "exo_fast.recipes": "recipes",
     },
     packages=[
         "exo_fast",
@@ -41,8 +42,9 @@ setup(
         "exo_fast.kernels",
         "exo_fast.training",
         "exo_fast.training.data",
+        "exo_fast.recipes",
     ],
-    package_data={"exo_fast": ["py.typed"]},
+    package_data={"exo_fast": ["py.typed"], "exo_fast.recipes": ["*.yaml"]},
     install_requires=["torch>=2.9", "numpy>=1.26", "triton>=3.3; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "dev": DEV, "flash": ["flash-attn>=2.7"]},
     entry_points={"console_scripts": ["exo-fast = exo_fast.training.cli:main"]},

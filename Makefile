@@ -1,0 +1,44 @@
+# make demo | test | bench | lint: each creates .venv when it is missing, and can be run again.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test bench bench-op bench-step lint format clean
+
+help:
+	@echo "make demo        align a real 135M model on real text, with a report in runs/demo/report.md"
+	@echo "make test        all tests"
+	@echo "make bench       make bench-op and make bench-step (results in benchmarks/results)"
+	@echo "make lint        ruff, check only;  make format rewrites"
+
+# The environment is a function of these two files.
+$(VENV)/.ready: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar off -c constraints.txt -e ".[dev,bench]"
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/exo-fast demo
+
+test: $(VENV)/.ready
+	$(BIN)/pytest -n 2 --dist worksteal
+
+bench: bench-op bench-step
+
+bench-op: $(VENV)/.ready
+	$(BIN)/python benchmarks/op.py
+
+bench-step: $(VENV)/.ready
+	$(BIN)/python benchmarks/step.py
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
