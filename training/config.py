@@ -85,7 +85,7 @@ class AlignConfig(TrainingArguments):
     share_prompt: Literal["auto", "off"] = _field(
         "auto", "Run each prompt once for all its candidates where the model can; off: one row per candidate."
     )
-    memory_budget: str | None = _field(None, "Scratch for vocabulary-sized values, e.g. 512MB. Default: 512MiB.")
+    memory_budget: str | None = _field(None, "Scratch for vocabulary-sized values, e.g. 512MB. Default: 640MiB.")
     backend: Literal["auto", "torch", "triton", "reference"] = _field("auto", "Implementation of the fused loss.")
     matmul_precision: Literal["ieee", "tf32", "bf16"] = _field(
         "ieee", "How float32 matrices are multiplied: tf32 on CUDA, bf16 on CPU (about twice as fast there)."
