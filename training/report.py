@@ -81,9 +81,7 @@ def paired_bootstrap(
         )
     differences = after - before
     mean = float(differences.mean())
-    if np.allclose(
-        differences, mean, rtol=0, atol=1e-12
-    ):  # no resample varies: the correction would divide by 0
+    if np.allclose(differences, mean, rtol=0, atol=1e-12):  # no resample varies: the correction would divide by 0
         return Interval(mean, mean, mean)
     found = stats.bootstrap(
         (differences,),
