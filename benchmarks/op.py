@@ -245,7 +245,7 @@ def real_inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     text = "\n".join(review.text for review in assets.get_reviews(cache, lambda _: None)[:400])
     ids = torch.tensor(tokenizer(text)["input_ids"][: tokens + 1])
     hidden = [final_hidden(model, input_ids=part.unsqueeze(0))[0] for part in ids[:-1].split(256)]
-    return torch.cat(hidden), read_head(model).weight, ids[1:]
+    return torch.cat(hidden), read_head(model).weight.detach(), ids[1:]
 
 
 def report(results: dict) -> str:
