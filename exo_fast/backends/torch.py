@@ -215,9 +215,14 @@ class Gradients:
 
     def unit_hidden(self, keep: Tensor, stats: Statistics) -> Tensor:
         """∂ℓ_t/∂h_t for each kept row, (n, D) in the accumulator dtype."""
-        weight = self.head.weight.to(keep.dtype)
-        size = THIN if keep.dtype == torch.bfloat16 and keep.device.type == "cpu" else len(keep)
-        product = torch.cat([part @ weight for part in keep.split(size)]).to(stats.sum.dtype)
+        weight = self.head.weight
+        if weight.dtype == keep.dtype:
+            size = THIN if keep.dtype == torch.bfloat16 and keep.device.type == "cpu" else len(keep)
+            product = torch.cat([part @ weight for part in keep.split(size)]).to(stats.sum.dtype)
+        else:  # a float16 head is widened a block at a time: a whole copy of it would pass the budget
+            product = keep.new_zeros(len(keep), weight.shape[1])
+            for start in range(0, len(weight), BLOCK):
+                product.addmm_(keep[:, start : start + BLOCK], weight[start : start + BLOCK].to(keep.dtype))
         return product.mul_((-self.head.scale / stats.sum).unsqueeze(1))
 
     def add_head(self, keep: Tensor, hidden: Tensor, stats: Statistics, coefficients: Tensor, scratch: Tensor) -> None:
