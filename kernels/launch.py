@@ -1,0 +1,33 @@
+"""How a kernel is launched and compiled: the facts that the backend, certification and prediction share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}  # pointer types of the operand dtypes
+
+
+@dataclass(frozen=True)
+class Config:
+    """One point of a kernel's tuning space: its block sizes, and how the compiler schedules them."""
+
+    constants: dict[str, int]  # block sizes, by constexpr name
+    num_warps: int
+    num_stages: int = 1
+
+    def __str__(self) -> str:
+        blocks = "x".join(str(value) for value in self.constants.values())
+        return f"{blocks} w{self.num_warps} s{self.num_stages}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One signature a kernel is launched with: what certification compiles in every configuration."""
+
+    name: str
+    kernel: Any  # a triton JITFunction
+    signature: dict[str, str]  # every argument: "*bf16", "i32", "fp32", "tensordesc<bf16[128,64]>", "constexpr", …
+    constants: dict[str, Any]  # the constexprs that no Config sets
+    aligned: tuple[str, ...] = ()  # pointers and sizes known to be multiples of 16
+    memory_bound: bool = False  # must move 128 bits an access
+    products: bool = False  # must use tensor cores
+    descriptors: bool = False  # must load through tensor descriptors
