@@ -1,6 +1,10 @@
-"""Shared fixtures: the tiny random models of `families.py`, and one thread for tensors too small to gain from two."""
+"""Shared fixtures: the tiny random models of `families.py`, and one thread for tensors too small to gain from two.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
+"""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +13,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _load_families() -> ModuleType:
