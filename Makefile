@@ -1,14 +1,15 @@
-# make demo | test | bench | lint: each creates .venv when it is missing, and can be run again.
+# make demo | test | certify | bench | lint: each creates .venv when it is missing, and can be run again.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test bench bench-op bench-step lint format clean
+.PHONY: help demo test certify bench bench-op bench-step lint format clean
 
 help:
 	@echo "make demo        align a real 135M model on real text, with a report in runs/demo/report.md"
 	@echo "make test        all tests"
+	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
 	@echo "make bench       make bench-op and make bench-step (results in benchmarks/results)"
 	@echo "make lint        ruff, check only;  make format rewrites"
 
@@ -23,6 +24,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -n 2 --dist worksteal
+
+certify: $(VENV)/.ready
+	env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certify --markdown docs/certification.md
 
 bench: bench-op bench-step
 

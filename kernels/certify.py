@@ -1,0 +1,360 @@
+"""Certification without a GPU: compiles every kernel for every target, dtype and configuration, reads the machine code,
+and checks what the documentation claims of it.
+
+A kernel module exports `configs` and `variants` (see `launch.py`); the module found here is the module the backend
+launches. Claims, for each binary:
+
+  compiles     the configuration compiles
+  fits         shared memory (and tensor memory) of one program are within the target's limit
+  spills       no register is spilled and no thread has local memory, in any configuration
+  products     every product of a variant with `products` uses the target's tensor-core instruction
+  wide         in a `memory_bound` variant at least WIDE_SHARE of the bytes moved to and from device memory go in
+               accesses of 128 bits or more, counted as width × instructions over its loops, or over all its code where
+               no loop touches device memory: what is read once for a row (target, statistics) is narrow by nature
+  descriptors  a variant with `descriptors` loads through TMA where the target has it
+  atomics      no atomic operation on device memory: the same input gives the same bits
+
+Each failure is one line: what was compiled, what was found, what is needed. The exit code is then 1.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+# As launches default to today; Triton warns that its default will change and wants a decision.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+from tqdm import tqdm
+from triton import knobs
+from triton.compiler import ASTSource
+
+from exo_fast.kernels import disassembly
+from exo_fast.kernels.launch import Config, Variant
+from exo_fast.kernels.occupancy import TENSOR_MEMORY, occupancy
+from exo_fast.kernels.targets import TARGETS, Target
+
+DTYPES = ("bf16", "fp16", "fp32")
+WIDE_SHARE = 0.9
+TENSOR_CORES = {  # target -> what its products are called, in PTX or assembly and in the disassembly
+    "sm_80": ("mma.sync", "HMMA"),
+    "sm_90": ("wgmma", "HGMMA"),
+    "sm_100": ("tcgen05", "UTC"),
+    "sm_120": ("mma.sync", "HMMA"),
+    "gfx942": ("MFMA", "v_mfma"),
+    "gfx1100": ("WMMA", "v_wmma"),
+}
+OWN_OPERATION = {"sm_90": "warp_group_dot", "sm_100": "tc_gen5_mma"}  # products that are not Triton's `tt.dot`
+MARKERS = ("<!-- written by make certify -->", "<!-- end of what make certify wrote -->")
+EXAMPLES = """examples:
+  python -m exo_fast.kernels.certify                                    everything, into build/certification.json
+  python -m exo_fast.kernels.certify --target sm_90 --kernel group_loss one kernel for one target
+  python -m exo_fast.kernels.certify --kernel path/to/new_kernel.py     a kernel that is not in the package
+  python -m exo_fast.kernels.certify --markdown docs/certification.md   also rewrite the table of that page
+"""
+
+
+class Job(NamedTuple):
+    """One binary to make. Plain values: a worker process finds the kernel by them."""
+
+    kernel: str  # name of a module of this package, or the path of a Python file
+    target: str
+    dtype: str
+    variant: int
+    config: int
+    buffers: bool  # AMD: tensors under 2 GiB, which Triton then addresses with buffer instructions
+
+
+@dataclass
+class Row:
+    """One binary: what it is, what was found in it, which claims it makes and which failed."""
+
+    kernel: str
+    variant: str
+    target: str
+    dtype: str
+    config: str
+    default: bool
+    buffers: bool
+    claims: list[str]
+    failures: list[dict[str, str]] = field(default_factory=list)  # claim, found, needed
+    num_warps: int = 0
+    shared_memory: int = 0  # bytes of a program
+    tensor_memory: int = 0  # columns of a program, sm_100
+    code: disassembly.Code | None = None  # absent when it did not compile
+    programs: int = 0  # resident on one multiprocessor
+    occupancy: float = 0.0
+    occupancy_limit: str = ""
+
+    def fail(self, claim: str, found: str, needed: str) -> None:
+        self.failures.append({"claim": claim, "found": found, "needed": needed})
+
+    def __str__(self) -> str:
+        default = " (default)" if self.default else ""
+        buffers = ", tensors under 2 GiB" if self.buffers else ""
+        return f"{self.kernel}/{self.variant} {self.target} {self.dtype} {self.config}{default}{buffers}"
+
+
+@functools.cache
+def load(kernel: str) -> ModuleType:
+    """A module of this package by name, or any Python file by path."""
+    if not kernel.endswith(".py"):
+        return importlib.import_module(f"exo_fast.kernels.{kernel}")
+    path = Path(kernel).resolve()
+    spec = importlib.util.spec_from_file_location(f"exo_fast_certified_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def exports(module: ModuleType) -> bool:
+    return hasattr(module, "configs") and hasattr(module, "variants")
+
+
+def discover() -> list[str]:
+    """Names of the kernel modules of this package: those that export `configs` and `variants`."""
+    here = Path(__file__)
+    return [p.stem for p in sorted(here.parent.glob("*.py")) if p.stem != here.stem and exports(load(p.stem))]
+
+
+def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
+    """Every binary of these kernels; on AMD each with tensors of any size and, as buffers, with tensors under 2 GiB."""
+    return [
+        Job(kernel, target, dtype, variant, config, buffers)
+        for kernel in kernels
+        for target in targets
+        for dtype in DTYPES
+        for variant in range(len(load(kernel).variants(TARGETS[target], dtype)))
+        for config in range(len(load(kernel).configs(TARGETS[target], dtype)))
+        for buffers in ((False, True) if TARGETS[target].backend == "hip" else (False,))
+    ]
+
+
+def compile_variant(variant: Variant, config: Config, target: Target, buffers: bool) -> triton.compiler.CompiledKernel:
+    """One binary, with the hints a launch would give. Names of a Config's constants may stand in the shape of a
+    descriptor: tensordesc<bf16[BLOCK_N,BLOCK_D]>."""
+    kernel = variant.kernel
+    constants = {**config.constants, **variant.constants}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    if unknown := set(kernel.arg_names) - {*variant.signature, *constants}:
+        raise ValueError(f"variant {variant.name!r} gives no type for {sorted(unknown)}: add them to its signature")
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else re.sub(r"(?<=[\[,])\s*([A-Z_]\w*)", lambda found: str(constants[found[1]]), variant.signature[name])
+        for name in kernel.arg_names
+    }
+    hints = {}
+    for place, (name, kind) in enumerate(signature.items()):
+        hints[(place,)] = [["tt.divisibility", 16]] if name in variant.aligned else []
+        if buffers and kind.startswith("*"):
+            hints[(place,)].append(["tt.pointer_range", 32])
+    source = ASTSource(kernel, signature, constants, {place: hint for place, hint in hints.items() if hint})
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=target.gpu, options=options)
+
+
+def described(job: Job) -> tuple[Row, Variant, Config]:
+    """The row of a job, not yet measured, and what is to be compiled."""
+    module, target = load(job.kernel), TARGETS[job.target]
+    variant = module.variants(target, job.dtype)[job.variant]
+    config = module.configs(target, job.dtype)[job.config]
+    claims = ["compiles", "fits", "spills", "atomics"]
+    claims += ["products"] * variant.products + ["wide"] * variant.memory_bound
+    claims += ["descriptors"] * (variant.descriptors and target.descriptors)
+    name, default = Path(job.kernel).stem, job.config == 0
+    row = Row(name, variant.name, job.target, job.dtype, str(config), default, job.buffers, claims)
+    return row, variant, config
+
+
+def measure(job: Job) -> Row:
+    """Compiles one binary and checks it."""
+    row, variant, config = described(job)
+    target = TARGETS[job.target]
+    try:
+        compiled = compile_variant(variant, config, target, job.buffers)
+    except Exception as error:  # whatever a compiler raises is the finding
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [""]
+        row.fail("compiles", f"{type(error).__name__}: {lines[0]} … {lines[-1]}"[:400], "a binary")
+        return row
+    row.num_warps = compiled.metadata.num_warps
+    row.shared_memory = compiled.metadata.shared
+    row.tensor_memory = getattr(compiled.metadata, "tmem_size", 0)  # NVIDIA only
+    if target.backend == "cuda":
+        row.code = disassembly.nvidia(compiled.asm["cubin"])
+    else:
+        row.code = disassembly.amd(compiled.asm["amdgcn"])
+    fill = occupancy(target, row.code.registers, row.shared_memory, row.num_warps, row.tensor_memory)
+    row.programs, row.occupancy, row.occupancy_limit = fill.programs, fill.fraction, fill.limit
+    check(row, disassembly.products_off_tensor_cores(compiled.asm["ttgir"], OWN_OPERATION.get(job.target)))
+    return row
+
+
+def check(row: Row, off_tensor_cores: int) -> None:
+    """Notes the claims of a compiled row that do not hold."""
+    code, target = row.code, TARGETS[row.target]
+    if row.shared_memory > target.shared_memory:
+        needed = f"at most {target.shared_memory}: prune it in configs()"
+        row.fail("fits", f"{row.shared_memory} bytes of shared memory", needed)
+    if row.tensor_memory > TENSOR_MEMORY:
+        needed = f"at most {TENSOR_MEMORY}: prune it in configs()"
+        row.fail("fits", f"{row.tensor_memory} columns of tensor memory", needed)
+    if code.local_memory or code.local_accesses or code.spilled:
+        found = f"{code.local_memory} bytes of local memory a thread, {code.local_accesses} accesses to it"
+        row.fail("spills", found, "none: a smaller tile or more warps")
+    if code.atomics:
+        row.fail("atomics", f"{code.atomics} atomic operations", "none: results must not depend on order")
+    if "products" in row.claims:
+        instruction, mnemonic = TENSOR_CORES[row.target]
+        names = sorted(code.tensor_cores)
+        if not names or not all(name.startswith(mnemonic) for name in names):
+            row.fail("products", " ".join(names) or "no tensor-core instruction", f"{instruction} ({mnemonic})")
+        elif off_tensor_cores:
+            row.fail("products", f"{off_tensor_cores} products not by {instruction}", "none")
+    if "wide" in row.claims and code.wide_share < WIDE_SHARE:
+        widths = f"loads {code.loads}, stores {code.stores} (bits: instructions)"
+        row.fail("wide", f"{code.wide_share:.0%} of bytes in 128-bit accesses, {widths}", f"{WIDE_SHARE:.0%}")
+    if "descriptors" in row.claims and not code.tma:
+        row.fail("descriptors", "no TMA load", "cp.async.bulk.tensor (UTMALDG)")
+
+
+def run(todo: list[Job], workers: int) -> list[Row]:
+    """Rows of all jobs, in their order. A job whose compiler ends its process becomes a row that says so."""
+    rows: dict[Job, Row] = {}
+    new_pool = functools.partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
+    with tqdm(total=len(todo), unit=" binaries", smoothing=0.02, disable=None) as bar:
+        with new_pool(workers) as pool:
+            futures = {pool.submit(measure, job): job for job in todo}
+            for future in as_completed(futures):
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    rows[futures[future]] = future.result()
+                    bar.update()
+        left = [job for job in todo if job not in rows]
+        while left:  # the pool broke: one job at a time, in a new process after each crash, finds the culprit
+            with new_pool(1) as pool:
+                for job in left:
+                    bar.update()
+                    try:
+                        rows[job] = pool.submit(measure, job).result()
+                    except BrokenProcessPool:
+                        rows[job], _, _ = described(job)
+                        rows[job].fail("compiles", "the compiler ended its process", "a binary")
+                        break
+            left = [job for job in left if job not in rows]
+    return [rows[job] for job in todo]
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: for each kernel and target the default configuration, worst over variants and dtypes."""
+    lines = [
+        "| kernel | target | binaries | registers | local memory | shared memory | tensor memory | occupancy "
+        "| products | bytes in 128-bit accesses | TMA |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---:|---|",
+    ]
+    for kernel, target in dict.fromkeys((row.kernel, row.target) for row in rows):
+        every = [row for row in rows if (row.kernel, row.target) == (kernel, target)]
+        default = [row for row in every if row.default and row.code]
+        tensor_memory = max((row.tensor_memory for row in default), default=0)
+        shares = [row.code.wide_share for row in default if "wide" in row.claims]
+        loading = [bool(row.code.tma) for row in default if "descriptors" in row.claims]
+        cells = [
+            kernel,
+            target,
+            str(len(every)),
+            str(max((row.code.registers for row in default), default="")),
+            str(max((row.code.local_memory for row in default), default="")),
+            f"{max((row.shared_memory for row in default), default=0) / 1024:.1f} KiB",
+            f"{tensor_memory} columns" if tensor_memory else "",
+            f"{min((row.occupancy for row in default), default=0):.0%}",
+            TENSOR_CORES[target][0] if any("products" in row.claims for row in default) else "",
+            f"{min(shares):.0%}" if shares else "",
+            ("yes" if all(loading) else "no") if loading else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_table(page: Path, text: str) -> None:
+    """Puts the table between the page's two markers."""
+    before, _, rest = page.read_text().partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    page.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m exo_fast.kernels.certify",
+        description="Compile every kernel for every target without a GPU, and check the machine code.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME")
+    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="kernels of the package, or paths of Python files")
+    parser.add_argument("--jobs", type=int, default=cores, help="compilers side by side (default: %(default)s cores)")
+    parser.add_argument("--output", type=Path, default=Path("build/certification.json"), help="default: %(default)s")
+    parser.add_argument("--markdown", type=Path, metavar="PAGE", help="rewrite the table between the page's markers")
+    options = parser.parse_args(arguments)
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1 is needed")
+    if options.markdown and not all(marker in options.markdown.read_text() for marker in MARKERS):
+        parser.error(f"--markdown {options.markdown}: the page needs the lines {MARKERS[0]} and {MARKERS[1]}")
+    options.kernel = options.kernel or discover()
+    for kernel in options.kernel:
+        try:
+            module = load(kernel)
+        except (ModuleNotFoundError, FileNotFoundError):
+            parser.error(f"--kernel {kernel}: there are {', '.join(discover())}; or give the path of a .py file")
+        if not exports(module):
+            parser.error(f"--kernel {kernel}: the module must export configs and variants (see kernels/launch.py)")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    start = time.time()
+    rows = run(jobs(options.kernel, options.target), options.jobs)
+    failures = [(row, failed) for row in rows for failed in row.failures]
+    report = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "triton": triton.__version__,
+        "fp_fusion": os.environ["TRITON_DEFAULT_FP_FUSION"],
+        "binaries": len(rows),
+        "failures": len(failures),
+        "rows": [asdict(row) for row in rows],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=1))
+    text = table(rows)
+    if options.markdown:
+        write_table(options.markdown, text)
+    print(text)
+    for row, failed in failures:
+        print(f"FAILED {failed['claim']}: {row}: found {failed['found']}; needed {failed['needed']}")
+    print(
+        f"{len(rows)} binaries of {len(options.kernel)} kernels for {len(options.target)} targets in "
+        f"{time.time() - start:.0f} s: {len(failures)} claims failed. Rows: {options.output}"
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
