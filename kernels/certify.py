@@ -10,7 +10,7 @@ launches. Claims, for each binary:
   products     every product of a variant with `products` uses the target's tensor-core instruction
   wide         in a `memory_bound` variant at least WIDE_SHARE of the bytes moved to and from device memory go in
                accesses of 128 bits or more, counted as width × instructions over its loops, or over all its code where
-               no loop touches device memory: what is read once for a row (target, statistics) is narrow by nature
+               no loop touches device memory, scalars (a row's target and statistics: one address) left out
   descriptors  a variant with `descriptors` loads through TMA where the target has it
   atomics      no atomic operation on device memory: the same input gives the same bits
 
@@ -197,9 +197,9 @@ def measure(job: Job) -> Row:
     row.shared_memory = compiled.metadata.shared
     row.tensor_memory = getattr(compiled.metadata, "tmem_size", 0)  # NVIDIA only
     if target.backend == "cuda":
-        row.code = disassembly.nvidia(compiled.asm["cubin"])
+        row.code = disassembly.nvidia(compiled.asm["cubin"], compiled.asm["ttgir"])
     else:
-        row.code = disassembly.amd(compiled.asm["amdgcn"])
+        row.code = disassembly.amd(compiled.asm["amdgcn"], compiled.asm["ttgir"])
     fill = occupancy(target, row.code.registers, row.shared_memory, row.num_warps, row.tensor_memory)
     row.programs, row.occupancy, row.occupancy_limit = fill.programs, fill.fraction, fill.limit
     check(row, disassembly.products_off_tensor_cores(compiled.asm["ttgir"], OWN_OPERATION.get(job.target)))

@@ -48,8 +48,8 @@ class Code:
     wide_share: float = 1.0  # of the bytes moved, those in accesses of at least WIDE bits; see `wide_share`
 
 
-def nvidia(cubin: bytes) -> Code:
-    """Facts of a cubin with one kernel."""
+def nvidia(cubin: bytes, ttgir: str) -> Code:
+    """Facts of a cubin with one kernel, which was made from `ttgir`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -58,20 +58,21 @@ def nvidia(cubin: bytes) -> Code:
         text = _tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", path)
     registers, stack, local = (max(map(int, re.findall(rf"\b{key}:(\d+)", usage))) for key in ("REG", "STACK", "LOCAL"))
     code = _inspect(
-        *parse_sass(text), sass_access, re.compile(r"UTC\w*MMA|HGMMA|[HIQO]MMA"), re.compile("UTMALDG|UBLKCP")
+        ttgir, *parse_sass(text), sass_access, re.compile(r"UTC\w*MMA|HGMMA|[HIQO]MMA"), re.compile("UTMALDG|UBLKCP")
     )
     code.registers, code.local_memory = registers, stack + local
     return code
 
 
-def amd(assembly: str) -> Code:
-    """Facts of amdgcn assembly with one kernel."""
+def amd(assembly: str, ttgir: str) -> Code:
+    """Facts of amdgcn assembly with one kernel, which was made from `ttgir`."""
 
     def fact(key: str) -> int:
         found = re.search(rf"^\s*(?:- )?\.{key}:\s+(\d+)", assembly, re.MULTILINE)
         return int(found[1]) if found else 0
 
-    code = _inspect(*parse_amdgcn(assembly), amdgcn_access, re.compile("v_s?(mfma|wmma)"), re.compile("tensor_load"))
+    instruction = re.compile("v_s?(mfma|wmma)")
+    code = _inspect(ttgir, *parse_amdgcn(assembly), amdgcn_access, instruction, re.compile("tensor_load"))
     code.registers, code.local_memory = fact("vgpr_count"), fact("private_segment_fixed_size")
     code.spilled, code.spilled_scalars = fact("vgpr_spill_count"), fact("sgpr_spill_count")
     return code
@@ -160,6 +161,23 @@ def in_loops(instructions: list[Instruction], labels: dict[str, int]) -> set[int
     return {place for number in looping for place in spans[number]}
 
 
+def scalar_accesses(ttgir: str) -> tuple[Counter[Access], Counter[Access]]:
+    """Accesses of a single address in Triton's last GPU dialect: all of them, and those in loops."""
+    everywhere, looping = Counter(), Counter()
+    depth, loops = 0, []  # depth of braces, and the depths at which open loops began
+    for line in ttgir.splitlines():
+        if re.search(r"\bscf\.(for|while)\b", line):
+            loops.append(depth)
+        depth += line.count("{") - line.count("}")
+        while loops and depth <= loops[-1]:
+            loops.pop()
+        if found := re.search(r"\btt\.(load|store) .*: !tt\.ptr<[a-z]+(\d+)", line):
+            access = Access(found[1], max(8, int(found[2])))
+            everywhere[access] += 1
+            looping[access] += bool(loops)
+    return everywhere, looping
+
+
 def wide_share(accesses: list[Access]) -> float:
     """Share of the bytes (width × instructions) moved by accesses of at least WIDE bits; 1 where nothing is moved."""
     moved = sum(access.bits for access in accesses)
@@ -167,6 +185,7 @@ def wide_share(accesses: list[Access]) -> float:
 
 
 def _inspect(
+    ttgir: str,
     instructions: list[Instruction],
     labels: dict[str, int],
     access_of: Callable[[str], Access | None],
@@ -177,6 +196,9 @@ def _inspect(
     accesses = {place: access for place, name in enumerate(names) if (access := access_of(name))}
     device = {place: access for place, access in accesses.items() if access.kind in ("load", "store")}
     looping = in_loops(instructions, labels) & device.keys()
+    # A scalar is one address for all threads: it is taken off by number and width before shares are formed.
+    scalars = scalar_accesses(ttgir)[bool(looping)]
+    tensors = Counter(device[place] for place in looping or device) - scalars
     local = [access for access in accesses.values() if access.kind == "local"]
     return Code(
         registers=0,
@@ -189,7 +211,7 @@ def _inspect(
         loads=dict(Counter(access.bits for access in device.values() if access.kind == "load")),
         stores=dict(Counter(access.bits for access in device.values() if access.kind == "store")),
         loops=bool(looping),
-        wide_share=wide_share([device[place] for place in looping or device]),
+        wide_share=wide_share(list(tensors.elements())),
     )
 
 

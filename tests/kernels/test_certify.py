@@ -20,6 +20,7 @@ from exo_fast.kernels.disassembly import (
     parse_sass,
     products_off_tensor_cores,
     sass_access,
+    scalar_accesses,
     wide_share,
 )
 from exo_fast.kernels.occupancy import occupancy
@@ -289,6 +290,27 @@ def test_wide_share_weighs_by_bytes():
     accesses = [Access("load", 128), Access("load", 128), Access("store", 64), Access("store", 32), Access("load", 32)]
     assert wide_share(accesses) == 256 / 384
     assert wide_share([]) == 1.0
+
+
+def test_scalar_accesses_are_found_inside_and_outside_of_loops():
+    ttgir = """
+  tt.func public @k(%a: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("a"(#loc))) attributes {noinline = false} {
+    %1 = tt.load %a : !tt.ptr<f32> loc(#loc)
+    scf.for %i = %0 to %n step %c  : i32 {
+      %2 = tt.load %b : !tt.ptr<i64> loc(#loc)
+      scf.if %p {
+        tt.store %c, %v {cache = 1 : i32} : !tt.ptr<bf16> loc(#loc)
+      } else {
+        %3 = tt.load %d, %m, %z : tensor<64x!tt.ptr<f32>, #blocked> loc(#loc)
+      } loc(#loc)
+    } loc(#loc)
+    tt.store %e, %flag : !tt.ptr<i1>
+  }
+"""
+    looping = {Access("load", 64): 1, Access("store", 16): 1}
+    everywhere, inside = scalar_accesses(ttgir)
+    assert +inside == looping
+    assert everywhere == looping | {Access("load", 32): 1, Access("store", 8): 1}
 
 
 def test_products_left_to_multiply_adds_are_counted():
