@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exo_fast import reference
+from exo_fast import ops, reference
 from exo_fast.backends import choose
-from exo_fast.backends import torch as chunked
-from exo_fast.head import Head
 from exo_fast.validate import check_budget, check_projection, check_targets
 
 
@@ -26,40 +24,9 @@ def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, weight
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
-        softcap: float | None, memory_budget: int | None,
-    ) -> Tensor:  # fmt: skip
-        head = Head(weight, bias, scale, softcap)
-        ctx.need = ctx.needs_input_grad[:3]
-        unit_only = ctx.need == (True, False, False)
-        logps, stats, unit = chunked.logprobs_forward(hidden, head, targets, memory_budget, unit_hidden=unit_only)
-        if any(ctx.need):
-            kept = (unit,) if unit_only else (hidden, weight, bias, targets, stats.shift, stats.sum, stats.target)
-            ctx.save_for_backward(*kept)
-            ctx.facts = (unit_only, scale, softcap, memory_budget)
-        return logps
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit_only, scale, softcap, memory_budget = ctx.facts
-        if unit_only:
-            (unit,) = ctx.saved_tensors
-            return (unit * grad.unsqueeze(1)).to(unit.dtype), *[None] * 6
-        hidden, weight, bias, targets, *stats = ctx.saved_tensors
-        grads = chunked.logprobs_backward(
-            hidden,
-            Head(weight, bias, scale, softcap),
-            targets,
-            chunked.Statistics(*stats),
-            grad,
-            ctx.need,
-            memory_budget,
-        )
-        return *chunked.as_inputs(grads, weight, bias), *[None] * 4
+def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which of them autograd will ask a gradient for."""
+    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
 
 
 def linear_logprobs(
@@ -85,8 +52,10 @@ def linear_logprobs(
         scale: factor on the logits: the model's own logit scale divided by the sampling temperature.
         softcap: c of c·tanh(a/c), or None.
         ignore_index: rows with this target get log-prob 0, no gradient, and no work.
-        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB); less costs time, never correctness.
-        backend: auto, reference, torch or triton.
+        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU); less costs time,
+            never correctness.
+        backend: reference (full logits), torch (chunked), triton (fused kernels), or auto: triton on a GPU (torch for
+            float64), torch elsewhere.
         process_group: vocabulary parallelism; None.
 
     Returns:
@@ -94,22 +63,24 @@ def linear_logprobs(
         inputs, and the same input gives the same bits.
 
     Raises:
-        ValueError: a wrong shape, dtype, device, target or number; the message names it.
+        ValueError: a wrong shape, dtype, device, target or number; the message names it. On a GPU, and in a compiled
+            graph, a target out of range is a failed assertion (RuntimeError) where the values are: nothing waits.
     """
     check_budget(memory_budget, process_group)
     if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
         hidden, weight = autocast_operands(hidden, weight)
     check_projection(hidden, weight, targets, bias, scale, softcap)
     check_targets(targets, weight.shape[0], ignore_index)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if choose(backend, hidden) == "reference":
+    chosen = choose(backend, hidden)
+    if chosen == "reference":
+        with torch.autocast(hidden.device.type, enabled=False):
             return reference.linear_logprobs(
                 hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, ignore_index=ignore_index
             )
-        rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-        keep = wanted != ignore_index
-        if bool(keep.all()):
-            return _LinearLogprobs.apply(rows, weight, bias, wanted, scale, softcap, memory_budget).view(targets.shape)
-        index = keep.nonzero().squeeze(1)
-        logps = _LinearLogprobs.apply(rows[index], weight, bias, wanted[index], scale, softcap, memory_budget)
-        return logps.new_zeros(len(wanted)).index_copy(0, index, logps).view(targets.shape)
+    wanted = targets.reshape(-1).long()
+    wanted = wanted.masked_fill(wanted == ignore_index, -1)
+    unit_hidden = needs_gradient(hidden, weight, bias) == (True, False, False)
+    logps, _, _ = ops.linear_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, wanted, scale, softcap, memory_budget, unit_hidden, chosen
+    )
+    return logps.view(targets.shape)

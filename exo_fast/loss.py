@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exo_fast import reference
+from exo_fast import ops, reference
 from exo_fast.backends import choose
-from exo_fast.backends import torch as chunked
-from exo_fast.head import Head
-from exo_fast.logprobs import autocast_operands
+from exo_fast.logprobs import autocast_operands, needs_gradient
 from exo_fast.validate import (
     check_boundaries,
     check_budget,
@@ -68,36 +66,6 @@ def group_loss(
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
-class _LinearGroupLoss(torch.autograd.Function):
-    """One pass: the gradients of the mean loss are formed in forward, and backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cu_seqlens: Tensor,
-        ref_logps: Tensor, rewards: Tensor, loss: dict, head: dict, memory_budget: int | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.options = (loss, ctx.needs_input_grad[:3], memory_budget)
-        ctx.head = head
-        losses, policy_logps, ctx.grads = chunked.group_loss_forward(
-            hidden, Head(weight, bias, **head), targets, cu_seqlens, ref_logps, rewards, *ctx.options
-        )
-        ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens, ref_logps, rewards)
-        ctx.mark_non_differentiable(policy_logps)
-        return losses.mean(), policy_logps
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *rest = ctx.saved_tensors
-        # The buffers are handed over, so that no second copy of dW ever exists; a second backward makes them again.
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
-            grads = chunked.group_loss_forward(hidden, Head(weight, bias, **ctx.head), *rest, *ctx.options)[-1]
-        if grad.device.type != "cpu" or grad.item() != 1.0:
-            grads = tuple(None if g is None else g.mul_(grad.to(g.dtype)) for g in grads)
-        return *chunked.as_inputs(grads, weight, bias), *[None] * 7
-
-
 def linear_group_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -124,19 +92,22 @@ def linear_group_loss(
             that predicts it (that of the last prompt token for the first token of a completion).
         weight: (V, D), of hidden's dtype (under torch.autocast both are cast to its dtype).
         targets: (N,) int, the completion tokens.
-        cu_seqlens: (G*K + 1,) int, boundaries of the candidates in N.
+        cu_seqlens: (G*K + 1,) int, boundaries of the candidates in N, on hidden's device or on the CPU. From the CPU
+            chunks are cut at group boundaries without a wait for the GPU; on the GPU, whose values the host does not
+            know, one pass is made when all N rows fit the memory budget, else two.
         ref_logps, rewards: (G, K) float; see `group_loss`, also for loss_type, beta_pi, beta_r and label_smoothing.
         bias: (V,) or None. scale, softcap: see `exo_fast.logprobs.linear_logprobs`.
-        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB). A group whose rows do not fit makes the
-            ones beyond it again; less memory costs time, never correctness.
-        backend: auto, reference, torch or triton. process_group: vocabulary parallelism; None.
+        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU). A group whose
+            rows do not fit makes the ones beyond it again; less memory costs time, never correctness.
+        backend: see `exo_fast.logprobs.linear_logprobs`. process_group: vocabulary parallelism; None.
 
     Returns:
         The mean loss over groups (scalar; differentiable in hidden, weight and bias, not twice) and the detached policy
         sequence log-probs (G, K), both float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: before any work, naming the argument, what came and what is needed.
+        ValueError: before any work, naming the argument, what came and what is needed. On a GPU, and in a compiled
+            graph, wrong values in a tensor are a failed assertion (RuntimeError) where they are: nothing waits.
     """
     check_budget(memory_budget, process_group)
     smoothing = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
@@ -150,25 +121,29 @@ def linear_group_loss(
     for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}: move one of them")
-    loss = {"loss_type": loss_type, "beta_pi": beta_pi, "beta_r": beta_r, "label_smoothing": smoothing}
-    with torch.autocast(hidden.device.type, enabled=False):
-        if choose(backend, hidden) == "reference":
+    chosen = choose(backend, hidden)
+    if chosen == "reference":
+        with torch.autocast(hidden.device.type, enabled=False):
             return reference.linear_group_loss(
                 hidden,
                 weight,
                 targets,
-                cu_seqlens,
+                cu_seqlens.to(hidden.device),
                 ref_logps,
                 rewards,
+                loss_type=loss_type,
+                beta_pi=beta_pi,
+                beta_r=beta_r,
+                label_smoothing=smoothing,
                 bias=bias,
                 scale=scale,
                 softcap=softcap,
-                **loss,
             )
-        return _LinearGroupLoss.apply(
-            hidden, weight, bias, targets.long(), cu_seqlens.long(), ref_logps, rewards, loss,
-            {"scale": scale, "softcap": softcap}, memory_budget,
-        )  # fmt: skip
+    loss, policy_logps, *_ = ops.linear_group_loss(
+        hidden, weight, bias, targets.long(), cu_seqlens.long(), ref_logps, rewards, loss_type, beta_pi, beta_r,
+        smoothing, scale, softcap, memory_budget, needs_gradient(hidden, weight, bias), chosen,
+    )  # fmt: skip
+    return loss, policy_logps
 
 
 class GroupLoss(nn.Module):

@@ -1,10 +1,16 @@
-"""Checks at the door of the public functions. Each error names the argument, what came and what is needed."""
+"""Checks at the door of the public functions. Each error names the argument, what came and what is needed.
 
-import itertools
+Shapes, dtypes, devices and numbers are always a ValueError, before any work. What a tensor holds can be looked at only
+where that costs no waiting: on the CPU it is a ValueError too; on a GPU, and in a graph that is being traced, it is an
+assertion that travels with the work and fails where the values are (`require`), so no call ever synchronises.
+"""
+
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
 
@@ -13,6 +19,27 @@ INTEGERS = (torch.int32, torch.int64)
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def traced(value: Tensor) -> bool:
+    """Whether this is a value of a graph that is being traced, not a number."""
+    return torch.compiler.is_compiling() or type(value) is not Tensor or is_in_torch_dispatch_mode()
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values are there to be looked at, on the CPU and not in a graph."""
+    return value.device.type == "cpu" and not traced(value)
+
+
+def require(condition: Tensor, message: str, error: Callable[[], str]) -> None:
+    """ValueError(error()) when `condition` (one bool) is false and readable, else an assertion on its device.
+
+    `message` is what the assertion says. It quotes no number: a graph of dynamic shapes would be bound to it.
+    """
+    if not readable(condition):
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(error())
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -54,24 +81,28 @@ def check_projection(
     for name, value in (("weight", weight), ("targets", targets), ("bias", bias)):
         if value is not None and value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}: move one of them")
-    if not math.isfinite(scale) or scale == 0:
+    if not 0 < abs(scale) < math.inf:
         raise ValueError(f"scale must be a finite number other than 0, got {scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
 
 
 def check_targets(targets: Tensor, vocab: int, ignore_index: int | None) -> None:
     """Every target lies in [0, V) (or is `ignore_index`)."""
-    outside = (targets < 0) | (targets >= vocab)
+    inside = (targets >= 0) & (targets < vocab)
     if ignore_index is not None:
-        outside &= targets != ignore_index
-    if outside.any():
-        where = int(outside.flatten().nonzero()[0])
+        inside |= targets == ignore_index
+
+    def error() -> str:
+        where = int((~inside).flatten().nonzero()[0])
         allowed = "" if ignore_index is None else f", or {ignore_index} to be ignored"
-        raise ValueError(
+        return (
             f"targets[{where}] (flattened) is {int(targets.flatten()[where])}; "
             f"ids must lie in [0, {vocab}), the rows of weight{allowed}"
         )
+
+    message = "targets: ids must lie in [0, V), the rows of weight"
+    require(inside.all(), message if ignore_index is None else f"{message}, or be ignore_index", error)
 
 
 def check_budget(memory_budget: int | None, process_group: object) -> None:
@@ -104,11 +135,9 @@ def check_groups(
     for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
         if not value.dtype.is_floating_point:
             raise ValueError(f"{name} must be of a floating-point dtype, got {value.dtype}: use .float()")
-        if not bool(torch.isfinite(value).all()):
-            row, column = (int(i) for i in (~torch.isfinite(value)).nonzero()[0])
-            raise ValueError(f"{name}[{row}, {column}] is {float(value[row, column])}; every value must be finite")
+        check_finite(name, value)
     for name, value in (("beta_pi", beta_pi), ("beta_r", beta_r)):
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value}")
     smoothing = default_label_smoothing(loss_type) if label_smoothing is None else label_smoothing
     lowest = 0.0 if loss_type.startswith("dpo") else math.ulp(0.0)
@@ -116,31 +145,56 @@ def check_groups(
         if not lowest <= smoothing < 1:
             need = "0 <= label_smoothing < 1" if lowest == 0 else "0 < label_smoothing < 1, for log p to be finite"
             raise ValueError(f"label_smoothing={smoothing}: {loss_type} needs {need}")
-        top = rewards == rewards.amax(dim=1, keepdim=True)
-        if bool((top.sum(dim=1) > 1).any()):
-            row = int((top.sum(dim=1) > 1).nonzero()[0])
-            raise ValueError(
-                f"rewards[{row}] = {rewards[row].tolist()} has a tie for the highest reward, so {loss_type} has no "
-                "preferred candidate; drop the row or break the tie, or use a *-rw loss"
-            )
+        check_ties(rewards, loss_type)
     return smoothing
 
 
+def check_finite(name: str, value: Tensor) -> None:
+    """Every value of a (G, K) tensor is finite."""
+    finite = torch.isfinite(value)
+
+    def error() -> str:
+        row, column = (int(i) for i in (~finite).nonzero()[0])
+        return f"{name}[{row}, {column}] is {float(value[row, column])}; every value must be finite"
+
+    require(finite.all(), f"{name}: every value must be finite", error)
+
+
+def check_ties(rewards: Tensor, loss_type: str) -> None:
+    """Every row of (G, K) rewards has one highest."""
+    single = (rewards == rewards.amax(dim=1, keepdim=True)).sum(dim=1) <= 1
+    problem = (
+        f"a tie for the highest reward, so {loss_type} has no preferred candidate; "
+        "drop the row or break the tie, or use a *-rw loss"
+    )
+
+    def error() -> str:
+        row = int((~single).nonzero()[0])
+        return f"rewards[{row}] = {rewards[row].tolist()} has {problem}"
+
+    require(single.all(), f"rewards: a row has {problem}", error)
+
+
 def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: int, device: torch.device) -> None:
-    """cu_seqlens (G*K + 1,): integer boundaries from 0 to N, every sequence at least one token."""
+    """cu_seqlens (G*K + 1,), on the CPU or on `device`: boundaries from 0 to N, every sequence at least one token."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in INTEGERS or _shape(cu_seqlens) != (groups * candidates + 1,):
         raise ValueError(
             f"cu_seqlens must be int32 or int64 of shape (G*K + 1,) = ({groups * candidates + 1},) for ref_logps "
             f"({groups}, {candidates}), got {cu_seqlens.dtype} {_shape(cu_seqlens)}"
         )
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and hidden on {device}: move one of them")
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens:
-        raise ValueError(f"cu_seqlens must run from 0 to N = {tokens}, got {bounds[0]} to {bounds[-1]}")
-    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
-        if b <= a:
-            raise ValueError(
-                f"cu_seqlens[{i}:{i + 2}] = [{a}, {b}]: sequence {i} has {b - a} tokens; at least 1 is needed"
-            )
+    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and hidden on {device}: move it there or to the CPU")
+    first, last, lengths = cu_seqlens.select(0, 0), cu_seqlens.select(0, -1), cu_seqlens.diff()
+    require(
+        (first == 0) & (last == tokens),
+        "cu_seqlens must run from 0 to N, the rows of hidden",
+        lambda: f"cu_seqlens must run from 0 to N = {tokens}, got {int(first)} to {int(last)}",
+    )
+
+    def error() -> str:
+        i = int((lengths < 1).nonzero()[0])
+        pair = cu_seqlens[i : i + 2].tolist()
+        return f"cu_seqlens[{i}:{i + 2}] = {pair}: sequence {i} has {int(lengths[i])} tokens; at least 1 is needed"
+
+    require((lengths > 0).all(), "cu_seqlens: a sequence has no token; at least 1 is needed", error)

@@ -1,6 +1,7 @@
 """group_loss and linear_group_loss: both schedules against the definitions, every gradient, odd and extreme inputs."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -140,9 +141,9 @@ def test_one_pass_two_pass_and_reference_agree(shape: str, rows: int | None, sof
 def test_budget_decides_what_is_kept_and_what_is_made_again() -> None:
     made = problem([4, 1, 1, 7, 2, 2, 3, 3, 13], 3, 8, 67)
     head = chunked.Head(made["weight"])
-    plan = chunked.Plan.of(made["hidden"], head, 5 * (67 * 8 + 32 * 8 + 4 * 8 * 8))
+    plan = chunked.Plan.of(36, made["hidden"], head, 5 * (67 * 8 + 32 * 8 + 4 * 8 * 8))
     assert plan.rows == 5
-    assert chunked.Plan.of(made["hidden"], head, 1).rows == 0
+    assert chunked.Plan.of(36, made["hidden"], head, 1).rows == 0
     # the first group (6 tokens) is larger than 5 rows, the last (19) larger still: each is a unit of its own
     assert chunked.group_units([0, 6, 17, 36], plan.rows) == [(0, 1), (1, 2), (2, 3)]
     assert chunked.group_units([0, 6, 17, 36], 17) == [(0, 2), (2, 3)]
@@ -291,13 +292,70 @@ def test_a_second_backward_gives_the_same() -> None:
         torch.autograd.grad(loss, leaves(made))
 
 
-def test_dw_is_handed_over_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = problem([3, 5], 2, 4, 20, dtype=torch.float32)
-    formed = []
+@pytest.fixture
+def formed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every dW the torch backend has formed, by weak reference: (address, reference)."""
+    seen = []
     result = chunked.Gradients.result
-    monkeypatch.setattr(chunked.Gradients, "result", lambda self: formed.append(self.weight.data_ptr()) or result(self))
-    linear_group_loss(**made, loss_type="exo-rw")[0].backward()
-    assert made["weight"].grad.data_ptr() == formed[0]
+
+    def watched(self: chunked.Gradients) -> tuple:
+        seen.append((self.weight.data_ptr(), weakref.ref(self.weight)))
+        return result(self)
+
+    monkeypatch.setattr(chunked.Gradients, "result", watched)
+    return seen
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_dw_is_scaled_in_place_and_handed_over_not_copied(factor: float, formed: list) -> None:
+    made = problem([3, 5], 2, 4, 20, dtype=torch.float32)
+    (factor * linear_group_loss(**made, loss_type="exo-rw")[0]).backward()
+    (where, _), *more = formed
+    assert not more
+    assert made["weight"].grad.data_ptr() == where
+
+
+def test_float32_dw_lives_from_forward_to_backward_and_no_longer(formed: list) -> None:
+    made = problem([3, 5], 2, 4, 20, dtype=torch.bfloat16)
+    loss, policy_logps = linear_group_loss(**made, loss_type="exo-rw")
+    ((_, dw),) = formed
+    assert dw() is not None
+    loss.backward()
+    assert dw() is None
+    assert made["weight"].grad.dtype == torch.bfloat16
+
+    formed.clear()
+    loss, policy_logps = linear_group_loss(**made, loss_type="exo-rw")
+    ((_, dw),) = formed
+    del loss
+    assert dw() is None
+    assert not policy_logps.requires_grad
+
+
+def test_loss_is_not_differentiable_twice() -> None:
+    made = problem([3, 5], 2, 4, 20)
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for loss in (linear_group_loss(**made, loss_type="exo-rw")[0], two_pass(made, "exo-rw")):
+        (grad,) = torch.autograd.grad(factor * loss, made["hidden"], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "two-pass"])
+def test_backward_under_autocast_rounds_nothing_again(schedule: str) -> None:
+    made = problem([3, 5], 2, 8, 90, dtype=torch.float32)
+
+    def loss() -> Tensor:
+        return two_pass(made, "exo-rw") if schedule == "two-pass" else linear_group_loss(**made, loss_type="exo-rw")[0]
+
+    want = torch.autograd.grad(loss(), leaves(made))
+    kept = loss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = torch.autograd.grad(kept, leaves(made), retain_graph=True)
+        again = torch.autograd.grad(kept, leaves(made))  # the one-pass schedule forms its gradients anew
+    for a, b, c in zip(first, again, want, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c)
 
 
 def test_module_holds_the_options() -> None:

@@ -1,8 +1,13 @@
 """Every argument error: raised before work, a ValueError that names the argument, what came and what is needed."""
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from exo_fast import backends
+from exo_fast.backends import choose, scratch_budget
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
 
@@ -40,7 +45,6 @@ CASES = {
     "budget": ({"memory_budget": 0}, "memory_budget must be a positive number of bytes or None, got 0"),
     "process-group": ({"process_group": object()}, "process_group .* is not supported in this version"),
     "backend": ({"backend": "cuda"}, "backend='cuda' is not known; choose one of auto, reference, torch, triton"),
-    "triton": ({"backend": "triton"}, "backend='triton' is not available in this version"),
     "loss-type": ({"loss_type": "ppo"}, "loss_type='ppo' is not known; choose one of exo-pref, exo-rw"),
     "one-candidate": (
         {"ref_logps": torch.zeros(2, 1), "rewards": torch.zeros(2, 1)},
@@ -87,8 +91,6 @@ def test_linear_logprobs_errors() -> None:
     linear_logprobs(hidden, weight, targets)
     with pytest.raises(ValueError, match=r"targets\[1\] .* is -100; ids must lie in \[0, 7\), .* or -1 to be ignored"):
         linear_logprobs(hidden, weight, targets, ignore_index=-1)
-    with pytest.raises(ValueError, match="backend='triton' is not available"):
-        linear_logprobs(hidden, weight, targets, backend="triton")
 
 
 def test_group_loss_errors() -> None:
@@ -103,3 +105,48 @@ def test_group_loss_errors() -> None:
     # a tie that is not for the highest reward, or in *-rw data, is no error
     group_loss(zeros, zeros, torch.tensor([[0.0, 0.0, 1.0]] * 2), loss_type="exo-pref")
     group_loss(zeros, zeros, torch.tensor([[0.0, 1.0, 1.0]] * 2), loss_type="exo-rw")
+
+
+def on(device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(2, 3, device=device, dtype=dtype)
+
+
+def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert choose("auto", on("cuda", dtype)) == "triton"
+        assert choose("auto", on("cpu", dtype)) == "torch"
+    assert choose("auto", on("cuda", torch.float64)) == "torch"
+    for backend in ("reference", "torch"):
+        assert choose(backend, on("cuda")) == backend
+
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
+    with pytest.warns(UserWarning, match="Triton is not installed: backend='auto' runs 'torch'. pip install triton"):
+        assert choose("auto", on("cuda")) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("auto", on("cpu")) == "torch"
+    with pytest.raises(ValueError, match="backend='triton' needs Triton, which is not installed: pip install triton"):
+        choose("triton", on("cuda"))
+
+
+def test_triton_on_the_cpu_is_the_interpreter_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("triton", on("cpu")) == "triton"
+    with pytest.raises(ValueError, match="backend='triton' has no float64: use backend='torch'"):
+        choose("triton", on("cpu", torch.float64))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for call in (
+        lambda: choose("triton", on("cpu")),
+        lambda: linear_group_loss(**good(), backend="triton"),
+        lambda: linear_logprobs(torch.randn(2, 3), torch.randn(7, 3), torch.tensor([1, 2]), backend="triton"),
+    ):
+        with pytest.raises(ValueError, match=r"needs a GPU and hidden is on cpu: .* or set TRITON_INTERPRET=1"):
+            call()
+    assert choose("triton", on("cuda")) == "triton"
+
+
+def test_default_memory_budget() -> None:
+    assert scratch_budget(None, torch.device("cpu")) == 640 * 2**20
+    assert scratch_budget(None, torch.device("cuda")) == 2**30
+    assert scratch_budget(7, torch.device("cuda")) == 7

@@ -1,17 +1,56 @@
-"""Which implementation runs: `reference` (full logits), `torch` (chunked) or `triton` (fused kernels)."""
+"""Which implementation runs: `reference` (full logits), `torch` (chunked) or `triton` (fused kernels).
 
-from torch import Tensor
+The names `torch` and `triton` in here are the submodules of this package: the libraries are not imported under them.
+"""
+
+import importlib.util
+import os
+import warnings
+
+from torch import Tensor, compiler, device, float64
 
 BACKENDS = ("auto", "reference", "torch", "triton")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INSTALL_TRITON = "pip install triton"
 
 
 def choose(backend: str, hidden: Tensor) -> str:
-    """The backend a call runs on. `auto` is `torch`, on every device, until the Triton kernels are in."""
+    """The backend a call runs on: reference, torch or triton. `auto` is triton on a GPU, torch elsewhere.
+
+    The kernels compute in float32, so float64 is for `torch` and `reference`. On the CPU they run in Triton's
+    interpreter, to be debugged, and only when asked for by name.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+    on_gpu = hidden.device.type == "cuda"  # ROCm too
+    if backend == "auto":
+        if not on_gpu or hidden.dtype == float64:
+            return "torch"
+        if TRITON_INSTALLED:
+            return "triton"
+        if not compiler.is_compiling():
+            warnings.warn(f"Triton is not installed: backend='auto' runs 'torch'. {INSTALL_TRITON}", stacklevel=3)
+        return "torch"
     if backend == "triton":
-        raise ValueError(
-            f"backend='triton' is not available in this version (hidden is on {hidden.device}); "
-            "use backend='torch', which runs on every device, or leave backend='auto'"
-        )
-    return "torch" if backend == "auto" else backend
+        if not TRITON_INSTALLED:
+            raise ValueError(f"backend='triton' needs Triton, which is not installed: {INSTALL_TRITON}")
+        if hidden.dtype == float64:
+            raise ValueError("backend='triton' has no float64: use backend='torch' or 'reference', or another dtype")
+        if not on_gpu and not interpreted():
+            raise ValueError(
+                f"backend='triton' needs a GPU and hidden is on {hidden.device}: move it there, use backend='torch', "
+                "or set TRITON_INTERPRET=1 before Python starts to debug the kernels on the CPU"
+            )
+    return backend
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def scratch_budget(memory_budget: int | None, on: device) -> int:
+    """Bytes of vocabulary-sized scratch: what the caller asked for, or 640 MiB on the CPU and 1 GiB on a GPU."""
+    if memory_budget is not None:
+        return memory_budget
+    return (640 if on.type == "cpu" else 1024) * 2**20

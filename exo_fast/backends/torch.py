@@ -16,6 +16,9 @@ Logits leave every product in float32, whatever the operands (rounding them to b
 
 Cost for N rows: log-probs 2·N·D·V flops; with the gradients of the one-pass schedule 6·N·D·V; of the two-pass
 schedule 8·N·D·V. Scratch is bounded by the memory budget (`Plan`).
+
+A backend is three functions of plain tensors, `logprobs_forward`, `logprobs_backward` and `group_loss_forward`, which
+`exo_fast.ops` turns into differentiable operators. What they return is contiguous and shares no memory.
 """
 
 import itertools
@@ -26,15 +29,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exo_fast.backends import scratch_budget
 from exo_fast.groups import losses_and_coefficients
 from exo_fast.head import Head
 
-DEFAULT_MEMORY_BUDGET = 640 * 2**20
 BLOCK = 4096  # columns of the vocabulary at a time: a block of logits stays in cache between product and exponential
 MIN_ROWS = 192  # fewer whole rows than this in the budget make the products too thin: work by blocks instead
 MAX_ROWS = 1024  # more rows than this make no product faster, and fresh pages cost time
 THIN = 256  # oneDNN's bf16 (n, V) x (V, D) runs half again as fast on up to about 400 rows
 OVERFLOW = 1e26  # a row sum beyond this says that the shift was too small
+Rows = slice | Tensor  # some of the N rows: a range of them, or their indices
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class Plan:
     block: int
 
     @classmethod
-    def of(cls, hidden: Tensor, head: Head, memory_budget: int | None, together: int = 0) -> "Plan":
-        """`together` rows, those of the largest group, save work when they are kept at the same time."""
-        budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
-        n, (vocab, width) = len(hidden), head.weight.shape
+    def of(cls, n: int, hidden: Tensor, head: Head, memory_budget: int | None, together: int = 0) -> "Plan":
+        """For n rows of hidden. `together` rows, those of the largest group, save work when they are kept at once."""
+        budget = scratch_budget(memory_budget, hidden.device)
+        vocab, width = head.weight.shape
         acc = accumulator(hidden).itemsize
         block = min(BLOCK, vocab)
         block_copy = 0 if hidden.dtype in (torch.float32, torch.float64) else block * width * acc
@@ -138,9 +142,6 @@ class Statistics:
     def logps(self) -> Tensor:
         return self.target - self.shift - self.sum.log()
 
-    def __getitem__(self, rows: slice) -> "Statistics":
-        return Statistics(self.shift[rows], self.sum[rows], self.target[rows])
-
 
 def pick(z: Tensor, targets: Tensor, start: int, into: Tensor) -> None:
     """into[i] = z[i, targets[i] − start] for the rows whose target lies in this block."""
@@ -208,9 +209,9 @@ class Gradients:
     def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool]):
         acc = accumulator(hidden)
         self.head = head
-        self.hidden = torch.zeros_like(hidden) if need[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=acc) if need[1] else None
-        self.bias = torch.zeros_like(head.bias, dtype=acc) if need[2] and head.bias is not None else None
+        self.hidden = hidden.new_zeros(hidden.shape) if need[0] else None
+        self.weight = head.weight.new_zeros(head.weight.shape, dtype=acc) if need[1] else None
+        self.bias = head.bias.new_zeros(head.bias.shape, dtype=acc) if need[2] and head.bias is not None else None
         self.head_needed = self.weight is not None or self.bias is not None
 
     def unit_hidden(self, keep: Tensor, stats: Statistics) -> Tensor:
@@ -241,7 +242,7 @@ class Gradients:
                 self.bias[columns].addmv_(u.T, factor)
 
     def add_by_blocks(
-        self, blocks: LogitBlocks, rows: slice, hidden: Tensor, targets: Tensor, stats: Statistics, c: Tensor
+        self, blocks: LogitBlocks, rows: Rows, hidden: Tensor, targets: Tensor, stats: Statistics, c: Tensor
     ) -> None:
         """All gradients of some rows (of N) when not one chunk of whole rows fits: U lives a block at a time."""
         head = self.head
@@ -272,14 +273,6 @@ class Gradients:
         return self.hidden, self.weight, self.bias
 
 
-def as_inputs(
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None], weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dW and db, accumulated in float32, in the dtypes of their parameters."""
-    hidden, dw, db = grads
-    return hidden, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
-
-
 def row_chunks(start: int, stop: int, size: int) -> list[slice]:
     """[start, stop) in pieces of nearly equal length, at most `size` each."""
     pieces = -(-(stop - start) // size)
@@ -287,47 +280,71 @@ def row_chunks(start: int, stop: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
+def kept_rows(targets: Tensor) -> Tensor | None:
+    """Indices of the rows that are not ignored (target −1), or None when none is."""
+    keep = targets >= 0
+    return None if bool(keep.all()) else keep.nonzero().squeeze(1)
+
+
+def kept_chunks(kept: Tensor | None, n: int, size: int) -> list[Rows]:
+    """The n rows to work on, `size` at a time: gathered chunk by chunk where others between them are ignored."""
+    return [chunk if kept is None else kept[chunk] for chunk in row_chunks(0, n, size)]
+
+
 def logprobs_forward(
-    hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None, unit_hidden: bool
-) -> tuple[Tensor, Statistics, Tensor | None]:
-    """Per-token log-probs (N,), what the backward pass needs to make the logits again, and, when `unit_hidden`,
-    ∂ℓ_t/∂h_t (N, D). 2·N·D·V flops, and as much again for the last."""
-    plan = Plan.of(hidden, head, memory_budget)
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    targets: Tensor,  # (N,) int64, −1 where ignored
+    memory_budget: int | None,
+    unit_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Per-token log-probs (N,), the row statistics (3, N) that the backward pass needs to make the logits again
+    (shift, Σ exp(z − shift), target logit) and, when `unit_hidden`, ∂ℓ_t/∂h_t (N, D).
+
+    2·N·D·V flops, and as much again for the last. Ignored rows get 0 and no work.
+    """
+    kept = kept_rows(targets)
+    n = len(hidden) if kept is None else len(kept)
+    plan = Plan.of(n, hidden, head, memory_budget)
     blocks = LogitBlocks(head, plan, hidden)
     grads = Gradients(hidden, head, (unit_hidden, False, False))
     keep = keep_buffer(hidden, head, plan) if unit_hidden else None
-    stats = Statistics(*[torch.empty(len(hidden), dtype=blocks.acc, device=hidden.device) for _ in range(3)])
-    for rows in row_chunks(0, len(hidden), plan.block_rows):
-        u = None if keep is None else keep[: rows.stop - rows.start]
-        part = exponentials(blocks, hidden[rows], targets[rows], u)
-        stats.shift[rows], stats.sum[rows], stats.target[rows] = part.shift, part.sum, part.target
+    stats = torch.zeros(3, len(hidden), dtype=blocks.acc, device=hidden.device)
+    stats[1] = 1
+    for rows in kept_chunks(kept, n, plan.block_rows):
+        h, y = hidden[rows], targets[rows]
+        u = None if keep is None else keep[: len(h)]
+        part = exponentials(blocks, h, y, u)
+        stats[0, rows], stats[1, rows], stats[2, rows] = part.shift, part.sum, part.target
         if u is not None:
             grads.hidden[rows] = grads.unit_hidden(u, part).to(hidden.dtype)
         elif unit_hidden:
-            grads.add_by_blocks(blocks, rows, hidden[rows], targets[rows], part, torch.ones_like(part.sum))
-    return stats.logps, stats, grads.hidden
+            grads.add_by_blocks(blocks, rows, h, y, part, torch.ones_like(part.sum))
+    return Statistics(*stats).logps, stats, grads.hidden
 
 
 def logprobs_backward(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    stats: Statistics,
-    coefficients: Tensor,  # (N,) upstream gradient of the log-probs
+    stats: Tensor,  # (3, N) of the forward pass
+    grad: Tensor,  # (N,) upstream gradient of the log-probs
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW."""
-    plan = Plan.of(hidden, head, memory_budget)
+    kept = kept_rows(targets)
+    n = len(hidden) if kept is None else len(kept)
+    plan = Plan.of(n, hidden, head, memory_budget)
     blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need)
     keep = keep_buffer(hidden, head, plan)
-    for rows in row_chunks(0, len(hidden), plan.block_rows):
-        h, part, c = hidden[rows], stats[rows], coefficients[rows]
+    for rows in kept_chunks(kept, n, plan.block_rows):
+        h, y, part, c = hidden[rows], targets[rows], Statistics(*stats[:, rows]), grad[rows]
         if keep is None:
-            grads.add_by_blocks(blocks, rows, h, targets[rows], part, c)
+            grads.add_by_blocks(blocks, rows, h, y, part, c)
             continue
         u = keep[: len(h)]
-        exponentials(blocks, h, targets[rows], u, part.shift)
+        exponentials(blocks, h, y, u, part.shift)
         if grads.hidden is not None:
             grads.hidden[rows] = grads.unit_hidden(u, part).mul_(c.unsqueeze(1)).to(h.dtype)
         if grads.head_needed:
@@ -360,7 +377,7 @@ def group_loss_forward(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor,  # (G·K + 1,), on the host or on hidden's device
     ref_logps: Tensor,
     rewards: Tensor,
     loss: dict,  # loss_type, beta_pi, beta_r, label_smoothing
@@ -374,11 +391,12 @@ def group_loss_forward(
     """
     groups, candidates = ref_logps.shape
     bounds = cu_seqlens[::candidates].tolist()
-    plan = Plan.of(hidden, head, memory_budget, together=max(b - a for a, b in itertools.pairwise(bounds)))
+    together = max(b - a for a, b in itertools.pairwise(bounds))
+    plan = Plan.of(len(hidden), hidden, head, memory_budget, together)
     blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need)
     keep = keep_buffer(hidden, head, plan) if any(need) else None
     lengths = cu_seqlens.diff()
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths).to(hidden.device)
     policy_logps = torch.zeros(groups * candidates, dtype=blocks.acc, device=hidden.device)
     losses = torch.empty(groups, dtype=blocks.acc, device=hidden.device)
 

@@ -1,0 +1,231 @@
+"""The three operators of the library as `torch.library` knows them, one set for the torch and the triton backend.
+
+A backend is plain functions of tensors (`exo_fast.backends.torch`); here they get schemas, fake implementations (the
+shapes, dtypes and devices of what they return, for tracing) and derivatives. So torch.compile, torch.export and
+make_fx see one node for each, and eager mode runs the same operators. The public functions check their inputs; the
+operators trust them.
+
+    linear_logprobs           (N,) log-probs, and what a backward pass needs: row statistics, or ∂ℓ_t/∂h_t itself
+    linear_logprobs_backward  dH, dW, db from those statistics and the upstream gradient
+    linear_group_loss         the mean loss and, in the same pass, its gradients, which backward only scales
+
+A gradient that nobody needs is an empty tensor (0,). dW and db are sums over rows, returned in float32 (float64 for
+float64 inputs) and rounded once, to the dtype of the parameter, after the upstream gradient has been multiplied in.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from exo_fast.head import Head
+from exo_fast.reference import compute_dtype
+from exo_fast.validate import traced
+
+
+def operator(function: Callable) -> Callable:
+    """exo_fast::NAME on every device, with the schema of the function's type hints.
+
+    By define and impl, not by `torch.library.custom_op`, whose first call imports torch._dynamo: 3 s and 150 MB for
+    nothing in a program that compiles nothing.
+    """
+    name = f"exo_fast::{function.__name__}"
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "default", function)
+    return getattr(torch.ops.exo_fast, function.__name__).default
+
+
+def _implementation(backend: str) -> ModuleType:
+    return importlib.import_module(f"exo_fast.backends.{backend}")
+
+
+def _without_autocast(like: Tensor) -> AbstractContextManager:
+    """Operands are cast at the door; under autocast nothing may be rounded again, in a backward pass either."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _filled(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What the gradients look like, for tracing."""
+    acc = compute_dtype(hidden)
+    dh = hidden.new_empty(hidden.shape) if need[0] else None
+    dw = weight.new_empty(weight.shape, dtype=acc) if need[1] else None
+    db = bias.new_empty(bias.shape, dtype=acc) if need[2] and bias is not None else None
+    return _filled(hidden, dh, dw, db)
+
+
+@operator
+def linear_logprobs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64, −1 where ignored
+    scale: float,
+    softcap: float | None,
+    memory_budget: int | None,
+    unit_hidden: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs (N,), row statistics (3, N) (shift, Σ exp(z − shift), target logit), and ∂ℓ_t/∂h_t (N, D), the whole
+    derivative where only hidden needs one, or (0,)."""
+    with _without_autocast(hidden):
+        logps, stats, unit = _implementation(backend).logprobs_forward(
+            hidden, Head(weight, bias, scale, softcap), targets, memory_budget, unit_hidden
+        )
+    return logps, stats, *_filled(hidden, unit)
+
+
+@torch.library.register_fake("exo_fast::linear_logprobs")
+def _(hidden, weight, bias, targets, scale, softcap, memory_budget, unit_hidden, backend):
+    acc, n = compute_dtype(hidden), hidden.shape[0]
+    unit = hidden.new_empty(hidden.shape if unit_hidden else 0)
+    return hidden.new_empty(n, dtype=acc), hidden.new_empty(3, n, dtype=acc), unit
+
+
+@operator
+def linear_logprobs_backward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64, −1 where ignored
+    stats: Tensor,  # (3, N)
+    grad: Tensor,  # (N,) upstream gradient of the log-probs
+    scale: float,
+    softcap: float | None,
+    memory_budget: int | None,
+    need: Sequence[bool],  # of hidden, weight and bias: whose gradient is wanted
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dH, dW, db by making the logits again."""
+    with _without_autocast(hidden):
+        gradients = _implementation(backend).logprobs_backward(
+            hidden, Head(weight, bias, scale, softcap), targets, stats, grad, tuple(need), memory_budget
+        )
+    return _filled(hidden, *gradients)
+
+
+@torch.library.register_fake("exo_fast::linear_logprobs_backward")
+def _(hidden, weight, bias, targets, stats, grad, scale, softcap, memory_budget, need, backend):
+    return _empty_gradients(hidden, weight, bias, need)
+
+
+def _save_logprobs(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, bias, targets, scale, softcap, memory_budget, unit_hidden, backend = inputs
+    _, stats, unit = output
+    ctx.mark_non_differentiable(stats, unit)
+    ctx.set_materialize_grads(False)
+    ctx.unit_only = unit_hidden and ctx.needs_input_grad[:3] == (True, False, False)
+    ctx.options = (scale, softcap, memory_budget, ctx.needs_input_grad[:3], backend)
+    ctx.save_for_backward(*((unit,) if ctx.unit_only else (hidden, weight, bias, targets, stats)))
+
+
+@once_differentiable
+def _backward_logprobs(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    if ctx.unit_only:
+        (unit,) = ctx.saved_tensors
+        return (unit * grad.unsqueeze(1)).to(unit.dtype), *[None] * 8
+    hidden, weight, bias, targets, stats = ctx.saved_tensors
+    grad = grad.contiguous()  # of a sum it comes as one number seen N times
+    gradients = linear_logprobs_backward(hidden, weight, bias, targets, stats, grad, *ctx.options)
+    dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    needed = ctx.needs_input_grad[:3]
+    return *(g.to(d) if need else None for g, d, need in zip(gradients, dtypes, needed, strict=True)), *[None] * 6
+
+
+torch.library.register_autograd("exo_fast::linear_logprobs", _backward_logprobs, setup_context=_save_logprobs)
+
+
+@operator
+def linear_group_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64
+    cu_seqlens: Tensor,  # (G·K + 1,) int64, on the CPU or on hidden's device
+    ref_logps: Tensor,  # (G, K)
+    rewards: Tensor,  # (G, K)
+    loss_type: str,
+    beta_pi: float,
+    beta_r: float,
+    label_smoothing: float,
+    scale: float,
+    softcap: float | None,
+    memory_budget: int | None,
+    need: Sequence[bool],  # of hidden, weight and bias: whose gradient is wanted
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The mean loss over groups (), the policy's sequence log-probs (G, K), and dH, dW, db of the mean loss.
+
+    The mean is in here because the gradients are its own: they can be scaled by one number, not by one a group.
+    """
+    loss = {"loss_type": loss_type, "beta_pi": beta_pi, "beta_r": beta_r, "label_smoothing": label_smoothing}
+    with _without_autocast(hidden):
+        losses, policy_logps, gradients = _implementation(backend).group_loss_forward(
+            hidden, Head(weight, bias, scale, softcap), targets, cu_seqlens, ref_logps, rewards, loss,
+            tuple(need), memory_budget,
+        )  # fmt: skip
+    return losses.mean(), policy_logps, *_filled(hidden, *gradients)
+
+
+@torch.library.register_fake("exo_fast::linear_group_loss")
+def _(
+    hidden, weight, bias, targets, cu_seqlens, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, scale,
+    softcap, memory_budget, need, backend,
+):  # fmt: skip
+    acc = compute_dtype(hidden)
+    gradients = _empty_gradients(hidden, weight, bias, need)
+    return hidden.new_empty((), dtype=acc), hidden.new_empty(ref_logps.shape, dtype=acc), *gradients
+
+
+def _save_group_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, policy_logps, *gradients = output
+    ctx.mark_non_differentiable(policy_logps, *gradients)
+    ctx.set_materialize_grads(False)  # or backward would be handed a zero for every output, one of them (V, D)
+    tensors, numbers, formed, backend = inputs[:7], inputs[7:14], inputs[14], inputs[15]
+    need = ctx.needs_input_grad[:3]
+    ctx.gradients = gradients if all(f or not n for f, n in zip(formed, need, strict=True)) else None
+    ctx.options = (*numbers, need, backend)
+    ctx.save_for_backward(*tensors)
+
+
+@once_differentiable
+def _backward_group_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 16
+    tensors = ctx.saved_tensors
+    # The buffers are handed over, so that no second copy of dW ever exists; a second backward makes them again.
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        gradients = linear_group_loss(*tensors, *ctx.options)[2:]
+    scaled = [None] * 3
+    for i, parameter in enumerate(tensors[:3]):
+        if ctx.needs_input_grad[i]:
+            scaled[i] = _scaled(gradients[i], grad, parameter.dtype)
+    return *scaled, *[None] * 13
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient` times a scalar, in `dtype`: in place, and on a GPU scaled and rounded by one kernel, in float32."""
+    factor = factor.reshape(1)  # of one dimension, so that the product is float32 where the gradient is bfloat16
+    if traced(factor):
+        return (gradient * factor).to(dtype)  # in a graph nothing is in place: the gradients are outputs of a node
+    if gradient.device.type == "cpu":
+        scaled = gradient if float(factor) == 1.0 else torch.mul(gradient, factor, out=gradient)
+        return scaled.to(dtype)
+    out = gradient if gradient.dtype == dtype else gradient.new_empty(gradient.shape, dtype=dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
+torch.library.register_autograd("exo_fast::linear_group_loss", _backward_group_loss, setup_context=_save_group_loss)
