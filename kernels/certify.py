@@ -6,7 +6,7 @@ launches. Claims, for each binary:
 
   compiles     the configuration compiles
   fits         shared memory (and tensor memory) of one program are within the target's limit
-  spills       no register is spilled and no thread has local memory, in any configuration
+  spills       no register is spilled to memory and no thread has local memory, in any configuration
   products     every product of a variant with `products` uses the target's tensor-core instruction
   wide         in a `memory_bound` variant at least WIDE_SHARE of the bytes moved to and from device memory go in
                accesses of 128 bits or more, counted as width × instructions over its loops, or over all its code where
@@ -190,8 +190,11 @@ def measure(job: Job) -> Row:
     try:
         compiled = compile_variant(variant, config, target, job.buffers)
     except Exception as error:  # whatever a compiler raises is the finding
+        while error.__cause__:  # each function the kernel calls wraps the error once more
+            error = error.__cause__
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [""]
-        row.fail("compiles", f"{type(error).__name__}: {lines[0]} … {lines[-1]}"[:400], "a binary")
+        message = " … ".join(dict.fromkeys((lines[0], lines[-1])))
+        row.fail("compiles", f"{type(error).__name__}: {message}"[:400], "a binary")
         return row
     row.num_warps = compiled.metadata.num_warps
     row.shared_memory = compiled.metadata.shared
@@ -263,9 +266,9 @@ def run(todo: list[Job], workers: int) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """Markdown: for each kernel and target the default configuration, worst over variants and dtypes."""
     lines = [
-        "| kernel | target | binaries | registers | local memory | shared memory | tensor memory | occupancy "
-        "| products | bytes in 128-bit accesses | TMA |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|---:|---|",
+        "| kernel | target | binaries | registers | local memory | scalars in lanes "
+        "| shared memory | tensor memory | occupancy | products | bytes in 128-bit accesses | TMA |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
     ]
     for kernel, target in dict.fromkeys((row.kernel, row.target) for row in rows):
         every = [row for row in rows if (row.kernel, row.target) == (kernel, target)]
@@ -279,6 +282,7 @@ def table(rows: list[Row]) -> str:
             str(len(every)),
             str(max((row.code.registers for row in default), default="")),
             str(max((row.code.local_memory for row in default), default="")),
+            str(max((row.code.spilled_scalars for row in default), default="")) if target.startswith("gfx") else "",
             f"{max((row.shared_memory for row in default), default=0) / 1024:.1f} KiB",
             f"{tensor_memory} columns" if tensor_memory else "",
             f"{min((row.occupancy for row in default), default=0):.0%}",
