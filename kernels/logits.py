@@ -9,10 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def capped(a, softcap):
-    """softcap(a) = c·tanh(a/c), by one exponential of a number that is never positive, so nothing overflows."""
-    decay = tl.exp(-2.0 * tl.abs(a) / softcap)
-    magnitude = softcap * (1.0 - decay) / (1.0 + decay)
-    return tl.where(a < 0, -magnitude, magnitude)
+    """softcap(a) = c·tanh(a/c) = c − 2c / (1 + exp(2a/c)); an exponential that overflows gives exactly c."""
+    return softcap - (2.0 * softcap) / (1.0 + tl.exp(a * (2.0 / softcap)))
 
 
 @triton.jit
@@ -26,5 +24,5 @@ def finish(a, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 @triton.jit
 def slope(z, scale, softcap):
     """softcap′(a) = 1 − tanh²(a/c), from the finished logit z = c·tanh(a/c)·scale."""
-    t = z / (softcap * scale)
+    t = z * (1.0 / (softcap * scale))
     return 1.0 - t * t

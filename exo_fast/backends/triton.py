@@ -1,0 +1,479 @@
+"""The kernels of `kernels/` put together: the default on CUDA and ROCm.
+
+    forward only   `linear_logsumexp`: the product, its exponentials and sums in one kernel; logits never reach memory.
+    kept           bf16 training. The same kernel also writes U = E − s·1[v = y] (`backends/torch.py`) as it leaves the
+                   registers, 2 bytes a logit; dH = −(c·scale/s)(U W) and dW = −Uᵀ((c·scale/s) H) are the library's.
+    chunked        float32 and float16. The library makes float32 logits of a chunk of rows; `logsumexp_gather` reads
+                   them once, `logits_to_grad` turns them into ∂L/∂z in place.
+    fused          when the memory budget holds no chunk: `linear_logprobs_backward`, nothing of the size of V.
+
+`docs/performance.md` has the analysis that chose them. The one-pass schedule (gradients in forward, 6·N·D·V flops)
+needs to know where groups end before the first product: from a cu_seqlens on the CPU, or because all rows fit the
+budget. Otherwise, and for float16, whose coefficients need one scaling, log-probs come first (8·N·D·V). Nothing here
+waits for the device or asks it anything, so a step can be captured in a CUDA graph, once a first step has compiled the
+kernels. Launches go to the current stream of hidden's device.
+
+The configuration of a kernel is a static function of target, dtype and D, so that the same input gives the same bits on
+the same kind of GPU. EXO_FAST_AUTOTUNE=1 times the tuning space at the first launch instead, on that process's GPU.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from exo_fast.backends import interpreted, scratch_budget
+from exo_fast.backends.products import add_matmul, matmul
+from exo_fast.backends.torch import group_units, row_chunks
+from exo_fast.head import Head
+from exo_fast.kernels import group_loss as group_loss_kernel
+from exo_fast.kernels import linear_logprobs_backward as fused_kernel
+from exo_fast.kernels import linear_logsumexp as linear_kernel
+from exo_fast.kernels import logits_to_grad as grad_kernel
+from exo_fast.kernels import logsumexp_gather as gather_kernel
+from exo_fast.kernels.launch import Config
+from exo_fast.kernels.targets import Target, of_device
+
+if interpreted():
+    from exo_fast.backends.interpreter import repair
+
+    repair()
+
+MIN_ROWS = 192  # fewer rows than this in the budget make the products too thin: go without a chunk
+KEPT = (torch.bfloat16,)  # dtypes whose one-pass schedule keeps U; empty it to compare with "chunked"
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+Gradients3 = tuple[Tensor | None, Tensor | None, Tensor | None]  # dH, dW, db
+
+configured: dict[tuple, Config] = {}  # (kernel, target, dtype, D) -> what EXO_FAST_AUTOTUNE found, or a test put there
+
+
+def autotuning() -> bool:
+    return os.environ.get("EXO_FAST_AUTOTUNE", "") == "1"
+
+
+class Rows:
+    """Rows of hidden states, their targets and statistics, with the head they meet: what every launch is made of."""
+
+    def __init__(self, hidden: Tensor, head: Head, targets: Tensor, stats: Tensor | None = None):
+        self.hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()  # (n, D)
+        self.weight = head.weight if head.weight.stride(-1) == 1 else head.weight.contiguous()  # (V, D)
+        self.head = head
+        self.targets = targets.contiguous()  # (n,) int64
+        self.n, self.width = hidden.shape
+        self.vocab = len(head.weight)
+        self.device, self.dtype = hidden.device, DTYPES[hidden.dtype]
+        self.target: Target = of_device(hidden.device)
+        self.stats = self.floats(3, self.n) if stats is None else stats  # shift, sum, target logit
+        self.softcap = 0.0 if head.softcap is None else head.softcap
+        self.flags = {"HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None}
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        return Rows(self.hidden[rows], self._contiguous_head, self.targets[rows], self.stats[:, rows])
+
+    @property
+    def _contiguous_head(self) -> Head:
+        return Head(self.weight, self.head.bias, self.head.scale, self.head.softcap)
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=self.device)
+
+    def config(self, kernel: ModuleType, static: Config, launch: Callable[[Config], None] | None = None) -> Config:
+        """The static configuration, or the fastest one where tuning is on and `launch` can be timed."""
+        key = (kernel.__name__.rpartition(".")[2], self.target.name, self.dtype, self.width)
+        if key not in configured and launch is not None and autotuning() and self.device.type == "cuda":
+            from triton.testing import do_bench
+
+            space = kernel.configs(self.target, self.dtype)
+            configured[key] = min(space, key=lambda config: do_bench(lambda: launch(config), return_mode="median"))
+        return configured.get(key, static)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    """One launch, with a configuration's block sizes that the kernel knows."""
+    constants = {name: value for name, value in config.constants.items() if name in kernel.arg_names}
+    kernel[grid](**arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def padded(columns: int) -> int:
+    """Row stride of a chunk: a multiple of 16 elements, so that every access is 128 bits wide."""
+    return triton.cdiv(columns, 16) * 16
+
+
+def describable(*matrices: Tensor) -> bool:
+    """Whether TMA can read these: bases and rows at multiples of 16 bytes."""
+    return all(m.data_ptr() % 16 == 0 and m.stride(0) * m.itemsize % 16 == 0 for m in matrices)
+
+
+# Log-probs ------------------------------------------------------------------------------------------------------------
+
+
+def product_statistics(
+    rows: Rows,
+    logps: Tensor,
+    kept: Tensor | None = None,
+    flags: Tensor | None = None,
+    residual: Tensor | None = None,
+    flagged: bool = False,
+    partial: Tensor | None = None,
+) -> Tensor:
+    """`linear_logsumexp` and its merge. Without `kept`: maxima and sums (with `flagged`, only shifts of flagged rows).
+    With it: U from the shifts in rows.stats, the residuals of its rounding, and `flags` for rows that need another
+    shift. Returns the partial sums, which a flagged launch completes."""
+    head, store = rows.head, kept is not None
+
+    def run(config: Config) -> Tensor:
+        sizes = config.constants
+        row_blocks = triton.cdiv(rows.n, sizes["BLOCK_N"])
+        column_blocks = triton.cdiv(rows.vocab, sizes["BLOCK_V"])
+        programs = linear_kernel.WAVES * rows.target.multiprocessors
+        splits = min(column_blocks, max(1, programs // row_blocks))
+        sums = rows.floats(3, splits, rows.n) if partial is None else partial
+        hidden, weight, out = rows.hidden, rows.weight, kept
+        descriptors = rows.target.descriptors and describable(hidden, weight, *([kept] if store else []))
+        if descriptors:
+            hidden = TensorDescriptor.from_tensor(hidden, [sizes["BLOCK_N"], sizes["BLOCK_D"]])
+            weight = TensorDescriptor.from_tensor(weight, [sizes["BLOCK_V"], sizes["BLOCK_D"]])
+            out = TensorDescriptor.from_tensor(kept, [sizes["BLOCK_N"], sizes["PIECE"]]) if store else None
+        launch(
+            linear_kernel.linear_logsumexp, (row_blocks * splits,), config,
+            hidden=hidden, weight=weight, bias=head.bias, targets=rows.targets, shift=rows.stats, flags=flags,
+            partial=sums, kept=out, n=rows.n, vocab=rows.vocab, width=rows.width,
+            stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
+            kept_stride=kept.stride(0) if store else 0, splits=splits, scale=head.scale, softcap=rows.softcap,
+            GROUP=linear_kernel.GROUP, STORE=store, FLAGGED=flagged,
+            PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors, **rows.flags,
+        )  # fmt: skip
+        launch(
+            linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), Config({}, num_warps=4),
+            partial=sums, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
+            residual=residual, n=rows.n, splits=splits, stats_stride=rows.stats.stride(0),
+            kept_stride=kept.stride(0) if store else 0, scale=head.scale, softcap=rows.softcap, ROWS=linear_kernel.MERGE_ROWS, STORE=store, FLAGGED=flagged and not store,
+            HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"], OVERFLOW=linear_kernel.OVERFLOW,
+        )  # fmt: skip
+        return sums
+
+    static = linear_kernel.config(rows.target, rows.dtype, rows.width)
+    return run(rows.config(linear_kernel, static, None if flagged else run))
+
+
+class Kept:
+    """A chunk that holds U."""
+
+    def __init__(self, like: Rows, rows: int):
+        self.buffer = torch.empty(rows, padded(like.vocab), dtype=like.hidden.dtype, device=like.device)
+        self.flags = torch.empty(rows, dtype=torch.int32, device=like.device)
+        self.residual = like.floats(rows)
+
+    @staticmethod
+    def row_bytes(like: Rows) -> int:
+        return padded(like.vocab) * like.hidden.itemsize + like.width * (4 + like.hidden.itemsize)
+
+    def fill(self, rows: Rows, logps: Tensor) -> None:
+        """Log-probs, statistics and U in one pass: 2·n·D·V flops."""
+        head, kept, flags, residual = rows.head, *self._parts(rows.n)
+        launch(
+            linear_kernel.target_shift, (rows.n,), linear_kernel.TARGET_SHIFT,
+            hidden=rows.hidden, weight=rows.weight, bias=head.bias, targets=rows.targets, stats=rows.stats, n=rows.n,
+            width=rows.width, stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
+            scale=head.scale, softcap=rows.softcap, **rows.flags,
+        )  # fmt: skip
+        sums = product_statistics(rows, logps, kept, flags, residual)
+        # Rows whose target's logit lies too far below others: these launches return at once where none is flagged.
+        product_statistics(rows, logps, None, flags, flagged=True)
+        product_statistics(rows, logps, kept, flags, residual, flagged=True, partial=sums)
+
+    def refill(self, rows: Rows) -> None:
+        """U again, from statistics that are known."""
+        product_statistics(rows, rows.floats(rows.n), *self._parts(rows.n))
+
+    def _parts(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.buffer[:n], self.flags[:n], self.residual[:n]
+
+    def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
+        """Half of ∂ℓ/∂a, as a sum of magnitudes, is its entry at the target: there, and only there, what rounding U
+        and the scaled rows took off is put back, in float32."""
+        u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n, None]
+        factor = (coefficients * (-rows.head.scale / rows.stats[1])).unsqueeze(1)
+        y = rows.targets.clamp(min=0)
+        entry = u.gather(1, y.unsqueeze(1)).float()
+        if into.hidden is not None:
+            product = matmul(u, rows.weight, out=into.scratch[: rows.n])
+            product += residual * rows.weight[y]
+            torch.mul(product, factor, out=into.hidden[place])
+        if into.weight is not None:
+            exact = rows.hidden * factor
+            scaled = exact.to(rows.hidden.dtype)
+            into.add_weight(u.T, scaled)
+            # Sorted by index before it adds, on a GPU too: one order, the same bits.
+            into.weight.index_put_((y,), exact.mul_(entry + residual) - entry * scaled, accumulate=True)
+        if into.bias is not None:
+            rounded = factor.to(u.dtype)
+            into.bias += matmul(u.T, rounded, out=rows.floats(rows.vocab, 1)).squeeze(1)
+            rest = (entry + residual) * factor - entry * rounded
+            into.bias.index_put_((y,), rest.squeeze(1), accumulate=True)
+
+
+class Chunked:
+    """A chunk that holds float32 logits, and then their gradient."""
+
+    def __init__(self, like: Rows, rows: int):
+        self.logits = like.floats(rows, padded(like.vocab))
+        narrow = like.hidden.dtype != torch.float32
+        self.grad = torch.empty_like(self.logits, dtype=like.hidden.dtype) if narrow else self.logits
+
+    @staticmethod
+    def row_bytes(like: Rows) -> int:
+        narrow = 0 if like.hidden.dtype == torch.float32 else like.hidden.itemsize
+        return padded(like.vocab) * (4 + narrow) + like.width * (4 + like.hidden.itemsize)
+
+    def fill(self, rows: Rows, logps: Tensor) -> None:
+        self.refill(rows)
+        arguments = {
+            "logits": self.logits, "targets": rows.targets, "bias": rows.head.bias, "stats": rows.stats,
+            "columns": rows.vocab, "width": self.logits.shape[1], "start": 0, "stride": self.logits.stride(0),
+            "stats_stride": rows.stats.stride(0), "scale": rows.head.scale, "softcap": rows.softcap, "FIRST": True,
+        }  # fmt: skip
+
+        def run(config: Config) -> None:
+            launch(gather_kernel.logsumexp_gather, gather_kernel.grid(rows.n), config, **arguments, **rows.flags)
+
+        run(rows.config(gather_kernel, gather_kernel.configs(rows.target, rows.dtype)[0], run))
+        shift, total, target = rows.stats
+        torch.sub(target - shift, total.log(), out=logps)
+
+    def refill(self, rows: Rows) -> None:
+        """The raw products H Wᵀ; bias, softcap and scale are the kernels'."""
+        matmul(rows.hidden, rows.weight.T, out=self.logits[: rows.n, : rows.vocab])
+
+    def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
+        stride = self.logits.shape[1]
+        # No timing here: a second launch would take gradients for logits.
+        config = rows.config(grad_kernel, grad_kernel.configs(rows.target, rows.dtype)[0])
+        partial = None
+        if into.bias is not None:
+            partial = rows.floats(grad_kernel.row_blocks(rows.n, config), stride)
+        launch(
+            grad_kernel.logits_to_grad, grad_kernel.grid(rows.n, stride, config), config,
+            logits=self.logits, out=self.grad, targets=rows.targets, coefficients=coefficients.contiguous(),
+            bias=rows.head.bias, stats=rows.stats, partial=partial, n=rows.n, columns=rows.vocab, width=stride, start=0,
+            stride=stride, out_stride=self.grad.stride(0), stats_stride=rows.stats.stride(0),
+            partial_stride=stride, scale=rows.head.scale, softcap=rows.softcap,
+            HAS_BIAS_GRAD=partial is not None, **rows.flags,
+        )  # fmt: skip
+        g = self.grad[: rows.n, : rows.vocab]
+        if into.hidden is not None:
+            torch.mul(matmul(g, rows.weight, out=into.scratch[: rows.n]), into.undo, out=into.hidden[place])
+        if into.weight is not None:
+            into.add_weight(g.T, rows.hidden)
+        if partial is not None:
+            into.bias += partial[:, : rows.vocab].sum(0)
+
+
+class Gradients:
+    """dH, dW and db of a run; those nobody needs stay None and cost nothing. dW and db are float32."""
+
+    def __init__(self, rows: Rows, need: tuple[bool, bool, bool], chunk_rows: int):
+        self.hidden = torch.empty_like(rows.hidden) if need[0] else None
+        self.weight = rows.floats(*rows.weight.shape) if need[1] else None
+        self.bias = rows.floats(rows.vocab).zero_() if need[2] and rows.head.bias is not None else None
+        self.scratch = rows.floats(chunk_rows, rows.width) if need[0] else None
+        self.weight_started = False
+        self.undo: Tensor | float = 1.0  # what the coefficients were multiplied with, inverted
+
+    def add_weight(self, left: Tensor, right: Tensor) -> None:
+        """dW += left right; the first chunk writes, so that the buffer is never cleared."""
+        if self.weight_started:
+            add_matmul(self.weight, left, right)
+        else:
+            matmul(left, right, out=self.weight)
+        self.weight_started = True
+
+    def boost(self, coefficients: Tensor, scale: float) -> Tensor:
+        """float16 gradients of single logits are too small for float16: coefficients times a power of two that brings
+        the largest to between 2⁹ and 2¹⁰, undone in the float32 results. No host sees the number."""
+        largest = (coefficients.abs().amax() * abs(scale)).clamp(1e-30, 1e30)
+        factor = torch.exp2(10 - largest.log2().ceil())
+        self.undo = 1 / factor
+        return coefficients * factor
+
+    def result(self) -> Gradients3:
+        if isinstance(self.undo, Tensor):
+            for sums in (self.weight, self.bias):
+                if sums is not None:
+                    sums *= self.undo
+        return self.hidden, self.weight, self.bias
+
+
+def chunk_rows(kind: type[Kept] | type[Chunked], rows: Rows, memory_budget: int | None) -> int:
+    """Rows of a chunk in the memory budget, 0 when they are too few to be worth it."""
+    budget = scratch_budget(memory_budget, rows.device)
+    if memory_budget is None and rows.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        free, _ = torch.cuda.mem_get_info(rows.device)
+        free += torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
+        # By halves: a number of rows that followed every byte of free memory would change the bits from run to run.
+        while budget > free // 2 and budget > 2**20:
+            budget //= 2
+    fit = min(rows.n, budget // kind.row_bytes(rows))
+    return fit if fit >= min(MIN_ROWS, rows.n) else 0
+
+
+def fused_gradients(rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool]) -> Gradients3:
+    """dH, dW and db by `linear_logprobs_backward`, with no chunk at all."""
+    into = Gradients(rows, need, 0)
+    if rows.dtype == "fp16":
+        coefficients = into.boost(coefficients, rows.head.scale)
+    shared = {
+        "bias": rows.head.bias, "targets": rows.targets, "stats": rows.stats,
+        "coefficients": coefficients.contiguous(), "width": rows.width, "stats_stride": rows.stats.stride(0),
+        "scale": rows.head.scale, "softcap": rows.softcap,
+        "PRECISION": linear_kernel.precision(rows.target, rows.dtype), **rows.flags,
+    }  # fmt: skip
+    config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype))
+    block = config.constants["BLOCK_OWN"]
+    if into.hidden is not None:
+        total = rows.floats(rows.n, rows.width).zero_()
+        launch(
+            fused_kernel.linear_logprobs_backward, (triton.cdiv(rows.n, block),), config,
+            own=rows.hidden, other=rows.weight, grad=total, grad_bias=None, n_own=rows.n, n_other=rows.vocab,
+            stride_own=rows.hidden.stride(0), stride_other=rows.weight.stride(0), OWNS_ROWS=True, BIAS_GRAD=False,
+            **shared,
+        )  # fmt: skip
+        torch.mul(total, into.undo, out=into.hidden)
+    if into.weight is not None or into.bias is not None:
+        total = rows.floats(*rows.weight.shape) if into.weight is None else into.weight
+        launch(
+            fused_kernel.linear_logprobs_backward, (triton.cdiv(rows.vocab, block),), config,
+            own=rows.weight, other=rows.hidden, grad=total.zero_(), grad_bias=into.bias, n_own=rows.vocab,
+            n_other=rows.n, stride_own=rows.weight.stride(0), stride_other=rows.hidden.stride(0), OWNS_ROWS=False,
+            BIAS_GRAD=into.bias is not None, **shared,
+        )  # fmt: skip
+    return into.result()
+
+
+def chunk_kind(rows: Rows) -> type[Kept] | type[Chunked]:
+    return Kept if rows.hidden.dtype in KEPT else Chunked
+
+
+def logprobs_forward(
+    hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None, unit_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probs (N,), statistics (3, N), and ∂ℓ_t/∂h_t (N, D) when `unit_hidden`: 2·N·D·V flops, 4 with the last."""
+    with on(hidden.device):
+        rows = Rows(hidden, head, targets)
+        logps = rows.floats(rows.n)
+        kind = chunk_kind(rows)
+        size = chunk_rows(kind, rows, memory_budget) if unit_hidden else 0
+        if rows.n and not size:
+            product_statistics(rows, logps)
+        if not unit_hidden:
+            return logps, rows.stats, None
+        need = (True, False, False)
+        ones = (rows.targets >= 0).float()
+        if not size:
+            return logps, rows.stats, fused_gradients(rows, ones, need)[0]
+        chunk, into = kind(rows, size), Gradients(rows, need, size)
+        for place in row_chunks(0, rows.n, size):
+            chunk.fill(rows[place], logps[place])
+            chunk.gradients(rows[place], ones[place], into, place)
+        return logps, rows.stats, into.hidden
+
+
+def logprobs_backward(
+    hidden: Tensor, head: Head, targets: Tensor, stats: Tensor, grad: Tensor, need: tuple[bool, bool, bool],
+    memory_budget: int | None,
+) -> Gradients3:  # fmt: skip
+    """dH, dW, db from logits made again: 2·N·D·V flops, and as much again for each of dH and dW."""
+    with on(hidden.device):
+        rows = Rows(hidden, head, targets, stats)
+        return second_pass(rows, torch.where(rows.targets >= 0, grad, 0.0), need, memory_budget)
+
+
+def second_pass(
+    rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool], memory_budget: int | None
+) -> Gradients3:
+    """The gradients, once the coefficients of all rows are known."""
+    kind = chunk_kind(rows)
+    size = chunk_rows(kind, rows, memory_budget)
+    if rows.n and not size:
+        return fused_gradients(rows, coefficients, need)
+    chunk, into = kind(rows, size), Gradients(rows, need, size)
+    if rows.dtype == "fp16":
+        coefficients = into.boost(coefficients, rows.head.scale)
+    for place in row_chunks(0, rows.n, size):
+        chunk.refill(rows[place])
+        chunk.gradients(rows[place], coefficients[place], into, place)
+    return into.result()
+
+
+def group_bounds(cu_seqlens: Tensor, candidates: int) -> list[int] | None:
+    """Where groups end, if that can be known without waiting for a device."""
+    return cu_seqlens[::candidates].tolist() if cu_seqlens.device.type == "cpu" else None
+
+
+def group_loss_forward(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    loss: dict,  # loss_type, beta_pi, beta_r, label_smoothing
+    need: tuple[bool, bool, bool],
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, Gradients3]:
+    """Losses (G,), policy log-probs (G, K) and the gradients of the mean loss."""
+    groups, candidates = ref_logps.shape
+    bounds = group_bounds(cu_seqlens, candidates)
+    with on(hidden.device):
+        rows = Rows(hidden, head, targets)
+        logps, coefficients, losses = rows.floats(rows.n), rows.floats(rows.n), rows.floats(groups)
+        policy_logps, per_sequence = rows.floats(groups, candidates), rows.floats(groups, candidates)
+        arguments = {
+            "logps": logps, "cu_seqlens": cu_seqlens.to(rows.device, non_blocking=True).contiguous(),
+            "ref_logps": ref_logps.float().contiguous(), "rewards": rewards.float().contiguous(), "losses": losses,
+            "policy_logps": policy_logps, "coefficients": per_sequence, "token_coefficients": coefficients,
+            "beta_pi": loss["beta_pi"], "beta_r": loss["beta_r"], "label_smoothing": loss["label_smoothing"],
+            "upstream": 1 / groups, "CANDIDATES": candidates, "BLOCK_K": triton.next_power_of_2(candidates),
+            "EXO": loss["loss_type"].startswith("exo"), "PREF": loss["loss_type"].endswith("-pref"),
+            "WRITE_TOKENS": any(need),
+        }  # fmt: skip
+        config = group_loss_kernel.configs(rows.target, "fp32")[0]
+
+        def finish(first: int, last: int) -> None:
+            launch(group_loss_kernel.group_loss, (last - first,), config, first_group=first, **arguments)
+
+        kind = chunk_kind(rows)
+        size = chunk_rows(kind, rows, memory_budget) if any(need) else 0
+        if rows.n <= size:
+            bounds, ends = [0, rows.n], [0, groups]
+        elif bounds is not None:
+            ends = range(groups + 1)
+        if not size or bounds is None or rows.dtype == "fp16":
+            product_statistics(rows, logps)
+            finish(0, groups)
+            gradients = second_pass(rows, coefficients, need, memory_budget) if any(need) else (None, None, None)
+            return losses, policy_logps, gradients
+
+        chunk, into = kind(rows, size), Gradients(rows, need, size)
+        for first, last in group_units(bounds, size):
+            *early, final = row_chunks(bounds[first], bounds[last], size)
+            for place in early:  # of a group larger than a chunk
+                product_statistics(rows[place], logps[place])
+            chunk.fill(rows[final], logps[final])
+            finish(ends[first], ends[last])
+            chunk.gradients(rows[final], coefficients[final], into, final)
+            for place in early:
+                chunk.refill(rows[place])
+                chunk.gradients(rows[place], coefficients[place], into, place)
+        return losses, policy_logps, into.result()

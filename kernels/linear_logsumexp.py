@@ -1,0 +1,374 @@
+"""Hidden states × head, fused with the logsumexp and the target's logit: logits never reach memory.
+
+    a = H Wᵀ + b,  z = softcap(a)·scale,  shift = max_v z_v,  sum = Σ_v exp(z_v − shift),  target = z[y]
+
+H is (N, D), W (V, D). A program owns BLOCK_N rows and one of `splits` ranges of the vocabulary. It walks its range
+in blocks of BLOCK_V columns: a product over D on the tensor cores leaves a tile of logits in float32 registers (tensor
+memory on sm_100), and only its row maxima, sums and targets outlive it. `merge` then adds the splits in order, so that
+few rows still fill the chip and the same input gives the same bits.
+
+With STORE the tile also leaves a trace: U = exp(z − shift)·softcap′ in the dtype of the head, the operand of both
+gradient products (`backends/triton.py`). Its shift must then be known beforehand: `target_shift` takes the target's own
+logit, which makes sum = 1/p_y. A row whose sum passes OVERFLOW (p_y < 1e-26) is flagged by `merge` and made again with
+its exact maximum by launches that return at once where nothing is flagged: the host never has to look.
+
+Flops: 2·N·D·V. Bytes: the operands; through L2 every program reads BLOCK_N + BLOCK_V rows of D for a tile, and GROUP
+row blocks walk the vocabulary side by side, so W comes from memory N / (GROUP·BLOCK_N) times and H once. Bytes of
+logits: 0, or 2·N·V written with STORE. Partial results: 12·N·splits.
+Grid: (row blocks · splits,). `merge`: (N / 32,). `target_shift`: (N,), 4·N·D bytes.
+
+Operands come through tensor descriptors (TMA) where the target has them and rows are multiples of 16 bytes. float32
+operands are multiplied at `Target.float32_product`.
+"""
+
+import triton
+import triton.language as tl
+
+from exo_fast.kernels.launch import TYPES, Config, Variant
+from exo_fast.kernels.logits import finish, slope
+from exo_fast.kernels.targets import Target
+
+OVERFLOW = 1e26  # U·W still sums far below float32's largest number
+GROUP = 16  # row blocks that share a walk over the vocabulary
+MERGE_ROWS = 32
+TARGET_SHIFT = Config({"BLOCK_D": 1024}, num_warps=4)
+WAVES = 8  # programs for each multiprocessor: the last, partly filled wave costs at most an eighth
+
+
+@triton.jit
+def operand(
+    matrix, first, length, start, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr
+):  # fmt: skip
+    """Rows [first, first + ROWS) × columns [start, start + COLUMNS) of a (length, width) matrix; zeros past `width`."""
+    if DESCRIPTORS:
+        return matrix.load([first, start])
+    else:
+        rows = tl.minimum(first + tl.arange(0, ROWS), length - 1).to(tl.int64)
+        columns = start + tl.arange(0, COLUMNS)
+        return tl.load(matrix + rows[:, None] * stride + columns[None, :], mask=columns[None, :] < width, other=0.0)
+
+
+@triton.jit
+def raw_tile(
+    left, right, first_left, first_right, n_left, n_right, width, stride_left, stride_right,
+    BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_LEFT, BLOCK_RIGHT) of left · rightᵀ in float32."""
+    tile = tl.zeros((BLOCK_LEFT, BLOCK_RIGHT), tl.float32)
+    for start in tl.range(0, width, BLOCK_D):
+        a = operand(left, first_left, n_left, start, width, stride_left, BLOCK_LEFT, BLOCK_D, DESCRIPTORS)
+        b = operand(right, first_right, n_right, start, width, stride_right, BLOCK_RIGHT, BLOCK_D, DESCRIPTORS)
+        tile = tl.dot(a, b.T, tile, input_precision=PRECISION)
+    return tile
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def absorb(
+    z, start, first, n, target, bias, kept, vocab, kept_stride, scale, softcap, top, total, picked,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    STORE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Takes raw products of some columns into the statistics of their rows, and stores U."""
+    columns = start + tl.arange(0, COLUMNS)
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=columns < vocab, other=0.0).to(tl.float32)[None, :]
+    z = finish(z, scale, softcap, HAS_SOFTCAP)
+    # Few blocks hold the target of any of the rows: only these pay for the comparison.
+    if tl.max(((target >= start) & (target < start + COLUMNS)).to(tl.int32), 0) > 0:
+        picked += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
+    z = tl.where((columns < vocab)[None, :], z, float("-inf"))
+    if STORE:
+        e = tl.exp(z - top[:, None])
+        total += tl.sum(e, 1)
+        if HAS_SOFTCAP:
+            e *= tl.where((columns < vocab)[None, :], slope(z, scale, softcap), 0.0)
+        # Columns of the padding are written too, as zeros: whole 128-bit stores.
+        if DESCRIPTORS:
+            kept.store([first, start], e.to(kept.dtype))
+        else:
+            rows = first + tl.arange(0, ROWS)
+            places = kept + rows.to(tl.int64)[:, None] * kept_stride + columns[None, :]
+            tl.store(places, e.to(kept.dtype.element_ty), mask=(rows < n)[:, None] & (columns < kept_stride)[None, :])
+    else:
+        above = tl.maximum(top, tl.max(z, 1))
+        total = total * tl.exp(top - above) + tl.sum(tl.exp(z - above[:, None]), 1)
+        top = above
+    return top, total, picked
+
+
+@triton.jit
+def linear_logsumexp(
+    hidden,  # (N, D), or its descriptor
+    weight,  # (V, D), or its descriptor
+    bias,  # (V,)
+    targets,  # (N,) int64; −1 has no target
+    shift,  # (N,) float32, read with STORE
+    flags,  # (N,) int32, read with FLAGGED
+    partial,  # (3, splits, N) float32: maxima (without STORE), sums, target logits
+    kept,  # (N, kept_stride), written with STORE
+    n, vocab, width, stride_hidden, stride_weight, kept_stride, splits, scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    # GROUP row blocks × all splits are neighbours in the launch order.
+    row_blocks = tl.cdiv(n, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * splits)
+    members = tl.minimum(row_blocks - group * GROUP, GROUP)
+    member = tl.program_id(0) % (GROUP * splits)
+    first = (group * GROUP + member % members) * BLOCK_N
+    split = member // members
+
+    rows = first + tl.arange(0, BLOCK_N)
+    inside = rows < n
+    if FLAGGED:
+        if tl.max(tl.load(flags + rows, mask=inside, other=0), 0) == 0:
+            return
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    picked = tl.zeros((BLOCK_N,), tl.float32)
+    if STORE:
+        top = tl.load(shift + rows, mask=inside, other=0.0)
+    else:
+        top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+
+    blocks = tl.cdiv(vocab, BLOCK_V)
+    for block in tl.range(split * blocks // splits, (split + 1) * blocks // splits):
+        start = block * BLOCK_V
+        z = raw_tile(
+            hidden, weight, first, start, n, vocab, width, stride_hidden, stride_weight,
+            BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+        # In pieces, so that the exponentials of a piece and not of the whole tile are live beside the tile.
+        if PIECE == BLOCK_V:
+            top, total, picked = absorb(
+                z, start, first, n, target, bias, kept, vocab, kept_stride, scale, softcap, top, total, picked,
+                BLOCK_N, PIECE, HAS_BIAS, HAS_SOFTCAP, STORE, DESCRIPTORS,
+            )  # fmt: skip
+        else:
+            parts = halves(z, BLOCK_N, BLOCK_V)
+            for side in tl.static_range(2):
+                half_start = start + side * (BLOCK_V // 2)
+                if PIECE == BLOCK_V // 2:
+                    top, total, picked = absorb(
+                        parts[side], half_start, first, n, target, bias, kept, vocab, kept_stride, scale, softcap,
+                        top, total, picked, BLOCK_N, PIECE, HAS_BIAS, HAS_SOFTCAP, STORE, DESCRIPTORS,
+                    )  # fmt: skip
+                else:
+                    quarters = halves(parts[side], BLOCK_N, BLOCK_V // 2)
+                    for place in tl.static_range(2):
+                        top, total, picked = absorb(
+                            quarters[place], half_start + place * PIECE, first, n, target, bias, kept, vocab,
+                            kept_stride, scale, softcap, top, total, picked,
+                            BLOCK_N, PIECE, HAS_BIAS, HAS_SOFTCAP, STORE, DESCRIPTORS,
+                        )  # fmt: skip
+
+    partial += split.to(tl.int64) * n + rows
+    plane = tl.cast(splits, tl.int64) * n
+    if not STORE:
+        tl.store(partial, top, mask=inside)
+    tl.store(partial + plane, total, mask=inside)
+    tl.store(partial + 2 * plane, picked, mask=inside)
+
+
+@triton.jit
+def merge(
+    partial,  # (3, splits, N)
+    targets,  # (N,)
+    stats,  # rows shift, sum, target of (3, ·) float32, `stats_stride` apart
+    logps,  # (N,), log-prob of the target, 0 where it is −1
+    flags,  # (N,) int32, written with STORE, read with FLAGGED
+    kept,  # (N, kept_stride), receives U at the target with STORE
+    residual,  # (N,) float32, written with STORE: what rounding took off U at the target
+    n, splits, stats_stride, kept_stride, scale, softcap,
+    ROWS: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+):  # fmt: skip
+    """The splits of a row, added in order. With FLAGGED only the shift of flagged rows is replaced by the maximum."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    plane = tl.cast(splits, tl.int64) * n
+    total = tl.zeros((ROWS,), tl.float32)
+    picked = tl.zeros((ROWS,), tl.float32)
+    if STORE:
+        top = tl.load(stats + rows, mask=inside, other=0.0)
+    else:
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+    for split in range(splits):
+        place = partial + tl.cast(split, tl.int64) * n + rows
+        part = tl.load(place + plane, mask=inside, other=1.0)
+        picked += tl.load(place + 2 * plane, mask=inside, other=0.0)
+        if STORE:
+            total += part
+        else:
+            part_top = tl.load(place, mask=inside, other=0.0)
+            above = tl.maximum(top, part_top)
+            total = total * tl.exp(top - above) + part * tl.exp(part_top - above)
+            top = above
+    if FLAGGED:
+        flagged = tl.load(flags + rows, mask=inside, other=0) > 0
+        tl.store(stats + rows, top, mask=inside & flagged)
+    else:
+        target = tl.load(targets + rows, mask=inside, other=-1)
+        real = inside & (target >= 0)
+        tl.store(stats + rows, top, mask=inside)
+        tl.store(stats + stats_stride + rows, total, mask=inside)
+        tl.store(stats + 2 * stats_stride + rows, picked, mask=inside)
+        # A log-prob is never positive; rounding of the shift could make it so by one part in 10⁷.
+        logp = tl.minimum(picked - top - tl.log(total), 0.0)
+        tl.store(logps + rows, tl.where(target >= 0, logp, 0.0), mask=inside)
+        if STORE:
+            tl.store(flags + rows, tl.where(total < OVERFLOW, 0, 1), mask=inside)
+            entry = tl.exp(picked - top) - total
+            if HAS_SOFTCAP:
+                entry *= slope(picked, scale, softcap)
+            rounded = entry.to(kept.dtype.element_ty)
+            tl.store(kept + rows.to(tl.int64) * kept_stride + target, rounded, mask=real)
+            tl.store(residual + rows, tl.where(real, entry - rounded.to(tl.float32), 0.0), mask=inside)
+
+
+@triton.jit
+def target_shift(
+    hidden, weight, bias, targets, stats, n, width, stride_hidden, stride_weight, scale, softcap,
+    BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """stats[0, row] = z[y], one dot product of D a row: the shift that U is formed with. Row −1 takes token 0's."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.maximum(tl.load(targets + row), 0)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden + row * stride_hidden + columns, mask=columns < width, other=0.0)
+        w = tl.load(weight + target * stride_weight + columns, mask=columns < width, other=0.0)
+        total += h.to(tl.float32) * w.to(tl.float32)
+    z = tl.sum(total, 0)
+    if HAS_BIAS:
+        z += tl.load(bias + target).to(tl.float32)
+    tl.store(stats + row, finish(z, scale, softcap, HAS_SOFTCAP))
+
+
+def config(target: Target, dtype: str, width: int) -> Config:
+    """The static default: large tiles where the product dominates, and two smaller programs on a multiprocessor, one in
+    its product while the other is in its exponentials, where D is short."""
+    return configs(target, dtype)[0 if width >= 2048 else 1]
+
+
+def configs(target: Target, dtype: str) -> list[Config]:
+    """The tuning space: the first entry is the default for wide heads, the second for narrow ones."""
+    space = _FLOAT32 if dtype == "fp32" else _HALF
+    made = [
+        Config({"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d, "PIECE": piece}, warps, stages)
+        for n, v, d, piece, warps, stages in space[target.name]
+    ]
+    # What does not fit is pruned here and never found out by a failing launch.
+    return [c for c in made if shared_memory(c, target, 4 if dtype == "fp32" else 2) <= target.shared_memory]
+
+
+def shared_memory(config: Config, target: Target, itemsize: int) -> int:
+    """Bytes of the operand tiles in flight and, where it leaves through a descriptor, of the piece on its way out."""
+    c = config.constants
+    # Without asynchronous products the stage being multiplied is already in registers.
+    stages = config.num_stages if target.descriptors else max(config.num_stages - 1, 1)
+    out = c["BLOCK_N"] * c["PIECE"] if target.descriptors else 0
+    return ((c["BLOCK_N"] + c["BLOCK_V"]) * c["BLOCK_D"] * stages + out) * itemsize
+
+
+# BLOCK_N, BLOCK_V, BLOCK_D, PIECE, warps, stages
+_HALF = {
+    "sm_80": [(128, 128, 64, 64, 8, 3), (128, 128, 32, 64, 8, 4), (64, 128, 64, 64, 4, 3)],
+    "sm_90": [(128, 256, 64, 64, 8, 3), (128, 128, 64, 32, 4, 3), (128, 128, 64, 64, 8, 4)],
+    "sm_100": [(128, 128, 64, 32, 4, 4), (128, 128, 64, 32, 4, 3), (64, 256, 64, 32, 4, 3)],
+    "sm_120": [(128, 128, 64, 64, 8, 2), (128, 128, 32, 32, 4, 3), (64, 128, 64, 64, 4, 2)],
+    "gfx942": [(128, 256, 32, 128, 8, 2), (128, 128, 64, 64, 8, 2), (256, 128, 32, 64, 8, 2)],
+    "gfx1100": [(128, 128, 32, 64, 8, 2), (128, 64, 32, 64, 8, 2)],
+}
+_FLOAT32 = {
+    "sm_80": [(128, 64, 32, 64, 8, 3), (64, 64, 32, 64, 4, 3)],
+    "sm_90": [(128, 128, 32, 32, 8, 3), (128, 64, 32, 32, 4, 3), (64, 64, 32, 64, 4, 3)],
+    "sm_100": [(128, 64, 32, 32, 4, 3), (64, 64, 32, 32, 4, 3)],
+    "sm_120": [(64, 64, 32, 32, 4, 3), (64, 64, 32, 32, 4, 2)],
+    "gfx942": [(128, 128, 32, 64, 8, 2), (64, 64, 32, 64, 4, 2)],
+    "gfx1100": [(64, 64, 16, 64, 8, 1), (32, 32, 32, 32, 4, 1)],
+}
+
+
+def variants(target: Target, dtype: str) -> list[Variant]:
+    """Every signature the backend launches; U is stored for bf16 only."""
+    pointer = TYPES[dtype]
+    product = {
+        "hidden": pointer, "weight": pointer, "bias": pointer, "targets": "*i64", "shift": "*fp32", "flags": "*i32",
+        "partial": "*fp32", "kept": pointer, "n": "i32", "vocab": "i32", "width": "i32", "stride_hidden": "i64",
+        "stride_weight": "i64", "kept_stride": "i64", "splits": "i32", "scale": "fp32", "softcap": "fp32",
+    }  # fmt: skip
+    aligned = ("hidden", "weight", "bias", "targets", "shift", "flags", "partial", "kept", "width",
+               "stride_hidden", "stride_weight", "kept_stride")  # fmt: skip
+    made = []
+    for store, flagged in [(False, False)] + ([(True, False), (False, True), (True, True)] if dtype == "bf16" else []):
+        for rich in (False, True):
+            flags = {"HAS_BIAS": rich, "HAS_SOFTCAP": rich, "STORE": store, "FLAGGED": flagged}
+            words = ["store" if store else "logsumexp", "flagged" * flagged, "bias+softcap" * rich]
+            signature = dict(product)
+            if target.descriptors:
+                signature["hidden"] = f"tensordesc<{dtype}[BLOCK_N,BLOCK_D]>"
+                signature["weight"] = f"tensordesc<{dtype}[BLOCK_V,BLOCK_D]>"
+                signature["kept"] = f"tensordesc<{dtype}[BLOCK_N,PIECE]>" if store else pointer
+            made.append(
+                Variant(
+                    name=" ".join(word for word in words if word),
+                    kernel=linear_logsumexp,
+                    signature=signature,
+                    constants={
+                        **flags,
+                        "GROUP": GROUP,
+                        "PRECISION": precision(target, dtype),
+                        "DESCRIPTORS": target.descriptors,
+                    },
+                    aligned=aligned,
+                    products=True,
+                    descriptors=target.descriptors,
+                )
+            )
+    made += [
+        Variant(
+            name="merge store" if store else "merge",
+            kernel=merge,
+            signature={
+                "partial": "*fp32", "targets": "*i64", "stats": "*fp32", "logps": "*fp32", "flags": "*i32",
+                "kept": pointer, "residual": "*fp32", "n": "i32", "splits": "i32", "stats_stride": "i64",
+                "kept_stride": "i64", "scale": "fp32", "softcap": "fp32",
+            },
+            constants={
+                "ROWS": MERGE_ROWS, "STORE": store, "FLAGGED": False, "HAS_SOFTCAP": True, "OVERFLOW": OVERFLOW,
+            },
+            aligned=("partial", "targets", "stats", "logps", "flags", "kept", "residual"),
+        )
+        for store in ([False, True] if dtype == "bf16" else [False])
+    ]  # fmt: skip
+    if dtype == "bf16":
+        made.append(
+            Variant(
+                name="target shift",
+                kernel=target_shift,
+                signature={
+                    "hidden": pointer, "weight": pointer, "bias": pointer, "targets": "*i64", "stats": "*fp32",
+                    "n": "i32", "width": "i32", "stride_hidden": "i64", "stride_weight": "i64", "scale": "fp32",
+                    "softcap": "fp32",
+                },
+                constants={**TARGET_SHIFT.constants, "HAS_BIAS": True, "HAS_SOFTCAP": True},
+                aligned=("hidden", "weight", "bias", "targets", "stats", "width", "stride_hidden", "stride_weight"),
+                memory_bound=True,
+            )
+        )  # fmt: skip
+    return made
+
+
+def precision(target: Target, dtype: str) -> str:
+    """`input_precision` of the products."""
+    return target.float32_product if dtype == "fp32" else "ieee"
