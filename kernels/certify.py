@@ -5,6 +5,7 @@ A kernel module exports `configs` and `variants` (see `launch.py`); the module f
 launches. Claims, for each binary:
 
   compiles     the configuration compiles
+  launch       types and hints of its arguments are those that Triton gives a launch with such arguments
   fits         shared memory (and tensor memory) of one program are within the target's limit
   spills       no register is spilled to memory and no thread has local memory, in any configuration
   products     every product of a variant with `products` uses the target's tensor-core instruction
@@ -25,7 +26,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable
@@ -42,12 +42,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 from tqdm import tqdm
 from triton import knobs
-from triton.compiler import ASTSource
 
 from exo_fast.kernels import disassembly
+from exo_fast.kernels.ahead_of_time import source_of
 from exo_fast.kernels.launch import Config, Variant
 from exo_fast.kernels.occupancy import TENSOR_MEMORY, occupancy
-from exo_fast.kernels.targets import TARGETS, Target
+from exo_fast.kernels.targets import TARGETS
 
 DTYPES = ("bf16", "fp16", "fp32")
 WIDE_SHARE = 0.9
@@ -146,36 +146,12 @@ def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
     ]
 
 
-def compile_variant(variant: Variant, config: Config, target: Target, buffers: bool) -> triton.compiler.CompiledKernel:
-    """One binary, with the hints a launch would give. Names of a Config's constants may stand in the shape of a
-    descriptor: tensordesc<bf16[BLOCK_N,BLOCK_D]>."""
-    kernel = variant.kernel
-    constants = {**config.constants, **variant.constants}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    if unknown := set(kernel.arg_names) - {*variant.signature, *constants}:
-        raise ValueError(f"variant {variant.name!r} gives no type for {sorted(unknown)}: add them to its signature")
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else re.sub(r"(?<=[\[,])\s*([A-Z_]\w*)", lambda found: str(constants[found[1]]), variant.signature[name])
-        for name in kernel.arg_names
-    }
-    hints = {}
-    for place, (name, kind) in enumerate(signature.items()):
-        hints[(place,)] = [["tt.divisibility", 16]] if name in variant.aligned else []
-        if buffers and kind.startswith("*"):
-            hints[(place,)].append(["tt.pointer_range", 32])
-    source = ASTSource(kernel, signature, constants, {place: hint for place, hint in hints.items() if hint})
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=target.gpu, options=options)
-
-
 def described(job: Job) -> tuple[Row, Variant, Config]:
     """The row of a job, not yet measured, and what is to be compiled."""
     module, target = load(job.kernel), TARGETS[job.target]
     variant = module.variants(target, job.dtype)[job.variant]
     config = module.configs(target, job.dtype)[job.config]
-    claims = ["compiles", "fits", "spills", "atomics"]
+    claims = ["compiles", "launch", "fits", "spills", "atomics"]
     claims += ["products"] * variant.products + ["wide"] * variant.memory_bound
     claims += ["descriptors"] * (variant.descriptors and target.descriptors)
     name, default = Path(job.kernel).stem, job.config == 0
@@ -188,7 +164,9 @@ def measure(job: Job) -> Row:
     row, variant, config = described(job)
     target = TARGETS[job.target]
     try:
-        compiled = compile_variant(variant, config, target, job.buffers)
+        source, differing = source_of(variant, config, target, job.buffers)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        compiled = triton.compile(source, target=target.gpu, options=options)
     except Exception as error:  # whatever a compiler raises is the finding
         while error.__cause__:  # each function the kernel calls wraps the error once more
             error = error.__cause__
@@ -196,6 +174,8 @@ def measure(job: Job) -> Row:
         message = " … ".join(dict.fromkeys((lines[0], lines[-1])))
         row.fail("compiles", f"{type(error).__name__}: {message}"[:400], "a binary")
         return row
+    if differing:
+        row.fail("launch", "; ".join(differing), "what a launch gives: change variants(), or annotate the argument")
     row.num_warps = compiled.metadata.num_warps
     row.shared_memory = compiled.metadata.shared
     row.tensor_memory = getattr(compiled.metadata, "tmem_size", 0)  # NVIDIA only

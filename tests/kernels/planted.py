@@ -65,8 +65,8 @@ def configs(target: Target, dtype: str) -> list[Config]:
     return [good, bad] if target.name == "sm_120" else [good]
 
 
-def copied(name: str, source: str, *aligned: str, step: int = 1) -> Variant:
-    signature = {"source": source, "out": source, "n": "i32", "step": "constexpr", "LENGTH": "constexpr"}
+def copied(name: str, source: str, *aligned: str, step: int = 1, n: str = "i32") -> Variant:
+    signature = {"source": source, "out": source, "n": n, "step": "constexpr", "LENGTH": "constexpr"}
     return Variant(name, copy, signature, {"step": step, "LENGTH": 2048}, aligned, memory_bound=True)
 
 
@@ -98,6 +98,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             whole,
             copied("copy of every second", "*bf16", "source", "out", "n", step=2),
             copied("copy of any address", "*bf16"),
+            copied("copy of a length of 64 bits", "*bf16", "source", "out", "n", n="i64"),
             Variant("sum by atomics", total, {"source": "*fp32", "out": "*fp32"}, {}),
             Variant("refused", refused, {"out": "*fp32"}, {}),
         ],

@@ -79,6 +79,7 @@ def test_planted_faults_are_caught_and_nothing_else(certified):
         ("copy of every second", "gfx942", good, "wide"),
         ("product without tensor cores", "sm_80", good, "products"),
         ("product by pointers", "sm_90", good, "descriptors"),
+        ("copy of a length of 64 bits", "sm_80", good, "launch"),
         ("sum by atomics", "sm_80", good, "atomics"),
         ("refused", "sm_80", good, "compiles"),
         ("crash", "sm_80", good, "compiles"),
@@ -95,6 +96,8 @@ def test_every_failure_is_one_line_and_the_exit_code_says_so(certified):
         "FAILED products: planted/product without tensor cores sm_80 fp32 64x32 w4 s2 (default): "
         "found no tensor-core instruction; needed mma.sync (HMMA)"
     )
+    (line,) = (line for line in lines if "copy of a length of 64 bits" in line)
+    assert "n is declared i64, a multiple of 16 and launched as i32, a multiple of 16" in line
     assert "no block is that small" in next(line for line in lines if "planted/refused" in line)
 
 
