@@ -1,16 +1,17 @@
-# make demo | test | certify | bench | lint: each creates .venv when it is missing, and can be run again.
+# make demo | test | certify | bench | roofline | lint: each creates .venv when it is missing, and can be run again.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test certify bench bench-op bench-step lint format clean
+.PHONY: help demo test certify bench bench-op bench-step roofline lint format clean
 
 help:
 	@echo "make demo        align a real 135M model on real text, with a report in runs/demo/report.md"
 	@echo "make test        all tests"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
 	@echo "make bench       make bench-op and make bench-step (results in benchmarks/results)"
+	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
 	@echo "make lint        ruff, check only;  make format rewrites"
 
 # The environment is a function of these two files.
@@ -35,6 +36,9 @@ bench-op: $(VENV)/.ready
 
 bench-step: $(VENV)/.ready
 	$(BIN)/python benchmarks/step.py
+
+roofline: $(VENV)/.ready
+	$(BIN)/python benchmarks/roofline.py --markdown docs/gpu-analysis.md docs/performance.md
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

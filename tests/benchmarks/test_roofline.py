@@ -1,0 +1,216 @@
+"""benchmarks/roofline.py: the counts of flops and bytes by hand, the claims of the docs, and the docs' own tables."""
+
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "docs" / "gpu-analysis.md", ROOT / "docs" / "performance.md"]
+N, D, V = 300, 512, 1000
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(f"exo_fast_benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def roofline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("roofline", monkeypatch)
+
+
+@pytest.fixture
+def model(roofline: ModuleType) -> ModuleType:
+    return roofline.model
+
+
+@pytest.fixture
+def small(model: ModuleType):
+    return model.Head("small", D, V)
+
+
+def test_products_by_hand(model: ModuleType, small) -> None:
+    flops = 307_200_000  # 2 · 300 · 512 · 1000
+    logits = model.logits_product(small, N)
+    assert logits.flops == flops
+    assert logits.read == 2 * (300 * 512 + 1000 * 512)
+    assert logits.written == logits.logits == 1_200_000
+    hidden = model.hidden_product(small, N)
+    assert (hidden.flops, hidden.read, hidden.written) == (flops, 600_000 + 1_024_000, 614_400)
+    first, later = (model.weight_product(small, N, first=first) for first in (True, False))
+    assert (first.flops, first.read, first.written) == (flops, 600_000 + 307_200, 2_048_000)
+    assert later.read - first.read == 2_048_000  # the float32 sums come back
+
+
+def test_linear_logsumexp_by_hand(model: ModuleType, small) -> None:
+    board = model.BOARDS[1]
+    plain, stored = (model.linear_logsumexp_launch(board, small, N, store=store) for store in (False, True))
+    rows, columns = (model.default_config(board, D).constants[name] for name in ("BLOCK_N", "BLOCK_V"))
+    assert plain.flops == 307_200_000
+    assert plain.exponentials == 300_000
+    assert plain.logits == 0  # no byte of logits
+    assert plain.written == (12 * math.ceil(V / columns) + 16) * N  # a range for every block, then the statistics
+    assert stored.logits == stored.written - plain.written == 600_000
+    assert plain.cached == 1024 * math.ceil(N / rows) * math.ceil(V / columns) * (rows + columns)
+    assert plain.read == 2 * (N + V) * D + 8 * N + 12 * math.ceil(V / columns) * N
+    many = model.linear_logsumexp_launch(board, model.HEADS[0], 8192, store=False)
+    walks = 8192 / (model.linear_logsumexp.GROUP * rows)
+    assert walks > 1
+    assert many.read == pytest.approx(8192 * (8192 + walks * 128256), rel=0.01)
+
+
+def test_floor_is_the_slowest_resource(model: ModuleType) -> None:
+    board = model.BOARDS[1]
+    launch = model.Launch("x", "library", flops=989e12, read=3.35e12, written=3.35e12)
+    assert model.floor(launch, board) == (2.0, "memory")
+    assert model.predict(launch, board) == pytest.approx(2 / board.stream)
+    assert model.floor(replace(launch, exponentials=3 * board.exponentials), board) == (3.0, "exponentials")
+    assert board.exponentials == pytest.approx(3.86e12, rel=0.01)  # FlashAttention-3 counts 3.9e12
+
+
+@pytest.mark.parametrize(("schedule", "flops"), [("chunked", 6), ("kept", 6), ("recomputed", 8), ("fused", 10)])
+def test_flops_of_schedules(model: ModuleType, schedule: str, flops: int) -> None:
+    for head in model.HEADS:
+        made = getattr(model, schedule)(model.BOARDS[1], head, 2048, 2**30)
+        assert made.flops == pytest.approx(flops * 2048 * head.width * head.vocab, rel=1e-3)
+        assert made.scratch < (2**30 if schedule != "fused" else 2**27)
+        assert (made.logits == 0) == (schedule == "fused")
+
+
+def test_bytes_of_schedules(model: ModuleType) -> None:
+    """kept: U written once, read by two products; chunked: logits written, read twice, the gradient like U."""
+    for head in model.HEADS:
+        logits = 2048 * head.vocab
+        of = {make: make(model.BOARDS[1], head, 2048, 2**34).logits / logits for make in model.SCHEDULES}
+        assert of[model.kept] == pytest.approx(2 + 2 + 2)
+        assert of[model.chunked] == pytest.approx(4 + 4 + 4 + 2 + 2 + 2)
+        assert of[model.full_logits] == pytest.approx(42)
+
+
+def test_more_work_and_lower_peaks_never_take_less(model: ModuleType) -> None:
+    for board in model.BOARDS:
+        slower = replace(board, library=board.library / 2, triton=board.triton / 2, stream=board.stream / 2)
+        for make in model.SCHEDULES:
+            for head in model.HEADS:
+                times = [make(board, head, tokens, 2**30).seconds(board) for tokens in model.TOKENS]
+                assert times == sorted(times)
+                assert make(board, head, 2048, 2**30).seconds(slower) > times[0]
+                work = 6 * 2048 * head.width * head.vocab
+                assert times[0] > work / board.target.flops
+            for launch in model.launches(board, model.HEADS[0], 2048):
+                assert model.predict(launch, board) >= model.floor(launch, board)[0]
+
+
+def test_budget_cuts_chunks_and_refuses_less_than_a_row(model: ModuleType, small) -> None:
+    assert model.kept_row(small) == 2 * V + 6 * D
+    assert model.chunked_row(small) == 6 * V + 6 * D
+    assert model.rows_of_budget(100 * 5072, 5072, 250) == (3, 84)
+    assert model.rows_of_budget(2**40, 5072, 250) == (1, 250)
+    with pytest.raises(ValueError, match="--budget"):
+        model.rows_of_budget(5071, 5072, 250)
+    board = model.BOARDS[1]
+    tight, ample = (model.kept(board, model.HEADS[2], 8192, mib * model.MIB) for mib in (256, 4096))
+    assert tight.chunks > ample.chunks
+    assert tight.bytes > ample.bytes  # dW's sums are read and written for every chunk
+    sums = [model.weight_product(model.HEADS[0], rows, first=False) for rows in (900, 1100)]
+    bound = [model.predict(launch, board) * board.target.bandwidth * board.stream / launch.bytes for launch in sums]
+    assert bound[0] == pytest.approx(1)  # below about 1,000 rows that takes longer than the product on H100
+    assert bound[1] > 1
+
+
+def test_even_share_is_where_both_take_as_long(roofline: ModuleType, model: ModuleType) -> None:
+    board, head = model.BOARDS[1], model.HEADS[0]
+    share = roofline.even_share(board, head, 8192, 2**30)
+    assert 0 < share < 1
+    assert roofline.advantage(replace(board, triton=share), head, 8192, 2**30) == pytest.approx(1, abs=1e-3)
+
+
+def test_claims_of_the_docs(roofline: ModuleType, model: ModuleType) -> None:
+    for board in model.BOARDS:
+        for head in model.HEADS[1:]:  # D = 1024 and 640: kept, whatever the board
+            assert roofline.advantage(board, head, 8192, 2**30) > 1.1
+            assert roofline.even_share(board, head, 8192, 2**30) < 0.6 * board.library
+        assert 0.94 < roofline.advantage(board, model.HEADS[0], 8192, 2**30) < 1.06  # D = 4096: even
+        for head in model.HEADS:
+            fused, kept = (make(board, head, 8192, 2**30).seconds(board) for make in (model.fused, model.kept))
+            assert fused > 3 * kept
+    for row in model.stream_traffic(model.BOARDS[1], 2**30):
+        assert row["least"] / row["moved"] >= 0.9
+    for row in roofline.published_rows(model.BOARDS):
+        assert 0.8 < row["predicted_ms"] / row["published_ms"] < 1.2
+    h100, b200 = model.BOARDS[1:3]
+    exponents = model.ceilings(model.linear_logsumexp_launch(b200, model.HEADS[2], 8192, store=False), b200)
+    assert exponents["exponentials"] / exponents["products"] == pytest.approx(0.4, abs=0.01)
+    for board, share in ((h100, 0.61), (b200, 0.54)):  # what L2 lets 128 × 128 tiles reach
+        narrow = model.ceilings(model.linear_logsumexp_launch(board, model.HEADS[1], 8192, store=False), board)
+        assert narrow["products"] / narrow["L2"] == pytest.approx(share, abs=0.01)
+    block = model.linear_logprobs_backward.config(h100.target, "bf16").constants["BLOCK_OWN"]
+    assert 8192 / block == 64
+    for head in model.HEADS:
+        assert all(
+            model.floor(launch, board)[1] != "exponentials"
+            for board in model.BOARDS
+            for launch in model.launches(board, head, 8192)
+        )
+
+
+def test_command_writes_tables_plot_and_pages(
+    roofline: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    page = tmp_path / "page.md"
+    empty = "<!-- roofline: tokens -->\n<!-- end -->\nbetween\n"
+    page.write_text(f"before\n{empty}<!-- roofline: choice -->\nold\n<!-- end -->\nafter\n")
+    certification = tmp_path / "certification.json"
+    row = {"kernel": "k", "variant": "v", "target": "sm_90", "dtype": "bf16", "config": "c", "default": True}
+    row |= {"shared_memory": 2048, "programs": 2, "occupancy": 0.25, "code": {"registers": 168}}
+    certification.write_text(json.dumps({"rows": [row, {**row, "default": False}, {**row, "target": "sm_120"}]}))
+    arguments = ["--output", tmp_path / "out.json", "--plot", tmp_path / "plot.png", "--markdown", page]
+    arguments += ["--certification", certification, "--tokens", "2048", "--triton", "0.5"]
+    assert roofline.main([str(argument) for argument in arguments]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out.json").read_text())
+    made = roofline.tables(results, 2048)
+    assert all(table in printed for table in made.values())
+    assert "| `k` | H100 | c | 168 | 2 | 2 | 25% |" in made["resources"]
+    assert {board["triton"] for board in results["boards"]} == {0.5}
+    filled = f"<!-- roofline: tokens -->\n{made['tokens']}\n<!-- end -->\nbetween\n"
+    assert page.read_text() == f"before\n{filled}<!-- roofline: choice -->\n{made['choice']}\n<!-- end -->\nafter\n"
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resources_are_kept_when_certification_is_missing(roofline: ModuleType, tmp_path: Path) -> None:
+    missing, earlier = tmp_path / "certification.json", tmp_path / "roofline.json"
+    assert roofline.resources(missing, earlier) == ([], "missing: run make certify first")
+    earlier.write_text(json.dumps({"resources": [{"kernel": "k"}]}))
+    assert roofline.resources(missing, earlier) == ([{"kernel": "k"}], "the last roofline.json")
+
+
+@pytest.mark.parametrize("arguments", [["--triton", "1.5"], ["--budget", "0"]], ids=["share", "budget"])
+def test_bad_arguments_name_the_fix(roofline: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        roofline.main(arguments)
+    assert "give a" in capsys.readouterr().err
+
+
+def test_docs_show_what_the_command_prints(roofline: ModuleType) -> None:
+    recorded = json.loads(roofline.OUTPUT.read_text())
+    made = roofline.tables(roofline.collect(roofline.model.BOARDS, roofline.DEFAULT_BUDGET, recorded["resources"]))
+    assert roofline.tables(recorded) == made, "run make roofline"
+    found = set()
+    for page in PAGES:
+        for name, table in made.items():
+            match = roofline.block(name).search(page.read_text())
+            if match:
+                found.add(name)
+                assert match[2] == f"{table}\n", f"run make roofline: {page.name}, {name}"
+    assert found == set(made)
