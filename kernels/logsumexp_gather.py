@@ -11,7 +11,9 @@ ignored: it is not read, and its statistics 0, 1, 0 say log p = 0. Targets are n
 that lies in another chunk changes nothing here. −inf is a logit like any other (a token that cannot be drawn).
 
 Bytes: the chunk once (n·columns of its dtype), 20·n for targets and statistics, 12·n more when they are updated; the
-bias once a row, out of the L2 cache. Flops: 4·n·columns and 1.25 exponentials an element: bound by memory.
+bias once a row, out of the L2 cache. Flops: 4·n·columns and 1.25 exponentials an element, so float32 logits are bound
+by memory. A softcap adds two operations of the special-function units, and these then bound sm_100: a prediction from
+its rates is 0.7 of the bandwidth.
 Grid: (n,), one program a row. The chunks of the backend have hundreds of rows; fewer rows than multiprocessors leave
 some of these idle.
 

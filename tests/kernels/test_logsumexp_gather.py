@@ -119,7 +119,8 @@ def test_a_row_may_be_cut_over_the_vocabulary(cuts: tuple[int, ...], backwards: 
     pieces = list(itertools.pairwise((0, *cuts, 4200)))
     stats = torch.full((3, 7), torch.nan)
     for index, (start, stop) in enumerate(reversed(pieces) if backwards else pieces):
-        update(stats, logits[:, start:stop], targets, start=start, bias=bias[start:stop], first=index == 0, **head)
+        chunk = torch.full((7, stop - start + 16), torch.nan)[:, : stop - start].copy_(logits[:, start:stop])
+        update(stats, chunk, targets, start=start, bias=bias[start:stop], first=index == 0, **head)
     whole = statistics(logits, targets, bias=bias, **head)
     assert torch.equal(stats[0], whole[0])
     assert torch.equal(stats[2], whole[2])
