@@ -309,8 +309,9 @@ def logprobs_forward(
     blocks = LogitBlocks(head, plan, hidden)
     grads = Gradients(hidden, head, (unit_hidden, False, False))
     keep = keep_buffer(hidden, head, plan) if unit_hidden else None
-    stats = torch.zeros(3, len(hidden), dtype=blocks.acc, device=hidden.device)
-    stats[1] = 1
+    stats = torch.empty(3, len(hidden), dtype=blocks.acc, device=hidden.device)
+    if kept is not None:
+        stats.copy_(stats.new_tensor([[0], [1], [0]]))  # log-prob 0
     for rows in kept_chunks(kept, n, plan.block_rows):
         h, y = hidden[rows], targets[rows]
         u = None if keep is None else keep[: len(h)]
@@ -320,7 +321,7 @@ def logprobs_forward(
             grads.hidden[rows] = grads.unit_hidden(u, part).to(hidden.dtype)
         elif unit_hidden:
             grads.add_by_blocks(blocks, rows, h, y, part, torch.ones_like(part.sum))
-    return Statistics(*stats).logps, stats, grads.hidden
+    return Statistics(*stats.unbind()).logps, stats, grads.hidden
 
 
 def logprobs_backward(
@@ -339,7 +340,7 @@ def logprobs_backward(
     blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need)
     keep = keep_buffer(hidden, head, plan)
     for rows in kept_chunks(kept, n, plan.block_rows):
-        h, y, part, c = hidden[rows], targets[rows], Statistics(*stats[:, rows]), grad[rows]
+        h, y, part, c = hidden[rows], targets[rows], Statistics(*stats[:, rows].unbind()), grad[rows]
         if keep is None:
             grads.add_by_blocks(blocks, rows, h, y, part, c)
             continue
