@@ -252,9 +252,9 @@ def narrow_hidden(head: Head, n: int) -> Launch:
     return stream("narrow dH", 4 * n * head.width, 2 * n * head.width, logits=0.0)
 
 
-def scale_hidden(head: Head, n: int) -> Launch:
-    """c·scale/s on H, by way of float32."""
-    return stream("scale H", 6 * n * head.width, 6 * n * head.width, logits=0.0)
+def scale_rows(head: Head, n: int) -> Launch:
+    """c·scale/s on H, and what rounding took off at the target put back into dH and dW: a dozen passes over (n, D)."""
+    return replace(stream("scale rows", 40 * n * head.width, 32 * n * head.width, logits=0.0), passes=12)
 
 
 def flagged_launches() -> Launch:
@@ -372,7 +372,7 @@ def kept(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
             linear_logsumexp_launch(board, head, n, store=True),
             flagged_launches(),
             group_loss_launch(n),
-            scale_hidden(head, n),
+            scale_rows(head, n),
         ]
 
     return in_chunks("kept", head, tokens, budget, kept_row(head), forward)
@@ -382,7 +382,7 @@ def recomputed(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
     """`linear_logprobs`, any loss on log-probs: log-probs first, U again in backward. 8·N·D·V flops."""
 
     def forward(n: int) -> list[Launch]:
-        return [linear_logsumexp_launch(board, head, n, store=True), scale_hidden(head, n)]
+        return [linear_logsumexp_launch(board, head, n, store=True), scale_rows(head, n)]
 
     backward = in_chunks("two-pass", head, tokens, budget, kept_row(head), forward)
     first = [linear_logsumexp_launch(board, head, tokens, store=False), group_loss_launch(tokens)]

@@ -138,9 +138,9 @@ def test_even_share_is_where_both_take_as_long(roofline: ModuleType, model: Modu
 def test_claims_of_the_docs(roofline: ModuleType, model: ModuleType) -> None:
     for board in model.BOARDS:
         for head in model.HEADS[1:]:  # D = 1024 and 640: kept, whatever the board
-            assert roofline.advantage(board, head, 8192, 2**30) > 1.1
-            assert roofline.even_share(board, head, 8192, 2**30) < 0.6 * board.library
-        assert 0.94 < roofline.advantage(board, model.HEADS[0], 8192, 2**30) < 1.06  # D = 4096: even
+            assert 1.1 < roofline.advantage(board, head, 8192, 2**30) < 1.9
+            assert roofline.even_share(board, head, 8192, 2**30) < 2 / 3 * board.library
+        assert 0.92 < roofline.advantage(board, model.HEADS[0], 8192, 2**30) < 1.08  # D = 4096: even
         for head in model.HEADS:
             fused, kept = (make(board, head, 8192, 2**30).seconds(board) for make in (model.fused, model.kept))
             assert fused > 3 * kept
