@@ -24,16 +24,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import machine
 import torch
+from peers import operation, token_logps_of
 from torch import Tensor
 
 from exo_fast import reference
-from exo_fast.loss import group_loss, linear_group_loss
+from exo_fast.loss import group_loss
 
 SHAPES = ((576, 49152), (640, 262144))  # D, V of SmolLM2-135M and Gemma-3-270m
 TOKENS = (2048, 8192, 32768)
@@ -86,35 +86,6 @@ def impossible(case: Case) -> str | None:
 def long_groups(case: Case) -> tuple[int, int]:
     """(candidates, tokens of each) of a case."""
     return (2, case.tokens // 2) if case.method == "exo_fast-long" else (CANDIDATES, COMPLETION)
-
-
-def operation(method: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """hidden, weight, targets, cu_seqlens, ref_logps, rewards -> loss, token or sequence log-probs."""
-    if method.startswith("exo_fast"):
-        return lambda *args, **options: linear_group_loss(*args, **options)
-
-    def from_logps(token_logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-        def run(hidden, weight, targets, cu_seqlens, ref_logps, rewards, **options):
-            logps = token_logps(hidden, weight, targets)
-            sums = reference.sequence_logps(logps, cu_seqlens).view_as(ref_logps)
-            return group_loss(sums, ref_logps, rewards, **options), sums.detach()
-
-        return run
-
-    return from_logps(token_logps_of(method))
-
-
-def token_logps_of(method: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,), as the method computes them."""
-    if method == "cce":
-        from cut_cross_entropy import linear_cross_entropy
-
-        return lambda h, w, y: -linear_cross_entropy(h, w, y, impl="torch_compile", reduction="none").float()
-    if method == "full-logits":
-        return lambda h, w, y: torch.log_softmax((h @ w.T).float(), -1).gather(1, y.unsqueeze(1)).squeeze(1)
-    from exo_fast.logprobs import linear_logprobs
-
-    return linear_logprobs
 
 
 def synthetic(case: Case) -> tuple[Tensor, ...]:
