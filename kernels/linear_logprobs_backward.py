@@ -140,7 +140,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     signature = {
         "own": pointer, "other": pointer, "bias": pointer, "targets": "*i64", "stats": "*fp32",
         "coefficients": "*fp32", "grad": "*fp32", "grad_bias": "*fp32", "n_own": "i32", "n_other": "i32",
-        "width": "i32", "stride_own": "i64", "stride_other": "i64", "stats_stride": "i64", "scale": "fp32",
+        "width": "i32", "stride_own": "i32", "stride_other": "i32", "stats_stride": "i32", "scale": "fp32",
         "softcap": "fp32",
     }  # fmt: skip
     return [

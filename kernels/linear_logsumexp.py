@@ -284,7 +284,7 @@ def shared_memory(config: Config, target: Target, itemsize: int) -> int:
 _HALF = {
     "sm_80": [(128, 128, 64, 64, 8, 3), (128, 128, 32, 64, 8, 4), (64, 128, 64, 64, 4, 3)],
     "sm_90": [(128, 256, 64, 64, 8, 3), (128, 128, 64, 32, 4, 3), (128, 128, 64, 64, 8, 4)],
-    "sm_100": [(128, 128, 64, 32, 4, 4), (128, 128, 64, 32, 4, 3), (64, 256, 64, 32, 4, 3)],
+    "sm_100": [(128, 128, 64, 32, 4, 4), (128, 128, 64, 32, 4, 3), (64, 256, 64, 64, 4, 3)],
     "sm_120": [(128, 128, 64, 64, 8, 2), (128, 128, 32, 32, 4, 3), (64, 128, 64, 64, 4, 2)],
     "gfx942": [(128, 256, 32, 128, 8, 2), (128, 128, 64, 64, 8, 2), (256, 128, 32, 64, 8, 2)],
     "gfx1100": [(128, 128, 32, 64, 8, 2), (128, 64, 32, 64, 8, 2)],
@@ -304,8 +304,8 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     pointer = TYPES[dtype]
     product = {
         "hidden": pointer, "weight": pointer, "bias": pointer, "targets": "*i64", "shift": "*fp32", "flags": "*i32",
-        "partial": "*fp32", "kept": pointer, "n": "i32", "vocab": "i32", "width": "i32", "stride_hidden": "i64",
-        "stride_weight": "i64", "kept_stride": "i64", "splits": "i32", "scale": "fp32", "softcap": "fp32",
+        "partial": "*fp32", "kept": pointer, "n": "i32", "vocab": "i32", "width": "i32", "stride_hidden": "i32",
+        "stride_weight": "i32", "kept_stride": "i32", "splits": "i32", "scale": "fp32", "softcap": "fp32",
     }  # fmt: skip
     aligned = ("hidden", "weight", "bias", "targets", "shift", "flags", "partial", "kept", "width",
                "stride_hidden", "stride_weight", "kept_stride")  # fmt: skip
@@ -341,8 +341,8 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             kernel=merge,
             signature={
                 "partial": "*fp32", "targets": "*i64", "stats": "*fp32", "logps": "*fp32", "flags": "*i32",
-                "kept": pointer, "residual": "*fp32", "n": "i32", "splits": "i32", "stats_stride": "i64",
-                "kept_stride": "i64", "scale": "fp32", "softcap": "fp32",
+                "kept": pointer, "residual": "*fp32", "n": "i32", "splits": "i32", "stats_stride": "i32",
+                "kept_stride": "i32", "scale": "fp32", "softcap": "fp32",
             },
             constants={
                 "ROWS": MERGE_ROWS, "STORE": store, "FLAGGED": False, "HAS_SOFTCAP": True, "OVERFLOW": OVERFLOW,
@@ -358,7 +358,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
                 kernel=target_shift,
                 signature={
                     "hidden": pointer, "weight": pointer, "bias": pointer, "targets": "*i64", "stats": "*fp32",
-                    "n": "i32", "width": "i32", "stride_hidden": "i64", "stride_weight": "i64", "scale": "fp32",
+                    "n": "i32", "width": "i32", "stride_hidden": "i32", "stride_weight": "i32", "scale": "fp32",
                     "softcap": "fp32",
                 },
                 constants={**TARGET_SHIFT.constants, "HAS_BIAS": True, "HAS_SOFTCAP": True},

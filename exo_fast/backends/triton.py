@@ -93,6 +93,22 @@ class Rows:
             configured[key] = min(space, key=lambda config: do_bench(lambda: launch(config), return_mode="median"))
         return configured.get(key, static)
 
+    def residual(self, coefficients: Tensor) -> Tensor | None:
+        """What rounding takes off ∂L/∂a at the target, (n, 1) float32; None for float32 operands.
+
+        A target's entry is half of its row, and that of all tokens of a sequence is near c: one rounding of it is no
+        noise that averages out. So products of rounded gradients get it back, in float32. (`index_put_` sorts indices
+        before it adds, on a GPU too: one order, the same bits.)
+        """
+        if self.dtype == "fp32":
+            return None
+        shift, total, target = self.stats
+        entry = coefficients * self.head.scale * (1 - (target - shift).exp() / total)
+        if self.head.softcap is not None:
+            entry = entry * (1 - (target / (self.head.softcap * self.head.scale)).square())
+        entry = torch.where(self.targets >= 0, entry, 0.0)
+        return (entry - entry.to(self.hidden.dtype)).unsqueeze(1)
+
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
     """One launch, with a configuration's block sizes that the kernel knows."""
@@ -158,7 +174,8 @@ def product_statistics(
             linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), Config({}, num_warps=4),
             partial=sums, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
             residual=residual, n=rows.n, splits=splits, stats_stride=rows.stats.stride(0),
-            kept_stride=kept.stride(0) if store else 0, scale=head.scale, softcap=rows.softcap, ROWS=linear_kernel.MERGE_ROWS, STORE=store, FLAGGED=flagged and not store,
+            kept_stride=kept.stride(0) if store else 0, scale=head.scale, softcap=rows.softcap,
+            ROWS=linear_kernel.MERGE_ROWS, STORE=store, FLAGGED=flagged and not store,
             HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"], OVERFLOW=linear_kernel.OVERFLOW,
         )  # fmt: skip
         return sums
@@ -202,7 +219,7 @@ class Kept:
 
     def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
         """Half of ∂ℓ/∂a, as a sum of magnitudes, is its entry at the target: there, and only there, what rounding U
-        and the scaled rows took off is put back, in float32."""
+        and the scaled rows took off is put back, in float32 (`Rows.residual`)."""
         u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n, None]
         factor = (coefficients * (-rows.head.scale / rows.stats[1])).unsqueeze(1)
         y = rows.targets.clamp(min=0)
@@ -215,7 +232,6 @@ class Kept:
             exact = rows.hidden * factor
             scaled = exact.to(rows.hidden.dtype)
             into.add_weight(u.T, scaled)
-            # Sorted by index before it adds, on a GPU too: one order, the same bits.
             into.weight.index_put_((y,), exact.mul_(entry + residual) - entry * scaled, accumulate=True)
         if into.bias is not None:
             rounded = factor.to(u.dtype)
@@ -271,11 +287,16 @@ class Chunked:
             partial_stride=stride, scale=rows.head.scale, softcap=rows.softcap,
             HAS_BIAS_GRAD=partial is not None, **rows.flags,
         )  # fmt: skip
-        g = self.grad[: rows.n, : rows.vocab]
+        g, residual, y = self.grad[: rows.n, : rows.vocab], rows.residual(coefficients), rows.targets.clamp(min=0)
         if into.hidden is not None:
-            torch.mul(matmul(g, rows.weight, out=into.scratch[: rows.n]), into.undo, out=into.hidden[place])
+            product = matmul(g, rows.weight, out=into.scratch[: rows.n])
+            if residual is not None:
+                product += residual * rows.weight[y]
+            torch.mul(product, into.undo, out=into.hidden[place])
         if into.weight is not None:
             into.add_weight(g.T, rows.hidden)
+            if residual is not None:
+                into.weight.index_put_((y,), residual * rows.hidden, accumulate=True)
         if partial is not None:
             into.bias += partial[:, : rows.vocab].sum(0)
 
@@ -284,7 +305,7 @@ class Gradients:
     """dH, dW and db of a run; those nobody needs stay None and cost nothing. dW and db are float32."""
 
     def __init__(self, rows: Rows, need: tuple[bool, bool, bool], chunk_rows: int):
-        self.hidden = torch.empty_like(rows.hidden) if need[0] else None
+        self.hidden = rows.hidden.new_empty(rows.hidden.shape) if need[0] else None
         self.weight = rows.floats(*rows.weight.shape) if need[1] else None
         self.bias = rows.floats(rows.vocab).zero_() if need[2] and rows.head.bias is not None else None
         self.scratch = rows.floats(chunk_rows, rows.width) if need[0] else None
@@ -340,7 +361,7 @@ def fused_gradients(rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bo
         "PRECISION": linear_kernel.precision(rows.target, rows.dtype), **rows.flags,
     }  # fmt: skip
     config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype))
-    block = config.constants["BLOCK_OWN"]
+    block, residual, y = config.constants["BLOCK_OWN"], rows.residual(coefficients), rows.targets.clamp(min=0)
     if into.hidden is not None:
         total = rows.floats(rows.n, rows.width).zero_()
         launch(
@@ -349,6 +370,8 @@ def fused_gradients(rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bo
             stride_own=rows.hidden.stride(0), stride_other=rows.weight.stride(0), OWNS_ROWS=True, BIAS_GRAD=False,
             **shared,
         )  # fmt: skip
+        if residual is not None:
+            total += residual * rows.weight[y]
         torch.mul(total, into.undo, out=into.hidden)
     if into.weight is not None or into.bias is not None:
         total = rows.floats(*rows.weight.shape) if into.weight is None else into.weight
@@ -358,6 +381,8 @@ def fused_gradients(rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bo
             n_other=rows.n, stride_own=rows.weight.stride(0), stride_other=rows.hidden.stride(0), OWNS_ROWS=False,
             BIAS_GRAD=into.bias is not None, **shared,
         )  # fmt: skip
+        if residual is not None:
+            total.index_put_((y,), residual * rows.hidden, accumulate=True)
     return into.result()
 
 

@@ -1,0 +1,371 @@
+"""The whole Triton backend behind the public functions, in Triton's interpreter, against float64.
+
+Sizes are odd on purpose and small because the interpreter is slow; `tests/gpu` repeats the comparison at real sizes.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from exo_fast import reference
+from exo_fast.backends import interpreted
+from exo_fast.logprobs import linear_logprobs
+from exo_fast.loss import linear_group_loss
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BF16, FP16, FP32)
+GRADIENT_ERROR = {BF16: 3e-3, FP16: 3e-3, FP32: 2e-6}
+
+
+class Blocks(dict):
+    """A block size for every key: large vocabulary blocks, since the interpreter's time goes by operations."""
+
+    def __init__(self, vocab_block: int):
+        from exo_fast.kernels.launch import Config
+
+        sizes = {"BLOCK_N": 64, "BLOCK_V": vocab_block, "BLOCK_D": 128, "PIECE": vocab_block}
+        self.linear = Config(sizes, 4)
+        self.fused = Config({"BLOCK_OWN": 128, "BLOCK_OTHER": 128, "BLOCK_D": 128}, 4)
+
+    def __contains__(self, key: tuple) -> bool:
+        return key[0] in ("linear_logsumexp", "linear_logprobs_backward")
+
+    def get(self, key: tuple, default=None):
+        return {"linear_logsumexp": self.linear, "linear_logprobs_backward": self.fused}.get(key[0], default)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch):
+    """The backend's module, with chunks of any number of rows allowed."""
+    from exo_fast.backends import triton
+
+    monkeypatch.setattr(triton, "MIN_ROWS", 1)
+    monkeypatch.setattr(triton, "configured", Blocks(256))
+    return triton
+
+
+def head(n: int, width: int, vocab: int, dtype: torch.dtype, *, bias: bool = False, spread: float = 1.0) -> dict:
+    g = torch.Generator().manual_seed(n * vocab + width)
+    made = {
+        "hidden": torch.randn(n, width, generator=g) * spread,
+        "weight": torch.randn(vocab, width, generator=g) * (3 / width**0.5),
+    }
+    if bias:
+        made["bias"] = torch.randn(vocab, generator=g)
+    made = {name: value.to(dtype).requires_grad_() for name, value in made.items()}
+    return {**made, "targets": torch.randint(vocab, (n,), generator=g)}
+
+
+def groups(num_groups: int, num_candidates: int, n: int) -> dict:
+    """Ragged candidates, one of a single token, that share n tokens."""
+    sequences = num_groups * num_candidates
+    g = torch.Generator().manual_seed(n)
+    cuts = torch.randperm(n - 1, generator=g)[: sequences - 1].add(1).sort().values.tolist()
+    ref = torch.randn(num_groups, num_candidates, generator=g) - 3 * n / sequences
+    rewards = torch.randn(num_groups, num_candidates, generator=g)
+    return {"cu_seqlens": torch.tensor([0, *cuts, n]), "ref_logps": ref, "rewards": rewards}
+
+
+def in_float64(made: dict) -> dict:
+    return {
+        name: value.detach().double().requires_grad_() if value.is_floating_point() else value
+        for name, value in made.items()
+    }
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def assert_gradients(made: dict, exact: dict, limit: float) -> None:
+    for name in ("hidden", "weight", "bias"):
+        if name in made and made[name].requires_grad:
+            assert relative(made[name].grad, exact[name].grad) <= limit, name
+
+
+def check_logprobs(made: dict, limit: float, **options) -> Tensor:
+    """Log-probs and gradients of a loss on them, against the definitions in float64."""
+    exact = in_float64(made)
+    budget = options.pop("memory_budget", None)
+    got = linear_logprobs(**made, memory_budget=budget, backend="triton", **options)
+    want = reference.linear_logprobs(**exact, **options)
+    assert got.dtype == FP32
+    assert (got - want).square().mean().sqrt() <= 1e-5
+    upstream = torch.linspace(-1, 2, len(got))
+    (got * upstream).sum().backward()
+    (want * upstream.double()).sum().backward()
+    assert_gradients(made, exact, limit)
+    return got.detach()
+
+
+def check_group_loss(made: dict, batch: dict, limit: float, loss_type: str = "exo-rw", **options) -> Tensor:
+    exact = in_float64(made)
+    budget = options.pop("memory_budget", None)
+    loss, logps = linear_group_loss(
+        **made, **batch, loss_type=loss_type, memory_budget=budget, backend="triton", **options
+    )
+    smoothing = {} if loss_type != "dpo-pref" else {"label_smoothing": 0.0}
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    want, want_logps = reference.linear_group_loss(**exact, **wide, loss_type=loss_type, **smoothing, **options)
+    assert abs(float(loss - want)) <= 1e-5 * max(1.0, abs(float(want)))
+    torch.testing.assert_close(logps, want_logps.float(), rtol=1e-6, atol=1e-4)
+    (loss * 2.5).backward()
+    (want * 2.5).backward()
+    assert_gradients(made, exact, limit)
+    return loss.detach()
+
+
+SIZES = list(itertools.product((1, 7, 64, 129), (2, 131, 1000), (8, 80, 576)))
+
+
+@pytest.mark.parametrize(("i", "size"), list(enumerate(SIZES)), ids=["x".join(map(str, size)) for size in SIZES])
+def test_logprobs_at_odd_sizes(backend, i: int, size: tuple[int, int, int]) -> None:
+    n, vocab, width = size
+    for dtype in DTYPES if n < 64 else (DTYPES[i % 3],):
+        # Of one or two entries a row, a single rounding is the whole error: √2 · 2⁻⁹ at most.
+        limit = GRADIENT_ERROR[dtype] if n * vocab > 64 or dtype == FP32 else 4e-3
+        check_logprobs(head(n, width, vocab, dtype, bias=i % 2 == 0), limit)
+
+
+LARGE = [(1, 80, BF16), (7, 576, FP16), (7, 8, FP32), (64, 8, BF16), (129, 80, BF16), (7, 80, BF16)]
+
+
+@pytest.mark.parametrize(("n", "width", "dtype"), LARGE, ids=[f"{n}x{d}-{t}" for n, d, t in LARGE])
+def test_logprobs_of_a_real_vocabulary(backend, n: int, width: int, dtype: torch.dtype) -> None:
+    backend.configured = Blocks(4096)
+    check_logprobs(head(n, width, 50257, dtype), GRADIENT_ERROR[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 5.0}, {"scale": 0.25}, {"softcap": 30.0, "scale": -1.5}],
+    ids=["softcap", "scale", "both"],
+)
+def test_head_arithmetic(backend, dtype: torch.dtype, options: dict) -> None:
+    for budget in (None, 1):
+        check_logprobs(head(19, 80, 131, dtype, bias=True), GRADIENT_ERROR[dtype], memory_budget=budget, **options)
+        made, batch = head(19, 80, 131, dtype, bias=True), groups(3, 3, 19)
+        check_group_loss(made, batch, GRADIENT_ERROR[dtype], memory_budget=budget, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_groups", "num_candidates", "n"), [(3, 2, 7), (20, 3, 64), (8, 8, 129), (1, 64, 129)])
+@pytest.mark.parametrize("budget", [None, "chunk", 1], ids=["whole", "chunks", "fused"])
+def test_group_loss(backend, dtype, num_groups: int, num_candidates: int, n: int, budget: str | int | None) -> None:
+    """All rows at once; chunks whose boundaries lie inside and between sequences; no chunk at all."""
+    made, batch = head(n, 80, 131, dtype), groups(num_groups, num_candidates, n)
+    if budget == "chunk":
+        rows = backend.Rows(made["hidden"].detach(), backend.Head(made["weight"].detach()), made["targets"])
+        budget = (
+            5 * backend.chunk_kind(rows).row_bytes(rows) if n < 64 else 17 * backend.chunk_kind(rows).row_bytes(rows)
+        )
+    for loss_type in ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw") if n < 64 else ("exo-rw",):
+        for value in made.values():
+            value.grad = None
+        check_group_loss(made, batch, GRADIENT_ERROR[dtype], loss_type, memory_budget=budget)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_boundaries_that_only_the_device_knows(backend, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Without a host copy of cu_seqlens more rows than fit take two passes."""
+    monkeypatch.setattr(backend, "group_bounds", lambda cu_seqlens, candidates: None)
+    made, batch = head(64, 80, 131, dtype), groups(5, 3, 64)
+    check_group_loss(made, batch, GRADIENT_ERROR[dtype], memory_budget=20_000)
+
+
+@pytest.mark.parametrize("need", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ()], ids="-".join)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_only_what_is_needed(backend, need: tuple[str, ...], dtype: torch.dtype, budget: int | None) -> None:
+    made = head(19, 80, 131, dtype, bias=True)
+    for name in ("hidden", "weight", "bias"):
+        made[name].requires_grad_(name in need)
+    if need:
+        check_logprobs(made, GRADIENT_ERROR[dtype], memory_budget=budget)
+        for name in need:
+            made[name].grad = None
+        check_group_loss(made, groups(3, 3, 19), GRADIENT_ERROR[dtype], memory_budget=budget)
+    else:
+        loss, _ = linear_group_loss(**made, **groups(3, 3, 19), loss_type="exo-rw", backend="triton")
+        assert not loss.requires_grad
+    for name in {"hidden", "weight", "bias"} - set(need):
+        assert made[name].grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("budget", [None, 40_000, 1])
+def test_ignored_rows(backend, dtype: torch.dtype, budget: int | None) -> None:
+    made = head(64, 80, 131, dtype, bias=True)
+    made["targets"][::3] = -100
+    logps = check_logprobs(made, GRADIENT_ERROR[dtype], memory_budget=budget)
+    assert (logps[::3] == 0).all()
+    assert (made["hidden"].grad[::3] == 0).all()
+    everything = {**head(5, 8, 131, dtype), "targets": torch.full((5,), -100)}
+    logps = linear_logprobs(**everything, backend="triton")
+    logps.sum().backward()
+    assert not logps.any()
+    assert not everything["weight"].grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("budget", [None, 1])
+def test_extreme_logits(backend, dtype: torch.dtype, budget: int | None) -> None:
+    """Logits of ±1e4: a target far below the rest (whose logit is no shift for them), and one of probability 1."""
+    vocab, width = 131, 16
+    weight = torch.zeros(vocab, width)
+    weight[0, 0], weight[1, 0], weight[2, 1] = 100.0, -100.0, 100.0
+    weight[3:] = torch.randn(vocab - 3, width, generator=torch.Generator().manual_seed(0)) * 0.1
+    hidden = torch.zeros(6, width)
+    hidden[:, 0], hidden[2:, 0] = 100.0, 0.1
+    hidden[2:4, 1] = 100.0
+    targets = torch.tensor([0, 1, 2, 0, 5, 7])  # p = 1, logit −1e4 against 1e4, p = 1, p = 0, ordinary ones
+    made = {"hidden": hidden, "weight": weight}
+    made = {name: value.to(dtype).requires_grad_() for name, value in made.items()} | {"targets": targets}
+    got = linear_logprobs(**made, memory_budget=budget, backend="triton")
+    exact = in_float64(made)
+    want = reference.linear_logprobs(**exact)
+    assert got[0] == 0
+    assert got[2] == 0
+    assert (got <= 0).all()
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
+    got.sum().backward()
+    want.sum().backward()
+    assert_gradients(made, exact, GRADIENT_ERROR[dtype])
+    batch = {
+        "cu_seqlens": torch.tensor([0, 1, 3, 4, 6]),
+        "ref_logps": want.detach().new_tensor([[0.0, -2e4], [-1e4, -9.0]]),
+    }
+    batch["rewards"] = torch.tensor([[1.0, 0.5], [0.1, 0.2]])
+    for value in (made["hidden"], made["weight"]):
+        value.grad = None
+    check_group_loss(made, batch, GRADIENT_ERROR[dtype], memory_budget=budget)
+
+
+def test_a_row_that_overflows_is_made_again_alone(backend) -> None:
+    """U of flagged rows comes from their exact maximum; neighbours in the block keep their shift."""
+    made = head(40, 16, 131, BF16)
+    with torch.no_grad():
+        made["hidden"][7] *= 300
+        rows = backend.Rows(made["hidden"].detach(), backend.Head(made["weight"].detach()), made["targets"])
+        logits = reference.logits(made["hidden"].double(), made["weight"].double())
+        made["targets"][7] = logits[7].argmin()
+        chunk, logps = backend.Kept(rows, 40), rows.floats(40)
+        chunk.fill(rows, logps)
+        shift = logits.gather(1, made["targets"].unsqueeze(1)).squeeze(1)
+        shift[7] = logits[7].max()
+        assert logits[7].max() - logits[7].min() > 90
+        torch.testing.assert_close(rows.stats[0].double(), shift, rtol=1e-5, atol=1e-5)
+        u = (logits - shift.unsqueeze(1)).exp()
+        u[torch.arange(40), made["targets"]] -= u.sum(1)
+        kept = chunk.buffer[:, :131].double()
+        assert ((kept - u).abs() <= u.abs() * 2**-8 + 1e-30).all()
+        assert torch.isfinite(chunk.buffer).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_and_any_chunk(backend, dtype: torch.dtype) -> None:
+    batch = groups(6, 3, 64)
+    results = []
+    for budget in (None, None, 60_000, 60_000, 20_000, 1, 1):
+        made = head(64, 80, 131, dtype, bias=True)
+        loss, _ = linear_group_loss(**made, **batch, loss_type="exo-rw", memory_budget=budget, backend="triton")
+        loss.backward()
+        results.append([loss.detach(), *(made[name].grad for name in ("hidden", "weight", "bias"))])
+    for first, second in ((0, 1), (2, 3), (5, 6)):
+        assert all(torch.equal(a, b) for a, b in zip(results[first], results[second], strict=True))
+    for other in (2, 4, 5):
+        for a, b in zip(results[0], results[other], strict=True):
+            assert relative(a, b.double()) <= (2e-6 if dtype == FP32 else 4e-3)
+
+
+def test_every_configuration_gives_the_same(backend) -> None:
+    """Block sizes change the order of sums, and nothing else."""
+    from exo_fast.kernels.targets import TARGETS, of_device
+
+    name = of_device(torch.device("cpu")).name
+    for dtype, word in ((BF16, "bf16"), (FP32, "fp32")):
+        seen = {}
+        for target in TARGETS.values():
+            for config in backend.linear_kernel.configs(target, word):
+                seen[str(config.constants)] = config
+        spaces = {
+            "linear_logsumexp": list(seen.values()),
+            "linear_logprobs_backward": backend.fused_kernel.configs(TARGETS[name], word)
+            + backend.fused_kernel.configs(TARGETS["gfx1100"], word),
+        }
+        for kernel, space in spaces.items():
+            for config in space:
+                backend.configured = {(kernel, name, word, 24): config}
+                budget = 1 if kernel == "linear_logprobs_backward" else None
+                check_group_loss(
+                    head(19, 24, 301, dtype, bias=True), groups(3, 3, 19), GRADIENT_ERROR[dtype], memory_budget=budget
+                )
+
+
+def test_bf16_can_be_chunked_too(backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "KEPT", ())
+    check_group_loss(head(129, 80, 131, BF16, bias=True), groups(8, 3, 129), GRADIENT_ERROR[BF16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operands_of_any_layout(backend, dtype: torch.dtype) -> None:
+    """Views: rows of a wider matrix, a transposed head, a head whose rows start at odd addresses, an odd D."""
+    made = head(19, 80, 131, dtype)
+    plain = linear_logprobs(**{k: v.detach() for k, v in made.items()}, backend="triton")
+    wide = torch.cat([made["hidden"].detach(), torch.full((19, 9), float("nan"), dtype=dtype)], 1)
+    transposed = made["weight"].detach().T.contiguous().T
+    shifted = torch.cat([torch.zeros(1, dtype=dtype), made["weight"].detach().flatten()])[1:].view(131, 80)
+    for hidden, weight in ((wide[:, :80], transposed), (made["hidden"].detach(), shifted)):
+        got = linear_logprobs(hidden, weight, made["targets"], backend="triton")
+        torch.testing.assert_close(got, plain, rtol=1e-6, atol=1e-5)
+    check_logprobs(head(7, 13, 131, dtype), GRADIENT_ERROR[dtype])
+
+
+def test_rows_beyond_two_to_the_31_elements(backend) -> None:
+    """Offsets are 64-bit: rows 2³¹ elements apart, in memory of which only the touched pages exist."""
+    far, width = 2**31 + 64, 16
+    g = torch.Generator().manual_seed(0)
+    for which in ("hidden", "weight"):
+        made = {"hidden": torch.randn(2, width, generator=g), "weight": torch.randn(2, width, generator=g)}
+        made = {name: value.to(BF16) for name, value in made.items()}
+        targets = torch.tensor([1, 0])
+        want = reference.linear_logprobs(made["hidden"].double(), made["weight"].double(), targets)
+        sparse = torch.empty(far + width, dtype=BF16).as_strided((2, width), (far, 1))
+        sparse.copy_(made[which])
+        made[which] = sparse
+        got = linear_logprobs(**made, targets=targets, backend="triton")
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+    # U too: its second row lies beyond 2³¹ elements.
+    rows = backend.Rows(*(torch.randn(2, width, generator=g).to(BF16),), backend.Head(made["weight"]), targets)
+    chunk = backend.Kept(rows, 2)
+    near, logps = chunk.buffer, rows.floats(2)
+    chunk.fill(rows, logps)
+    chunk.buffer = torch.empty(far + 16, dtype=BF16).as_strided((2, 16), (far, 1))
+    chunk.fill(rows, logps)
+    assert torch.equal(chunk.buffer, near)
+
+
+def test_autotuning_times_the_space_once(backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off by default; on, the fastest of the space is kept for its kernel, target, dtype and width."""
+    rows = backend.Rows(torch.randn(4, 8), backend.Head(torch.randn(16, 8)), torch.tensor([1, 2, 3, 4]))
+    static = backend.linear_kernel.config(rows.target, rows.dtype, 8)
+    backend.configured = {}
+    space = backend.linear_kernel.configs(rows.target, rows.dtype)
+    timed = []
+
+    def fake_bench(launch, return_mode):
+        launch()
+        return -len(timed)
+
+    monkeypatch.setattr("triton.testing.do_bench", fake_bench)
+    rows.device = torch.device("cuda")
+    assert rows.config(backend.linear_kernel, static, timed.append) is static
+    monkeypatch.setenv("EXO_FAST_AUTOTUNE", "1")
+    assert rows.config(backend.linear_kernel, static, timed.append) == space[-1]
+    assert timed == space
+    assert rows.config(backend.linear_kernel, static, timed.append) == space[-1]
+    assert timed == space
