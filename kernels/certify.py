@@ -47,7 +47,7 @@ from exo_fast.kernels import disassembly
 from exo_fast.kernels.ahead_of_time import source_of
 from exo_fast.kernels.launch import Config, Variant
 from exo_fast.kernels.occupancy import TENSOR_MEMORY, occupancy
-from exo_fast.kernels.targets import TARGETS
+from exo_fast.kernels.targets import TARGETS, Target
 
 DTYPES = ("bf16", "fp16", "fp32")
 WIDE_SHARE = 0.9
@@ -133,6 +133,11 @@ def discover() -> list[str]:
     return [p.stem for p in sorted(here.parent.glob("*.py")) if p.stem != here.stem and exports(load(p.stem))]
 
 
+def space(module: ModuleType, variant: Variant, target: Target, dtype: str) -> list[Config]:
+    """The configurations a variant may be launched with, default first."""
+    return [variant.config] if variant.config else module.configs(target, dtype)
+
+
 def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
     """Every binary of these kernels; on AMD each with tensors of any size and, as buffers, with tensors under 2 GiB."""
     return [
@@ -140,8 +145,8 @@ def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
         for kernel in kernels
         for target in targets
         for dtype in DTYPES
-        for variant in range(len(load(kernel).variants(TARGETS[target], dtype)))
-        for config in range(len(load(kernel).configs(TARGETS[target], dtype)))
+        for variant, launched in enumerate(load(kernel).variants(TARGETS[target], dtype))
+        for config in range(len(space(load(kernel), launched, TARGETS[target], dtype)))
         for buffers in ((False, True) if TARGETS[target].backend == "hip" else (False,))
     ]
 
@@ -150,7 +155,7 @@ def described(job: Job) -> tuple[Row, Variant, Config]:
     """The row of a job, not yet measured, and what is to be compiled."""
     module, target = load(job.kernel), TARGETS[job.target]
     variant = module.variants(target, job.dtype)[job.variant]
-    config = module.configs(target, job.dtype)[job.config]
+    config = space(module, variant, target, job.dtype)[job.config]
     claims = ["compiles", "launch", "fits", "spills", "atomics"]
     claims += ["products"] * variant.products + ["wide"] * variant.memory_bound
     claims += ["descriptors"] * (variant.descriptors and target.descriptors)
@@ -289,8 +294,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME")
-    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="kernels of the package, or paths of Python files")
+    several = {"action": "extend", "nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--target", choices=TARGETS, help=f"of {', '.join(TARGETS)} (default: all)", **several)
+    parser.add_argument("--kernel", help="kernels of the package (default: all), or paths of Python files", **several)
     parser.add_argument("--jobs", type=int, default=cores, help="compilers side by side (default: %(default)s cores)")
     parser.add_argument("--output", type=Path, default=Path("build/certification.json"), help="default: %(default)s")
     parser.add_argument("--markdown", type=Path, metavar="PAGE", help="rewrite the table between the page's markers")
@@ -301,6 +307,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--jobs {options.jobs}: at least 1 is needed")
     if options.markdown and not all(marker in options.markdown.read_text() for marker in MARKERS):
         parser.error(f"--markdown {options.markdown}: the page needs the lines {MARKERS[0]} and {MARKERS[1]}")
+    options.target = options.target or list(TARGETS)
     options.kernel = options.kernel or discover()
     for kernel in options.kernel:
         try:

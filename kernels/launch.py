@@ -31,3 +31,4 @@ class Variant:
     memory_bound: bool = False  # must move 128 bits an access
     products: bool = False  # must use tensor cores
     descriptors: bool = False  # must load through tensor descriptors
+    config: Config | None = None  # launched with this one alone, outside the tuning space

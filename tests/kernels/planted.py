@@ -4,6 +4,7 @@ Not collected by pytest and not part of the package: `test_certify.py` gives thi
 """
 
 import os
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -97,6 +98,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             clean,
             whole,
             copied("copy of every second", "*bf16", "source", "out", "n", step=2),
+            replace(whole, name="copy by many", config=Config({}, num_warps=32)),
             copied("copy of any address", "*bf16"),
             copied("copy of a length of 64 bits", "*bf16", "source", "out", "n", n="i64"),
             Variant("sum by atomics", total, {"source": "*fp32", "out": "*fp32"}, {}),

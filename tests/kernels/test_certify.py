@@ -76,6 +76,7 @@ def test_planted_faults_are_caught_and_nothing_else(certified):
         ("product", "sm_120", bad, "fits"),
         ("copy of every second", "sm_80", good, "wide"),
         ("copy of any address", "sm_80", good, "wide"),
+        ("copy by many", "sm_80", " w32 s1", "wide"),  # a configuration of its own: two elements a thread
         ("copy of every second", "gfx942", good, "wide"),
         ("product without tensor cores", "sm_80", good, "products"),
         ("product by pointers", "sm_90", good, "descriptors"),
