@@ -31,7 +31,8 @@ from exo_fast.kernels.targets import Target
 OVERFLOW = 1e26  # U·W still sums far below float32's largest number
 GROUP = 16  # row blocks that share a walk over the vocabulary
 MERGE_ROWS = 32
-TARGET_SHIFT = Config({"BLOCK_D": 1024}, num_warps=4)
+MERGE = Config({"ROWS": MERGE_ROWS}, num_warps=4)
+TARGET_SHIFT = Config({"BLOCK_D": 1024}, num_warps=2)  # 128 bits a thread in warps of 32 and of 64
 WAVES = 8  # programs for each multiprocessor: the last, partly filled wave costs at most an eighth
 
 
@@ -345,9 +346,10 @@ def variants(target: Target, dtype: str) -> list[Variant]:
                 "kept_stride": "i32", "scale": "fp32", "softcap": "fp32",
             },
             constants={
-                "ROWS": MERGE_ROWS, "STORE": store, "FLAGGED": False, "HAS_SOFTCAP": True, "OVERFLOW": OVERFLOW,
+                "STORE": store, "FLAGGED": False, "HAS_SOFTCAP": True, "OVERFLOW": OVERFLOW,
             },
             aligned=("partial", "targets", "stats", "logps", "flags", "kept", "residual"),
+            config=MERGE,
         )
         for store in ([False, True] if dtype == "bf16" else [False])
     ]  # fmt: skip
@@ -361,9 +363,10 @@ def variants(target: Target, dtype: str) -> list[Variant]:
                     "n": "i32", "width": "i32", "stride_hidden": "i32", "stride_weight": "i32", "scale": "fp32",
                     "softcap": "fp32",
                 },
-                constants={**TARGET_SHIFT.constants, "HAS_BIAS": True, "HAS_SOFTCAP": True},
+                constants={"HAS_BIAS": True, "HAS_SOFTCAP": True},
                 aligned=("hidden", "weight", "bias", "targets", "stats", "width", "stride_hidden", "stride_weight"),
                 memory_bound=True,
+                config=TARGET_SHIFT,
             )
         )  # fmt: skip
     return made

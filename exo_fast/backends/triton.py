@@ -171,12 +171,12 @@ def product_statistics(
             PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors, **rows.flags,
         )  # fmt: skip
         launch(
-            linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), Config({}, num_warps=4),
+            linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), linear_kernel.MERGE,
             partial=sums, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
             residual=residual, n=rows.n, splits=splits, stats_stride=rows.stats.stride(0),
             kept_stride=kept.stride(0) if store else 0, scale=head.scale, softcap=rows.softcap,
-            ROWS=linear_kernel.MERGE_ROWS, STORE=store, FLAGGED=flagged and not store,
-            HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"], OVERFLOW=linear_kernel.OVERFLOW,
+            STORE=store, FLAGGED=flagged and not store, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"],
+            OVERFLOW=linear_kernel.OVERFLOW,
         )  # fmt: skip
         return sums
 
