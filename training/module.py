@@ -69,7 +69,7 @@ class AlignModule(nn.Module):
         """
         if check is not None:
             return (check_sharing(self.policy, check, self.plan),)
-        packed = Packed(**{field.name: batch[field.name] for field in fields(Packed)})
+        packed = Packed(**{field.name: torch.as_tensor(batch[field.name]) for field in fields(Packed)})
         with self.adapters_off() if reference else nullcontext():
             head = read_head(self.policy)
             hidden = self._predicting_hidden(packed)
@@ -88,7 +88,7 @@ class AlignModule(nn.Module):
             )
             return loss, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
         token_logps = linear_logprobs(hidden, head.weight, packed.targets, **logits, **self.kernel_options)
-        policy_logps = sequence_logps(token_logps, packed.cu_seqlens).view_as(batch["rewards"])
+        policy_logps = sequence_logps(token_logps, packed.cu_seqlens.to(token_logps.device)).view_as(batch["rewards"])
         if reference:
             return (policy_logps,)
         losses = group_loss(policy_logps, batch["ref_logps"], batch["rewards"], **self.loss_options, reduction="none")

@@ -199,18 +199,22 @@ class GroupCollator:
 
     `ref_logps` (G, K) and `rewards` (G, K) float32, `index` (G,) long, `num_tokens` () long, the tokens put
     through the model (padding not counted, a shared prompt counted once).
+
+    `cu_seqlens` is a NumPy array, which no trainer moves to a GPU: on the host it tells the loss where groups end
+    without waiting for the device, and the one-pass schedule then works whatever the memory budget.
     """
 
     pad_token_id: int
     share_prompt: bool = True
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor | np.ndarray]:
         groups = [item["group"] for item in items]
         packed = pack(groups, share_prompt=self.share_prompt, pad_token_id=self.pad_token_id)
         copies = [1 if self.share_prompt else len(group.completions) for group in groups]
         num_tokens = sum(n * len(g.prompt) + sum(map(len, g.completions)) for n, g in zip(copies, groups, strict=True))
         return {
             **{field.name: getattr(packed, field.name) for field in fields(Packed)},
+            "cu_seqlens": packed.cu_seqlens.numpy(),
             "ref_logps": torch.stack([item["ref_logps"] for item in items]),
             "rewards": torch.stack([item["rewards"] for item in items]),
             "index": torch.tensor([item["index"] for item in items]),

@@ -98,7 +98,7 @@ def test_collator(run: Any, share_prompt: bool) -> None:
     batch = GroupCollator(pad_token_id=EOS, share_prompt=share_prompt)([data[1], data[0]])
     packed = pack([data.group(1), data.group(0)], share_prompt=share_prompt, pad_token_id=EOS)
     assert torch.equal(batch["input_ids"], packed.input_ids)
-    assert torch.equal(batch["cu_seqlens"], packed.cu_seqlens)
+    assert torch.equal(torch.from_numpy(batch["cu_seqlens"]), packed.cu_seqlens)
     assert batch["ref_logps"].tolist() == [[-3.5, -4.5], [-1.5, -2.5]]
     assert batch["index"].tolist() == [1, 0]
     assert batch["num_tokens"] == (packed.group_ids >= 0).sum()
