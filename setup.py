@@ -19,7 +19,15 @@ TRAIN = [
     "pyyaml>=6.0",
 ]
 DEMO = [*TRAIN, "gguf>=0.10", "matplotlib>=3.8", "scipy>=1.11"]
-BENCH = [*DEMO, "pytest>=8.0", "pytest-benchmark>=5.0", "psutil>=5.9", "trl>=1.0", "cut-cross-entropy>=25.1"]
+BENCH = [
+    *DEMO,
+    "pytest>=8.0",
+    "pytest-benchmark>=5.0",
+    "psutil>=5.9",
+    "trl>=1.0",
+    "cut-cross-entropy>=25.1",
+    "liger-kernel>=0.7",
+]
 DEV = [*DEMO, "pytest>=8.0", "pytest-xdist>=3.5", "psutil>=5.9", "ruff>=0.9"]
 
 setup(

@@ -93,8 +93,9 @@ def linear_group_loss(
         weight: (V, D), of hidden's dtype (under torch.autocast both are cast to its dtype).
         targets: (N,) int, the completion tokens.
         cu_seqlens: (G*K + 1,) int, boundaries of the candidates in N, on hidden's device or on the CPU. From the CPU
-            chunks are cut at group boundaries without a wait for the GPU; on the GPU, whose values the host does not
-            know, one pass is made when all N rows fit the memory budget, else two.
+            (pinned, where a CUDA graph is captured) chunks are cut at group boundaries without a wait for the GPU; on
+            the GPU, whose values the host does not know, one pass is made when all N rows fit the memory budget, else
+            two.
         ref_logps, rewards: (G, K) float; see `group_loss`, also for loss_type, beta_pi, beta_r and label_smoothing.
         bias: (V,) or None. scale, softcap: see `exo_fast.logprobs.linear_logprobs`.
         memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU). A group whose
