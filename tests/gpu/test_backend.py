@@ -147,10 +147,10 @@ def rms(got: Tensor, want: Tensor) -> float:
 
 
 def assert_gradients(got: tuple[Tensor, ...], want: tuple[Tensor, ...], precision: str) -> None:
-    """Within the promised error, beside what rounding the exact gradient to its dtype costs."""
+    """Within the promised error; of a few numbers, rounding the exact gradient to its dtype alone may cost more."""
     for name, a, b in zip(("dH", "dW", "db"), got, want, strict=False):
         stored = relative(b.to(DTYPES[precision]), b)
-        assert relative(a, b) <= math.hypot(GRADIENT[precision], stored), name
+        assert relative(a, b) <= max(GRADIENT[precision], 1.5 * stored), name
 
 
 def assert_step(got: tuple[Tensor, ...], want: tuple[Tensor, ...], precision: str) -> None:
