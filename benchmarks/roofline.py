@@ -207,16 +207,15 @@ def published_rows(boards: tuple[model.Board, ...]) -> list[dict]:
 
 
 def resources(certification: Path, earlier: Path) -> tuple[list[dict], str]:
-    """(registers, shared memory and occupancy of the default bf16 configurations, where they come from)."""
+    """(registers, shared memory and occupancy of the bf16 configurations in use, where they come from)."""
     if certification.exists():
         rows = json.loads(certification.read_text())["rows"]
-        boards = {board.target.name: board.name for board in model.BOARDS}
+        boards = {board.target.name: board for board in model.BOARDS}
         found = [
             {
-                "board": boards[row["target"]],
+                "board": boards[row["target"]].name,
                 "kernel": row["kernel"],
                 "variant": row["variant"],
-                "dtype": row["dtype"],
                 "config": row["config"],
                 "registers": row["code"]["registers"],
                 "shared_bytes": row["shared_memory"],
@@ -224,15 +223,37 @@ def resources(certification: Path, earlier: Path) -> tuple[list[dict], str]:
                 "occupancy": row["occupancy"],
             }
             for row in rows
-            if row["default"]
-            and row["target"] in boards
+            if row["target"] in boards
             and row["code"]
             and row["dtype"] == ("fp32" if row["kernel"] == "group_loss" else "bf16")
+            and _used(row, boards[row["target"]])
         ]
         return found, "make certify"
     if earlier.exists():
         return json.loads(earlier.read_text())["resources"], "the last roofline.json"
     return [], "missing: run make certify first"
+
+
+def _used(row: dict, board: model.Board) -> bool:
+    """Whether a launch of the tables has this configuration; `linear_logsumexp` has one for narrow heads too."""
+    if row["kernel"] != "linear_logsumexp":
+        return row["default"]
+    used = {str(model.default_config(board, head.width)) for head in model.HEADS}
+    return row["config"] in used and "products" in row["claims"]  # not its merge
+
+
+def boards_of(found: list[dict], **shares: float | None) -> tuple[model.Board, ...]:
+    """The boards, with the programs that certification found to share a multiprocessor and the `shares` given."""
+    given = {name: value for name, value in shares.items() if value}
+    boards = []
+    for board in model.BOARDS:
+        resident: dict[str, int] = {}
+        for row in found:
+            if row["kernel"] == "linear_logsumexp" and row["board"] == board.name:
+                config = row["config"]
+                resident[config] = min(row["programs"], resident.get(config, row["programs"]))
+        boards.append(replace(board, resident=tuple(resident.items()), **given))
+    return tuple(boards)
 
 
 def collect(boards: tuple[model.Board, ...], budget: int, found: list[dict]) -> dict:
@@ -243,7 +264,7 @@ def collect(boards: tuple[model.Board, ...], budget: int, found: list[dict]) -> 
         "budget_mib": budget,
         "boards": [
             {
-                **{key: value for key, value in asdict(board).items() if key != "target"},
+                **{key: value for key, value in asdict(board).items() if key not in ("target", "resident")},
                 "board": board.name,
                 "target": board.target.name,
                 "flops": board.target.flops,
@@ -533,11 +554,8 @@ def main(argv: list[str] | None = None) -> int:
         "--markdown", type=Path, nargs="+", default=[], metavar="PAGE", help="rewrite its tables, between markers"
     )
     options = parser.parse_args(argv)
-    boards = tuple(
-        replace(board, triton=options.triton or board.triton, library=options.library or board.library)
-        for board in model.BOARDS
-    )
     found, source = resources(options.certification, options.output)
+    boards = boards_of(found, triton=options.triton, library=options.library)
     try:
         results = collect(boards, options.budget, found)
     except ValueError as error:
