@@ -259,6 +259,11 @@ def scale_rows(head: Head, n: int) -> Launch:
     return replace(stream("scale rows", 40 * n * head.width, 32 * n * head.width, logits=0.0), passes=12)
 
 
+def restore_targets(head: Head, n: int) -> Launch:
+    """What rounding took off ∂L/∂z at the target put back into dH and dW."""
+    return replace(stream("restore targets", 22 * n * head.width, 18 * n * head.width, logits=0.0), passes=6)
+
+
 def flagged_launches() -> Launch:
     """Rows whose shift was too small, made again: two launches and their merges that find nothing to do."""
     return replace(stream("flagged rows", 0, 0), passes=4)
@@ -360,6 +365,7 @@ def chunked(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
             gather_launch(head, n),
             group_loss_launch(n),
             gradient_launch(board, head, n),
+            restore_targets(head, n),
         ]
 
     return in_chunks("chunked", head, tokens, budget, chunked_row(head), forward)
@@ -438,6 +444,7 @@ def fused(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
         group_loss_launch(tokens),
         stream("clear dH and dW", 0, 4 * (tokens + head.vocab) * head.width, logits=0.0),
         *backward_launches(board, head, tokens),
+        restore_targets(head, tokens),
         narrow_hidden(head, tokens),
         cast_weight(head),
     )
