@@ -36,7 +36,7 @@ def log_softmax(x, valid):
     return x - tl.log(tl.sum(tl.exp(x), axis=0))
 
 
-@triton.jit(do_not_specialize=["first_group"])
+@triton.jit(do_not_specialize=["first_group"], do_not_specialize_on_alignment=["cu_seqlens", "ref_logps", "rewards"])
 def group_loss(
     logps,  # (N,) float32
     cu_seqlens,  # (G·K + 1,) int32 or int64
@@ -124,23 +124,27 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     if dtype != "fp32":
         return []
     found = []
-    for candidates in (2, 3, 64):
+    for candidates, write_tokens in ((2, True), (2, False), (3, False), (64, True)):
         for loss_type in ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw"):
             constants = {
                 "CANDIDATES": candidates,
                 "BLOCK_K": triton.next_power_of_2(candidates),
                 "EXO": loss_type.startswith("exo"),
                 "PREF": loss_type.endswith("-pref"),
-                "WRITE_TOKENS": candidates != 3,
+                "WRITE_TOKENS": write_tokens,
             }
-            floats = ("logps", "ref_logps", "rewards", "losses", "policy_logps", "coefficients", "token_coefficients")
+            made = ("logps", "losses", "policy_logps", "coefficients", "token_coefficients")  # by the backend: aligned
             signature = {
-                **dict.fromkeys(floats, "*fp32"),
+                **dict.fromkeys((*made, "ref_logps", "rewards"), "*fp32"),
                 "cu_seqlens": "*i32" if candidates == 3 else "*i64",
                 "first_group": "i32",
                 **dict.fromkeys(("beta_pi", "beta_r", "label_smoothing", "upstream"), "fp32"),
                 **dict.fromkeys((*constants, "TILE"), "constexpr"),
             }
             order = {name: signature[name] for name in group_loss.arg_names}
-            found.append(Variant(f"{loss_type} K{candidates}", group_loss, order, constants, aligned=floats))
+            found.append(
+                Variant(
+                    f"{loss_type} K{candidates}" + " tokens" * write_tokens, group_loss, order, constants, aligned=made
+                )
+            )
     return found

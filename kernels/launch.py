@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}  # pointer types of the operand dtypes
+HEADS = (  # what a head may have: the suffix of a variant's name, HAS_BIAS, HAS_SOFTCAP
+    ("", False, False),
+    (" bias", True, False),
+    (" softcap", False, True),
+    (" bias+softcap", True, True),
+)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,16 @@ Flops: 4·N·D·V a launch. Bytes: the operands, (n_own / BLOCK_OWN) times the o
 import triton
 import triton.language as tl
 
-from exo_fast.kernels.launch import TYPES, Config, Variant
+from exo_fast.kernels.launch import HEADS, TYPES, Config, Variant
 from exo_fast.kernels.linear_logsumexp import precision, raw_tile
 from exo_fast.kernels.logits import finish, slope
 from exo_fast.kernels.targets import Target
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_own", "n_other", "stats_stride"],
+    do_not_specialize_on_alignment=["targets", "stats", "coefficients"],
+)
 def linear_logprobs_backward(
     own,  # (n_own, D): hidden states for dH, head for dW
     other,  # (n_other, D): the other one
@@ -135,7 +138,7 @@ _FLOAT32 = {
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """Both launches, plain and with everything a head can have."""
+    """Both launches, the second with and without the gradient of a bias, for all that a head may have."""
     pointer = TYPES[dtype]
     signature = {
         "own": pointer, "other": pointer, "bias": pointer, "targets": "*i64", "stats": "*fp32",
@@ -145,20 +148,20 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     }  # fmt: skip
     return [
         Variant(
-            name=("hidden" if owns_rows else "weight") + " bias+softcap" * rich,
+            name=name + extras,
             kernel=linear_logprobs_backward,
             signature=signature,
             constants={
                 "OWNS_ROWS": owns_rows,
-                "HAS_BIAS": rich,
-                "HAS_SOFTCAP": rich,
-                "BIAS_GRAD": rich and not owns_rows,
+                "HAS_BIAS": bias,
+                "HAS_SOFTCAP": softcap,
+                "BIAS_GRAD": bias_grad,
                 "PRECISION": precision(target, dtype),
             },
-            aligned=("own", "other", "bias", "targets", "stats", "coefficients", "grad", "grad_bias", "width",
-                     "stride_own", "stride_other"),
+            aligned=("own", "other", "bias", "grad", "grad_bias", "width", "stride_own", "stride_other"),
             products=True,
         )
-        for owns_rows in (True, False)
-        for rich in (False, True)
+        for name, owns_rows, bias_grad in (("hidden", True, False), ("weight", False, False), ("both", False, True))
+        for extras, bias, softcap in HEADS
+        if bias or not bias_grad
     ]  # fmt: skip

@@ -24,7 +24,7 @@ operands are multiplied at `Target.float32_product`.
 import triton
 import triton.language as tl
 
-from exo_fast.kernels.launch import TYPES, Config, Variant
+from exo_fast.kernels.launch import HEADS, TYPES, Config, Variant
 from exo_fast.kernels.logits import finish, slope
 from exo_fast.kernels.targets import Target
 
@@ -104,7 +104,8 @@ def absorb(
     return top, total, picked
 
 
-@triton.jit
+# One binary whatever the number of rows, and wherever a chunk of them begins: nothing else is compiled during training.
+@triton.jit(do_not_specialize=["n", "vocab", "splits"], do_not_specialize_on_alignment=["targets", "shift", "flags"])
 def linear_logsumexp(
     hidden,  # (N, D), or its descriptor
     weight,  # (V, D), or its descriptor
@@ -179,7 +180,10 @@ def linear_logsumexp(
     tl.store(partial + 2 * plane, picked, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n", "splits", "stats_stride", "kept_stride"],
+    do_not_specialize_on_alignment=["targets", "stats", "logps", "flags", "residual"],
+)
 def merge(
     partial,  # (3, splits, N)
     targets,  # (N,)
@@ -235,7 +239,7 @@ def merge(
             tl.store(residual + rows, tl.where(real, entry - rounded.to(tl.float32), 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets", "stats"])
 def target_shift(
     hidden, weight, bias, targets, stats, n, width, stride_hidden, stride_weight, scale, softcap,
     BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -308,13 +312,11 @@ def variants(target: Target, dtype: str) -> list[Variant]:
         "partial": "*fp32", "kept": pointer, "n": "i32", "vocab": "i32", "width": "i32", "stride_hidden": "i32",
         "stride_weight": "i32", "kept_stride": "i32", "splits": "i32", "scale": "fp32", "softcap": "fp32",
     }  # fmt: skip
-    aligned = ("hidden", "weight", "bias", "targets", "shift", "flags", "partial", "kept", "width",
-               "stride_hidden", "stride_weight", "kept_stride")  # fmt: skip
+    aligned = ("hidden", "weight", "bias", "partial", "kept", "width", "stride_hidden", "stride_weight", "kept_stride")
     made = []
     for store, flagged in [(False, False)] + ([(True, False), (False, True), (True, True)] if dtype == "bf16" else []):
-        for rich in (False, True):
-            flags = {"HAS_BIAS": rich, "HAS_SOFTCAP": rich, "STORE": store, "FLAGGED": flagged}
-            words = ["store" if store else "logsumexp", "flagged" * flagged, "bias+softcap" * rich]
+        for extras, bias, softcap in HEADS:
+            flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "STORE": store, "FLAGGED": flagged}
             signature = dict(product)
             if target.descriptors:
                 signature["hidden"] = f"tensordesc<{dtype}[BLOCK_N,BLOCK_D]>"
@@ -322,7 +324,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
                 signature["kept"] = f"tensordesc<{dtype}[BLOCK_N,PIECE]>" if store else pointer
             made.append(
                 Variant(
-                    name=" ".join(word for word in words if word),
+                    name=("store" if store else "logsumexp") + " flagged" * flagged + extras,
                     kernel=linear_logsumexp,
                     signature=signature,
                     constants={
@@ -338,7 +340,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             )
     made += [
         Variant(
-            name="merge store" if store else "merge",
+            name="merge" + " store" * store + " flagged" * flagged + " softcap" * softcap,
             kernel=merge,
             signature={
                 "partial": "*fp32", "targets": "*i64", "stats": "*fp32", "logps": "*fp32", "flags": "*i32",
@@ -346,29 +348,31 @@ def variants(target: Target, dtype: str) -> list[Variant]:
                 "kept_stride": "i32", "scale": "fp32", "softcap": "fp32",
             },
             constants={
-                "STORE": store, "FLAGGED": False, "HAS_SOFTCAP": True, "OVERFLOW": OVERFLOW,
+                "STORE": store, "FLAGGED": flagged, "HAS_SOFTCAP": softcap, "OVERFLOW": OVERFLOW,
             },
-            aligned=("partial", "targets", "stats", "logps", "flags", "kept", "residual"),
+            aligned=("partial", "kept"),
             config=MERGE,
         )
-        for store in ([False, True] if dtype == "bf16" else [False])
+        for store, flagged in [(False, False)] + ([(True, False), (False, True)] if dtype == "bf16" else [])
+        for softcap in (False, True)
     ]  # fmt: skip
     if dtype == "bf16":
-        made.append(
+        made += [
             Variant(
-                name="target shift",
+                name="target shift" + extras,
                 kernel=target_shift,
                 signature={
                     "hidden": pointer, "weight": pointer, "bias": pointer, "targets": "*i64", "stats": "*fp32",
                     "n": "i32", "width": "i32", "stride_hidden": "i32", "stride_weight": "i32", "scale": "fp32",
                     "softcap": "fp32",
                 },
-                constants={"HAS_BIAS": True, "HAS_SOFTCAP": True},
-                aligned=("hidden", "weight", "bias", "targets", "stats", "width", "stride_hidden", "stride_weight"),
+                constants={"HAS_BIAS": bias, "HAS_SOFTCAP": softcap},
+                aligned=("hidden", "weight", "bias", "width", "stride_hidden", "stride_weight"),
                 memory_bound=True,
                 config=TARGET_SHIFT,
             )
-        )  # fmt: skip
+            for extras, bias, softcap in HEADS
+        ]  # fmt: skip
     return made
 
 

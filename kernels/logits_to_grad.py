@@ -32,12 +32,15 @@ to between 1 and 4096, and divides the products and the bias gradient by it: 4e-
 import triton
 import triton.language as tl
 
-from exo_fast.kernels.launch import TYPES, Config, Variant
+from exo_fast.kernels.launch import HEADS, TYPES, Config, Variant
 from exo_fast.kernels.logits import finish, slope
 from exo_fast.kernels.targets import Target
 
 
-@triton.jit(do_not_specialize=["n", "columns", "start", "stats_stride"])
+@triton.jit(
+    do_not_specialize=["n", "columns", "start", "stats_stride"],
+    do_not_specialize_on_alignment=["targets", "coefficients", "stats"],
+)
 def logits_to_grad(
     logits,  # (n, width) bf16, fp16 or float32: raw products a, rows `stride` apart
     out,  # (n, width), rows `out_stride` apart: ∂L/∂a
@@ -105,7 +108,8 @@ def configs(target: Target, dtype: str) -> list[Config]:
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """`dtype` is the operands' and the gradient's: logits in place, float32 logits, and those with a head's extras."""
+    """`dtype` is the operands' and the gradient's. From float32 logits, for all that a head may have, with and
+    without the gradient of its bias; in place for operands of 16 bits."""
     signature = {
         "logits": TYPES[dtype], "out": TYPES[dtype], "targets": "*i64", "coefficients": "*fp32", "bias": "constexpr",
         "stats": "*fp32", "partial": "constexpr", "n": "i32", "columns": "i32", "width": "i32", "start": "i32",
@@ -114,16 +118,19 @@ def variants(target: Target, dtype: str) -> list[Variant]:
         "HAS_BIAS": "constexpr", "HAS_SOFTCAP": "constexpr", "HAS_BIAS_GRAD": "constexpr",
         "ROWS": "constexpr", "BLOCK": "constexpr",
     }  # fmt: skip
-    aligned = ("logits", "out", "targets", "coefficients", "stats", "width", "stride", "out_stride")
-    plain = {"bias": None, "partial": None, "HAS_BIAS": False, "HAS_SOFTCAP": False, "HAS_BIAS_GRAD": False}
-    wide = {**signature, "logits": "*fp32"}
-    biased = {**wide, "bias": TYPES[dtype], "partial": "*fp32"}
-    bias = {"HAS_BIAS": True, "HAS_SOFTCAP": False, "HAS_BIAS_GRAD": True}
-    more = (*aligned, "bias", "partial", "partial_stride")
-    found = [
-        Variant("in-place", logits_to_grad, signature, plain, aligned, memory_bound=True),
-        Variant("narrowed", logits_to_grad, wide, plain, aligned, memory_bound=True),
-        Variant("bias", logits_to_grad, biased, bias, more, memory_bound=True),
-        Variant("bias-softcap", logits_to_grad, biased, {**bias, "HAS_SOFTCAP": True}, more, memory_bound=True),
+    aligned = ("logits", "out", "width", "stride", "out_stride", "partial_stride")
+
+    def variant(name: str, logits: str, bias: bool, softcap: bool, bias_grad: bool) -> Variant:
+        types = (
+            {"logits": logits} | ({"bias": TYPES[dtype]} if bias else {}) | ({"partial": "*fp32"} if bias_grad else {})
+        )
+        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_BIAS_GRAD": bias_grad}
+        absent = ({} if bias else {"bias": None}) | ({} if bias_grad else {"partial": None})
+        given = tuple(name for name in (*aligned, "bias", "partial") if name not in absent)
+        return Variant(name, logits_to_grad, signature | types, flags | absent, given, memory_bound=True)
+
+    found = [variant("float32 logits" + extras, "*fp32", bias, softcap, False) for extras, bias, softcap in HEADS]
+    found += [
+        variant("bias gradient" + extras, "*fp32", bias, softcap, True) for extras, bias, softcap in HEADS if bias
     ]
-    return [variant for variant in found if variant.name != "narrowed" or dtype != "fp32"]
+    return found + ([variant("in place", TYPES[dtype], False, False, False)] if dtype != "fp32" else [])

@@ -30,7 +30,7 @@ statistics, and the bias in the last block.
 import triton
 import triton.language as tl
 
-from exo_fast.kernels.launch import TYPES, Config, Variant
+from exo_fast.kernels.launch import HEADS, TYPES, Config, Variant
 from exo_fast.kernels.logits import finish
 from exo_fast.kernels.targets import Target
 
@@ -60,7 +60,7 @@ def fold(
     return above, total * tl.exp(shift - above) + tl.sum(tl.exp(z - above[:, None]), 1)
 
 
-@triton.jit(do_not_specialize=["columns", "start", "stats_stride"])
+@triton.jit(do_not_specialize=["columns", "start", "stats_stride"], do_not_specialize_on_alignment=["targets", "stats"])
 def logsumexp_gather(
     logits,  # (n, width) bf16, fp16 or float32: raw products a, rows `stride` apart
     targets,  # (n,) int64; −1 is ignored
@@ -127,19 +127,23 @@ def configs(target: Target, dtype: str) -> list[Config]:
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """`dtype` is the operands': a first chunk in it, a later one, and float32 logits with all of a head's extras."""
+    """`dtype` is the operands'. A first chunk of float32 logits, with all that a head may have; a first and a later one
+    in that dtype."""
     signature = {
         "logits": TYPES[dtype], "targets": "*i64", "bias": "constexpr", "stats": "*fp32",
         "columns": "i32", "width": "i32", "start": "i32", "stride": "i32", "stats_stride": "i32",
         "scale": "fp32", "softcap": "fp32",
         "HAS_BIAS": "constexpr", "HAS_SOFTCAP": "constexpr", "FIRST": "constexpr", "BLOCK": "constexpr",
     }  # fmt: skip
-    aligned = ("logits", "targets", "stats", "width", "stride")
-    plain = {"bias": None, "HAS_BIAS": False, "HAS_SOFTCAP": False}
-    extras = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "FIRST": False}
-    wide = {**signature, "logits": "*fp32", "bias": TYPES[dtype]}
-    return [
-        Variant("first", logsumexp_gather, signature, {**plain, "FIRST": True}, aligned, memory_bound=True),
-        Variant("later", logsumexp_gather, signature, {**plain, "FIRST": False}, aligned, memory_bound=True),
-        Variant("bias-softcap", logsumexp_gather, wide, extras, (*aligned, "bias"), memory_bound=True),
-    ]
+    aligned = ("logits", "width", "stride")
+
+    def variant(name: str, logits: str, bias: bool, softcap: bool, first: bool = True) -> Variant:
+        types = {"logits": logits} | ({"bias": TYPES[dtype]} if bias else {})
+        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "FIRST": first} | ({} if bias else {"bias": None})
+        given = (*aligned, "bias") if bias else aligned
+        return Variant(name, logsumexp_gather, signature | types, flags, given, memory_bound=True)
+
+    found = [variant("float32 logits" + extras, "*fp32", bias, softcap) for extras, bias, softcap in HEADS]
+    if dtype != "fp32":
+        found.append(variant("first", TYPES[dtype], False, False))
+    return [*found, variant("later", TYPES[dtype], False, False, first=False)]

@@ -27,15 +27,15 @@ from exo_fast.kernels.occupancy import occupancy
 from exo_fast.kernels.targets import TARGETS
 
 PLANTED = Path(__file__).with_name("planted.py")
+COMMAND = ("-m", "exo_fast.kernels.certify")
 COMPILED = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
 
 
-def run(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own: here Triton was imported to interpret, and compiles nothing."""
+def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
+    """Python in a process of its own: here Triton was imported to interpret, and compiles nothing."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    kept |= {"TRITON_CACHE_DIR": str(cache / "cache"), **environment}
-    command = [sys.executable, "-m", "exo_fast.kernels.certify", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cache, env=kept)
+    kept |= {"TRITON_CACHE_DIR": str(cache / "cache"), "TRITON_DEFAULT_FP_FUSION": "1"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cache, env=kept)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     page = folder / "page.md"
     page.write_text(f"before\n{certify.MARKERS[0]}\nan old table\n{certify.MARKERS[1]}\nafter\n")
     done = run(
+        *COMMAND,
         "--kernel",
         str(PLANTED),
         "--target",
@@ -122,7 +123,7 @@ def test_facts_of_a_clean_product(certified, target, instruction):
 
 
 def test_passing_command_exits_zero_without_failures(tmp_path):
-    done = run("--kernel", str(PLANTED), "--target", "gfx1100", "--jobs", "1", cache=tmp_path)
+    done = run(*COMMAND, "--kernel", str(PLANTED), "--target", "gfx1100", "--jobs", "1", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "FAILED" not in done.stdout
     assert "2 binaries of 1 kernels for 1 targets" in done.stdout
@@ -148,7 +149,7 @@ def test_interpreter_is_refused(capsys, monkeypatch):
 
 
 def test_unknown_kernel_is_named_with_the_known_ones(tmp_path):
-    done = run("--kernel", "no_such_kernel", cache=tmp_path)
+    done = run(*COMMAND, "--kernel", "no_such_kernel", cache=tmp_path)
     assert done.returncode == 2
     assert "no_such_kernel" in done.stderr
     assert "group_loss" in done.stderr
@@ -160,6 +161,14 @@ def test_every_kernel_of_the_package_is_discovered():
     }
     assert exporting
     assert set(certify.discover()) == exporting
+
+
+def test_what_the_backend_launches_is_what_is_certified(tmp_path):
+    done = run(str(PLANTED.with_name("launched.py")), "sm_90", "gfx942", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["sm_90", "gfx942"], done.stdout
+    assert all("different launches of 7 kernels" in line for line in lines)
 
 
 # Resident programs of one multiprocessor, from the vendors' tables. NVIDIA: 65,536 registers; a warp of 32 threads with

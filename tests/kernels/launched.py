@@ -1,0 +1,106 @@
+"""What the Triton backend launches that certification has not compiled: prints one line for each, and a count.
+
+Run in a process of its own, without TRITON_INTERPRET: nothing is launched, but Triton types and hints the arguments of
+every launch as it would on the targets named on the command line.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from exo_fast.backends import triton as backend
+from exo_fast.head import Head
+from exo_fast.kernels import certify
+from exo_fast.kernels.ahead_of_time import source_of
+from exo_fast.kernels.launch import Config
+from exo_fast.kernels.targets import TARGETS, Target
+
+Arguments = dict[str, tuple]  # name -> its type and whether it is a multiple of 16, or the value of a constexpr
+
+
+@functools.cache
+def binder_of(kernel: Any, target: Target) -> Callable:
+    """What Triton's launcher types and hints arguments with."""
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(target.gpu))
+
+
+def arguments(kernel: Any, target: Target, config: Config, given: dict) -> Arguments:
+    given = given | {name: value for name, value in config.constants.items() if name in kernel.arg_names}
+    bound, specialization, _ = binder_of(kernel, target)(**given)
+    return {
+        name: ("constexpr", bound[name]) if kind == "constexpr" else (kind, "D" in (hints or ""))
+        for name, (kind, hints) in zip(kernel.arg_names, specialization, strict=True)
+    } | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def certified(target: Target) -> Iterator[tuple[str, Arguments]]:
+    for job in certify.jobs(certify.discover(), [target.name]):
+        if job.buffers:
+            continue
+        _, variant, config = certify.described(job)
+        source, _ = source_of(variant, config, target, job.buffers)
+        found = {}
+        for place, (name, kind) in enumerate(source.signature.items()):
+            hinted = ["tt.divisibility", 16] in source.attrs.get((place,), [])
+            found[name] = ("constexpr", source.constants[(place,)]) if kind == "constexpr" else (kind, hinted)
+        yield variant.kernel.__name__, found | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def launched(target: Target) -> Iterator[tuple[str, Arguments]]:
+    """Every launch of every schedule, with any head, for numbers of rows and tokens that are multiples of 16 or not."""
+    made = []
+    backend.of_device = lambda device: target
+    backend.launch = lambda kernel, grid, config, **given: made.append(
+        (kernel.__name__, arguments(kernel, target, config, given))
+    )
+    loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 1e-3}
+    batch = {"ref_logps": torch.randn(2, 2), "rewards": torch.randn(2, 2), "loss": loss}
+    dtypes, flags = (torch.bfloat16, torch.float16, torch.float32), (False, True)
+    sizes = ((64, 160, 2048), (421, 131, 64), (1, 2, 64))
+    for dtype, bias, softcap, (n, vocab, width) in itertools.product(dtypes, flags, flags, sizes):
+        hidden, weight = torch.zeros(n, width, dtype=dtype), torch.zeros(vocab, width, dtype=dtype)
+        head = Head(weight, torch.zeros(vocab, dtype=dtype) if bias else None, 1.0, 30.0 if softcap else None)
+        targets, bounds = torch.zeros(n, dtype=torch.int64), torch.tensor([0, 0, n // 2, n // 2, n])
+        row = 8 * vocab + 8 * width  # bytes, about
+        for budget, need in itertools.product(
+            (None, 200 * row, 1), ((False, False, False), (True, False, False), (True, True, False), (True, True, bias))
+        ):
+            backend.group_loss_forward(hidden, head, targets, bounds, need=need, memory_budget=budget, **batch)
+            _, stats, _ = backend.logprobs_forward(hidden, head, targets, budget, need[0])
+            backend.logprobs_backward(hidden, head, targets, stats, torch.ones(n), need, budget)
+    yield from made
+
+
+def uncovered(launch: Arguments, compiled: list[Arguments]) -> list[str]:
+    """Where a launch differs from the nearest binary. An argument that is None is one the binary does not use."""
+    differences = (
+        [
+            f"{name} is {value}, certified {other[name]}"
+            for name, value in launch.items()
+            if value != other[name] and value != ("constexpr", None)
+        ]
+        for other in compiled
+    )
+    return min(differences, key=len)
+
+
+def compare(target: Target) -> None:
+    binaries: dict[str, list[Arguments]] = {}
+    for name, found in certified(target):
+        binaries.setdefault(name, []).append(found)
+    seen = {(name, str(launch)): launch for name, launch in launched(target)}
+    for (name, _), launch in sorted(seen.items()):
+        if differences := uncovered(launch, binaries[name]):
+            print(f"{target.name} {name}: {'; '.join(differences)}")
+    print(f"{target.name}: {len(seen)} different launches of {len({name for name, _ in seen})} kernels")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        compare(TARGETS[name])
