@@ -45,7 +45,7 @@ if interpreted():
 
     repair()
 
-MIN_ROWS = 192  # fewer rows than this in the budget make the products too thin: go without a chunk
+MIN_ROWS = 64  # with fewer rows than this in the budget the fused kernels are predicted to be faster
 KEPT = (torch.bfloat16,)  # dtypes whose one-pass schedule keeps U; empty it to compare with "chunked"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Gradients3 = tuple[Tensor | None, Tensor | None, Tensor | None]  # dH, dW, db
