@@ -53,7 +53,7 @@ setup(
         "exo_fast.recipes",
     ],
     package_data={"exo_fast": ["py.typed"], "exo_fast.recipes": ["*.yaml"]},
-    install_requires=["torch>=2.9", "numpy>=1.26", "triton>=3.3; platform_system == 'Linux'"],
+    install_requires=["torch>=2.9", "numpy>=1.26", "triton>=3.4; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "dev": DEV, "flash": ["flash-attn>=2.7"]},
     entry_points={"console_scripts": ["exo-fast = exo_fast.training.cli:main"]},
 )

@@ -140,8 +140,10 @@ def linear_group_loss(
                 scale=scale,
                 softcap=softcap,
             )
+    if cu_seqlens.device == hidden.device:
+        cu_seqlens = cu_seqlens.long()  # on the host it stays as it came: a copy of pinned memory would not be pinned
     loss, policy_logps, *_ = ops.linear_group_loss(
-        hidden, weight, bias, targets.long(), cu_seqlens.long(), ref_logps, rewards, loss_type, beta_pi, beta_r,
+        hidden, weight, bias, targets.long(), cu_seqlens, ref_logps, rewards, loss_type, beta_pi, beta_r,
         smoothing, scale, softcap, memory_budget, needs_gradient(hidden, weight, bias), chosen,
     )  # fmt: skip
     return loss, policy_logps

@@ -97,7 +97,7 @@ def gradient(
         a += tl.load(bias + column, mask=column < vocab, other=0.0).to(tl.float32)
     z = finish(a, scale, softcap, HAS_SOFTCAP)
     # No probability passes 1: this also tames rows past the edge, whose statistics are those of no row.
-    p = tl.exp(tl.minimum(z - shift - tl.log(total), 0.0))
+    p = tl.exp(tl.minimum(z - shift - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL))
     g = (c * scale) * (tl.where(column == target, 1.0, 0.0) - p)
     if HAS_SOFTCAP:
         g *= slope(z, scale, softcap)

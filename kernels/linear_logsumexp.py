@@ -29,6 +29,7 @@ from exo_fast.kernels.logits import finish, slope
 from exo_fast.kernels.targets import Target
 
 OVERFLOW = 1e26  # U·W still sums far below float32's largest number
+FLOOR = tl.constexpr(-3.4028234663852886e38)  # a finite start, since −inf − (−inf) would be nan
 GROUP = 16  # row blocks that share a walk over the vocabulary
 MERGE_ROWS = 32
 MERGE = Config({"ROWS": MERGE_ROWS}, num_warps=4)
@@ -139,7 +140,7 @@ def linear_logsumexp(
     if STORE:
         top = tl.load(shift + rows, mask=inside, other=0.0)
     else:
-        top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        top = tl.full((BLOCK_N,), FLOOR, tl.float32)
 
     blocks = tl.cdiv(vocab, BLOCK_V)
     for block in tl.range(split * blocks // splits, (split + 1) * blocks // splits):
@@ -205,7 +206,7 @@ def merge(
     if STORE:
         top = tl.load(stats + rows, mask=inside, other=0.0)
     else:
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        top = tl.full((ROWS,), FLOOR, tl.float32)
     for split in range(splits):
         place = partial + tl.cast(split, tl.int64) * n + rows
         part = tl.load(place + plane, mask=inside, other=1.0)
@@ -227,7 +228,7 @@ def merge(
         tl.store(stats + stats_stride + rows, total, mask=inside)
         tl.store(stats + 2 * stats_stride + rows, picked, mask=inside)
         # A log-prob is never positive; rounding of the shift could make it so by one part in 10⁷.
-        logp = tl.minimum(picked - top - tl.log(total), 0.0)
+        logp = tl.minimum(picked - top - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(logps + rows, tl.where(target >= 0, logp, 0.0), mask=inside)
         if STORE:
             tl.store(flags + rows, tl.where(total < OVERFLOW, 0, 1), mask=inside)
@@ -261,8 +262,9 @@ def target_shift(
 
 def config(target: Target, dtype: str, width: int) -> Config:
     """The static default: large tiles where the product dominates, and two smaller programs on a multiprocessor, one in
-    its product while the other is in its exponentials, where D is short."""
-    return configs(target, dtype)[0 if width >= 2048 else 1]
+    its product while the other is in its exponentials, where D is short. On sm_100 tensor memory holds the tile and
+    leaves registers for two programs at any D."""
+    return configs(target, dtype)[0 if width >= 2048 or target.name == "sm_100" else 1]
 
 
 def configs(target: Target, dtype: str) -> list[Config]:
@@ -287,11 +289,11 @@ def shared_memory(config: Config, target: Target, itemsize: int) -> int:
 
 # BLOCK_N, BLOCK_V, BLOCK_D, PIECE, warps, stages
 _HALF = {
-    "sm_80": [(128, 128, 64, 64, 8, 3), (128, 128, 32, 64, 8, 4), (64, 128, 64, 64, 4, 3)],
+    "sm_80": [(128, 128, 64, 64, 8, 3), (64, 128, 64, 64, 4, 3), (128, 128, 32, 64, 8, 4)],
     "sm_90": [(128, 256, 64, 64, 8, 3), (128, 128, 64, 32, 4, 3), (128, 128, 64, 64, 8, 4)],
-    "sm_100": [(128, 128, 64, 32, 4, 4), (128, 128, 64, 32, 4, 3)],
+    "sm_100": [(128, 128, 64, 32, 4, 3), (128, 128, 64, 32, 4, 4)],
     "sm_120": [(128, 128, 64, 64, 8, 2), (128, 128, 32, 32, 4, 3), (64, 128, 64, 64, 4, 2)],
-    "gfx942": [(128, 256, 32, 128, 8, 2), (128, 128, 64, 64, 8, 2), (256, 128, 32, 64, 8, 2)],
+    "gfx942": [(128, 256, 32, 128, 8, 2), (64, 128, 64, 64, 4, 2), (128, 128, 64, 64, 8, 2)],
     "gfx1100": [(128, 128, 32, 64, 8, 2), (128, 64, 32, 64, 8, 2)],
 }
 _FLOAT32 = {

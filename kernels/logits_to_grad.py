@@ -103,7 +103,7 @@ def configs(target: Target, dtype: str) -> list[Config]:
     """Eight elements a thread: enough loads in flight, no register short. Default first."""
     return [
         Config({"ROWS": rows, "BLOCK": block}, threads // target.warp_size)
-        for rows, block, threads in ((16, 2048, 256), (16, 1024, 128), (16, 4096, 512), (64, 2048, 256))
+        for rows, block, threads in ((16, 2048, 256), (16, 1024, 128), (16, 4096, 512))
     ]
 
 

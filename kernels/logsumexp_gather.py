@@ -122,7 +122,7 @@ def configs(target: Target, dtype: str) -> list[Config]:
     """Eight elements a thread, sixteen in the second: enough loads in flight, no register short. Default first."""
     return [
         Config({"BLOCK": block}, threads // target.warp_size)
-        for block, threads in ((2048, 256), (2048, 128), (4096, 512), (1024, 128))
+        for block, threads in ((2048, 256), (2048, 128), (4096, 512))
     ]
 
 

@@ -255,6 +255,52 @@ def test_extreme_logits(backend, dtype: torch.dtype, budget: int | None) -> None
     check_group_loss(made, batch, GRADIENT_ERROR[dtype], memory_budget=budget)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("budget", [None, 1])
+def test_nan_is_not_swallowed(backend, dtype: torch.dtype, budget: int | None) -> None:
+    """A run that diverges must show it, in log-probs and gradients."""
+    made = head(7, 16, 131, dtype)
+    with torch.no_grad():
+        made["hidden"][3, 0] = float("nan")
+    logps = linear_logprobs(**made, memory_budget=budget, backend="triton")
+    logps.sum().backward()
+    assert torch.isnan(logps).tolist() == [i == 3 for i in range(7)]
+    assert torch.isnan(made["hidden"].grad[3]).all()
+    assert torch.isfinite(made["hidden"].grad[:3]).all()
+    assert torch.isnan(made["weight"].grad).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("budget", [None, 1])
+def test_tokens_that_a_bias_rules_out(backend, dtype: torch.dtype, budget: int | None) -> None:
+    """Whole blocks of −inf, as a padded vocabulary has them, first and last."""
+    made = head(7, 16, 900, dtype, bias=True)
+    with torch.no_grad():
+        made["bias"][:300] = float("-inf")
+        made["bias"][600:] = float("-inf")
+        made["targets"] = 300 + made["targets"] % 300
+    made["bias"].requires_grad_(False)
+    check_logprobs(made, GRADIENT_ERROR[dtype], memory_budget=budget)
+    check = groups(1, 3, 7)
+    for name in ("hidden", "weight"):
+        made[name].grad = None
+    check_group_loss(made, check, GRADIENT_ERROR[dtype], memory_budget=budget)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_rows(backend, dtype: torch.dtype, frozen: bool) -> None:
+    made = head(1, 16, 131, dtype, bias=True)
+    hidden = torch.empty(0, 16, dtype=dtype, requires_grad=True)
+    parameters = [made["weight"].requires_grad_(not frozen), made["bias"].requires_grad_(not frozen)]
+    targets = torch.empty(0, dtype=torch.long)
+    logps = linear_logprobs(hidden, parameters[0], targets, bias=parameters[1], backend="triton")
+    logps.sum().backward()
+    assert hidden.grad.shape == (0, 16)
+    if not frozen:
+        assert not any(p.grad.any() for p in parameters)
+
+
 def test_a_row_that_overflows_is_made_again_alone(backend) -> None:
     """U of flagged rows comes from their exact maximum; neighbours in the block keep their shift."""
     made = head(40, 16, 131, BF16)
@@ -333,6 +379,10 @@ def test_operands_of_any_layout(backend, dtype: torch.dtype) -> None:
         got = linear_logprobs(hidden, weight, made["targets"], backend="triton")
         torch.testing.assert_close(got, plain, rtol=1e-6, atol=1e-5)
     check_logprobs(head(7, 13, 131, dtype), GRADIENT_ERROR[dtype])
+    columns = torch.randn(131, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    biased = {**{name: value.detach() for name, value in made.items()}, "backend": "triton"}
+    strided = linear_logprobs(**biased, bias=columns[:, 0])
+    assert torch.equal(strided, linear_logprobs(**biased, bias=columns[:, 0].contiguous()))
 
 
 def test_rows_beyond_two_to_the_31_elements(backend) -> None:

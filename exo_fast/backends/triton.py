@@ -23,6 +23,9 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
+# As launches default to today; Triton warns that its default will change and wants a decision.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 import torch
 import triton
 from torch import Tensor
@@ -63,7 +66,8 @@ class Rows:
     def __init__(self, hidden: Tensor, head: Head, targets: Tensor, stats: Tensor | None = None):
         self.hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()  # (n, D)
         self.weight = head.weight if head.weight.stride(-1) == 1 else head.weight.contiguous()  # (V, D)
-        self.head = head
+        bias = None if head.bias is None else head.bias.contiguous()
+        self.head = Head(self.weight, bias, head.scale, head.softcap)
         self.targets = targets.contiguous()  # (n,) int64
         self.n, self.width = hidden.shape
         self.vocab = len(head.weight)
@@ -74,11 +78,14 @@ class Rows:
         self.flags = {"HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None}
 
     def __getitem__(self, rows: slice) -> "Rows":
-        return Rows(self.hidden[rows], self._contiguous_head, self.targets[rows], self.stats[:, rows])
+        return Rows(self.hidden[rows], self.head, self.targets[rows], self.stats[:, rows])
 
     @property
-    def _contiguous_head(self) -> Head:
-        return Head(self.weight, self.head.bias, self.head.scale, self.head.softcap)
+    def places(self) -> Tensor:
+        """(n,) the target's column. Ignored rows, which add zeros, get columns of their own: `index_put_` adds what
+        shares one in sequence."""
+        spread = torch.arange(self.n, device=self.device) % self.vocab
+        return torch.where(self.targets >= 0, self.targets, spread)
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
@@ -194,7 +201,7 @@ class Kept:
 
     @staticmethod
     def row_bytes(like: Rows) -> int:
-        return padded(like.vocab) * like.hidden.itemsize + like.width * (4 + like.hidden.itemsize)
+        return padded(like.vocab) * like.hidden.itemsize + like.width * 18  # with the temporaries of `gradients`
 
     def fill(self, rows: Rows, logps: Tensor) -> None:
         """Log-probs, statistics and U in one pass: 2·n·D·V flops."""
@@ -212,7 +219,8 @@ class Kept:
 
     def refill(self, rows: Rows) -> None:
         """U again, from statistics that are known."""
-        product_statistics(rows, rows.floats(rows.n), *self._parts(rows.n))
+        again = Rows(rows.hidden, rows.head, rows.targets, rows.stats.clone())  # the sums may differ in a last bit
+        product_statistics(again, rows.floats(rows.n), *self._parts(rows.n))
 
     def _parts(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.buffer[:n], self.flags[:n], self.residual[:n]
@@ -222,7 +230,7 @@ class Kept:
         and the scaled rows took off is put back, in float32 (`Rows.residual`)."""
         u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n, None]
         factor = (coefficients * (-rows.head.scale / rows.stats[1])).unsqueeze(1)
-        y = rows.targets.clamp(min=0)
+        y = rows.places
         entry = u.gather(1, y.unsqueeze(1)).float()
         if into.hidden is not None:
             product = matmul(u, rows.weight, out=into.scratch[: rows.n])
@@ -251,7 +259,7 @@ class Chunked:
     @staticmethod
     def row_bytes(like: Rows) -> int:
         narrow = 0 if like.hidden.dtype == torch.float32 else like.hidden.itemsize
-        return padded(like.vocab) * (4 + narrow) + like.width * (4 + like.hidden.itemsize)
+        return padded(like.vocab) * (4 + narrow) + like.width * (4 if narrow == 0 else 12)
 
     def fill(self, rows: Rows, logps: Tensor) -> None:
         self.refill(rows)
@@ -287,7 +295,7 @@ class Chunked:
             partial_stride=stride, scale=rows.head.scale, softcap=rows.softcap,
             HAS_BIAS_GRAD=partial is not None, **rows.flags,
         )  # fmt: skip
-        g, residual, y = self.grad[: rows.n, : rows.vocab], rows.residual(coefficients), rows.targets.clamp(min=0)
+        g, residual, y = self.grad[: rows.n, : rows.vocab], rows.residual(coefficients), rows.places
         if into.hidden is not None:
             product = matmul(g, rows.weight, out=into.scratch[: rows.n])
             if residual is not None:
@@ -352,6 +360,8 @@ def chunk_rows(kind: type[Kept] | type[Chunked], rows: Rows, memory_budget: int 
 def fused_gradients(rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool]) -> Gradients3:
     """dH, dW and db by `linear_logprobs_backward`, with no chunk at all."""
     into = Gradients(rows, need, 0)
+    if not rows.n:
+        return tuple(None if g is None else g.zero_() for g in (into.hidden, into.weight, into.bias))
     if rows.dtype == "fp16":
         coefficients = into.boost(coefficients, rows.head.scale)
     shared = {
@@ -361,7 +371,7 @@ def fused_gradients(rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bo
         "PRECISION": linear_kernel.precision(rows.target, rows.dtype), **rows.flags,
     }  # fmt: skip
     config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype))
-    block, residual, y = config.constants["BLOCK_OWN"], rows.residual(coefficients), rows.targets.clamp(min=0)
+    block, residual, y = config.constants["BLOCK_OWN"], rows.residual(coefficients), rows.places
     if into.hidden is not None:
         total = rows.floats(rows.n, rows.width).zero_()
         launch(
@@ -430,7 +440,7 @@ def second_pass(
     """The gradients, once the coefficients of all rows are known."""
     kind = chunk_kind(rows)
     size = chunk_rows(kind, rows, memory_budget)
-    if rows.n and not size:
+    if not size:
         return fused_gradients(rows, coefficients, need)
     chunk, into = kind(rows, size), Gradients(rows, need, size)
     if rows.dtype == "fp16":
