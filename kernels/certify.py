@@ -139,7 +139,7 @@ def space(module: ModuleType, variant: Variant, target: Target, dtype: str) -> l
 
 
 def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
-    """Every binary of these kernels; on AMD each with tensors of any size and, as buffers, with tensors under 2 GiB."""
+    """Every binary of these kernels. On AMD with tensors under 2 GiB, and the default also with tensors of any size."""
     return [
         Job(kernel, target, dtype, variant, config, buffers)
         for kernel in kernels
@@ -147,7 +147,7 @@ def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
         for dtype in DTYPES
         for variant, launched in enumerate(load(kernel).variants(TARGETS[target], dtype))
         for config in range(len(space(load(kernel), launched, TARGETS[target], dtype)))
-        for buffers in ((False, True) if TARGETS[target].backend == "hip" else (False,))
+        for buffers in ((False,) if TARGETS[target].backend == "cuda" else (True,) if config else (True, False))
     ]
 
 

@@ -127,8 +127,8 @@ def configs(target: Target, dtype: str) -> list[Config]:
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """`dtype` is the operands'. A first chunk of float32 logits, with all that a head may have; a first and a later one
-    in that dtype."""
+    """`dtype` is the operands'. A first chunk of float32 logits, with all that a head may have (without a bias, whose
+    dtype is the head's, it is the same for all, and listed once); a first and a later one in that dtype."""
     signature = {
         "logits": TYPES[dtype], "targets": "*i64", "bias": "constexpr", "stats": "*fp32",
         "columns": "i32", "width": "i32", "start": "i32", "stride": "i32", "stats_stride": "i32",
@@ -143,7 +143,11 @@ def variants(target: Target, dtype: str) -> list[Variant]:
         given = (*aligned, "bias") if bias else aligned
         return Variant(name, logsumexp_gather, signature | types, flags, given, memory_bound=True)
 
-    found = [variant("float32 logits" + extras, "*fp32", bias, softcap) for extras, bias, softcap in HEADS]
+    found = [
+        variant("float32 logits" + extras, "*fp32", bias, softcap)
+        for extras, bias, softcap in HEADS
+        if bias or dtype == "fp32"
+    ]
     if dtype != "fp32":
         found.append(variant("first", TYPES[dtype], False, False))
     return [*found, variant("later", TYPES[dtype], False, False, first=False)]
