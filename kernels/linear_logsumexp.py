@@ -17,7 +17,8 @@ row blocks walk the vocabulary side by side, so W comes from memory N / (GROUP·
 logits: 0, or 2·N·V written with STORE. Partial results: 12·N·splits.
 Grid: (row blocks · splits,). `merge`: (N / 32,). `target_shift`: (N,), 4·N·D bytes.
 
-Operands come through tensor descriptors (TMA) where the target has them and rows are multiples of 16 bytes. float32
+Operands come through tensor descriptors (TMA) where the target has them and rows are multiples of 16 bytes; other rows
+(D = 30) through pointers that promise no alignment, in one small configuration, POINTERS, on such a target. float32
 operands are multiplied at `Target.float32_product`.
 """
 
@@ -34,6 +35,7 @@ GROUP = 16  # row blocks that share a walk over the vocabulary
 MERGE_ROWS = 32
 MERGE = Config({"ROWS": MERGE_ROWS}, num_warps=4)
 TARGET_SHIFT = Config({"BLOCK_D": 1024}, num_warps=2)  # 128 bits a thread in warps of 32 and of 64
+POINTERS = Config({"BLOCK_N": 64, "BLOCK_V": 32, "BLOCK_D": 32, "PIECE": 32}, num_warps=4, num_stages=2)
 WAVES = 8  # programs for each multiprocessor: the last, partly filled wave costs at most an eighth
 
 
@@ -319,22 +321,30 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     for store, flagged in [(False, False)] + ([(True, False), (False, True), (True, True)] if dtype == "bf16" else []):
         for extras, bias, softcap in HEADS:
             flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "STORE": store, "FLAGGED": flagged}
+            words = ("store" if store else "logsumexp") + " flagged" * flagged
+            constants = {**flags, "GROUP": GROUP, "PRECISION": precision(target, dtype)}
             signature = dict(product)
             if target.descriptors:
+                made.append(
+                    Variant(
+                        name=words + " unaligned" + extras,
+                        kernel=linear_logsumexp,
+                        signature=product,
+                        constants={**constants, "DESCRIPTORS": False},
+                        aligned=("partial", "kept", "kept_stride"),
+                        products=True,
+                        config=POINTERS,
+                    )
+                )
                 signature["hidden"] = f"tensordesc<{dtype}[BLOCK_N,BLOCK_D]>"
                 signature["weight"] = f"tensordesc<{dtype}[BLOCK_V,BLOCK_D]>"
                 signature["kept"] = f"tensordesc<{dtype}[BLOCK_N,PIECE]>" if store else pointer
             made.append(
                 Variant(
-                    name=("store" if store else "logsumexp") + " flagged" * flagged + extras,
+                    name=words + extras,
                     kernel=linear_logsumexp,
                     signature=signature,
-                    constants={
-                        **flags,
-                        "GROUP": GROUP,
-                        "PRECISION": precision(target, dtype),
-                        "DESCRIPTORS": target.descriptors,
-                    },
+                    constants={**constants, "DESCRIPTORS": target.descriptors},
                     aligned=aligned,
                     products=True,
                     descriptors=target.descriptors,

@@ -135,7 +135,9 @@ def padded(columns: int) -> int:
 
 def describable(*matrices: Tensor) -> bool:
     """Whether TMA can read these: bases and rows at multiples of 16 bytes."""
-    return all(m.data_ptr() % 16 == 0 and m.stride(0) * m.itemsize % 16 == 0 for m in matrices)
+    return all(
+        m.data_ptr() % 16 == 0 and m.stride(0) * m.itemsize % 16 == 0 and m.stride(0) >= m.shape[1] for m in matrices
+    )
 
 
 # Log-probs ------------------------------------------------------------------------------------------------------------
@@ -154,6 +156,7 @@ def product_statistics(
     With it: U from the shifts in rows.stats, the residuals of its rounding, and `flags` for rows that need another
     shift. Returns the partial sums, which a flagged launch completes."""
     head, store = rows.head, kept is not None
+    descriptors = rows.target.descriptors and describable(rows.hidden, rows.weight, *([kept] if store else []))
 
     def run(config: Config) -> Tensor:
         sizes = config.constants
@@ -163,7 +166,6 @@ def product_statistics(
         splits = min(column_blocks, max(1, programs // row_blocks))
         sums = rows.floats(3, splits, rows.n) if partial is None else partial
         hidden, weight, out = rows.hidden, rows.weight, kept
-        descriptors = rows.target.descriptors and describable(hidden, weight, *([kept] if store else []))
         if descriptors:
             hidden = TensorDescriptor.from_tensor(hidden, [sizes["BLOCK_N"], sizes["BLOCK_D"]])
             weight = TensorDescriptor.from_tensor(weight, [sizes["BLOCK_V"], sizes["BLOCK_D"]])
@@ -187,6 +189,8 @@ def product_statistics(
         )  # fmt: skip
         return sums
 
+    if rows.target.descriptors and not descriptors:
+        return run(linear_kernel.POINTERS)
     static = linear_kernel.config(rows.target, rows.dtype, rows.width)
     return run(rows.config(linear_kernel, static, None if flagged else run))
 
