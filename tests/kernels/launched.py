@@ -53,7 +53,8 @@ def certified(target: Target) -> Iterator[tuple[str, Arguments]]:
 
 
 def launched(target: Target) -> Iterator[tuple[str, Arguments]]:
-    """Every launch of every schedule, with any head, for numbers of rows and tokens that are multiples of 16 or not."""
+    """Every launch of every schedule, for heads with and without bias and softcap whose width is a multiple of 16, and
+    numbers of rows and tokens that are and are not."""
     made = []
     backend.of_device = lambda device: target
     backend.launch = lambda kernel, grid, config, **given: made.append(
