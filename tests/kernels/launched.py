@@ -63,7 +63,7 @@ def launched(target: Target) -> Iterator[tuple[str, Arguments]]:
     loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 1e-3}
     batch = {"ref_logps": torch.randn(2, 2), "rewards": torch.randn(2, 2), "loss": loss}
     dtypes, flags = (torch.bfloat16, torch.float16, torch.float32), (False, True)
-    sizes = ((64, 160, 2048), (421, 131, 64), (1, 2, 64), (37, 131, 30))
+    sizes = ((64, 160, 2048), (421, 131, 64), (1, 2, 64))
     for dtype, bias, softcap, (n, vocab, width) in itertools.product(dtypes, flags, flags, sizes):
         hidden, weight = torch.zeros(n, width, dtype=dtype), torch.zeros(vocab, width, dtype=dtype)
         head = Head(weight, torch.zeros(vocab, dtype=dtype) if bias else None, 1.0, 30.0 if softcap else None)
