@@ -14,11 +14,13 @@ help:
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
 	@echo "make lint        ruff, check only;  make format rewrites"
 
-# The environment is a function of these two files.
+# The environment is a function of these two files. An install that was interrupted starts again from nothing.
 $(VENV)/.ready: setup.py constraints.txt
+	test ! -e $(VENV)/.installing || $(PYTHON) -m venv --clear $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $(VENV)/.installing
 	$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar off -c constraints.txt -e ".[dev,bench]"
-	touch $@
+	mv $(VENV)/.installing $@
 
 demo: $(VENV)/.ready
 	$(BIN)/exo-fast demo
