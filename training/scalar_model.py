@@ -1,0 +1,149 @@
+"""Models that read one number from a text: reward models and classifiers.
+
+Both are transformers' `AutoModelForSequenceClassification` with one logit, so that what a stage trains is
+loaded by `from_pretrained` and gives the same number from `model(**tokenizer(text)).logits`, with none of this
+package. Those classes read the rightmost token that is not `config.pad_token_id`. EOS is made the padding
+token: the number is then read at the last token before EOS, as in the original EXO code, whether or not a
+tokenizer or a caller ends the text with EOS. Padding goes on the right, where no token that is read sees it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from exo_fast.training.errors import InputError
+
+HEAD = "score"  # what the classes that read the last token call their head; those that read elsewhere say `classifier`
+
+
+def load_scalar_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    new_head: bool,
+) -> PreTrainedModel:
+    """A sequence classifier with one logit, and `config.pad_token_id` set.
+
+    With `new_head` a causal LM gets a head drawn by transformers' initialisation from the current random state
+    (`set_seed`); a one-logit classifier keeps the head it has, so that its training can go on. Without, raises
+    InputError for anything but a one-logit classifier. Raises InputError for what cannot be loaded, and for a
+    model that reads its number elsewhere than at the last token (BERT, say).
+    """
+    if Path(name_or_path, "adapter_config.json").is_file():
+        raise InputError(
+            f"{name_or_path!r}: a LoRA adapter, where a whole model is needed; merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)."
+        )
+    config = _load(AutoConfig, name_or_path, trust_remote_code)
+    names = config.architectures or []
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    if is_classifier and config.num_labels != 1:
+        raise InputError(f"{name_or_path!r}: a classifier with {config.num_labels} logits, where one is needed.")
+    if not is_classifier and not new_head:
+        raise InputError(
+            f"{name_or_path!r}: holds {', '.join(names) or 'a model of no named kind'}, where a sequence classifier "
+            "with one logit is needed, such as `exo-fast reward-model` and `exo-fast classifier` write."
+        )
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    # What transformers prints about a head that is not in the file is here no news; what else is missing is an error.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = _load(
+            AutoModelForSequenceClassification,
+            name_or_path,
+            trust_remote_code,
+            num_labels=1,
+            dtype=dtype,
+            output_loading_info=True,
+            **attention,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+        raise InputError(
+            f"{name_or_path!r}: {type(model).__name__} does not read its number at the last token; a model made from "
+            "a causal language model is needed."
+        )
+    missing = [key for key in info["missing_keys"] if is_classifier or not key.startswith(f"{HEAD}.")]
+    if missing:
+        raise InputError(f"{name_or_path!r}: {len(missing)} weights are not in the file, {sorted(missing)[0]} is one.")
+    if not is_classifier or model.config.get_text_config().pad_token_id is None:
+        padding = pad_with_eos(_load(AutoTokenizer, name_or_path, trust_remote_code)).pad_token_id
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
+    return model
+
+
+def _load(auto_class: Any, name_or_path: str, trust_remote_code: bool, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name_or_path!r}: cannot be loaded as {auto_class.__name__}; a directory with a model and its tokenizer, "
+            f"or the name of one on the Hub, is needed. {reason}"
+        ) from error
+
+
+def pad_with_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, now padding with EOS on the right and cutting on the left, as scalar models want it.
+
+    Saved beside a model, it makes `tokenizer(texts, padding=True, truncation=True, max_length=n)` what the model
+    was trained on. Raises InputError for a tokenizer without EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, which ends texts and pads them; set "
+            "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    sides = {"padding_side": "right", "truncation_side": "left"}
+    for name, side in sides.items():
+        setattr(tokenizer, name, side)
+    tokenizer.init_kwargs |= sides  # what save_pretrained writes
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_seq_len: int) -> list[list[int]]:
+    """Token ids of each whole text (a prompt and its completion are one), with no EOS at the end.
+
+    Longer ones lose tokens on the left to fit `max_seq_len`, but keep BOS. Raises InputError for a text of no
+    tokens.
+    """
+    rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    for index, ids in enumerate(rows):
+        if not ids:
+            raise InputError(f"text {texts[index]!r}: no tokens; at least one is needed.")
+        end = len(ids)
+        while end > 1 and ids[end - 1] == tokenizer.eos_token_id:
+            end -= 1
+        kept = int(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id and max_seq_len > 1)
+        rows[index] = ids[:end] if end <= max_seq_len else ids[:kept] + ids[end - max_seq_len + kept : end]
+    return rows
+
+
+def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, (rows, longest row) long each, padded on the right."""
+    longest = max(map(len, ids))
+    return {
+        "input_ids": torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in ids]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
+    }
+
+
+def scalars(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(B,) float32: the logit of each row of `pad`'s batch, which is on the model's device."""
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return output.logits.squeeze(-1).float()
