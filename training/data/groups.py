@@ -22,6 +22,7 @@ from exo_fast.training.data.examples import Example
 from exo_fast.training.errors import InputError
 
 EXAMPLES_PER_CALL = 512  # enough to keep the tokenizer's own threads busy, small enough for a progress bar
+CHECKED_EXAMPLES = 32  # of those that bring ids: another tokenizer's show at once
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,10 @@ def tokenize(
     """Cut each example's candidates into consecutive groups of `num_contrastive` (None: one group) and
     tokenise them.
 
-    A completion is its ids and EOS, cut on the right to `max_gen_len`. A prompt is what the tokenizer puts
-    before a text (BOS), then its ids, cut on the left so that it and the group's longest completion fit
-    `max_seq_len`. Raises InputError for a tokenizer without EOS and for a prompt of no tokens.
+    A completion is its ids and EOS (or, where they are known, just the ids that were drawn: sampling that was cut
+    short drew no EOS), cut on the right to `max_gen_len`. A prompt is what the tokenizer puts before a text (BOS),
+    then its ids, cut on the left so that it and the group's longest completion fit `max_seq_len`. Raises InputError
+    for a tokenizer without EOS, for a prompt of no tokens, and for ids that another tokenizer drew.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -122,6 +124,7 @@ def tokenize(
             "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
         )
     prefix = _prefix_ids(tokenizer)
+    _check_drawn_ids(examples[:CHECKED_EXAMPLES], tokenizer)
     candidates = num_contrastive or len(examples[0].completions)
     prompt_ids, completion_ids = array("i"), array("i")
     prompt_offsets, completion_offsets = array("q", [0]), array("q", [0])
@@ -130,7 +133,7 @@ def tokenize(
     for start in range(0, len(examples), EXAMPLES_PER_CALL):
         chunk = examples[start : start + EXAMPLES_PER_CALL]
         prompts = _encode(tokenizer, [example.prompt for example in chunk])
-        completions = iter(_encode(tokenizer, [text for example in chunk for text in example.completions]))
+        written = iter(_encode(tokenizer, [text for e in chunk if e.completion_ids is None for text in e.completions]))
         for example, body in zip(chunk, prompts, strict=True):
             if body[: len(prefix)] == prefix:  # a template may have written BOS already
                 body = body[len(prefix) :]
@@ -139,11 +142,12 @@ def tokenize(
                     f"{example.place}, field `prompt`, value {example.prompt!r}: no tokens, and the "
                     "tokenizer adds no BOS; at least one is needed, to predict a completion's first token from."
                 )
+            drawn = iter(example.completion_ids or ())
             for _ in range(len(example.completions) // candidates):
                 longest = 0
                 for _ in range(candidates):
-                    ids = next(completions)
-                    if ids[-1:] != [eos]:
+                    ids = next(written if example.completion_ids is None else drawn)
+                    if example.completion_ids is None and ids[-1:] != [eos]:
                         ids.append(eos)
                     cut_completions += len(ids) > max_gen_len
                     completion_ids.extend(ids[:max_gen_len])
@@ -179,6 +183,19 @@ def tokenize(
     )
 
 
+def _check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    for example in examples:
+        for index, ids in enumerate(example.completion_ids or ()):
+            text = tokenizer.decode(ids, skip_special_tokens=True) if max(ids) < len(tokenizer) else None
+            # Spaces apart, which decoding may tidy.
+            if text is None or "".join(text.split()) != "".join(example.completions[index].split()):
+                raise InputError(
+                    f"{example.place}, field `completion_ids[{index}]`: the tokenizer {tokenizer.name_or_path!r} makes "
+                    f"{text!r} of it, and the completion is {example.completions[index]!r}. Was it sampled with "
+                    "another model? Name that one, or remove `completion_ids` to tokenise the text."
+                )
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
@@ -197,8 +214,8 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 class GroupCollator:
     """Items of a GroupDataset -> one batch of tensors: the fields of layout.Packed and, for G groups of K,
 
-    `ref_logps` (G, K) and `rewards` (G, K) float32, `index` (G,) long, `num_tokens` () long, the tokens put
-    through the model (padding not counted, a shared prompt counted once).
+    `ref_logps` (G, K) and `rewards` (G, K) float32, `index` (G,) long, `weights` (G,) float32 ones (each group counts
+    once), `num_tokens` () long, the tokens put through the model (padding not counted, a shared prompt counted once).
 
     `cu_seqlens` is a NumPy array, which no trainer moves to a GPU: on the host it tells the loss where groups end
     without waiting for the device, and the one-pass schedule then works whatever the memory budget.
@@ -218,5 +235,18 @@ class GroupCollator:
             "ref_logps": torch.stack([item["ref_logps"] for item in items]),
             "rewards": torch.stack([item["rewards"] for item in items]),
             "index": torch.tensor([item["index"] for item in items]),
+            "weights": torch.ones(len(items)),
             "num_tokens": torch.tensor(num_tokens),
         }
+
+
+@dataclass
+class SftCollator(GroupCollator):
+    """As GroupCollator, for prompts with one completion each; `weights` (G,) float32 are the completions' tokens, so
+    that a mean with these weights is one over tokens."""
+
+    share_prompt: bool = False
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor | np.ndarray]:
+        tokens = [float(len(ids)) for item in items for ids in item["group"].completions]
+        return {**super().__call__(items), "weights": torch.tensor(tokens)}
