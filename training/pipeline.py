@@ -1,0 +1,260 @@
+"""A recipe for `exo-fast run`: from YAML to a list of stages with every value filled in.
+
+A recipe names variables, defaults that are given to every stage that has such a field, and stages in the order
+in which they run. `${name}` stands for a variable anywhere in a string; a string that is nothing else becomes
+the variable's value with its type. `for` makes one stage of every combination of some values.
+
+Which stage needs which is read from the paths: a stage needs every earlier stage whose output_dir stands in
+its options. Nothing has to be declared twice, and nothing can be forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from exo_fast.training.errors import InputError
+
+RECIPE_KEYS = ("variables", "defaults", "stages")
+STAGE_KEYS = ("name", "stage", "processes", "launcher", "for", "options")
+SMOLLM2 = "smollm2"  # the predefined variable: it stays as it is here, and becomes a path when a stage starts
+SMOLLM2_TEXT = "${smollm2}"
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML whose scalars are what they look like: `1e-6` is a number, and `no` and `off` are words."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
+
+
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false"), list("tf"))
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"null|~|"), ["n", "~", ""])
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+"), list("-+0123456789"))
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?"), list("-+.0123456789")
+)
+# Full matches: an implicit resolver of PyYAML matches the beginning of a scalar.
+for _pairs in _PlainLoader.yaml_implicit_resolvers.values():
+    _pairs[:] = [(tag, re.compile(f"(?:{pattern.pattern})$")) for tag, pattern in _pairs]
+
+
+@dataclass
+class PlannedStage:
+    """One stage that will run: a recipe's entry for one combination of its `for` values."""
+
+    name: str
+    stage: str  # of the command line: "sft", "align", …
+    options: dict[str, Any]
+    processes: int = 1
+    launcher: list[str] | None = None
+    needs: list[str] = field(default_factory=list)  # names of earlier stages whose output it reads
+
+    @property
+    def output_dir(self) -> str:
+        return self.options["output_dir"]
+
+
+@dataclass
+class Recipe:
+    """A recipe with its variables filled in and its loops unrolled."""
+
+    path: Path
+    output: Path
+    variables: dict[str, Any]
+    defaults: dict[str, Any]
+    stages: list[PlannedStage]
+
+
+def read_recipe(path: Path, known_stages: Iterable[str], settings: Mapping[str, str] | None = None) -> Recipe:
+    """The stages of the recipe at `path`. `settings` replace values of its variables.
+
+    Raises InputError, with the recipe's path and the stage's name, for what cannot be read, unknown keys, stages and
+    variables (naming the nearest), names that are used twice, and outputs that are shared or nested.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return _recipe(path, raw, list(known_stages), settings or {})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _recipe(path: Path, raw: Any, known_stages: list[str], settings: Mapping[str, str]) -> Recipe:
+    _mapping(raw, "a recipe", RECIPE_KEYS)
+    variables = _variables(raw.get("variables") or {}, settings)
+    defaults = fill(_mapping(raw.get("defaults") or {}, "defaults"), variables, "defaults")
+    entries = raw.get("stages")
+    if not isinstance(entries, list) or not entries:
+        raise InputError("stages: a list of stages is needed.")
+    stages = [
+        stage for number, entry in enumerate(entries, 1) for stage in _stages(entry, number, variables, known_stages)
+    ]
+    output = Path(variables["output"]).expanduser()
+    _check_outputs(stages, output)
+    for number, stage in enumerate(stages):
+        stage.needs = [earlier.name for earlier in stages[:number] if _mentions(_inputs(stage), earlier.output_dir)]
+        for later in stages[number + 1 :]:
+            if _mentions(_inputs(stage), later.output_dir):
+                raise InputError(
+                    f"stage {stage.name!r} reads {later.output_dir}, which the later stage {later.name!r} makes; "
+                    "put that one first."
+                )
+    return Recipe(path, output, variables, defaults, stages)
+
+
+def _variables(raw: Any, settings: Mapping[str, str]) -> dict[str, Any]:
+    _mapping(raw, "variables")
+    for name in settings:
+        if name not in raw:
+            raise InputError(f"--set {name}: no such variable{nearest(name, raw)}")
+    found: dict[str, Any] = {SMOLLM2: SMOLLM2_TEXT}
+    for name, value in raw.items():  # each may use those above it
+        value = yaml.load(settings[name], _PlainLoader) if name in settings else value
+        found[name] = fill(value, found, f"variable {name!r}")
+    if not isinstance(found.get("output"), str) or not found["output"]:
+        raise InputError("variables: output is needed, the directory in which `run` keeps its records.")
+    return found
+
+
+def _stages(entry: Any, number: int, variables: dict[str, Any], known_stages: list[str]) -> list[PlannedStage]:
+    where = f"stage {number}"
+    _mapping(entry, where, STAGE_KEYS)
+    where = f"stage {entry['name']!r}" if isinstance(entry.get("name"), str) else where
+    for key in ("stage", "options"):
+        if key not in entry:
+            raise InputError(f"{where}: {key} is missing.")
+    loops = _mapping(entry.get("for") or {}, f"{where}: for")
+    for name, values in loops.items():
+        loops[name] = values = fill(values, variables, where)
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{where}: for: {name} needs a list of values, not {values!r}.")
+    planned = []
+    for combination in itertools.product(*loops.values()):
+        scope = {**variables, **dict(zip(loops, combination, strict=True))}
+        filled = fill({key: value for key, value in entry.items() if key != "for"}, scope, where)
+        planned.append(_stage(filled, where, known_stages))
+    return planned
+
+
+def _stage(entry: dict[str, Any], where: str, known_stages: list[str]) -> PlannedStage:
+    stage = entry["stage"]
+    if stage not in known_stages:
+        raise InputError(f"{where}: unknown stage {stage!r}{nearest(str(stage), known_stages)}")
+    name = str(entry.get("name", stage))
+    if NAME.fullmatch(name) is None:
+        raise InputError(f"stage {name!r}: a name of letters, digits and . _ + - is needed: it names files.")
+    options = _mapping(entry["options"] or {}, f"stage {name!r}: options")
+    output_dir = options.get("output_dir")
+    if not isinstance(output_dir, str) or not output_dir:
+        raise InputError(f"stage {name!r}: options need an output_dir.")
+    processes, launcher = entry.get("processes", 1), entry.get("launcher")
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise InputError(f"stage {name!r}: processes={processes!r}: a whole number of at least 1 is needed.")
+    if launcher is not None and (not isinstance(launcher, list) or not launcher):
+        raise InputError(
+            f"stage {name!r}: launcher={launcher!r}: a list of words is needed, such as "
+            "[deepspeed, --hostfile, hosts, --module]."
+        )
+    if launcher is not None and "processes" in entry:
+        raise InputError(f"stage {name!r}: processes and launcher exclude each other; the launcher starts processes.")
+    return PlannedStage(name, stage, options, processes, launcher and [str(word) for word in launcher])
+
+
+def _check_outputs(stages: Sequence[PlannedStage], output: Path) -> None:
+    """No stage may write where another does, nor around the place where `run` keeps its records."""
+    seen: dict[Path, str] = {}
+    names: set[str] = set()
+    for stage in stages:
+        if stage.name in names:
+            raise InputError(
+                f"stage {stage.name!r}: two stages have this name; give each its own (in a `for`, use the loop's "
+                "variables in it)."
+            )
+        names.add(stage.name)
+        place = Path(stage.output_dir).expanduser().resolve()
+        if output.resolve().is_relative_to(place):
+            raise InputError(
+                f"stage {stage.name!r}: output_dir={stage.output_dir!r} holds output={str(output)!r}, where `run` "
+                "keeps its records; give the stage a directory inside it."
+            )
+        for other, name in seen.items():
+            if place.is_relative_to(other) or other.is_relative_to(place):
+                raise InputError(
+                    f"stage {stage.name!r}: output_dir={stage.output_dir!r} is the same as that of {name!r}, or one "
+                    "lies in the other; each stage needs a directory of its own."
+                )
+        seen[place] = stage.name
+
+
+def _mapping(value: Any, what: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{what}: a mapping of names to values is needed.")
+    for key in value:
+        if known is not None and key not in known:
+            raise InputError(f"{what}: unknown key {key!r}{nearest(key, known)}")
+    return value
+
+
+def fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
+    """`value` with every ${name} in its strings replaced, at any depth. Raises InputError for an unknown name."""
+    if isinstance(value, dict):
+        return {key: fill(item, variables, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fill(item, variables, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> Any:
+        name = match[1].strip()
+        if name not in variables:
+            raise InputError(f"{where}: ${{{name}}} is not defined{nearest(name, variables)}")
+        return variables[name]
+
+    if (whole := REFERENCE.fullmatch(value)) is not None:
+        return copy.deepcopy(lookup(whole))
+    return REFERENCE.sub(lambda match: str(lookup(match)), value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known word that is nearest to `word`, or all of them where none is."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}."
+
+
+def path_pattern(path: str) -> re.Pattern[str]:
+    """Finds `path` in a string as a whole or with something below it: after the start, = : or , and before the end
+    or a separator."""
+    return re.compile(r"(?:(?<=[=:,\s])|^)" + re.escape(path.rstrip("/")) + r"(?=[/,:\s]|$)")
+
+
+def strings(value: Any) -> Iterable[str]:
+    """All strings in a value of mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
+def _inputs(stage: PlannedStage) -> dict[str, Any]:
+    return {name: value for name, value in stage.options.items() if name != "output_dir"}
+
+
+def _mentions(value: Any, path: str) -> bool:
+    pattern = path_pattern(path)
+    return any(pattern.search(text) for text in strings(value))

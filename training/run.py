@@ -1,0 +1,481 @@
+"""`exo-fast run RECIPE`: the stages of a recipe in order, each in a process of its own, none of them twice.
+
+What `run` knows of a stage is in OUTPUT/.run: NAME.yaml is its configuration as it was given to the stage, NAME.log
+all that it printed, and NAME.json whether it is done, with which options and in how many seconds. A done stage is
+skipped as long as its options, the version of the package and the stages it reads from are the same; one that
+changed is an error, because replacing results is for the user to ask for (--redo). A stage that was stopped is
+started again by the same command, and continues by itself: every stage can.
+
+Nothing is removed but output directories of the recipe's stages that `run` saw come into being.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import fcntl
+import fnmatch
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from exo_fast.training import assets
+from exo_fast.training.errors import InputError
+from exo_fast.training.pipeline import SMOLLM2, PlannedStage, Recipe, fill, read_recipe, strings
+from exo_fast.version import __version__
+
+CLI_MODULE = "exo_fast.training.cli"
+STOP_SECONDS = 30  # that an interrupted stage gets to end by itself
+PR_SET_PDEATHSIG = 1
+
+DESCRIPTION = """\
+Run the stages of a recipe in order. Everything is checked before the first one starts; what is done is skipped; after
+Ctrl-C, a kill or a failure the same command continues.
+
+Records and logs are kept in .run below the recipe's output directory."""
+
+EXAMPLES = """\
+examples:
+  exo-fast run recipes/reviews.yaml
+  exo-fast run recipes/reviews.yaml --list                  # what is done, without running anything
+  exo-fast run my.yaml --set output=runs/small --set model=models/sft
+  exo-fast run my.yaml --redo 'align-*'                     # remove these stages' output, and what was made from it
+  exo-fast run my.yaml --only sft generate
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the recipe that `argv` names. Returns 0, or the exit status of the stage that failed (130 for Ctrl-C)."""
+    parser = argparse.ArgumentParser(
+        prog="exo-fast run",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="A YAML file; `exo-fast recipes` has some.")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="Run these stages; NAME may hold * and ?")
+    parser.add_argument(
+        "--redo",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Remove what these stages made, and what was made from it, and run them again.",
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="Values of the recipe's variables."
+    )
+    parser.add_argument("--list", action="store_true", help="Check the recipe, show its stages, and run nothing.")
+    options = parser.parse_args(argv)
+    settings = {}
+    for word in options.set:
+        name, equals, settings[name] = word.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set {word}: NAME=VALUE is needed.")
+    return run_recipe(options.recipe, only=options.only, redo=options.redo, settings=settings, show=options.list)
+
+
+def run_recipe(
+    path: Path,
+    *,
+    only: Sequence[str] = (),
+    redo: Sequence[str] = (),
+    settings: Mapping[str, str] | None = None,
+    show: bool = False,
+    cli_module: str = CLI_MODULE,
+) -> int:
+    """Run the stages of the recipe at `path` that are not done; returns the exit status.
+
+    `only` and `redo` are names of stages, with * and ? as wildcards; `settings` replace values of the recipe's
+    variables; `show` lists the stages and runs none. Raises InputError for a recipe that cannot work, before
+    anything is run or removed.
+    """
+    recipe = read_recipe(path, _stage_names(cli_module), settings)
+    chosen, anew = (_matching(recipe, patterns, option) for patterns, option in ((only, "--only"), (redo, "--redo")))
+    fields = _check_options(recipe, cli_module)
+    for stage in recipe.stages:
+        stage.options = {name: recipe.defaults[name] for name in fields[stage.name]} | stage.options
+    records = Records(recipe)
+    if show:
+        _print_list(recipe, records)
+        return 0
+    with records.lock() as lock_fd:
+        anew = _with_dependents(recipe, anew)
+        records.check(recipe, anew)
+        _check_only(recipe, records, chosen, anew)
+        redone = [stage for stage in recipe.stages if stage.name in anew]
+        for act in (records.check_removal, records.remove_output):
+            for stage in redone:
+                act(stage)
+        return _run_stages(recipe, records, chosen, cli_module, lock_fd)
+
+
+def _stage_names(cli_module: str) -> list[str]:
+    """The stages that a recipe may name: those with a configuration class."""
+    import importlib
+
+    return [name for name, stage in importlib.import_module(cli_module).STAGES.items() if stage.config]
+
+
+def _matching(recipe: Recipe, patterns: Sequence[str], option: str) -> set[str]:
+    names = [stage.name for stage in recipe.stages]
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise InputError(f"{option} {pattern}: no such stage; the recipe has {', '.join(names)}.")
+        found.update(matches)
+    return found
+
+
+def _with_dependents(recipe: Recipe, names: set[str]) -> set[str]:
+    found = set(names)
+    for stage in recipe.stages:  # in order, so that what depends on a dependent is found too
+        if found.intersection(stage.needs):
+            found.add(stage.name)
+    return found
+
+
+def _check_options(recipe: Recipe, cli_module: str) -> dict[str, list[str]]:
+    """Which defaults each stage takes. Raises InputError for options that a stage would refuse."""
+    with tempfile.TemporaryDirectory(prefix="exo_fast_run_") as folder:
+        question, answer = Path(folder, "question.json"), Path(folder, "answer.json")
+        stages = [{"name": s.name, "stage": s.stage, "options": s.options} for s in recipe.stages]
+        question.write_text(json.dumps({"stages": stages, "defaults": recipe.defaults}), encoding="utf-8")
+        command = [sys.executable, "-m", "exo_fast.training.run_check", cli_module, str(question), str(answer)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if not answer.exists():
+            raise RuntimeError(f"the check of {recipe.path} ended with status {result.returncode}:\n{result.stderr}")
+        found = json.loads(answer.read_text(encoding="utf-8"))
+    if found["error"] is not None:
+        raise InputError(f"{recipe.path}: {found['error']}")
+    return found["fields"]
+
+
+@dataclass
+class Record:
+    """What is known of a stage that was started once."""
+
+    stage: str
+    options: dict[str, Any]
+    version: str
+    needs: dict[str, str]  # the keys of the stages it reads from
+    key: str  # hash of all the above
+    done: bool
+    seconds: float  # of all attempts together
+    created: bool  # the output directory was not there, or empty, when the stage was first started
+
+
+class Records:
+    """The files of OUTPUT/.run."""
+
+    def __init__(self, recipe: Recipe):
+        self.folder = recipe.output / ".run"
+        self.fresh: dict[str, Record] = {}  # as each stage's record would be if it were started now
+        for stage in recipe.stages:
+            needs = {name: self.fresh[name].key for name in stage.needs}
+            identity = {"stage": stage.stage, "options": stage.options, "version": __version__, "needs": needs}
+            key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+            self.fresh[stage.name] = Record(**identity, key=key, done=False, seconds=0.0, created=False)
+
+    def find(self, name: str) -> Record | None:
+        """The record of a stage that was started before; None where there is none."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            return None
+        try:
+            return Record(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{path}: not a record of `exo-fast run` ({error}); remove it if it is not yours."
+            ) from error
+
+    def is_done(self, stage: PlannedStage) -> bool:
+        """Whether the stage's output is there; a done stage whose output was deleted is not done."""
+        record = self.find(stage.name)
+        return record is not None and record.done and Path(stage.output_dir).expanduser().is_dir()
+
+    def write(self, name: str, record: Record) -> None:
+        """Keep `record`, in one step."""
+        content = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False) + "\n"
+        assets.write_file(self.folder, f"{name}.json", content.encode())
+
+    def check(self, recipe: Recipe, anew: set[str]) -> None:
+        """Raises InputError for a done stage that would come out differently now, unless it is to be redone."""
+        for stage in recipe.stages:
+            record, fresh = self.find(stage.name), self.fresh[stage.name]
+            if stage.name in anew or record is None or not record.done or record.key == fresh.key:
+                continue
+            raise InputError(
+                f"stage {stage.name!r} is done, but {_difference(record, fresh)}. To remove what it made, with what "
+                f"was made from it, and run it again: --redo {stage.name}. To keep it: another output."
+            )
+
+    def remove_output(self, stage: PlannedStage) -> None:
+        """Delete what an earlier run of the stage made, and the record of it."""
+        record, place = self.find(stage.name), Path(stage.output_dir).expanduser()
+        if _has_content(place):
+            print(f"removing {place}", flush=True)
+            shutil.rmtree(place)
+        if record is not None:
+            (self.folder / f"{stage.name}.json").unlink()
+
+    def check_removal(self, stage: PlannedStage) -> None:
+        """Raises InputError for an output directory that did not come into being under this recipe."""
+        record, place = self.find(stage.name), Path(stage.output_dir).expanduser()
+        if place.is_symlink():
+            raise InputError(f"--redo {stage.name}: {place} is a link; remove it yourself.")
+        ours = record is not None and record.created and record.options["output_dir"] == stage.output_dir
+        if _has_content(place) and not ours:
+            raise InputError(
+                f"--redo {stage.name}: {place} was not made by this recipe, so it is left alone; remove it yourself, "
+                "or choose another output_dir."
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[int]:
+        """A lock that no two runs hold at once; whoever inherits the descriptor it gives, as stages do, holds it too."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("a+") as file:
+            deadline = time.monotonic() + 5  # what a killed run left behind is on its way out
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise InputError(
+                            f"{self.folder.parent}: a run of this recipe, or a stage of one that was stopped, is "
+                            "still under way; wait for it or end it."
+                        ) from None
+                    time.sleep(0.2)
+            yield file.fileno()
+
+
+def _has_content(place: Path) -> bool:
+    return place.is_dir() and any(place.iterdir())
+
+
+def _difference(record: Record, fresh: Record) -> str:
+    """What makes two records of one stage differ, in words."""
+    if record.version != fresh.version:
+        return f"by exo_fast {record.version}, and this is {fresh.version}"
+    if record.stage != fresh.stage:
+        return f"as the stage {record.stage}, and the recipe now says {fresh.stage}"
+    changes = [
+        f"{name} was {_value(record.options, name)} and is now {_value(fresh.options, name)}"
+        for name in sorted({*record.options, *fresh.options})
+        if _value(record.options, name) != _value(fresh.options, name)
+    ]
+    if not changes:
+        return "it was made from the output of other stages than now, or with other settings of them"
+    return "; ".join(changes)
+
+
+def _value(options: Mapping[str, Any], name: str) -> str:
+    return json.dumps(options[name], ensure_ascii=False) if name in options else "not set"
+
+
+def _check_only(recipe: Recipe, records: Records, chosen: set[str], anew: set[str]) -> None:
+    if not chosen:
+        return
+    for stage in recipe.stages:
+        for name in stage.needs if stage.name in chosen else ():
+            needed = next(other for other in recipe.stages if other.name == name)
+            if name not in chosen and (name in anew or not records.is_done(needed)):
+                raise InputError(f"--only {stage.name}: it reads the output of {name}, which is not done; add {name}.")
+
+
+def _print_list(recipe: Recipe, records: Records) -> None:
+    for number, stage in enumerate(recipe.stages, 1):
+        record, fresh = records.find(stage.name), records.fresh[stage.name]
+        if records.is_done(stage):
+            state = f"done in {record.seconds:.0f} s" if record.key == fresh.key else "done with other options"
+        else:
+            state = "to do" if record is None else "begun"
+        needs = f"  (after {', '.join(stage.needs)})" if stage.needs else ""
+        print(f"{number:>3}  {stage.name:<28} {stage.stage:<14} {state}{needs}")
+
+
+# Running
+
+
+def _run_stages(recipe: Recipe, records: Records, chosen: set[str], cli_module: str, lock_fd: int) -> int:
+    started = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    filled: dict[str, Any] = {}
+    for number, stage in enumerate(recipe.stages, 1):
+        header = f"[{number}/{len(recipe.stages)}] {stage.name}"
+        if records.is_done(stage):
+            print(f"{header}: done before", flush=True)
+            rows.append(_row(stage, records.find(stage.name), "done before"))
+            continue
+        if chosen and stage.name not in chosen:
+            continue
+        print(f"\n{header} ({stage.stage}), {time.perf_counter() - started:.0f} s so far", flush=True)
+        if any("${" + SMOLLM2 + "}" in text for text in strings(stage.options)) and not filled:
+            filled[SMOLLM2] = str(assets.get_model(assets.cache_dir()))
+        options = fill(stage.options, filled, f"stage {stage.name!r}") if filled else stage.options
+        log = records.folder / f"{stage.name}.log"
+        config = assets.write_file(
+            records.folder, f"{stage.name}.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode()
+        )
+        before, fresh = records.find(stage.name), records.fresh[stage.name]
+        fresh.seconds = 0.0 if before is None else before.seconds
+        place = Path(stage.output_dir).expanduser()
+        fresh.created = not _has_content(place) or (before is not None and before.created)
+        records.write(stage.name, fresh)
+        begun = time.perf_counter()
+        try:
+            status = _run_process(stage_command(stage, config, cli_module), log, lock_fd)
+        finally:
+            fresh.seconds = round(fresh.seconds + time.perf_counter() - begun, 3)
+            records.write(stage.name, fresh)
+        if status != 0:
+            print(_failure(header, stage, status, log), file=sys.stderr, flush=True)
+            return status
+        fresh.done = True
+        records.write(stage.name, fresh)
+        rows.append(_row(stage, fresh, "done now"))
+    total = round(time.perf_counter() - started, 3)
+    summary = {
+        "recipe": str(recipe.path),
+        "version": __version__,
+        "variables": recipe.variables,
+        "stages": rows,
+        "seconds_now": total,
+        "seconds_of_all_stages": round(sum(row["seconds"] for row in rows), 3),
+    }
+    assets.write_file(records.folder, "run.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    print(_table(rows, total), flush=True)
+    return 0
+
+
+def stage_command(stage: PlannedStage, config: Path, cli_module: str = CLI_MODULE) -> list[str]:
+    """The command that runs the stage: Python itself, torchrun for several processes, or the recipe's launcher."""
+    if stage.launcher is not None:
+        start = [*stage.launcher, cli_module]
+    elif stage.processes > 1:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(stage.processes)]
+        start = [sys.executable, "-m", *torchrun, "-m", cli_module]
+    else:
+        start = [sys.executable, "-m", cli_module]
+    return [*start, stage.stage, "--config", str(config)]
+
+
+def _run_process(command: list[str], log: Path, lock_fd: int) -> int:
+    """Run `command`, its output on the terminal and at the end of `log`; returns its exit status.
+
+    On Ctrl-C or SIGTERM the command is stopped, too, and given time to end; then KeyboardInterrupt goes on.
+    """
+    with log.open("ab") as file, _sigterm_as_interrupt():
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            pass_fds=(lock_fd,),
+            preexec_fn=_end_with_parent(),
+        )
+        try:
+            while block := os.read(process.stdout.fileno(), 1 << 16):
+                sys.stdout.buffer.write(block)
+                sys.stdout.buffer.flush()
+                file.write(block)
+                file.flush()
+            status = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    return status if status >= 0 else 128 - status
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """For the child, between fork and exec: SIGTERM when this process is killed and cannot stop it (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def arrange() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before the line above
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return arrange
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    for end in (process.send_signal, lambda _: process.terminate(), lambda _: process.kill()):
+        end(signal.SIGINT)
+        try:
+            process.communicate(timeout=STOP_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _failure(header: str, stage: PlannedStage, status: int, log: Path) -> str:
+    how = f"exit status {status}"
+    if status > 128:
+        how = f"ended by {_signal_name(status - 128)}"
+        if status - 128 == signal.SIGKILL:
+            how += ", which is also what happens when memory runs out"
+    return (
+        f"\n{header} failed: {how}. What it said is in {log}.\n"
+        f"The same command continues with this stage. To start it anew (after a change of its options, say): "
+        f"--redo {stage.name}"
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _row(stage: PlannedStage, record: Record, state: str) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "stage": stage.stage,
+        "seconds": record.seconds,
+        "state": state,
+        "output_dir": stage.output_dir,
+        "key": record.key,
+    }
+
+
+def _table(rows: Sequence[Mapping[str, Any]], total: float) -> str:
+    lines = ["", f"{'stage':<30}{'seconds':>10}  "]
+    lines += [f"{row['name']:<30}{row['seconds']:>10.0f}  {row['state']}" for row in rows]
+    lines.append(f"{'all stages':<30}{sum(row['seconds'] for row in rows):>10.0f}  {total:.0f} s now")
+    return "\n".join(lines)
