@@ -6,31 +6,54 @@ exo_fast.training.cli align …`.
 """
 
 import argparse
+import importlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from exo_fast.training.errors import InputError
 from exo_fast.version import __version__
 
-ALIGN_DESCRIPTION = """\
-Align a language model by EXO or DPO on K candidate completions per prompt.
 
-Every field may stand in a YAML recipe (--config) and on the command line, which wins."""
+@dataclass(frozen=True)
+class Stage:
+    """Where a stage's code is. With a config class, `function(config)`; without, `function(argv)` parses for itself."""
 
-ALIGN_EXAMPLES = """\
-examples:
-  exo-fast align --config recipes/align.yaml
-  exo-fast align --config recipes/align.yaml --loss_type exo-rw --num_contrastive 4 --output_dir runs/exo-rw
-  exo-fast align --model_name_or_path models/sft --data data/rw --lora_r 16 --learning_rate 1e-4
-  exo-fast align --config recipes/align.yaml --resume_from_checkpoint auto
-  torchrun --nproc-per-node 2 -m exo_fast.training.cli align --config recipes/align.yaml --zero_stage 3
-  deepspeed --module exo_fast.training.cli align --config recipes/align.yaml
-  tensorboard --logdir runs/align
-"""
+    summary: str
+    module: str  # of exo_fast.training
+    function: str
+    config: str | None = None  # "module:Class" or "Class" of the same module
+
+    def config_class(self) -> type:
+        """The dataclass of the stage's fields."""
+        module, _, name = self.config.rpartition(":")
+        return getattr(importlib.import_module(f"exo_fast.training.{module or self.module}"), name)
 
 
-def _align(argv: Sequence[str]) -> int:
+STAGES: dict[str, Stage] = {
+    "run": Stage("the stages of a recipe in order; continues where it was stopped", "run", "main"),
+    "recipes": Stage("list, show or copy the recipes that come with exo_fast", "recipes", "main"),
+    "prepare": Stage("a published data set's raw files to training data", "prepare", "prepare", "PrepareConfig"),
+    "sft": Stage("supervised fine-tuning on prompts and completions", "sft", "sft", "SftConfig"),
+    "generate": Stage("sample completions of prompts", "generate", "generate", "GenerateConfig"),
+    "classifier": Stage("train a binary text classifier", "classifier", "classifier", "ClassifierConfig"),
+    "reward-model": Stage("train a reward model on pairs", "reward_model", "reward_model", "RewardModelConfig"),
+    "score": Stage("label completions with rewards or preferences", "score", "score", "ScoreConfig"),
+    "pref-to-rw": Stage("preference pairs as candidates with rewards", "pref_to_rw", "pref_to_rw", "PrefToRwConfig"),
+    "align": Stage("align a model on candidates with rewards or preferences", "align", "align", "config:AlignConfig"),
+    "logprobs": Stage("log-probs of given completions under a model", "logprobs", "logprobs", "LogprobsConfig"),
+    "evaluate": Stage("reward against KL of policies, as a table and a plot", "evaluate", "evaluate", "EvaluateConfig"),
+    "demo": Stage("a real 135M model aligned on a CPU in minutes, with a report", "demo", "main"),
+}
+
+
+def run_stage(name: str, argv: Sequence[str]) -> int:
+    """Run the stage `name` with the words of its command line; returns the exit status."""
+    stage = STAGES[name]
+    if stage.config is None:
+        return getattr(importlib.import_module(f"exo_fast.training.{stage.module}"), stage.function)(argv) or 0
+
     import torch
 
     from exo_fast.training.deepspeed import announce_cpu
@@ -38,29 +61,20 @@ def _align(argv: Sequence[str]) -> int:
     if not torch.accelerator.is_available():
         announce_cpu()
 
-    from exo_fast.training.align import align
     from exo_fast.training.arguments import parse_config
-    from exo_fast.training.config import AlignConfig
 
+    config_class = stage.config_class()
     config = parse_config(
-        AlignConfig, argv, prog="exo-fast align", description=ALIGN_DESCRIPTION, epilog=ALIGN_EXAMPLES
+        config_class,
+        argv,
+        prog=f"exo-fast {name}",
+        description=config_class.description,
+        epilog=config_class.examples,
     )
-    align(config)
+    getattr(importlib.import_module(f"exo_fast.training.{stage.module}"), stage.function)(config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
-
-
-def _demo(argv: Sequence[str]) -> int:
-    from exo_fast.training.demo import main as demo
-
-    return demo(argv) or 0
-
-
-STAGES: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "align": (_align, "align a model on candidates with rewards or preferences"),
-    "demo": (_demo, "a real 135M model aligned on a CPU in minutes, with a report"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="exo-fast",
         description="Align language models by EXO and DPO over K candidates per prompt.",
         epilog="stages:\n"
-        + "\n".join(f"  {name:<10}{summary}" for name, (_, summary) in STAGES.items())
+        + "\n".join(f"  {name:<14}{stage.summary}" for name, stage in STAGES.items())
         + "\n\n`exo-fast STAGE --help` shows a stage's options and examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -82,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The deepspeed launcher puts --local_rank before the stage; it is also in the environment.
     options = parser.parse_args([word for word in words if not word.startswith("--local_rank")])
     try:
-        return STAGES[options.stage][0](options.arguments)
+        return run_stage(options.stage, options.arguments)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -1,12 +1,13 @@
-"""The configuration of `exo-fast align`: transformers.TrainingArguments and what alignment adds.
+"""The configurations of the training stages: transformers.TrainingArguments, and what is added to it.
 
-Defaults are those of the original EXO repository where it has one (train_exo.sh: learning rate 1e-6 with a
-cosine schedule and no warm-up, Adam betas (0.9, 0.95), one epoch, gradient clipping 1.0, ZeRO stage 2) and of
+Defaults are those of the original EXO repository where it has one (cosine schedule without warm-up, Adam betas
+(0.9, 0.95), one epoch, gradient clipping 1.0, ZeRO stage 2; a learning rate of 1e-5, and of 1e-6 in alignment) and of
 transformers elsewhere. Everything is checked when the object is made, so a wrong value costs no model load.
 """
 
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,56 +22,63 @@ from exo_fast.training.errors import InputError
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
+    "training": (
+        "output_dir",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+        "gradient_checkpointing",
+        "bf16",
+        "seed",
+    ),
+    "evaluation, logging, checkpoints": (
+        "eval_strategy",
+        "eval_steps",
+        "logging_steps",
+        "report_to",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+    ),
+    "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+}
+
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
-class AlignConfig(TrainingArguments):
-    """All of transformers.TrainingArguments, with other defaults for some, and the fields below.
+class TrainConfig(TrainingArguments):
+    """All of transformers.TrainingArguments, with other defaults for some, and the fields of all training stages.
 
     Raises InputError for a value that cannot work, naming it and the fix.
     """
 
     # Model
-    model_name_or_path: str | None = _field(None, "The policy to start from: a directory or a Hub name.")
-    ref_name_or_path: str | None = _field(
-        None,
-        "The reference model. Default: the policy as it is before training (with LoRA, its adapters off).",
-    )
+    model_name_or_path: str | None = _field(None, "The model to start from: a directory or a Hub name.")
     attn_implementation: str | None = _field(
         None, "sdpa, eager, or flex_attention (on CUDA, for long rows). Default: transformers' choice for the model."
     )
-    disable_dropout: bool = _field(
-        True, "Train without dropout, which would put noise between the policy and its reference."
-    )
+    disable_dropout: bool = _field(False, "Train without dropout.")
     trust_remote_code: bool = _field(False, "Run model code that comes with the model. Only for models you trust.")
 
     # Data
     data: str | None = _field(
         None,
-        "Training data: a .json, .jsonl or .parquet file, a directory with train.* (and test.*), or a "
-        "dataset saved by save_to_disk. Rows: prompt, completions, rewards; or prompt, chosen, rejected.",
+        "Training data: a .json, .jsonl or .parquet file, a directory with train.* (and test.*), a dataset saved by "
+        "save_to_disk, or a name of the registry (imdb/sft:PATH).",
     )
     eval_data: str | None = _field(None, "Held-out data in the same forms. Default: test.* beside the training data.")
-    max_seq_len: int = _field(512, "Longest prompt plus completion, in tokens; prompts are cut on the left to fit.")
-    max_gen_len: int = _field(256, "Longest completion, in tokens with EOS; cut on the right.")
-
-    # Loss
-    loss_type: Literal["exo-pref", "exo-rw", "dpo-pref", "dpo-rw"] = _field(
-        "exo-pref", "EXO (reverse KL) or DPO (forward KL); the best candidate or the rewards as target."
-    )
-    num_contrastive: int | None = _field(
-        None, "Candidates per group; must divide the candidates of each prompt. Default: all of them."
-    )
-    beta_pi: float = _field(0.1, "Weight of the log-ratio: the policy's implicit reward is beta_pi * log-ratio.")
-    beta_r: float = _field(0.1, "Temperature of the given rewards in exo-rw and dpo-rw.")
-    label_smoothing: float | None = _field(
-        None,
-        "Target mass on the candidates that are not the best, in exo-pref and dpo-pref. Default: 1e-3 and 0.",
-    )
-    temperature: float = _field(1.0, "Sampling temperature of the candidates; both models' logits are divided by it.")
+    max_seq_len: int = _field(512, "Longest sequence, in tokens; what is too long is cut on the left.")
 
     # LoRA
     lora_r: int = _field(0, "Rank of LoRA adapters; 0 trains the whole model.")
@@ -82,30 +90,21 @@ class AlignConfig(TrainingArguments):
     )
 
     # Speed and memory
-    share_prompt: Literal["auto", "off"] = _field(
-        "auto", "Run each prompt once for all its candidates where the model can; off: one row per candidate."
-    )
-    memory_budget: str | None = _field(None, "Scratch for vocabulary-sized values, e.g. 512MB. Default: 640MiB.")
-    backend: Literal["auto", "torch", "triton", "reference"] = _field("auto", "Implementation of the fused loss.")
     matmul_precision: Literal["ieee", "tf32", "bf16"] = _field(
         "ieee", "How float32 matrices are multiplied: tf32 on CUDA, bf16 on CPU (about twice as fast there)."
     )
     engine: Literal["deepspeed", "torch"] = _field("deepspeed", "torch: plain PyTorch (DDP) without DeepSpeed.")
     zero_stage: int = _field(2, "DeepSpeed ZeRO stage, 0 to 3; --deepspeed FILE.json replaces it.")
     offload: bool = _field(False, "Keep the optimizer's state (at stage 3 also parameters) in CPU memory.")
-    reference_cache_dir: str = _field(
-        "~/.cache/exo_fast/reference",
-        "Where reference log-probs are kept, under a hash of what they depend on.",
-    )
 
     # Other defaults for fields of TrainingArguments
-    output_dir: str | None = _field("runs/align", "Where the model, checkpoints, logs and summary.json are written.")
-    learning_rate: float = _field(1e-6, "The initial learning rate.")
+    output_dir: str | None = _field(None, "Where the model, checkpoints, logs and summary.json are written.")
+    learning_rate: float = _field(1e-5, "The initial learning rate.")
     lr_scheduler_type: str = _field("cosine", "The learning rate schedule: cosine, linear, constant, …")
     adam_beta2: float = _field(0.95, "Adam's beta2.")
     num_train_epochs: float = _field(1.0, "Epochs to train.")
-    per_device_train_batch_size: int = _field(8, "Groups (a prompt and its candidates) per device and micro-batch.")
-    per_device_eval_batch_size: int = _field(8, "Groups per device in evaluation and the reference pass.")
+    per_device_train_batch_size: int = _field(8, "Examples per device and micro-batch.")
+    per_device_eval_batch_size: int = _field(8, "Examples per device in evaluation.")
     logging_steps: float = _field(10, "Log every so many optimizer steps (a fraction: of the whole training).")
     logging_first_step: bool = _field(True, "Log the first step too.")
     eval_strategy: str = _field("epoch", "Evaluate every epoch, every eval_steps (steps), or no; needs held-out data.")
@@ -114,7 +113,8 @@ class AlignConfig(TrainingArguments):
     )
     resume_from_checkpoint: str | None = _field(
         None,
-        "true: the last checkpoint in output_dir; auto: the same where there is one; or a checkpoint's path.",
+        "Default: an unfinished run in output_dir with the same settings is continued. true or auto: continue from "
+        "the last checkpoint whatever the settings (auto: where there is one); false: never; or a checkpoint's path.",
     )
     gradient_checkpointing: bool | None = _field(None, "Recompute activations in backward: less memory, more time.")
     remove_unused_columns: bool = _field(False, "Not used: batches are made by exo_fast.")
@@ -122,67 +122,25 @@ class AlignConfig(TrainingArguments):
 
     # The order of --help; fields that are not named here follow at the end.
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "model": (
-            "model_name_or_path",
-            "ref_name_or_path",
-            "attn_implementation",
-            "disable_dropout",
-            "trust_remote_code",
-        ),
-        "data": ("data", "eval_data", "max_seq_len", "max_gen_len"),
-        "loss": ("loss_type", "num_contrastive", "beta_pi", "beta_r", "label_smoothing", "temperature"),
-        "training": (
-            "output_dir",
-            "num_train_epochs",
-            "max_steps",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "lr_scheduler_type",
-            "warmup_steps",
-            "max_grad_norm",
-            "gradient_checkpointing",
-            "bf16",
-            "seed",
-        ),
-        "evaluation, logging, checkpoints": (
-            "eval_strategy",
-            "eval_steps",
-            "logging_steps",
-            "report_to",
-            "save_strategy",
-            "save_steps",
-            "save_total_limit",
-            "resume_from_checkpoint",
-        ),
-        "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-        "speed and memory": (
-            "share_prompt",
-            "memory_budget",
-            "backend",
-            "matmul_precision",
-            "engine",
-            "zero_stage",
-            "offload",
-            "deepspeed",
-            "reference_cache_dir",
-            "use_cpu",
-        ),
+        "model": ("model_name_or_path", "attn_implementation", "disable_dropout", "trust_remote_code"),
+        "data": ("data", "eval_data", "max_seq_len"),
+        **TRAINING_GROUPS,
+        "speed and memory": ("matmul_precision", "engine", "zero_stage", "offload", "deepspeed", "use_cpu"),
     }
+    description: ClassVar[str]
+    examples: ClassVar[str]
 
     def __post_init__(self) -> None:
+        self.started = time.time()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._check_fields()
-        for name in ("model_name_or_path", "ref_name_or_path"):
+        for name in self.model_fields:
             path = getattr(self, name)
             if path is not None and Path(path).expanduser().exists():
                 # A saved adapter names its base model: a relative path would hold only where training was started.
                 setattr(self, name, str(Path(path).expanduser().resolve()))
             elif path is not None and path.startswith(("/", "./", "../", "~")):
                 raise InputError(f"{name}={path!r}: no such directory.")
-        if self.label_smoothing is None:
-            self.label_smoothing = default_label_smoothing(self.loss_type)
         if self.gradient_checkpointing is not None and self.activation_checkpointing is None:
             # transformers' new name, so that the usual one brings no deprecation warning
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
@@ -200,56 +158,26 @@ class AlignConfig(TrainingArguments):
         else:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what an earlier run in this process left behind
         super().__post_init__()
-        try:
-            choose(self.backend, torch.empty(0, device=self.device))
-        except ValueError as error:
-            raise InputError(str(error)) from error
 
-    @property
-    def memory_budget_bytes(self) -> int | None:
-        """`memory_budget` in bytes; None where it is unset."""
-        return None if self.memory_budget is None else parse_size(self.memory_budget)
+    model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
+
+    def _need(self, ok: bool, name: str, fix: str) -> None:
+        if not ok:
+            raise InputError(f"{name}={getattr(self, name)!r}: {fix}")
 
     def _check_fields(self) -> None:
-        def need(ok: bool, name: str, fix: str) -> None:
-            if not ok:
-                raise InputError(f"{name}={getattr(self, name)!r}: {fix}")
-
+        """Raises InputError for the first field that cannot work."""
+        need = self._need
         need(
-            bool(self.model_name_or_path),
-            "model_name_or_path",
-            "name the model to align (a directory or a Hub name).",
+            bool(self.model_name_or_path), "model_name_or_path", "name the model to train (a directory or a Hub name)."
         )
         need(bool(self.data), "data", "name the training data (a file or a directory).")
-        need(self.max_gen_len >= 1, "max_gen_len", "at least 1 token is needed.")
-        need(
-            self.max_seq_len > self.max_gen_len,
-            "max_seq_len",
-            f"must be larger than max_gen_len={self.max_gen_len}, so that some of the prompt fits.",
-        )
-        need(
-            self.num_contrastive is None or self.num_contrastive >= 2,
-            "num_contrastive",
-            "at least 2 candidates are compared.",
-        )
-        for name in ("beta_pi", "beta_r", "temperature"):
-            need(getattr(self, name) > 0, name, "a positive number is needed.")
-        if self.label_smoothing is not None:
-            need(
-                self.loss_type.endswith("-pref"),
-                "label_smoothing",
-                f"{self.loss_type} takes its targets from rewards.",
-            )
-            need(0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1) is needed.")
-            need(
-                self.label_smoothing > 0 or self.loss_type == "dpo-pref",
-                "label_smoothing",
-                "exo-pref needs more than 0, because it takes the logarithm of every target (default 1e-3).",
-            )
+        need(bool(self.output_dir), "output_dir", "name the directory that everything is written to.")
+        need(self.max_seq_len >= 2, "max_seq_len", "at least 2 tokens are needed.")
         need(
             self.label_smoothing_factor == 0,
             "label_smoothing_factor",
-            "that is transformers' smoothing over the vocabulary; label_smoothing smooths the targets here.",
+            "that is transformers' smoothing over the vocabulary; label_smoothing of `exo-fast align` smooths targets.",
         )
         need(not self.fp16, "fp16", "gradients are formed before the loss is scaled; use bf16.")
         need(
@@ -271,10 +199,157 @@ class AlignConfig(TrainingArguments):
         need(
             self.train_sampling_strategy in ("random", "sequential"),
             "train_sampling_strategy",
-            "random or sequential is needed; packing already keeps rows full.",
+            "random or sequential is needed; batches are laid out by exo_fast.",
+        )
+
+
+@dataclass
+class CausalConfig(TrainConfig):
+    """What stages that train a causal LM on completions, through the fused head, have in common."""
+
+    max_seq_len: int = _field(512, "Longest prompt plus completion, in tokens; prompts are cut on the left to fit.")
+    max_gen_len: int = _field(256, "Longest completion, in tokens with EOS; cut on the right.")
+    memory_budget: str | None = _field(None, "Scratch for vocabulary-sized values, e.g. 512MB. Default: 640MiB.")
+    backend: Literal["auto", "torch", "triton", "reference"] = _field("auto", "Implementation of the fused loss.")
+
+    field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        **TrainConfig.field_groups,
+        "data": ("data", "eval_data", "max_seq_len", "max_gen_len"),
+        "speed and memory": ("memory_budget", "backend", *TrainConfig.field_groups["speed and memory"]),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            choose(self.backend, torch.empty(0, device=self.device))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """`memory_budget` in bytes; None where it is unset."""
+        return None if self.memory_budget is None else parse_size(self.memory_budget)
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        self._need(self.max_gen_len >= 1, "max_gen_len", "at least 1 token is needed.")
+        self._need(
+            self.max_seq_len > self.max_gen_len,
+            "max_seq_len",
+            f"must be larger than max_gen_len={self.max_gen_len}, so that some of the prompt fits.",
         )
         if self.memory_budget is not None:
             parse_size(self.memory_budget)
+
+
+@dataclass
+class AlignConfig(CausalConfig):
+    """The fields of `exo-fast align`. Raises InputError for a value that cannot work, naming it and the fix."""
+
+    # Model
+    ref_name_or_path: str | None = _field(
+        None,
+        "The reference model. Default: the policy as it is before training (with LoRA, its adapters off).",
+    )
+    disable_dropout: bool = _field(
+        True, "Train without dropout, which would put noise between the policy and its reference."
+    )
+
+    # Data
+    data: str | None = _field(
+        None,
+        "Training data: a .json, .jsonl or .parquet file, a directory with train.* (and test.*), a dataset saved by "
+        "save_to_disk, or a name of the registry (hh/pref:PATH). Rows: prompt, completions, rewards; or prompt, "
+        "chosen, rejected.",
+    )
+
+    # Loss
+    loss_type: Literal["exo-pref", "exo-rw", "dpo-pref", "dpo-rw"] = _field(
+        "exo-pref", "EXO (reverse KL) or DPO (forward KL); the best candidate or the rewards as target."
+    )
+    num_contrastive: int | None = _field(
+        None, "Candidates per group; must divide the candidates of each prompt. Default: all of them."
+    )
+    beta_pi: float = _field(0.1, "Weight of the log-ratio: the policy's implicit reward is beta_pi * log-ratio.")
+    beta_r: float = _field(0.1, "Temperature of the given rewards in exo-rw and dpo-rw.")
+    label_smoothing: float | None = _field(
+        None,
+        "Target mass on the candidates that are not the best, in exo-pref and dpo-pref. Default: 1e-3 and 0.",
+    )
+    temperature: float = _field(1.0, "Sampling temperature of the candidates; both models' logits are divided by it.")
+
+    # Speed and memory
+    share_prompt: Literal["auto", "off"] = _field(
+        "auto", "Run each prompt once for all its candidates where the model can; off: one row per candidate."
+    )
+    reference_cache_dir: str = _field(
+        "~/.cache/exo_fast/reference",
+        "Where reference log-probs are kept, under a hash of what they depend on.",
+    )
+
+    # Other defaults
+    output_dir: str | None = _field("runs/align", "Where the model, checkpoints, logs and summary.json are written.")
+    learning_rate: float = _field(1e-6, "The initial learning rate.")
+    per_device_train_batch_size: int = _field(8, "Groups (a prompt and its candidates) per device and micro-batch.")
+    per_device_eval_batch_size: int = _field(8, "Groups per device in evaluation and the reference pass.")
+
+    field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "model": (
+            "model_name_or_path",
+            "ref_name_or_path",
+            "attn_implementation",
+            "disable_dropout",
+            "trust_remote_code",
+        ),
+        "data": CausalConfig.field_groups["data"],
+        "loss": ("loss_type", "num_contrastive", "beta_pi", "beta_r", "label_smoothing", "temperature"),
+        **TRAINING_GROUPS,
+        "speed and memory": ("share_prompt", *CausalConfig.field_groups["speed and memory"], "reference_cache_dir"),
+    }
+    model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path", "ref_name_or_path")
+    description: ClassVar[str] = """\
+Align a language model by EXO or DPO on K candidate completions per prompt.
+
+Every field may stand in a YAML recipe (--config) and on the command line, which wins. The same command continues a
+run that was interrupted."""
+    examples: ClassVar[str] = """\
+examples:
+  exo-fast align --model_name_or_path models/sft --data data/rw --loss_type exo-rw --output_dir runs/exo-rw
+  exo-fast align --config recipes/align.yaml
+  exo-fast align --config recipes/align.yaml --loss_type dpo-rw --num_contrastive 4 --output_dir runs/dpo-rw
+  exo-fast align --model_name_or_path models/sft --data data/rw --lora_r 16 --learning_rate 1e-4
+  torchrun --nproc-per-node 2 -m exo_fast.training.cli align --config recipes/align.yaml --zero_stage 3
+  deepspeed --module exo_fast.training.cli align --config recipes/align.yaml
+  tensorboard --logdir runs/align
+"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_smoothing is None:
+            self.label_smoothing = default_label_smoothing(self.loss_type)
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        need = self._need
+        need(
+            self.num_contrastive is None or self.num_contrastive >= 2,
+            "num_contrastive",
+            "at least 2 candidates are compared.",
+        )
+        for name in ("beta_pi", "beta_r", "temperature"):
+            need(getattr(self, name) > 0, name, "a positive number is needed.")
+        if self.label_smoothing is not None:
+            need(
+                self.loss_type.endswith("-pref"),
+                "label_smoothing",
+                f"{self.loss_type} takes its targets from rewards.",
+            )
+            need(0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1) is needed.")
+            need(
+                self.label_smoothing > 0 or self.loss_type == "dpo-pref",
+                "label_smoothing",
+                "exo-pref needs more than 0, because it takes the logarithm of every target (default 1e-3).",
+            )
 
 
 def parse_size(text: str) -> int:

@@ -1,7 +1,7 @@
-"""The module that the engine trains: a causal LM and the fused loss in one forward.
+"""The modules that the engine trains: a model and its loss in one forward.
 
-The loss reads the lm_head's weight without calling the lm_head, and DeepSpeed ZeRO-3 has a parameter in one
-piece only inside the forward of a module it belongs to. So the loss is part of a module that owns the model
+The fused losses read the lm_head's weight without calling the lm_head, and DeepSpeed ZeRO-3 has a parameter in
+one piece only inside the forward of a module it belongs to. So the loss is part of a module that owns the model
 and registers the head as its own (`register_head`); engines that work through a module's forward (DDP's
 reducer, autocast, gradient hooks) then see nothing unusual. Reading `lm_head.weight` from a trainer's
 compute_loss instead is what broke others.
@@ -22,14 +22,98 @@ from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
 from exo_fast.reference import sequence_logps
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
-from exo_fast.training.metrics import group_metrics
+from exo_fast.training.metrics import GROUP_METRICS, group_metrics
 
 logger = logging.get_logger(__name__)
 CHECKED_GROUPS = 4
 
 
-class AlignModule(nn.Module):
+class TrainedModule(nn.Module):
+    """A transformers model (or a PeftModel around one) inside a module whose forward is a loss.
+
+    `forward(**batch)` returns (loss, metrics (R, M)) in training, where the loss is the mean over the batch's R rows
+    by the batch's `weights` (R,), and (losses (R,), metrics (R, M)) in evaluation. What is saved and resumed is
+    `model`, under its own names.
+    """
+
+    metric_names: tuple[str, ...] = ()  # of the M columns
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype attention runs in: autocast's where it is on, else the weights'."""
+        device = self.model.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+
+    @property
+    def is_peft(self) -> bool:
+        return hasattr(self.model, "peft_config") and hasattr(self.model, "disable_adapter")
+
+    def register_head(self) -> None:
+        """Tell ZeRO-3 which parameters this module's own forward reads beside the model's; here none."""
+
+    # What transformers.Trainer asks of a model.
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.model.generation_config
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        unwrap(self.model).activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        unwrap(self.model).gradient_checkpointing_enable(**options)
+
+    def num_parameters(self, **options: Any) -> int:
+        return unwrap(self.model).num_parameters(**options)
+
+
+class CausalModule(TrainedModule):
+    """A causal LM that is run on packed batches, and whose head is read by the fused losses."""
+
+    def __init__(self, model: nn.Module, plan: MaskPlan, *, memory_budget: int | None, backend: str):
+        super().__init__(model)
+        self.plan = plan
+        self.kernel_options = {"memory_budget": memory_budget, "backend": backend}
+
+    def predicting_hidden(self, packed: Packed) -> Tensor:
+        """(N, D): the hidden state that predicts each completion token."""
+        inputs = model_inputs(
+            packed,
+            self.plan,
+            dtype=self.compute_dtype,
+            device=packed.input_ids.device,
+            attn_implementation=self.config._attn_implementation,
+        )
+        hidden = final_hidden(self.model, **inputs)
+        return hidden.reshape(-1, hidden.shape[-1])[packed.source]
+
+    def register_head(self) -> None:
+        """Tell ZeRO-3 that this module's forward needs the head; without partitioned parameters, nothing."""
+        head = read_head(self.model)
+        for parameter in (head.weight, head.bias):
+            if hasattr(parameter, "ds_id"):
+                import deepspeed
+
+                deepspeed.zero.register_external_parameter(self, parameter)
+
+
+def packed_batch(batch: dict[str, Any]) -> Packed:
+    """The packed rows among a collator's tensors."""
+    return Packed(**{field.name: torch.as_tensor(batch[field.name]) for field in fields(Packed)})
+
+
+class AlignModule(CausalModule):
     """A policy (a transformers causal LM, or a PeftModel around one) whose forward is the loss of a packed batch."""
+
+    metric_names = GROUP_METRICS
 
     def __init__(
         self,
@@ -44,9 +128,7 @@ class AlignModule(nn.Module):
         memory_budget: int | None,
         backend: str,
     ):
-        super().__init__()
-        self.policy = policy
-        self.plan = plan
+        super().__init__(policy, plan, memory_budget=memory_budget, backend=backend)
         self.beta_pi = beta_pi
         self.temperature = temperature
         self.loss_options = {
@@ -55,7 +137,10 @@ class AlignModule(nn.Module):
             "beta_r": beta_r,
             "label_smoothing": label_smoothing,
         }
-        self.kernel_options = {"memory_budget": memory_budget, "backend": backend}
+
+    @property
+    def policy(self) -> nn.Module:
+        return self.model
 
     def forward(
         self, *, check: list[Group] | None = None, reference: bool = False, **batch: Tensor
@@ -69,10 +154,10 @@ class AlignModule(nn.Module):
         """
         if check is not None:
             return (check_sharing(self.policy, check, self.plan),)
-        packed = Packed(**{field.name: torch.as_tensor(batch[field.name]) for field in fields(Packed)})
+        packed = packed_batch(batch)
         with self.adapters_off() if reference else nullcontext():
             head = read_head(self.policy)
-            hidden = self._predicting_hidden(packed)
+            hidden = self.predicting_hidden(packed)
         logits = {"bias": head.bias, "scale": head.scale / self.temperature, "softcap": head.softcap}
         if self.training and not reference:
             loss, policy_logps = linear_group_loss(
@@ -94,61 +179,11 @@ class AlignModule(nn.Module):
         losses = group_loss(policy_logps, batch["ref_logps"], batch["rewards"], **self.loss_options, reduction="none")
         return losses, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
 
-    def _predicting_hidden(self, packed: Packed) -> Tensor:
-        """(N, D): the hidden state that predicts each completion token."""
-        inputs = model_inputs(
-            packed,
-            self.plan,
-            dtype=self.compute_dtype,
-            device=packed.input_ids.device,
-            attn_implementation=self.config._attn_implementation,
-        )
-        hidden = final_hidden(self.policy, **inputs)
-        return hidden.reshape(-1, hidden.shape[-1])[packed.source]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype attention runs in: autocast's where it is on, else the weights'."""
-        device = self.policy.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.policy.dtype
-
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
         """The policy as it was before PEFT; nothing for a policy that is trained in full."""
         with self.policy.disable_adapter() if self.is_peft else nullcontext():
             yield
-
-    @property
-    def is_peft(self) -> bool:
-        return hasattr(self.policy, "peft_config") and hasattr(self.policy, "disable_adapter")
-
-    def register_head(self) -> None:
-        """Tell ZeRO-3 that this module's forward needs the head; without partitioned parameters, nothing."""
-        head = read_head(self.policy)
-        for parameter in (head.weight, head.bias):
-            if hasattr(parameter, "ds_id"):
-                import deepspeed
-
-                deepspeed.zero.register_external_parameter(self, parameter)
-
-    # What transformers.Trainer asks of a model.
-
-    @property
-    def config(self) -> Any:
-        return self.policy.config
-
-    @property
-    def generation_config(self) -> Any:
-        return self.policy.generation_config
-
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        unwrap(self.policy).activation_checkpointing_enable(**options)
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        unwrap(self.policy).gradient_checkpointing_enable(**options)
-
-    def num_parameters(self, **options: Any) -> int:
-        return unwrap(self.policy).num_parameters(**options)
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exo_fast import reference
 from exo_fast.layout import SharingReport
-from exo_fast.training.align import align, load_model, make_module, read_data, tokenize_data
+from exo_fast.training.align import align, make_module, read_data, tokenize_data
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.deepspeed import deepspeed_config
 from exo_fast.training.errors import InputError
 from exo_fast.training.metrics import GROUP_METRICS
 from exo_fast.training.module import AlignModule
+from exo_fast.training.training_stage import find_splits, load_causal_lm
 
 Settings = Callable[..., dict[str, Any]]
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
@@ -47,8 +48,8 @@ def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], a
 def module_and_data(settings: dict[str, Any], split: str = "train") -> tuple[AlignModule, GroupDataset]:
     config = AlignConfig(**settings)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    dataset = tokenize_data(config, read_data(config), tokenizer)[split]
-    return make_module(config, load_model(config, config.model_name_or_path)), dataset
+    dataset = tokenize_data(config, read_data(config, find_splits(config)), tokenizer)[split]
+    return make_module(config, load_causal_lm(config, config.model_name_or_path)), dataset
 
 
 def log_history(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -223,7 +224,7 @@ def test_lora_reference_is_the_model_with_adapters_off(settings: Settings, tmp_p
     batch = GroupCollator(pad_token_id=2)([data[i] for i in range(4)])
     with torch.no_grad():
         base = module.eval()(reference=True, **batch)[0]
-        module.policy = PeftModel.from_pretrained(module.policy, options["output_dir"])
+        module.model = PeftModel.from_pretrained(module.policy, options["output_dir"])
         module.eval()
         torch.testing.assert_close(module(reference=True, **batch)[0], base, atol=0, rtol=0)
         batch["ref_logps"] = base
@@ -245,7 +246,7 @@ def test_evaluation_averages_over_groups_whatever_the_batches(settings: Settings
         module.eval()
         batch = GroupCollator(pad_token_id=2)([data[i] for i in range(5)])
         batch["ref_logps"] = module(reference=True, **batch)[0]
-        module.policy = AutoModelForCausalLM.from_pretrained(options["output_dir"])
+        module.model = AutoModelForCausalLM.from_pretrained(options["output_dir"])
         losses, metrics = module.eval()(**batch)
     assert found["eval_loss"] == pytest.approx(losses.mean().item(), abs=1e-4)
     for name, value in zip(GROUP_METRICS, metrics.mean(0).tolist(), strict=True):
@@ -324,8 +325,11 @@ def test_what_resuming_may_mean(settings: Settings) -> None:
     with pytest.raises(InputError, match="no checkpoint in output_dir"):
         run({**options, "resume_from_checkpoint": "true"})
     assert run({**options, "resume_from_checkpoint": "auto"})["resumed_from"] is None
-    with pytest.raises(InputError, match="holds an earlier run; continue it with --resume_from_checkpoint auto"):
-        run(options)
+    assert run(options)["steps"] == 4  # the same settings, finished: its summary
+    with pytest.raises(InputError, match=r"holds an earlier run with other settings \(beta_pi: 0.1 then, 0.2 now\)"):
+        run({**options, "beta_pi": 0.2})
+    with pytest.raises(InputError, match="holds an earlier run; choose another output_dir"):
+        run({**options, "resume_from_checkpoint": "false"})
     longer = run({**options, "resume_from_checkpoint": "true", "num_train_epochs": 2})
     assert longer["resumed_from"].endswith("checkpoint-4")
     assert longer["steps"] == 8

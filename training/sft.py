@@ -1,0 +1,149 @@
+"""The stage `exo-fast sft`: supervised fine-tuning on the completions of `prompt, chosen`.
+
+The loss is the mean negative log-prob of the completion's tokens (with EOS) over the global batch, through the same
+fused head as alignment: no (tokens, vocabulary) logits, however long the sequences are.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from exo_fast.head import read_head
+from exo_fast.layout import plan_mask
+from exo_fast.logprobs import linear_logprobs
+from exo_fast.reference import sequence_logps
+from exo_fast.training.config import CausalConfig, _field
+from exo_fast.training.data.examples import load_sft
+from exo_fast.training.data.groups import GroupDataset, SftCollator, tokenize
+from exo_fast.training.module import CausalModule, packed_batch
+from exo_fast.training.trainer import StageTrainer
+from exo_fast.training.training_stage import (
+    add_lora,
+    begin,
+    check_fits_model,
+    find_splits,
+    from_pretrained,
+    load_causal_lm,
+    losses_line,
+    perplexity,
+    table,
+    train,
+    training_scope,
+)
+
+
+@dataclass
+class SftConfig(CausalConfig):
+    """The fields of `exo-fast sft`. Raises InputError for a value that cannot work, naming it and the fix."""
+
+    data: str | None = _field(
+        None,
+        "Training data: a .json, .jsonl or .parquet file, a directory with train.* (and test.*), a dataset saved by "
+        "save_to_disk, or a name of the registry (imdb/sft:PATH). Rows: prompt, chosen; or conversations.",
+    )
+    output_dir: str | None = _field("runs/sft", "Where the model, checkpoints, logs and summary.json are written.")
+
+    description: ClassVar[str] = """\
+Fine-tune a language model on prompts and their chosen completions; the loss is on the completions only.
+
+Every field may stand in a YAML recipe (--config) and on the command line, which wins. The same command continues a
+run that was interrupted."""
+    examples: ClassVar[str] = """\
+examples:
+  exo-fast sft --model_name_or_path models/base --data data/sft --output_dir models/sft
+  exo-fast sft --model_name_or_path models/base --data imdb/sft:aclImdb --num_train_epochs 5 --bf16
+  exo-fast sft --model_name_or_path models/base --data chats.jsonl --lora_r 16 --learning_rate 1e-4
+  torchrun --nproc-per-node 2 -m exo_fast.training.cli sft --config sft.yaml --zero_stage 3
+"""
+
+
+class SftModule(CausalModule):
+    """A causal LM whose forward is the mean negative log-prob of completion tokens, in nats."""
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        """`batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)), in evaluation ((R,), (R, 0))."""
+        packed = packed_batch(batch)
+        head = read_head(self.model)
+        token_logps = linear_logprobs(
+            self.predicting_hidden(packed),
+            head.weight,
+            packed.targets,
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            **self.kernel_options,
+        )
+        no_metrics = token_logps.new_empty(len(batch["weights"]), 0)
+        if self.training:
+            return -token_logps.mean(), no_metrics
+        sums = sequence_logps(token_logps, packed.cu_seqlens.to(token_logps.device))
+        return -sums / batch["weights"], no_metrics
+
+
+def sft(config: SftConfig) -> dict[str, Any]:
+    """Fine-tune `config.model_name_or_path` on `config.data`; writes to `config.output_dir` and returns what `align`
+    does. Raises InputError, before any training, for data, models or directories that cannot work."""
+    checkpoint, finished = begin(config)
+    if finished is not None:
+        return finished
+    sources = find_splits(config)
+    tokenizer = from_pretrained(AutoTokenizer, config, config.model_name_or_path)
+    examples = {name: load_sft(source, tokenizer=tokenizer) for name, source in sources.items()}
+    datasets = {
+        name: tokenize(
+            rows,
+            tokenizer,
+            num_contrastive=1,
+            max_seq_len=config.max_seq_len,
+            max_gen_len=config.max_gen_len,
+            description=f"tokenising ({name})",
+            progress=config.process_index == 0 and not config.disable_tqdm,
+        )
+        for name, rows in examples.items()
+    }
+    check_fits_model(
+        config,
+        longest=max(data.counts.longest_sequence for data in datasets.values()),
+        largest_id=max(int(max(data.prompt_ids.max(), data.completion_ids.max())) for data in datasets.values()),
+    )
+    if config.process_index == 0:
+        print(data_table(datasets, config), flush=True)
+    with training_scope(config):
+        model = add_lora(config, load_causal_lm(config, config.model_name_or_path), "CAUSAL_LM")
+        options = {"memory_budget": config.memory_budget_bytes, "backend": config.backend}
+        module = SftModule(model, plan_mask(model.config), **options)
+        trainer = StageTrainer(module, config, datasets, tokenizer, SftCollator(tokenizer.eos_token_id))
+        return train(
+            trainer,
+            config,
+            checkpoint,
+            about=lambda: {"data": {name: asdict(dataset.counts) for name, dataset in datasets.items()}},
+            closing=_closing_lines,
+        )
+
+
+def data_table(datasets: dict[str, GroupDataset], config: SftConfig) -> str:
+    """What will be trained on, as aligned lines."""
+    counts = [dataset.counts for dataset in datasets.values()]
+    lines = table(
+        [
+            ("", list(datasets)),
+            ("examples", [c.examples for c in counts]),
+            ("prompt tokens", [c.prompt_tokens for c in counts]),
+            ("completion tokens", [c.completion_tokens for c in counts]),
+            ("longest sequence", [c.longest_sequence for c in counts]),
+            (f"prompts cut to fit {config.max_seq_len}", [c.cut_prompts for c in counts]),
+            (f"completions cut to {config.max_gen_len}", [c.cut_completions for c in counts]),
+        ]
+    )
+    return lines if "eval" in datasets else f"{lines}\nno held-out data: nothing is evaluated"
+
+
+def _closing_lines(summary: dict[str, Any]) -> str:
+    keys = {"train": "loss", "eval": "eval_loss"}
+    return "\n".join(
+        f"{losses_line(summary, name)} nats a token, perplexity {perplexity(metrics['last'][keys[name]]):.2f}"
+        for name, metrics in summary["metrics"].items()
+    )

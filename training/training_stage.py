@@ -1,0 +1,365 @@
+"""What the training stages have in common: `begin`, the loading of models, `training_scope`, and `train`.
+
+A stage (align, sft, reward_model, classifier) reads from top to bottom as: begin, read data, load the tokenizer and the
+model, build a module and a trainer, train. The same command given again finishes what was interrupted: the settings
+that decide the result are kept in the output directory, so that continuing and mistaking are told apart.
+"""
+
+import json
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_utils import IntervalStrategy
+
+from exo_fast.head import read_head
+from exo_fast.training.config import TrainConfig
+from exo_fast.training.data.records import Source, find_source
+from exo_fast.training.deepspeed import start_on_cpu
+from exo_fast.training.errors import InputError
+from exo_fast.training.trainer import StageTrainer
+
+VERSIONS = ("exo_fast", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
+SETTINGS = "settings.json"
+# Fields that say where, how fast or how loud a run is, and not what it gives.
+INCIDENTAL = {"output_dir", "resume_from_checkpoint", "reference_cache_dir", "use_cpu", "local_rank", "report_to"}
+INCIDENTAL |= {
+    "disable_tqdm",
+    "log_level",
+    "log_level_replica",
+    "logging_first_step",
+    "deepspeed",
+    "project",
+    "run_name",
+}
+INCIDENTAL_PREFIXES = ("hub_", "push_to_hub", "dataloader_", "logging_", "trackio_")
+
+
+# Starting, continuing, or having finished
+
+
+def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
+    """Seed everything, and say what `config.output_dir` holds: (checkpoint to continue from, finished summary).
+
+    Both None: start anew. Raises InputError, before any work, for a directory that another run's results are in.
+    """
+    set_seed(config.seed)
+    checkpoint, summary = _found(config)
+    if config.process_index == 0:
+        if summary is not None:
+            print(f"{config.output_dir}: this run is finished; nothing to do", flush=True)
+        elif checkpoint is not None:
+            print(f"continuing from {checkpoint}", flush=True)
+    if config.world_size > 1:
+        torch.distributed.barrier()  # before the first process writes what the others look for
+    if summary is None and config.process_index == 0:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(config.output_dir, "summary.json").unlink(missing_ok=True)
+        Path(config.output_dir, SETTINGS).write_text(json.dumps(settings_of(config), indent=1) + "\n")
+    return checkpoint, summary
+
+
+def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
+    output = Path(config.output_dir)
+    wish = (config.resume_from_checkpoint or "same").lower()
+    last = last_checkpoint(output, config.world_size)
+    if wish in ("auto", "true"):
+        if wish == "true" and last is None:
+            raise InputError(
+                f"resume_from_checkpoint={config.resume_from_checkpoint!r}: no checkpoint in output_dir="
+                f"{config.output_dir!r}; use auto to start anew where there is none."
+            )
+        return last, None
+    if wish not in ("same", "false"):
+        if not Path(config.resume_from_checkpoint, "trainer_state.json").is_file():
+            raise InputError(
+                f"resume_from_checkpoint={config.resume_from_checkpoint!r}: no trainer_state.json there; "
+                "name a checkpoint-N directory, or use true or auto."
+            )
+        return config.resume_from_checkpoint, None
+    finished = (output / "summary.json").is_file()
+    if not finished and last is None:
+        return None, None
+    if wish == "same" and (output / SETTINGS).is_file():
+        differences = _differences(json.loads((output / SETTINGS).read_text()), settings_of(config))
+        if not differences:
+            return (None, json.loads((output / "summary.json").read_text())) if finished else (last, None)
+        problem = f"holds an earlier run with other settings ({differences})"
+    else:
+        problem = "holds an earlier run"
+    raise InputError(
+        f"output_dir={config.output_dir!r}: {problem}; choose another output_dir, remove this one, or continue from "
+        "its last checkpoint with these settings: --resume_from_checkpoint auto."
+    )
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The fields that decide a run's result, as JSON would give them back."""
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
+    }
+    return json.loads(json.dumps(values, default=str))
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names[:5])
+
+
+def last_checkpoint(output_dir: Path, world_size: int) -> str | None:
+    """The checkpoint-N of the highest N that was written to its end and can be continued from; None without one."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(numbered, key=lambda path: -int(path.name.split("-")[-1])):
+        # trainer_state.json is the last file that the first process writes; each process writes its random state.
+        states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if all((path / name).is_file() for name in states):
+            return str(path)
+    return None
+
+
+# Data
+
+
+def find_splits(config: TrainConfig) -> dict[str, Source]:
+    """The data to train on and, where there is any, to evaluate on: {"train": …, "eval": …}."""
+    sources = {"train": find_source(config.data, "train")}
+    if sources["train"] is None:
+        raise InputError(f"data={config.data!r}: the directory holds no train.json, train.jsonl or train.parquet.")
+    if config.eval_data is not None:
+        held_out = find_source(config.eval_data, "eval") or find_source(config.eval_data, "train")
+        if held_out is None:
+            raise InputError(f"eval_data={config.eval_data!r}: the directory holds no test.json, .jsonl or .parquet.")
+        sources["eval"] = held_out
+    elif not Path(config.data).expanduser().is_file():
+        held_out = find_source(config.data, "eval")
+        if held_out is not None:
+            sources["eval"] = held_out
+    if "eval" not in sources:
+        config.eval_strategy, config.do_eval = IntervalStrategy.NO, False
+    return sources
+
+
+def table(rows: list[tuple[str, list[Any]]]) -> str:
+    """Aligned lines: a name, and a cell for each split."""
+    return "\n".join(
+        f"{name:<32}" + "".join(f"{cell:>14,}" if isinstance(cell, int) else f"{cell:>14}" for cell in cells)
+        for name, cells in rows
+    )
+
+
+def check_fits_model(config: TrainConfig, *, longest: int, largest_id: int) -> None:
+    """Raises InputError when the model has no position for the longest sequence, or no embedding for an id."""
+    model_config = from_pretrained(AutoConfig, config, config.model_name_or_path).get_text_config()
+    limit, vocabulary = getattr(model_config, "max_position_embeddings", None), model_config.vocab_size
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"max_seq_len={config.max_seq_len}: the longest sequence has {longest} tokens, and the model "
+            f"positions for {limit}; set max_seq_len to at most {limit}."
+        )
+    if largest_id >= vocabulary:
+        raise InputError(
+            f"model_name_or_path={config.model_name_or_path!r}: its tokenizer gives id {largest_id} and its "
+            f"vocabulary has {vocabulary}; the tokenizer belongs to another model, or the model's "
+            "embeddings were not resized."
+        )
+
+
+# Models
+
+
+def from_pretrained(auto_class: Any, config: Any, name_or_path: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained` with errors that a user can act on (InputError)."""
+    if Path(name_or_path, "adapter_config.json").is_file():
+        raise InputError(
+            f"{name_or_path!r}: a LoRA adapter, where a whole model is needed; merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)."
+        )
+    try:
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name_or_path!r}: cannot be loaded as {auto_class.__name__}; a directory with a model and its tokenizer, "
+            f"or the name of one on the Hub, is needed. {reason}"
+        ) from error
+
+
+def load_causal_lm(config: TrainConfig, name_or_path: str) -> nn.Module:
+    """A causal LM in the dtype the engine trains, with a head that the fused losses can read."""
+    model = from_pretrained(AutoModelForCausalLM, config, name_or_path, **model_options(config))
+    try:
+        read_head(model)
+    except ValueError as error:
+        raise InputError(f"{name_or_path}: {error}") from error
+    if config.disable_dropout:
+        switch_off_dropout(model)
+    return model
+
+
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """Options of from_pretrained. DeepSpeed keeps float32 copies of bf16 weights; autocast does not."""
+    attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    bf16 = config.bf16 and config.engine == "deepspeed"
+    return {"dtype": torch.bfloat16 if bf16 else torch.float32, **attention}
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Dropout layers, and the rates that attention modules hand to a function; the model's config stays as it is."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def add_lora(config: TrainConfig, model: nn.Module, task_type: str) -> nn.Module:
+    """`model` with the adapters that `config` asks for; `task_type` is one of PEFT's (CAUSAL_LM, SEQ_CLS)."""
+    if config.lora_r == 0:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or "all-linear",
+        task_type=task_type,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise InputError(f"lora_target_modules={config.lora_target_modules!r}: {error}") from error
+
+
+# Surroundings
+
+
+@contextmanager
+def training_scope(config: TrainConfig) -> Iterator[None]:
+    """The precision of products and DeepSpeed's global configuration, for this run and no later one."""
+    with _matmul_precision(config), _deepspeed_scope(config):
+        yield
+
+
+@contextmanager
+def _matmul_precision(config: TrainConfig) -> Iterator[None]:
+    """Products of float32 matrices in `config.matmul_precision`, for the time of the context."""
+    backend = torch.backends.mkldnn.matmul if config.device.type == "cpu" else torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    if config.matmul_precision != "ieee":  # ieee is torch's default, and setting it forbids older switches
+        backend.fp32_precision = config.matmul_precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+@contextmanager
+def _deepspeed_scope(config: TrainConfig) -> Iterator[None]:
+    """transformers' global DeepSpeed configuration (ZeRO-3 loads weights in shards), for this run and no later one."""
+    if config.engine == "deepspeed":
+        set_hf_deepspeed_config(config.hf_deepspeed_config)
+        if config.device.type == "cpu":
+            start_on_cpu()
+    else:
+        unset_hf_deepspeed_config()
+    with warnings.catch_warnings():
+        # Names that torch and transformers changed and DeepSpeed and PEFT still use, in every step.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+
+
+def train(
+    trainer: StageTrainer,
+    config: TrainConfig,
+    checkpoint: str | None,
+    *,
+    about: Callable[[], dict[str, Any]],
+    closing: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Train (from `checkpoint`), save, evaluate, and write summary.json; returns the summary.
+
+    `about()` gives the stage's own entries of the summary, and `closing(summary)` a line or more for the terminal.
+    """
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if trainer.eval_dataset is not None and not _evaluated_at(trainer.state.log_history, trainer.state.global_step):
+        trainer.evaluate()
+    trainer.save_state()
+    summary = {
+        "config": config.to_dict(),
+        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "device": str(config.device),
+        "processes": config.world_size,
+        **about(),
+        "resumed_from": checkpoint,
+        "steps": trainer.state.global_step,
+        "metrics": _first_and_last(trainer.state.log_history),
+        "train_seconds": round(output.metrics["train_runtime"], 3),
+        "total_seconds": round(time.time() - config.started, 3),
+        **trainer.throughput(),
+    }
+    if config.process_index == 0:
+        target = Path(config.output_dir, "summary.json")
+        target.with_name(".summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+        target.with_name(".summary.json").replace(target)  # its presence says that the run is finished
+        seconds = summary["train_seconds"]
+        print(f"{summary['steps']} steps in {seconds:.0f} s; the model is in {config.output_dir}", flush=True)
+        print(closing(summary), flush=True)
+    if config.world_size > 1:
+        torch.distributed.barrier()
+    return summary
+
+
+def losses_line(summary: dict[str, Any], name: str) -> str:
+    """ "train: loss 1.2 -> 0.9" of one split of a summary."""
+    entries, key = summary["metrics"][name], "eval_loss" if name == "eval" else "loss"
+    return f"{name}: loss {entries['first'][key]:.4f} -> {entries['last'][key]:.4f}"
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss per token in nats; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _evaluated_at(history: list[dict[str, Any]], step: int) -> bool:
+    return any("eval_loss" in entry and entry["step"] == step for entry in history)
+
+
+def _first_and_last(history: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The first and last entries of the log that hold training metrics, and evaluation metrics."""
+    found = {}
+    for name, key in (("train", "loss"), ("eval", "eval_loss")):
+        entries = [entry for entry in history if key in entry]
+        if entries:
+            found[name] = {"first": entries[0], "last": entries[-1]}
+    return found
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
