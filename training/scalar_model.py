@@ -122,16 +122,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_seq_len: in
     Longer ones lose tokens on the left to fit `max_seq_len`, but keep BOS. Raises InputError for a text of no
     tokens.
     """
+    return [cut(ids, max_seq_len, tokenizer.bos_token_id) for ids in encode_whole(tokenizer, texts)]
+
+
+def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """What `encode` cuts."""
     rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-    for index, ids in enumerate(rows):
+    for text, ids in zip(texts, rows, strict=True):
         if not ids:
-            raise InputError(f"text {texts[index]!r}: no tokens; at least one is needed.")
-        end = len(ids)
-        while end > 1 and ids[end - 1] == tokenizer.eos_token_id:
-            end -= 1
-        kept = int(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id and max_seq_len > 1)
-        rows[index] = ids[:end] if end <= max_seq_len else ids[:kept] + ids[end - max_seq_len + kept : end]
+            raise InputError(f"text {text!r}: no tokens; at least one is needed.")
+        while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
     return rows
+
+
+def cut(ids: list[int], max_seq_len: int, bos_token_id: int | None) -> list[int]:
+    """At most `max_seq_len` of the tokens: the last ones, behind BOS where `ids` begins with it."""
+    if len(ids) <= max_seq_len:
+        return ids
+    kept = 1 if bos_token_id is not None and ids[0] == bos_token_id and max_seq_len > 1 else 0
+    return ids[:kept] + ids[len(ids) - max_seq_len + kept :]
 
 
 def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:

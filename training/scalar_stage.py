@@ -1,0 +1,200 @@
+"""What `exo-fast reward-model` and `exo-fast classifier` have in common, from the data to the saved model."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from exo_fast.training.config import TrainConfig, _field
+from exo_fast.training.errors import InputError
+from exo_fast.training.module import TrainedModule
+from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
+from exo_fast.training.scalar_module import RowCollator, RowDataset, tokenize_rows
+from exo_fast.training.trainer import StageTrainer
+from exo_fast.training.training_stage import (
+    add_lora,
+    begin,
+    check_fits_model,
+    find_splits,
+    from_pretrained,
+    model_options,
+    switch_off_dropout,
+    table,
+    train,
+    training_scope,
+)
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+@dataclass
+class ScalarConfig(TrainConfig):
+    """The fields of both stages. Raises InputError for a value that cannot work, naming it and the fix."""
+
+    max_seq_len: int = _field(512, "Longest text (prompt and completion), in tokens; longer ones are cut on the left.")
+    load_best_model_at_end: bool = _field(
+        False,
+        "Keep the checkpoint of the highest held-out accuracy, not the last, as the original does; needs checkpoints "
+        "where it evaluates: --save_strategy epoch (and --save_total_limit 1 to keep the best and the last only).",
+    )
+    metric_for_best_model: str | None = _field("accuracy", "What load_best_model_at_end compares: accuracy or loss.")
+
+    field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        **TrainConfig.field_groups,
+        "evaluation, logging, checkpoints": (
+            *TrainConfig.field_groups["evaluation, logging, checkpoints"],
+            "load_best_model_at_end",
+            "metric_for_best_model",
+        ),
+    }
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        if self.load_best_model_at_end:
+            self._need(
+                self.save_strategy == self.eval_strategy != "no",
+                "save_strategy",
+                f"load_best_model_at_end needs a checkpoint at each evaluation: give save_strategy the value of "
+                f"eval_strategy ({self.eval_strategy!r}), steps or epoch.",
+            )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """In what the two stages differ."""
+
+    module: type[TrainedModule]
+    row: str  # what a row of data is called
+    label: str  # what the logit is called in the model's config
+    problem_type: str  # transformers' name for how the logit is trained; its pipelines follow it
+
+
+class ScalarTrainer(StageTrainer):
+    """Saves a whole model at the end, also where adapters were trained: a scalar model is there to be loaded."""
+
+    def __init__(self, *args: Any, load: Callable[[], nn.Module], **kwargs: Any):
+        self._load = load  # the model as it was before it got adapters
+        super().__init__(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.model.is_peft and not _internal_call and self.args.should_save:
+            self._merge_adapter(Path(output_dir or self.args.output_dir))
+
+    def _merge_adapter(self, directory: Path) -> None:
+        from peft import PeftModel
+
+        unset_hf_deepspeed_config()  # with ZeRO-3 all processes would have to load together, into shards
+        try:
+            merged = PeftModel.from_pretrained(self._load(), directory).merge_and_unload()
+        finally:
+            if self.is_deepspeed_enabled:
+                set_hf_deepspeed_config(self.args.hf_deepspeed_config)
+        merged.save_pretrained(directory)
+        for name in ADAPTER_FILES:
+            (directory / name).unlink(missing_ok=True)
+
+
+def train_scalar(
+    config: ScalarConfig,
+    kind: Kind,
+    *,
+    load: Callable[..., list[Any]],
+    to_row: Callable[[Any], tuple[tuple[str, ...], float]],
+    held_out: Callable[[dict[str, float], RowDataset], dict[str, Any]],
+    closing: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Train `config.model_name_or_path` on the examples that `load(source, tokenizer=…)` gives; returns the summary.
+
+    `to_row` gives an example's texts and label. `held_out` turns the metrics of the model that is saved (without
+    "eval_") into `summary["held_out"]`, and `closing` that into the last line.
+    """
+    checkpoint, finished = begin(config)
+    if finished is not None:
+        return finished
+    tokenizer = pad_with_eos(from_pretrained(AutoTokenizer, config, config.model_name_or_path))
+    datasets = {}
+    for name, source in find_splits(config).items():
+        rows, labels = zip(*map(to_row, load(source, tokenizer=tokenizer)), strict=True)
+        datasets[name] = tokenize_rows(
+            list(rows),
+            list(labels),
+            tokenizer,
+            max_seq_len=config.max_seq_len,
+            description=f"tokenising ({name})",
+            progress=config.process_index == 0 and not config.disable_tqdm,
+        )
+    if config.load_best_model_at_end and "eval" not in datasets:
+        raise InputError("load_best_model_at_end=True: needs held-out data; set eval_data, or put test.json beside.")
+    counts = [data.counts for data in datasets.values()]
+    check_fits_model(
+        config, longest=max(c.longest_sequence for c in counts), largest_id=max(c.largest_id for c in counts)
+    )
+    if config.process_index == 0:
+        print(_data_table(datasets, kind, config.max_seq_len), flush=True)
+
+    def load_model() -> nn.Module:
+        model = load_scalar_model(
+            config.model_name_or_path,
+            trust_remote_code=config.trust_remote_code,
+            new_head=True,
+            **model_options(config),
+        )
+        model.config.problem_type = kind.problem_type
+        model.config.id2label, model.config.label2id = {0: kind.label}, {kind.label: 0}
+        return model
+
+    with training_scope(config):
+        model = load_model()
+        if config.disable_dropout:
+            switch_off_dropout(model)
+        module = kind.module(add_lora(config, model, "SEQ_CLS"))
+        collate = RowCollator(tokenizer.pad_token_id)
+        trainer = ScalarTrainer(module, config, datasets, tokenizer, collate, load=load_model)
+
+        def about() -> dict[str, Any]:
+            entries = {"data": {name: asdict(data.counts) for name, data in datasets.items()}}
+            if "eval" in datasets:
+                if config.load_best_model_at_end:
+                    trainer.evaluate()  # of the model that was loaded, not the last
+                metrics = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+                metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+                entries["held_out"] = {"loss": metrics["loss"], **held_out(metrics, datasets["eval"])}
+            return entries
+
+        return train(trainer, config, checkpoint, about=about, closing=closing)
+
+
+def accuracy_with_interval(metrics: dict[str, float], data: RowDataset) -> dict[str, Any]:
+    """`accuracy`, its 95% interval and the number of rows it is over, as entries of a summary."""
+    accuracy, n = metrics["accuracy"], len(data)
+    return {"accuracy": accuracy, "accuracy_95": wilson_interval(accuracy * n, n), "n": n}
+
+
+def wilson_interval(successes: float, trials: int) -> list[float]:
+    """[low, high] of the 95% Wilson score interval of a proportion; ties may count as half a success."""
+    z = 1.959963984540054
+    p = successes / trials
+    centre = p + z * z / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return [max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)]
+
+
+def _data_table(datasets: dict[str, RowDataset], kind: Kind, max_seq_len: int) -> str:
+    counts = [data.counts for data in datasets.values()]
+    lines = table(
+        [
+            ("", list(datasets)),
+            (kind.row, [c.rows for c in counts]),
+            ("tokens", [c.tokens for c in counts]),
+            ("longest sequence", [c.longest_sequence for c in counts]),
+            (f"texts cut to {max_seq_len}", [c.cut_texts for c in counts]),
+        ]
+    )
+    return lines if "eval" in datasets else f"{lines}\nno held-out data: nothing is evaluated"
