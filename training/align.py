@@ -43,7 +43,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         return finished
     sources = find_splits(config)
     tokenizer = from_pretrained(AutoTokenizer, config, config.model_name_or_path)
-    datasets = tokenize_data(config, read_data(config, sources), tokenizer)
+    datasets = tokenize_data(config, read_data(config, sources, tokenizer), tokenizer)
     check_groups_fit(config, datasets)
     if config.process_index == 0:
         print(data_table(datasets, config.max_seq_len, config.max_gen_len), flush=True)
@@ -71,9 +71,11 @@ def align(config: AlignConfig) -> dict[str, Any]:
 # Data
 
 
-def read_data(config: AlignConfig, sources: dict[str, Source]) -> dict[str, list[Example]]:
-    """The checked rows of each split."""
-    options = {"loss_type": config.loss_type, "num_contrastive": config.num_contrastive}
+def read_data(
+    config: AlignConfig, sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Example]]:
+    """The checked rows of each split; conversations become text through the tokenizer's chat template."""
+    options = {"loss_type": config.loss_type, "num_contrastive": config.num_contrastive, "tokenizer": tokenizer}
     return {name: load_examples(source, **options) for name, source in sources.items()}
 
 

@@ -48,7 +48,7 @@ def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], a
 def module_and_data(settings: dict[str, Any], split: str = "train") -> tuple[AlignModule, GroupDataset]:
     config = AlignConfig(**settings)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    dataset = tokenize_data(config, read_data(config, find_splits(config)), tokenizer)[split]
+    dataset = tokenize_data(config, read_data(config, find_splits(config), tokenizer), tokenizer)[split]
     return make_module(config, load_causal_lm(config, config.model_name_or_path)), dataset
 
 
