@@ -72,7 +72,7 @@ def load_examples(
             _check_ties(example, group_size, loss_type)
         return example
 
-    return collect(source, read_records(source), convert)
+    return collect(source, read_records(source, tokenizer), convert)
 
 
 def load_pairs(source: Source, *, tokenizer: Tokenizer = None) -> list[Example]:
@@ -100,7 +100,7 @@ def load_pairs(source: Source, *, tokenizer: Tokenizer = None) -> list[Example]:
             None if ids is None else [ids[best], ids[worst]],
         )
 
-    pairs = collect(source, read_records(source), convert)
+    pairs = collect(source, read_records(source, tokenizer), convert)
     if not pairs:
         raise InputError(f"{source}: the candidates of every row have equal rewards; there is nothing to prefer.")
     if ties and os.environ.get("RANK", "0") == "0":
@@ -128,7 +128,7 @@ def load_sft(source: Source, *, tokenizer: Tokenizer = None) -> list[Example]:
         name = "completion" if "completion" in record and "chosen" not in record else "chosen"
         return Example(place, prompt, [_text(record, name)], [0.0])
 
-    return collect(source, read_records(source), convert)
+    return collect(source, read_records(source, tokenizer), convert)
 
 
 def load_samples(source: Source, *, tokenizer: Tokenizer = None) -> list[Example]:
@@ -150,11 +150,11 @@ def load_samples(source: Source, *, tokenizer: Tokenizer = None) -> list[Example
         rewards = _rewards(record, completions) if "rewards" in record else []
         return Example(place, prompt, completions, rewards, ids)
 
-    return collect(source, read_records(source), convert)
+    return collect(source, read_records(source, tokenizer), convert)
 
 
 def load_texts(source: Source, *, tokenizer: Tokenizer = None) -> list[Text]:
-    """Texts with their class. Raises InputError as load_examples does. (No conversations: `tokenizer` is not used.)"""
+    """Texts with their class. Raises InputError as load_examples does."""
 
     def convert(place: Place, record: Any) -> Text:
         record = _as_text(record, tokenizer)
@@ -163,7 +163,7 @@ def load_texts(source: Source, *, tokenizer: Tokenizer = None) -> list[Text]:
             raise BadField("label", label, '"pos" or "neg" is needed (or 1 or 0, or true or false).')
         return Text(place, text, LABELS[label])
 
-    return collect(source, read_records(source), convert)
+    return collect(source, read_records(source, tokenizer), convert)
 
 
 def load_prompts(source: Source, *, tokenizer: Tokenizer = None) -> list[str]:
@@ -172,7 +172,7 @@ def load_prompts(source: Source, *, tokenizer: Tokenizer = None) -> list[str]:
     def convert(place: Place, record: Any) -> str:
         return _text(_as_text(record, tokenizer), "prompt", may_be_empty=True)
 
-    return list(dict.fromkeys(collect(source, read_records(source), convert)))
+    return list(dict.fromkeys(collect(source, read_records(source, tokenizer), convert)))
 
 
 def _as_text(record: Any, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -5,17 +5,32 @@ A record is whatever one row of the file holds; `examples.py` judges it. Every r
 are therefore decoded one element at a time: `json.load` forgets where an element stood.
 """
 
+from __future__ import annotations
+
+import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exo_fast.training.errors import InputError
 
-FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
-SPLIT_NAMES = {"train": ("train",), "eval": ("test", "validation", "eval")}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from exo_fast.training.data.registry import RawDataset
+
+FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
+SPLIT_NAMES = {
+    "train": ("train",),
+    "eval": ("test", "validation", "eval"),
+    "test": ("test", "validation", "eval"),
+}
 JSON_SPACE = " \t\n\r"
+DATASET_NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_-]+"
 
 
 @dataclass(frozen=True)
@@ -34,30 +49,45 @@ class Place:
 
 @dataclass(frozen=True)
 class Source:
-    """One split's data: a file, or a saved Hugging Face dataset (`dataset_split` names one in a DatasetDict)."""
+    """One split's data: a file, a saved Hugging Face dataset (`dataset_split` names one in a DatasetDict), or a dataset
+    of the registry (`raw`, of which `dataset_split` is "train" or "test")."""
 
     path: Path
     dataset_split: str | None = None
+    raw: RawDataset | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        return str(self.path) if self.dataset_split is None else f"{self.path}[{self.dataset_split}]"
+        name = str(self.path) if self.raw is None else str(self.raw)
+        return name if self.dataset_split is None else f"{name}[{self.dataset_split}]"
 
 
-def find_source(path: str | Path, split: str) -> Source | None:
-    """The data of `split` ("train" or "eval") under `path`; None when a directory holds no such split.
+def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Source | None:
+    """The data of `split` ("train", or "test", also called "eval") under `path`; None when there is no such split.
 
-    `path` is a file (.json, .jsonl, .parquet), a directory written by `Dataset.save_to_disk`, or a directory
-    with one file per split: train.* and test.* (or validation.*, eval.*). Raises InputError for a path that
-    is missing, of another kind, or ambiguous.
+    `path` is a file (.json, .jsonl, either with .gz, .parquet), a directory written by `Dataset.save_to_disk`, a
+    directory with one file per split: train.* and test.* (or validation.*, eval.*), or "NAME/KIND:PATH", a dataset of
+    the registry ("NAME/KIND" for one that needs no path; what is there as a path counts as a path). Those that cut
+    text by tokens use `tokenizer`, or the one that read_records is given. Raises InputError for a path that is missing,
+    of another kind, or ambiguous, and for a dataset that the registry does not have.
     """
+    text = str(path)
     path = Path(path).expanduser()
+    hint = ""
+    if not path.exists() and (found := re.fullmatch(rf"({DATASET_NAME})(?::(.*))?", text)):
+        from exo_fast.training.data.registry import known_names, nearest, open_dataset
+
+        hint = nearest(found[1])
+        if found[2] is not None or found[1] in known_names():
+            dataset = open_dataset(found[1], found[2], tokenizer=tokenizer)
+            name = "train" if split == "train" else "test"
+            return Source(dataset.path or Path(text), name, dataset) if name in dataset.splits() else None
     names = SPLIT_NAMES[split]
     if path.is_file():
-        if path.suffix not in FILE_SUFFIXES:
+        if not path.name.endswith(FILE_SUFFIXES):
             raise InputError(f"{path}: unknown kind of file; one of {', '.join(FILE_SUFFIXES)} is needed.")
         return Source(path)
     if not path.is_dir():
-        raise InputError(f"{path}: no such file or directory.")
+        raise InputError(f"{path}: no such file or directory{hint}.")
     if (path / "dataset_dict.json").is_file():
         available = json.loads((path / "dataset_dict.json").read_text())["splits"]
         return next((Source(path, name) for name in names if name in available), None)
@@ -72,27 +102,51 @@ def find_source(path: str | Path, split: str) -> Source | None:
     return None
 
 
-def read_records(source: Source) -> Iterator[tuple[Place, Any]]:
-    """Every record of the source with its place, in order. Raises InputError where the file cannot be read or
-    parsed."""
+def read_records(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[tuple[Place, Any]]:
+    """Every record of the source with its place, in order. `tokenizer` is for datasets of the registry that cut text
+    by tokens. Raises InputError where the file cannot be read or parsed."""
+    if source.raw is not None:
+        source.raw.tokenizer = source.raw.tokenizer or tokenizer
+        yield from source.raw.records(source.dataset_split)
+        return
+    for place, row in read_rows(source):
+        if isinstance(row, JsonLine):
+            try:
+                row = json.loads(row)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{place.file}, line {place.line}: not valid JSON: {error.msg}. The file must hold one JSON list, "
+                    "or one object on each line (JSONL)."
+                ) from error
+        yield place, row
+
+
+class JsonLine(str):
+    """A line of a JSONL file, not yet decoded: so that one that cannot be does not hide the next."""
+
+
+def read_rows(source: Source) -> Iterator[tuple[Place, Any]]:
+    """As read_records, for files and saved datasets; lines of JSONL come undecoded, as JsonLine."""
     if source.path.is_dir():
         yield from _read_saved_dataset(source)
     elif source.path.suffix == ".parquet":
         yield from _read_parquet(source.path)
     else:
         text = _read_text(source.path)
-        yield from (
-            _read_json_list(source.path, text)
-            if text.lstrip(JSON_SPACE)[:1] == "["
-            else _read_json_lines(source.path, text)
-        )
+        is_list = text.lstrip(JSON_SPACE)[:1] == "["
+        yield from _read_json_list(source.path, text) if is_list else _read_json_lines(source.path, text)
 
 
 def _read_text(path: Path) -> str:
     try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8-sig") as file:
+                return file.read()
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8.") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a readable gzip file: {error}; fetch it again.") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
 
@@ -126,21 +180,13 @@ def _read_json_list(path: Path, text: str) -> Iterator[tuple[Place, Any]]:
         raise fail(skip_space(position + 1), "text after the list's closing ]; one JSON list is needed")
 
 
-def _read_json_lines(path: Path, text: str) -> Iterator[tuple[Place, Any]]:
+def _read_json_lines(path: Path, text: str) -> Iterator[tuple[Place, JsonLine]]:
     row = 0
     # Not splitlines(): it also cuts at characters, such as U+2028, that may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: not valid JSON: {error.msg}. The file must hold one JSON list, or "
-                "one object on each line (JSONL)."
-            ) from error
-        yield Place(str(path), row, number), record
-        row += 1
+        if line.strip():
+            yield Place(str(path), row, number), JsonLine(line)
+            row += 1
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[Place, Any]]:
