@@ -210,15 +210,15 @@ def render(results: Results, summary: dict) -> str:
     end = results.evaluations[-1]
     for index, prompt in enumerate(results.prompts[:EXAMPLES_SHOWN]):
         cells = [f"{e.completions[index][0]} [{e.rewards[index][0]:+.2f}]" for e in (start, end)]
-        lines.append(f"| {_cell(prompt)} | {_cell(cells[0])} | {_cell(cells[1])} |")
+        lines.append(f"| {table_cell(prompt)} | {table_cell(cells[0])} | {table_cell(cells[1])} |")
     lines += ["", "## Settings", "", "| | |", "|---|---|"]
-    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in results.settings.items()]
+    lines += [f"| {table_cell(name)} | {table_cell(value)} |" for name, value in results.settings.items()]
     lines += ["", "## Time", "", "| stage | seconds |", "|---|---|"]
     lines += [f"| {name} | {f'{value:.0f}' if value else 'reused'} |" for name, value in results.seconds.items()]
     return "\n".join([*lines, ""])
 
 
-def _cell(text: str) -> str:
+def table_cell(text: str) -> str:
     """Text that cannot break a markdown table, nor be read as markup."""
     text = " ".join(text.split()).replace("\\", "\\\\")
     for mark in "|*_`<>[]#":
@@ -226,7 +226,8 @@ def _cell(text: str) -> str:
     return text
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side, with a light grid."""
     # Not pyplot: it keeps global state and looks for a display.
     figure = Figure(figsize=(4.6 * columns, 3.6), layout="constrained", facecolor="white")
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
@@ -242,7 +243,7 @@ def _curve(history: list[dict[str, float]], name: str) -> tuple[list[float], lis
 
 
 def _plot_training(results: Results, path: Path) -> None:
-    figure, axes = _figure(3)
+    figure, axes = new_figure(3)
     panels = [
         ("loss", "loss"),
         ("group_accuracy", "best candidate ranked first"),
@@ -257,7 +258,7 @@ def _plot_training(results: Results, path: Path) -> None:
 
 
 def _plot_frontier(results: Results, path: Path) -> None:
-    figure, (axis,) = _figure(1)
+    figure, (axis,) = new_figure(1)
     points = [(*mean_and_error(e.log_ratios), *mean_and_error(e.rewards)) for e in results.evaluations]
     kl, kl_error, reward, reward_error = np.array(points).T
     axis.errorbar(kl, reward, xerr=kl_error, yerr=reward_error, color=BLUE, marker="o", capsize=2)
@@ -269,7 +270,7 @@ def _plot_frontier(results: Results, path: Path) -> None:
 
 
 def _plot_prompts(results: Results, path: Path) -> None:
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     before, after = (results.evaluations[i].prompt_rewards() for i in (0, -1))
     left.scatter(before, after, s=16, color=BLUE, alpha=0.6, linewidths=0)
     ends = [min(before.min(), after.min()), max(before.max(), after.max())]

@@ -249,7 +249,7 @@ class Records:
 
     @contextmanager
     def lock(self) -> Iterator[int]:
-        """A lock that no two runs hold at once; whoever inherits the descriptor it gives, as stages do, holds it too."""
+        """A lock that no two runs hold at once. Who inherits the descriptor it gives, as stages do, holds it too."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("a+") as file:
             deadline = time.monotonic() + 5  # what a killed run left behind is on its way out

@@ -38,7 +38,7 @@ def check(cli_module: str, stages: list[dict[str, Any]], defaults: Mapping[str, 
         Path(folder, "smollm2").mkdir()
         for number, stage in enumerate(stages):
             try:
-                config_class = _config_class(table[stage["stage"]])
+                config_class = table[stage["stage"]].config_class()
                 names = [field.name for field in dataclasses.fields(config_class) if field.init]
                 for name in stage["options"]:
                     if name not in names:
@@ -63,10 +63,6 @@ def check(cli_module: str, stages: list[dict[str, Any]], defaults: Mapping[str, 
         if not any(name in taken for taken in fields.values()):
             return {"error": f"defaults: no stage of this recipe has a field {name!r}.", "fields": fields}
     return {"error": None, "fields": fields}
-
-
-def _config_class(stage: Any) -> type:
-    return getattr(importlib.import_module(stage.module), stage.config)
 
 
 def _nearest(name: str, names: list[str]) -> str:

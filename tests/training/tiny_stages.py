@@ -49,12 +49,13 @@ def make(config: MakeConfig) -> None:
 
 
 class Stage(NamedTuple):
-    module: str
     config: str | None
-    function: str
+
+    def config_class(self) -> type:
+        return MakeConfig
 
 
-STAGES: dict[str, Any] = {"make": Stage("tiny_stages", "MakeConfig", "make"), "show": Stage("tiny_stages", None, "")}
+STAGES: dict[str, Any] = {"make": Stage("MakeConfig"), "show": Stage(None)}
 
 if __name__ == "__main__":
     values = yaml.safe_load(Path(sys.argv[3]).read_text())
