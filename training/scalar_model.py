@@ -79,7 +79,8 @@ def load_scalar_model(
         )
     missing = [key for key in info["missing_keys"] if is_classifier or not key.startswith(f"{HEAD}.")]
     if missing:
-        raise InputError(f"{name_or_path!r}: {len(missing)} weights are not in the file, {sorted(missing)[0]} is one.")
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{name_or_path!r}: its files lack the weights {sorted(missing)[0]}{others}.")
     if not is_classifier or model.config.get_text_config().pad_token_id is None:
         padding = pad_with_eos(_load(AutoTokenizer, name_or_path, trust_remote_code)).pad_token_id
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
