@@ -1,4 +1,4 @@
-"""Sampling completions from a language model.
+"""`exo-fast generate`, and sampling completions from a language model.
 
 Every completion has a random stream of its own, keyed by (seed, prompt, candidate number): the same prompt
 gets the same uniform numbers wherever it stands in the list and whichever process samples it, so a resumed or
@@ -12,8 +12,12 @@ finite score, which greedy decoding then picks.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +33,51 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from exo_fast.training.config import _field
+from exo_fast.training.data.examples import load_prompts
+from exo_fast.training.errors import InputError
+from exo_fast.training.inference import (
+    InferenceConfig,
+    check_fits_model,
+    check_model_name,
+    digest,
+    encode_prompts,
+    find_splits,
+    from_main,
+    is_adapter,
+    json_digest,
+    load_model,
+    load_tokenizer,
+    matmul_precision,
+    start_processes,
+)
+from exo_fast.training.resumable import ResumableRun
+
+Sampler = Callable[[list[str], list[list[int]]], list[list[list[int]]]]  # prompts and their ids -> ids of completions
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. Raises ValueError for an argument out of range, named with its value."""
+
+    num_return: int = 1  # completions of each prompt
+    max_new_tokens: int = 64
+    temperature: float = 1.0  # divides the logits; 0 takes the most likely token (greedy)
+    top_k: int = 0  # keep only the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all
+    seed: int = 0  # of the random streams; the global random state is neither read nor changed
+
+    def __post_init__(self) -> None:
+        for name in ("num_return", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; 0 (greedy) or a positive number is needed")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; 0 (the whole vocabulary) or a positive number is needed")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; a number above 0 and at most 1 is needed")
 
 
 class _Draw(LogitsProcessor):
@@ -49,42 +98,76 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
+def _stream_key(seed: int, prompt: str, candidate: int) -> bytes:
+    return hashlib.sha256(f"{seed}\x00{candidate}\x00{prompt}".encode()).digest()[:16]
+
+
 def _uniforms(seed: int, prompt: str, candidate: int, count: int) -> np.ndarray:
     """(count,) float32 in [0, 1): the stream of one candidate of one prompt."""
-    key = hashlib.sha256(f"{seed}\x00{candidate}\x00{prompt}".encode()).digest()[:16]
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count, np.float32)
+    key = int.from_bytes(_stream_key(seed, prompt, candidate), "little")
+    return np.random.Generator(np.random.Philox(key=key)).random(count, np.float32)
 
 
-def _batches(lengths: Sequence[int], num_return: int, batch_size: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], num_return: int, batch_size: int) -> list[list[int]]:
     """Prompt indices, longest first, so that a batch pads little and the largest batch comes first."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     step = max(1, batch_size // num_return)
     return [order[start : start + step] for start in range(0, len(order), step)]
 
 
-def _check(prompts: Sequence[str], num_return: int, max_new_tokens: int, temperature: float, top_k: int,
-           top_p: float, batch_size: int) -> None:  # fmt: skip
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one string; a list of strings is needed: put it in a list")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f"prompts[{index}] is {prompt!r}; a non-empty string is needed")
-    for name, value in (
-        ("num_return", num_return),
-        ("max_new_tokens", max_new_tokens),
-        ("batch_size", batch_size),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; at least 1 is needed")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; 0 (greedy) or a positive number is needed")
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}; 0 (the whole vocabulary) or a positive number is needed")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; a number above 0 and at most 1 is needed")
+def end_tokens(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end a completion: those the model names, and the tokenizer's EOS, which training puts at the end."""
+    end = generation_config.eos_token_id
+    return {*([end] if isinstance(end, int) else end or ()), tokenizer.eos_token_id} - {None}
 
 
 @torch.no_grad()
+def sample_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
+    sampling: Sampling,
+) -> list[list[list[int]]]:
+    """One batch of `sample_tokens`: all completions of all prompts run together.
+
+    `encoded[i]` is what the model reads of `prompts[i]`, whose text only seeds its streams. The model is in eval
+    mode. Returns for each prompt `num_return` lists of 1 … max_new_tokens ids.
+    """
+    ends = end_tokens(model.generation_config, tokenizer)
+    pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
+    # A bare configuration: defaults that a model ships with (top_k=50, say) must not join in unseen.
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
+    )
+    width = max(map(len, encoded))
+    rows = [(index, candidate) for index in range(len(prompts)) for candidate in range(sampling.num_return)]
+    # Left padding: the next token of every row stands in the same column.
+    input_ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i, _ in rows])
+    mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i, _ in rows])
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        if sampling.temperature != 1:
+            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        uniforms = np.stack([_uniforms(sampling.seed, prompts[i], k, sampling.max_new_tokens) for i, k in rows])
+        processors.append(_Draw(torch.from_numpy(uniforms).to(model.device), width))
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        logits_processor=processors,
+    )
+    found: list[list[list[int]]] = [[] for _ in prompts]
+    for (index, _), ids in zip(rows, output[:, width:].tolist(), strict=True):
+        stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        found[index].append(ids[:stop])
+    return found
+
+
 def sample_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,50 +198,27 @@ def sample_tokens(
     Raises:
         ValueError: an argument out of range, named with its value.
     """
-    _check(prompts, num_return, max_new_tokens, temperature, top_k, top_p, batch_size)
+    sampling = Sampling(num_return, max_new_tokens, temperature, top_k, top_p, seed)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string; a list of strings is needed: put it in a list")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f"prompts[{index}] is {prompt!r}; a non-empty string is needed")
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{index}] is {prompts[index]!r}, which gives no token; give it some text")
-    end = model.generation_config.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end or ())
-    pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
-    # A bare configuration: defaults that a model ships with (top_k=50, say) must not join in unseen.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
-    )
-    warpers: list[LogitsProcessor] = []
-    if temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-
     was_training = model.training
     model.eval()
     found: list[list[list[int]]] = [[] for _ in prompts]
     with tqdm(total=len(prompts) * num_return, desc=progress, unit="seq", disable=progress is None) as bar:
-        for batch in _batches([len(ids) for ids in encoded], num_return, batch_size):
-            width = len(encoded[batch[0]])
-            rows = [(index, candidate) for index in batch for candidate in range(num_return)]
-            # Left padding: the next token of every row stands in the same column.
-            input_ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i, _ in rows])
-            mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i, _ in rows])
-            processors = LogitsProcessorList()
-            if temperature > 0:
-                uniforms = np.stack([_uniforms(seed, prompts[i], k, max_new_tokens) for i, k in rows])
-                processors.extend([*warpers, _Draw(torch.from_numpy(uniforms).to(model.device), width)])
-            output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-                logits_processor=processors,
-            )
-            for (index, _), ids in zip(rows, output[:, width:].tolist(), strict=True):
-                stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-                found[index].append(ids[:stop])
-            bar.update(len(rows))
+        for batch in plan_batches([len(ids) for ids in encoded], num_return, batch_size):
+            groups = sample_batch(model, tokenizer, [prompts[i] for i in batch], [encoded[i] for i in batch], sampling)
+            for index, group in zip(batch, groups, strict=True):
+                found[index] = group
+            bar.update(len(batch) * num_return)
     model.train(was_training)
     return found
 
@@ -192,3 +252,212 @@ def sample_completions(
         progress=progress,
     )
     return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in tokens]
+
+
+# The stage
+
+
+@dataclass
+class GenerateConfig(InferenceConfig):
+    """`exo-fast generate`: fields of every inference stage, and how to sample."""
+
+    model_name_or_path: str | None = _field(None, "The model to sample from: a directory (a LoRA adapter's too) or a "
+                                                  "Hub name.")  # fmt: skip
+    return_num: int = _field(4, "Completions of each prompt.")
+    temperature: float = _field(1.0, "Divides the logits; 0 takes the most likely token.")
+    top_k: int = _field(0, "Sample from the k most likely tokens only; 0: from all.")
+    top_p: float = _field(1.0, "Sample from the fewest tokens whose probability reaches top_p only; 1: from all.")
+    max_new_tokens: int = _field(256, "Longest completion, in tokens with EOS.")
+    max_seq_len: int = _field(
+        512, "Longest prompt plus completion, in tokens: prompts are cut on the left to max_seq_len - max_new_tokens."
+    )
+    seed: int = _field(0, "Of the random streams: each prompt and candidate has its own.")
+    engine: Literal["transformers", "vllm"] = _field("transformers", "vllm: sample with vLLM (installed apart, GPU).")
+
+    field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "model": ("model_name_or_path", *InferenceConfig.model_fields),
+        "data": InferenceConfig.data_fields,
+        "sampling": ("return_num", "temperature", "top_k", "top_p", "max_new_tokens", "max_seq_len", "seed"),
+        "speed and memory": ("engine", *InferenceConfig.speed_fields),
+    }
+    description: ClassVar[str] = """\
+Sample completions of prompts from a model.
+
+Reads rows with a prompt (other fields are ignored, and a prompt that comes again is left out) and writes prompt,
+completions and completion_ids, the token ids that were drawn. A completion depends on the model, the settings, its
+prompt and its number alone: an interrupted run continues when the same command is given again, on any number of
+processes, and ends with the same text."""
+    examples: ClassVar[str] = """\
+examples:
+  exo-fast generate --model_name_or_path models/sft --data data/sft --output_dir data/samples
+  exo-fast generate --model_name_or_path models/sft --data data/sft --split test --prompt_num 512 --output_dir data/s512
+  exo-fast generate --model_name_or_path runs/align --data data/sft --temperature 0.8 --top_p 0.95 --output_dir data/p95
+  torchrun --nproc-per-node 2 -m exo_fast.training.cli generate --config generate.yaml
+"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_model_name(self)
+        self._need(
+            self.max_seq_len > self.max_new_tokens,
+            "max_seq_len",
+            f"must be larger than max_new_tokens={self.max_new_tokens}, so that some of the prompt fits.",
+        )
+        try:
+            _ = self.sampling
+        except ValueError as error:
+            raise InputError(f"{error}.".replace("num_return", "return_num")) from error
+
+    @property
+    def sampling(self) -> Sampling:
+        """The fields that say how to draw."""
+        return Sampling(self.return_num, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Sample `config.return_num` completions of every prompt of `config.data`, each once, into `config.output_dir`.
+
+    Writes {"prompt", "completions", "completion_ids"} rows to train.json and test.json, and summary.json, which is
+    also returned. Raises InputError for settings, data or models that cannot work, before any sampling.
+    """
+    state = start_processes(config)
+    if config.engine == "vllm":
+        _check_vllm(config, state.num_processes)
+    tokenizer = load_tokenizer(config, config.model_name_or_path)
+    prompts, encoded = {}, {}
+    for split, source in find_splits(config).items():
+        prompts[split] = config.first(load_prompts(source, tokenizer=tokenizer))
+        encoded[split] = encode_prompts(tokenizer, prompts[split], config.max_seq_len - config.max_new_tokens)
+        for index, (ids, _) in enumerate(encoded[split]):
+            if not ids:
+                raise InputError(f"{source}, prompt {index}, {prompts[split][index]!r}: no tokens; give it some text.")
+    check_fits_model(
+        config, config.model_name_or_path,
+        max(len(ids) for rows in encoded.values() for ids, _ in rows) + config.max_new_tokens,
+    )  # fmt: skip
+    identity = {
+        "stage": "generate",
+        "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),
+        "prompts": {split: json_digest(texts) for split, texts in prompts.items()},
+        **asdict(config.sampling),
+        "max_seq_len": config.max_seq_len,
+        "engine": config.engine,
+        **config.numerics(),
+    }
+    run = ResumableRun(config.output_dir, identity, state)
+    if (summary := run.finished([f"{split}.json" for split in prompts])) is not None:
+        return summary
+
+    sampler = functools.cache(lambda: _make_sampler(config, tokenizer))  # nothing is loaded when nothing is left to do
+    files, counts = {}, {}
+    for split, texts in prompts.items():
+        ids = [row for row, _ in encoded[split]]
+        batches = plan_batches([len(row) for row in ids], config.return_num, config.batch_size)
+
+        def compute(index: int, texts: list[str] = texts, ids: list[list[int]] = ids, batches=batches) -> Any:
+            return sampler()([texts[i] for i in batches[index]], [ids[i] for i in batches[index]])
+
+        with matmul_precision(config.matmul_precision, state.device.type):
+            values = run.compute(
+                split,
+                [len(batch) * config.return_num for batch in batches],
+                compute,
+                description=f"sampling ({split})",
+                unit="seq",
+                progress=not config.disable_tqdm,
+            )
+        drawn = dict(zip((i for batch in batches for i in batch), (group for v in values for group in v), strict=True))
+        files[f"{split}.json"] = [
+            {
+                "prompt": text,
+                "completions": [tokenizer.decode(row, skip_special_tokens=True) for row in drawn[i]],
+                "completion_ids": drawn[i],
+            }
+            for i, text in enumerate(texts)
+        ]
+        cut = sum(lost > 0 for _, lost in encoded[split])
+        counts[split] = _count(files[f"{split}.json"], cut, config.max_new_tokens)
+    summary = run.finish(files, {"model": config.model_name_or_path, "data": config.data, "counts": counts})
+    if state.is_main_process:
+        for split, count in counts.items():
+            print(f"{split}: " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in count.items()))
+        print(f"the samples are in {config.output_dir}", flush=True)
+    return summary
+
+
+def _count(rows: list[dict[str, Any]], cut_prompts: int, max_new_tokens: int) -> dict[str, int]:
+    lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
+    return {
+        "prompts": len(rows),
+        "cut_prompts": cut_prompts,
+        "completions": len(lengths),
+        "completions_of_full_length": sum(length == max_new_tokens for length in lengths),
+        "empty_completions": sum(not text for row in rows for text in row["completions"]),
+        "tokens": sum(lengths),
+    }
+
+
+def _make_sampler(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    if config.engine == "vllm":
+        return _vllm_sampler(config, tokenizer)
+    model = load_model(config, config.model_name_or_path, sampling=True)
+    return lambda prompts, encoded: sample_batch(model, tokenizer, prompts, encoded, config.sampling)
+
+
+def _check_vllm(config: GenerateConfig, num_processes: int) -> None:
+    problem = None
+    if importlib.util.find_spec("vllm") is None:
+        problem = "vLLM is not installed; pip install vllm."
+    elif config.use_cpu:
+        problem = "needs a GPU."
+    elif num_processes > 1:
+        problem = "vLLM starts processes of its own; run this stage without a launcher."
+    elif is_adapter(config.model_name_or_path):
+        problem = "needs a whole model; merge the adapter first (merge_and_unload) and save it."
+    config._need(problem is None, "engine", problem or "")
+
+
+def _vllm_sampler(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """Sampling by vLLM on one GPU.
+
+    Every request has a seed of its own, made of the same (seed, prompt, candidate) as the streams here, but the
+    numbers drawn from it are vLLM's: the text differs from that of engine=transformers, and vLLM does not promise
+    the same text when other requests run beside it or on another version or GPU. Not covered by the tests, which have
+    no GPU, beyond what is handed to vLLM and taken from it.
+    """
+    from vllm import LLM, SamplingParams
+
+    try:
+        generation_config = GenerationConfig.from_pretrained(config.model_name_or_path)
+    except OSError:
+        generation_config = GenerationConfig()
+    ends = sorted(end_tokens(generation_config, tokenizer))
+    model = LLM(
+        model=config.model_name_or_path,
+        dtype="bfloat16" if config.bf16 else "float32",
+        max_model_len=config.max_seq_len,
+        trust_remote_code=config.trust_remote_code,
+        generation_config="vllm",  # defaults that a model ships with must not join in unseen
+        seed=config.seed,
+    )
+
+    def sample(prompts: list[str], encoded: list[list[int]]) -> list[list[list[int]]]:
+        rows = [(index, candidate) for index in range(len(prompts)) for candidate in range(config.return_num)]
+        requests = [{"prompt_token_ids": encoded[index]} for index, _ in rows]
+        params = [
+            SamplingParams(
+                temperature=config.temperature,
+                top_k=config.top_k or -1,
+                top_p=config.top_p,
+                max_tokens=config.max_new_tokens,
+                seed=int.from_bytes(_stream_key(config.seed, prompts[index], candidate)[:4], "little"),
+                stop_token_ids=ends,
+            )
+            for index, candidate in rows
+        ]
+        found: list[list[list[int]]] = [[] for _ in prompts]
+        for (index, _), answer in zip(rows, model.generate(requests, params, use_tqdm=False), strict=True):
+            found[index].append(list(answer.outputs[0].token_ids))
+        return found
+
+    return sample

@@ -1,12 +1,29 @@
-"""Sampling: the right distribution, the same text whatever the batch, and errors that name the argument."""
+"""Sampling: the right distribution, the same text whatever the batch, and errors that name the argument.
+
+And the stage: what it writes, and the same bytes on one and two processes and after a kill.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from exo_fast.training.generate import _Draw, sample_completions, sample_tokens
+from exo_fast.training.errors import InputError
+from exo_fast.training.generate import GenerateConfig, _Draw, generate, sample_completions, sample_tokens
+from exo_fast.training.inference import encode_prompts
 
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import make_rows
+from subprocesses import kill_halfway, run
+
+Settings = Callable[..., dict[str, Any]]
 PROMPTS = ["the film", "the plot was very long and", "good", "bad but great film and", "dull", "fine fine fine"]
 
 
@@ -137,3 +154,181 @@ def test_errors_name_the_argument(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         sample_tokens(model, tokenizer, **{"prompts": PROMPTS, "max_new_tokens": 2, **changed})
+
+
+# The stage
+
+
+@pytest.fixture
+def settings(tiny_llama: str, data_directory: str, tmp_path: Path) -> Settings:
+    """`settings(**overrides)`: GenerateConfig fields for 16 + 5 prompts."""
+
+    def with_overrides(**overrides: Any) -> dict[str, Any]:
+        return {
+            "model_name_or_path": tiny_llama,
+            "data": data_directory,
+            "output_dir": str(tmp_path / "samples"),
+            "return_num": 2,
+            "max_new_tokens": 6,
+            "max_seq_len": 24,
+            "batch_size": 4,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **overrides,
+        }
+
+    return with_overrides
+
+
+def read(directory: str | Path, split: str = "train") -> list[dict[str, Any]]:
+    return json.loads(Path(directory, f"{split}.json").read_text())
+
+
+def test_rows_hold_what_sample_tokens_draws(
+    settings: Settings, tiny_llama: str, data_directory: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = GenerateConfig(**settings(temperature=0.7, top_k=9, seed=3))
+    summary = generate(config)
+    for split, count in (("train", 16), ("test", 5)):
+        rows = read(config.output_dir, split)
+        prompts = [row["prompt"] for row in read(data_directory, split)]
+        assert [row["prompt"] for row in rows] == list(dict.fromkeys(prompts))
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager")
+        expected = sample_tokens(
+            model,
+            tokenizer,
+            [row["prompt"] for row in rows],
+            num_return=2,
+            max_new_tokens=6,
+            temperature=0.7,
+            top_k=9,
+            seed=3,
+            batch_size=7,
+        )
+        assert [row["completion_ids"] for row in rows] == expected
+        for row in rows:
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in row["completion_ids"]]
+            assert row["completions"] == texts
+        counts = summary["counts"][split]
+        assert counts["prompts"] == len(rows) <= count
+        assert counts["completions"] == 2 * len(rows)
+        assert counts["tokens"] == sum(len(ids) for group in expected for ids in group)
+    assert json.loads(Path(config.output_dir, "summary.json").read_text()) == summary
+
+
+def test_prompt_num_and_split(settings: Settings) -> None:
+    config = GenerateConfig(**settings(prompt_num=3, split="test"))
+    generate(config)
+    assert len(read(config.output_dir, "test")) == 3
+    assert not Path(config.output_dir, "train.json").exists()
+
+
+def test_a_file_keeps_its_name(settings: Settings, data_directory: str) -> None:
+    config = GenerateConfig(**settings(data=f"{data_directory}/test.json", return_num=1))
+    assert list(generate(config)["counts"]) == ["test"]
+
+
+def test_long_prompts_lose_their_beginning_and_keep_bos(
+    tokenizer: PreTrainedTokenizerFast, bare_tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> None:
+    ids = tokenizer("the film was good")["input_ids"]
+    assert encode_prompts(tokenizer, ["the film was good"], 8) == [(ids, 0)]
+    assert encode_prompts(tokenizer, ["the film was good"], 4) == [([ids[0], *ids[-3:]], 4)]
+    assert encode_prompts(bare_tokenizer, ["the film was good"], 3) == [(ids[-3:], 4)]
+    summary = generate(GenerateConfig(**settings(max_seq_len=10, split="test")))
+    assert summary["counts"]["test"]["cut_prompts"] > 0
+
+
+def test_the_same_command_again_samples_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = generate(GenerateConfig(**settings()))
+    monkeypatch.setattr("exo_fast.training.generate.load_model", None)
+    assert generate(GenerateConfig(**settings())) == summary
+    assert "reusing" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"temperature is 1.0 there and 0.5 here"):
+        generate(GenerateConfig(**settings(temperature=0.5)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": None}, "data=None: name the data"),
+        ({"data": "nowhere"}, "nowhere: no such file"),
+        ({"output_dir": None}, "output_dir=None"),
+        ({"model_name_or_path": None}, "model_name_or_path=None"),
+        ({"model_name_or_path": "./nowhere"}, "no such directory"),
+        ({"model_name_or_path": str(Path(__file__).parent)}, "cannot be loaded as AutoTokenizer"),
+        ({"return_num": 0}, "return_num is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"max_seq_len": 6}, "must be larger than max_new_tokens=6"),
+        ({"max_seq_len": 400, "max_new_tokens": 300}, "positions for 128"),
+        ({"prompt_num": 0}, "prompt_num=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"matmul_precision": "tf32"}, "matmul_precision='tf32': ieee or bf16"),
+        ({"engine": "vllm"}, "vLLM is not installed; pip install vllm"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_errors_of_the_stage(settings: Settings, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(GenerateConfig(**settings(**changed)))
+
+
+def test_what_vllm_is_given_and_gives_back(
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM needs a GPU: one that echoes the prompt stands in for it."""
+    requests: list[tuple[list[int], SimpleNamespace]] = []
+
+    class Echo:
+        def __init__(self, **options: Any):
+            assert options["max_model_len"] == 24
+
+        def generate(self, prompts: list[dict], params: list[SimpleNamespace], use_tqdm: bool) -> list[Any]:
+            requests.extend((prompt["prompt_token_ids"], p) for prompt, p in zip(prompts, params, strict=True))
+            answers = [SimpleNamespace(token_ids=(*prompt["prompt_token_ids"][1:3], 2)) for prompt in prompts]
+            return [SimpleNamespace(outputs=[answer]) for answer in answers]
+
+    vllm = ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = Echo, SimpleNamespace
+    vllm.__spec__ = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    config = GenerateConfig(**settings(engine="vllm", split="test"))
+    with pytest.raises(InputError, match="needs a GPU"):
+        generate(config)
+    config.use_cpu = False
+    generate(config)
+    for row in read(config.output_dir, "test"):
+        prompt_ids = tokenizer(row["prompt"])["input_ids"]
+        assert row["completion_ids"] == [[*prompt_ids[1:3], 2]] * 2
+        assert row["completions"] == [tokenizer.decode(prompt_ids[1:3])] * 2
+    assert len({params.seed for _, params in requests}) == len(requests)
+    assert {(p.top_k, p.stop_token_ids[0], p.max_tokens) for _, p in requests} == {(-1, 2, 6)}
+
+
+SCRIPT = """
+from exo_fast.training.generate import GenerateConfig, generate
+for output_dir in {directories!r}:
+    generate(GenerateConfig(**{{**{settings!r}, "output_dir": output_dir}}))
+"""
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_and_a_kill_give_the_same_bytes(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text(json.dumps(make_rows(150)))
+    options = settings(
+        data=str(tmp_path / "prompts.json"), max_new_tokens=16, max_seq_len=48, return_num=1, batch_size=1
+    )
+
+    def script(*directories: str) -> Path:
+        path = tmp_path / "script.py"
+        path.write_text(SCRIPT.format(directories=[str(tmp_path / name) for name in directories], settings=options))
+        return path
+
+    kill_halfway(script("killed"), tmp_path / "killed")
+    run(script("killed", "two"), processes=2)
+    generate(GenerateConfig(**{**options, "output_dir": str(tmp_path / "one")}))
+    for name in ("train.json", "summary.json"):
+        one, two, killed = ((tmp_path / run / name).read_bytes() for run in ("one", "two", "killed"))
+        assert one == two == killed, name

@@ -123,7 +123,7 @@ def tokenize(
             f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, which ends every completion; set "
             "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
         )
-    prefix = _prefix_ids(tokenizer)
+    prefix = prefix_ids(tokenizer)
     _check_drawn_ids(examples[:CHECKED_EXAMPLES], tokenizer)
     candidates = num_contrastive or len(examples[0].completions)
     prompt_ids, completion_ids = array("i"), array("i")
@@ -132,8 +132,8 @@ def tokenize(
     bar = tqdm(total=len(examples), desc=description, unit=" examples", disable=not progress)
     for start in range(0, len(examples), EXAMPLES_PER_CALL):
         chunk = examples[start : start + EXAMPLES_PER_CALL]
-        prompts = _encode(tokenizer, [example.prompt for example in chunk])
-        written = iter(_encode(tokenizer, [text for e in chunk if e.completion_ids is None for text in e.completions]))
+        prompts = encode(tokenizer, [example.prompt for example in chunk])
+        written = iter(encode(tokenizer, [text for e in chunk if e.completion_ids is None for text in e.completions]))
         for example, body in zip(chunk, prompts, strict=True):
             if body[: len(prefix)] == prefix:  # a template may have written BOS already
                 body = body[len(prefix) :]
@@ -196,11 +196,11 @@ def _check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
                 )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text (BOS, for those that do), found by comparing with and without."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

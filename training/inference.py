@@ -1,0 +1,284 @@
+"""What the stages share that run models without training them: settings, processes, models, data.
+
+They need no DeepSpeed engine: every process holds a whole model and takes its share of the batches
+(`exo_fast.training.resumable`), under torchrun, the deepspeed launcher, or alone.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from exo_fast.training.config import _field
+from exo_fast.training.data.groups import encode, prefix_ids
+from exo_fast.training.data.records import Source, find_source
+from exo_fast.training.deepspeed import announce_cpu
+from exo_fast.training.errors import InputError
+from exo_fast.training.reference_logps import model_digest
+
+SPLITS = ("train", "test")
+ADAPTER = "adapter_config.json"
+TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
+                      "generation_config.json")  # fmt: skip
+
+
+@dataclass
+class InferenceConfig:
+    """Fields of every such stage. Raises InputError for a value that cannot work, naming it and the fix."""
+
+    # Data
+    data: str | None = _field(
+        None,
+        "A .json, .jsonl or .parquet file, a directory with train.* and test.*, a dataset saved by save_to_disk, or a "
+        "name of the registry (imdb/sft:PATH).",
+    )
+    split: Literal["train", "test", "all"] = _field("all", "The split to read; all: each that there is.")
+    prompt_num: int = _field(-1, "Take the first so many prompts of each split; -1 takes all.")
+    output_dir: str | None = _field(None, "Where train.json, test.json and summary.json are written.")
+
+    # Model
+    attn_implementation: str | None = _field(
+        None, "sdpa, eager, … Default: what is fastest for the stage, or transformers' choice for the model."
+    )
+    trust_remote_code: bool = _field(False, "Run model code that comes with the model. Only for models you trust.")
+
+    # Speed and memory
+    batch_size: int = _field(64, "Sequences that run together in a process.")
+    bf16: bool = _field(False, "Run the model in bfloat16. Default: float32.")
+    matmul_precision: Literal["ieee", "tf32", "bf16"] = _field(
+        "ieee", "How float32 matrices are multiplied: tf32 on CUDA, bf16 on CPU (about twice as fast there)."
+    )
+    use_cpu: bool = _field(False, "Run on the CPU also where there is an accelerator.")
+    disable_tqdm: bool = _field(False, "Show no progress bars.")
+
+    # The names of these fields, for a stage's `field_groups`.
+    data_fields: ClassVar[tuple[str, ...]] = ("data", "split", "prompt_num", "output_dir")
+    model_fields: ClassVar[tuple[str, ...]] = ("attn_implementation", "trust_remote_code")
+    speed_fields: ClassVar[tuple[str, ...]] = ("batch_size", "bf16", "matmul_precision", "use_cpu", "disable_tqdm")
+    field_groups: ClassVar[dict[str, tuple[str, ...]]]
+    description: ClassVar[str]
+    examples: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu:
+            announce_cpu()
+        self._need(bool(self.data), "data", "name the data (a file or a directory).")
+        self._need(bool(self.output_dir), "output_dir", "name the directory to write to.")
+        self._need(self.prompt_num == -1 or self.prompt_num >= 1, "prompt_num", "-1 (all) or at least 1 is needed.")
+        self._need(self.batch_size >= 1, "batch_size", "at least 1 is needed.")
+        self._need(
+            self.matmul_precision in ("ieee", "bf16" if self.use_cpu else "tf32"),
+            "matmul_precision",
+            f"ieee or bf16 is needed on CPU, ieee or tf32 on CUDA; this run is on {'CPU' if self.use_cpu else 'CUDA'}.",
+        )
+
+    def _need(self, ok: bool, name: str, fix: str) -> None:
+        if not ok:
+            raise InputError(f"{name}={getattr(self, name)!r}: {fix}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def first(self, rows: list[Any]) -> list[Any]:
+        """The first `prompt_num` of a split's rows."""
+        return rows if self.prompt_num < 0 else rows[: self.prompt_num]
+
+    def numerics(self) -> dict[str, Any]:
+        """The settings that move results in their last digits, for a run's identity."""
+        return {
+            "bf16": self.bf16,
+            "matmul_precision": self.matmul_precision,
+            "attn_implementation": self.attn_implementation,
+            "batch_size": self.batch_size,
+        }
+
+
+# Processes
+
+
+def start_processes(config: InferenceConfig) -> PartialState:
+    """This process and the others that a launcher started: gloo on CPU, the accelerator's own elsewhere.
+
+    A process may wait a day for the slowest: a batch takes as long as it takes.
+    """
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what a training stage in this process left behind
+    return PartialState(cpu=config.use_cpu, timeout=timedelta(days=1))
+
+
+def from_main(value: Any, state: PartialState) -> Any:
+    """The main process's `value`, in every process."""
+    return broadcast_object_list([value])[0] if state.num_processes > 1 else value
+
+
+@contextmanager
+def matmul_precision(precision: str, device_type: str = "cpu") -> Iterator[None]:
+    """How float32 matrices are multiplied within the block: "ieee", "tf32" on CUDA, "bf16" with float32 sums on CPU."""
+    backend = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    if precision != "ieee":  # ieee is torch's default, and setting it forbids older switches
+        backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+# Models
+
+
+def load_tokenizer(config: InferenceConfig, name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; of an adapter's base model where the adapter's directory has none."""
+    if is_adapter(name_or_path) and not any(Path(name_or_path).glob("tokenizer*")):
+        name_or_path = adapter_base(name_or_path)
+    return _from_pretrained(AutoTokenizer, config, name_or_path)
+
+
+def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = False) -> nn.Module:
+    """A causal LM in `config.dtype` on this process's device, in eval mode; a LoRA adapter is merged into its base.
+
+    For `sampling` on a CPU attention is eager unless the config names one: with bf16 products, PyTorch's fused
+    attention is the slower one for single queries (15 against 24 sequences a second of a 135M model).
+    Raises InputError for what cannot be loaded.
+    """
+    attention = config.attn_implementation or ("eager" if sampling and config.use_cpu else None)
+    options = {} if attention is None else {"attn_implementation": attention}
+    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
+    model = _from_pretrained(AutoModelForCausalLM, config, base, dtype=config.dtype, **options)
+    if is_adapter(name_or_path):
+        from peft import PeftModel
+
+        try:
+            with warnings.catch_warnings():
+                # of a name that transformers changed and PEFT still uses
+                warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+                model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{name_or_path!r}: its adapter does not fit its base {base!r}: {error}") from error
+    return model.to(PartialState().device).eval()
+
+
+def is_adapter(name_or_path: str) -> bool:
+    """Whether a directory holds a PEFT adapter and not a whole model."""
+    return Path(name_or_path, ADAPTER).is_file()
+
+
+def adapter_base(path: str) -> str:
+    """The model that an adapter was trained on. Raises InputError where it names none, or one that is gone."""
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base or (base.startswith(("/", ".", "~")) and not Path(base).expanduser().is_dir()):
+        raise InputError(
+            f"{path!r}: its base model {base!r} is not there; put it back, or correct base_model_name_or_path in "
+            f"{Path(path, ADAPTER)}."
+        )
+    return base
+
+
+def digest(name_or_path: str) -> str:
+    """SHA-256 over a model's weights, configuration and tokenizer, and over those of an adapter's base."""
+    directory = Path(name_or_path)
+    if not directory.is_dir():
+        directory = Path(cached_file(name_or_path, "config.json")).parent
+    whole = hashlib.sha256(model_digest(name_or_path).encode())
+    for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}):
+        whole.update(f"{path.name} {path.stat().st_size}\n".encode())
+        whole.update(path.read_bytes())
+    if is_adapter(name_or_path):
+        whole.update(digest(adapter_base(name_or_path)).encode())
+    return whole.hexdigest()
+
+
+def check_fits_model(config: InferenceConfig, name_or_path: str, longest: int) -> None:
+    """Raises InputError where the longest sequence has more tokens than the model has positions."""
+    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
+    limit = getattr(_from_pretrained(AutoConfig, config, base).get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"max_seq_len={config.max_seq_len}: the longest sequence may have {longest} tokens, and the model has "
+            f"positions for {limit}; set max_seq_len to at most {limit}."
+        )
+
+
+def check_model_name(config: Any, name: str = "model_name_or_path") -> None:
+    """Raises InputError unless the config's field `name` is set, and is a directory where it looks like a path."""
+    value = getattr(config, name)
+    if not value:
+        raise InputError(f"{name}={value!r}: name a model (a directory or a Hub name).")
+    path = Path(value).expanduser()
+    if path.is_dir():
+        setattr(config, name, str(path))
+    elif value.startswith(("/", "./", "../", "~")):
+        raise InputError(f"{name}={value!r}: no such directory.")
+
+
+def _from_pretrained(auto_class: Any, config: InferenceConfig, name_or_path: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name_or_path!r}: cannot be loaded as {auto_class.__name__}; a directory with a model and its tokenizer, "
+            f"or the name of one on the Hub, is needed. {reason}"
+        ) from error
+
+
+# Data
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_tokens: int
+) -> list[tuple[list[int], int]]:
+    """Ids of each prompt as training has it: what the tokenizer puts before a text (BOS), then the prompt's own,
+
+    cut on the left so that both are at most `max_tokens`; and how many were cut off.
+    """
+    prefix = prefix_ids(tokenizer)
+    room = max(max_tokens - len(prefix), 0)
+    rows = []
+    for ids in encode(tokenizer, prompts) if prompts else []:
+        if ids[: len(prefix)] == prefix:  # a template may have written BOS already
+            ids = ids[len(prefix) :]
+        lost = max(len(ids) - room, 0)
+        rows.append((prefix + ids[lost:], lost))
+    return rows
+
+
+def find_splits(config: InferenceConfig) -> dict[str, Source]:
+    """The data of each split that `config.split` asks for, by the name that its output file gets.
+
+    A single file is the split it is named after (train or test), else the one asked for, else train. Raises
+    InputError where there is none.
+    """
+    path = Path(config.data).expanduser()
+    if path.is_file():
+        stem = path.name.split(".")[0]
+        name = stem if stem in SPLITS and config.split == "all" else config.split
+        return {"train" if name == "all" else name: find_source(config.data, "train")}
+    names = SPLITS if config.split == "all" else (config.split,)
+    found = {name: find_source(config.data, name) for name in names}
+    splits = {name: source for name, source in found.items() if source is not None}
+    if not splits:
+        raise InputError(f"data={config.data!r}: holds no {' or '.join(names)} split.")
+    return splits
