@@ -1,0 +1,234 @@
+"""`exo-fast score`: numbers that can be checked by hand, scorers that do not work, and a kill."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+
+from exo_fast.training.errors import InputError
+from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
+from exo_fast.training.score import ScoreConfig, load_scorer, score, score_texts
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import make_rows
+from subprocesses import kill_halfway, run
+
+Settings = Callable[..., dict[str, Any]]
+
+REWARDS = """
+import time
+
+def words(prompts, completions):
+    assert len(prompts) == len(completions) <= 3
+    return [len(text.split()) for text in completions]
+
+def slow(prompts, completions):
+    time.sleep(0.05)
+    return [len(p) - len(c) + 0.1 for p, c in zip(prompts, completions)]
+
+def short(prompts, completions):
+    return [1.0]
+
+def text(prompts, completions):
+    return ["many"] * len(prompts)
+
+def none(prompts, completions):
+    pass
+
+def infinite(prompts, completions):
+    return [float("nan")] * len(prompts)
+
+def broken(prompts, completions):
+    raise KeyError("oracle")
+
+constant = 3
+"""
+SAMPLES = [
+    {"prompt": "a", "completions": ["x", "x y", "", "x y"], "completion_ids": [[4, 2], [4, 5], [2], [4, 5]]},
+    {"prompt": "b", "completions": ["x y", "z w"]},
+    {"prompt": "c", "completions": ["x", "x y z"]},
+]
+PAIRS = [
+    {"prompt": "a", "chosen": "x y", "rejected": "x"},
+    {"prompt": "b", "chosen": "x", "rejected": "x y"},
+    {"prompt": "c", "chosen": "x y z", "rejected": ""},
+    {"prompt": "d", "chosen": "x", "rejected": "y"},
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """`settings(**overrides)`: ScoreConfig fields; the current directory holds rewards.py and SAMPLES."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "rewards", raising=False)
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "test.json").write_text(json.dumps(SAMPLES))
+
+    def with_overrides(**overrides: Any) -> dict[str, Any]:
+        return {
+            "function": "rewards:words",
+            "data": str(tmp_path / "test.json"),
+            "output_dir": str(tmp_path / "out"),
+            "batch_size": 3,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **overrides,
+        }
+
+    return with_overrides
+
+
+def read(config: ScoreConfig, split: str = "test") -> list[dict[str, Any]]:
+    return json.loads(Path(config.output_dir, f"{split}.json").read_text())
+
+
+def test_label_adds_rewards_and_keeps_ids(settings: Settings) -> None:
+    config = ScoreConfig(**settings())
+    score(config)
+    rewards = [[1.0, 2.0, 0.0, 2.0], [2.0, 2.0], [1.0, 3.0]]
+    assert read(config) == [{**row, "rewards": values} for row, values in zip(SAMPLES, rewards, strict=True)]
+
+
+def test_label_pref_takes_the_first_best_and_the_first_worst_and_drops_ties(settings: Settings) -> None:
+    config = ScoreConfig(**settings(mode="label-pref"))
+    counts = score(config)["counts"]["test"]
+    assert read(config) == [
+        {"prompt": "a", "chosen": "x y", "rejected": ""},
+        {"prompt": "c", "chosen": "x y z", "rejected": "x"},
+    ]
+    assert (counts["preferences"], counts["ties_dropped"]) == (2, 1)
+
+
+def test_eval_reports_mean_and_spread(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ScoreConfig(**settings(mode="eval"))
+    summary = score(config)
+    counts = summary["counts"]["test"]
+    # Means by prompt 1.25, 2, 2; standard deviations within 0.829…, 0, 1.
+    assert counts["mean"] == pytest.approx(1.75)
+    assert counts["standard_error"] == pytest.approx(0.25)
+    assert counts["within_prompt_std"] == pytest.approx((0.6875**0.5 + 1) / 3)
+    assert (counts["prompts"], counts["completions"]) == (3, 8)
+    assert read(config)[2]["rewards"] == [1.0, 3.0]
+    assert json.loads(Path(config.output_dir, "summary.json").read_text()) == summary
+    assert "mean reward 1.7500 ± 0.2500 over 3 prompts" in capsys.readouterr().out
+
+
+def test_pairs_are_two_candidates_and_tell_the_accuracy(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text(json.dumps(PAIRS))
+    config = ScoreConfig(**settings(mode="eval"))
+    counts = score(config)["counts"]["test"]
+    assert (counts["accuracy"], counts["ties"]) == (0.5, 0.25)
+    assert read(config)[0] == {"prompt": "a", "completions": ["x y", "x"], "rewards": [2.0, 1.0]}
+    relabelled = ScoreConfig(**settings(mode="label-pref", output_dir=str(tmp_path / "pref")))
+    score(relabelled)
+    assert read(relabelled)[1] == {"prompt": "b", "chosen": "x y", "rejected": "x"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"function": None}, "function=None: exactly one of them is needed"),
+        ({"classifier": "models/oracle"}, "exactly one of them is needed"),
+        ({"function": "rewards"}, "module:function is needed"),
+        ({"function": "no_such_module:words"}, r"'no_such_module' cannot be imported \(ModuleNotFoundError"),
+        ({"function": "rewards:wrds"}, "holds no function named 'wrds'"),
+        ({"function": "rewards:constant"}, "holds 3, not a function, named 'constant'"),
+        ({"function": "rewards:short"}, "returned 1 numbers for 3 completions"),
+        ({"function": "rewards:text"}, "not a number: could not convert string to float: 'many'"),
+        ({"function": "rewards:none"}, "it returned None; a list of numbers"),
+        ({"function": "rewards:infinite"}, "gave nan as a reward"),
+        ({"function": "rewards:broken"}, "it raised KeyError: 'oracle'"),
+        ({"function": None, "reward_model": "./nowhere"}, "reward_model='./nowhere': no such directory"),
+        ({"mode": "label-pref", "prompt_num": 1, "data": "one.json"}, "needs at least 2 completions"),
+        ({"mode": "label-pref", "data": "tie.json"}, "no preference to write"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_errors(settings: Settings, tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    (tmp_path / "one.json").write_text(json.dumps([{"prompt": "a", "completions": ["x"]}]))
+    (tmp_path / "tie.json").write_text(json.dumps(SAMPLES[1:2]))
+    with pytest.raises(InputError, match=message):
+        score(ScoreConfig(**settings(**changed)))
+
+
+def test_a_changed_function_is_another_scorer(settings: Settings, tmp_path: Path) -> None:
+    score(ScoreConfig(**settings()))
+    (tmp_path / "rewards.py").write_text(REWARDS + "\n# better\n")
+    with pytest.raises(InputError, match="source is "):
+        score(ScoreConfig(**settings()))
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_llama: str, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A one-logit classifier with a head that has opinions."""
+    directory = tmp_path_factory.mktemp("reward_model")
+    set_seed(0)
+    model = load_scalar_model(tiny_llama, dtype=torch.float32, new_head=True)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(directory)
+    pad_with_eos(AutoTokenizer.from_pretrained(tiny_llama)).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "classifier"])
+def test_models_give_what_plain_transformers_gives(settings: Settings, reward_model: str, kind: str) -> None:
+    rows = make_rows(7)
+    Path("test.json").write_text(json.dumps(rows))
+    config = ScoreConfig(**settings(function=None, **{kind: reward_model}, batch_size=5))
+    score(config)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    for row, found in zip(rows, read(config), strict=True):
+        for text, value in zip(row["completions"], found["rewards"], strict=True):
+            expected = model(**tokenizer(row["prompt"] + text, return_tensors="pt")).logits.item()
+            assert value == pytest.approx(expected, abs=1e-5)
+    prompts, texts = zip(*((row["prompt"], text) for row in rows for text in row["completions"]), strict=True)
+    flat = score_texts(load_scorer(config), prompts, texts, batch_size=5)
+    assert flat == [value for row in read(config) for value in row["rewards"]]
+
+
+def test_a_language_model_is_not_a_reward_model(settings: Settings, tiny_llama: str) -> None:
+    with pytest.raises(InputError, match="LlamaForCausalLM"):
+        score(ScoreConfig(**settings(function=None, reward_model=tiny_llama)))
+
+
+SCRIPT = """
+from exo_fast.training.score import ScoreConfig, score
+for output_dir in {directories!r}:
+    score(ScoreConfig(**{{**{settings!r}, "output_dir": output_dir}}))
+"""
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_and_a_kill_give_the_same_bytes(
+    settings: Settings, tmp_path: Path, reward_model: str
+) -> None:
+    (tmp_path / "train.json").write_text(json.dumps(make_rows(20)))
+    function = settings(function="rewards:slow", data=str(tmp_path / "train.json"))
+    model = {**function, "function": None, "reward_model": reward_model}
+
+    def script(options: dict[str, Any], *names: str) -> Path:
+        path = tmp_path / "script.py"
+        directories = [str(tmp_path / name) for name in names]
+        path.write_text(SCRIPT.format(directories=directories, settings=options))
+        return path
+
+    kill_halfway(script(function, "killed"), tmp_path / "killed")
+    both = script(function, "killed", "two").read_text() + script(model, "model-two").read_text()
+    (tmp_path / "both.py").write_text(both)
+    run(tmp_path / "both.py", processes=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    score(ScoreConfig(**{**function, "output_dir": str(tmp_path / "one")}))
+    score(ScoreConfig(**{**model, "output_dir": str(tmp_path / "model-one")}))
+    torch.set_num_threads(threads)
+    for name in ("train.json", "summary.json"):
+        one, two, killed = ((tmp_path / run / name).read_bytes() for run in ("one", "two", "killed"))
+        assert one == two == killed, name
+        assert (tmp_path / "model-one" / name).read_bytes() == (tmp_path / "model-two" / name).read_bytes(), name

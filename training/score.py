@@ -1,0 +1,392 @@
+"""`exo-fast score`: rewards for completions, by a reward model, a classifier or a Python function.
+
+What the original spreads over two inference scripts is one scorer here (`load_scorer`), a function from prompts and
+completions to numbers, and three things to do with the numbers: label rows with them, make preferences of the best and
+the worst, or report their mean and spread. `exo-fast evaluate` uses the same scorers.
+"""
+
+import functools
+import hashlib
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from exo_fast.training.config import _field
+from exo_fast.training.data.examples import Example, load_samples
+from exo_fast.training.data.records import Source, read_records
+from exo_fast.training.errors import InputError
+from exo_fast.training.inference import (
+    InferenceConfig,
+    check_fits_model,
+    check_model_name,
+    digest,
+    find_splits,
+    from_main,
+    json_digest,
+    load_tokenizer,
+    matmul_precision,
+    start_processes,
+)
+from exo_fast.training.resumable import ResumableRun
+from exo_fast.training.scalar_model import encode, load_scalar_model, pad, scalars
+
+SCORERS = ("reward_model", "classifier", "function")
+
+
+@dataclass
+class ScorerConfig(InferenceConfig):
+    """Fields of every stage that scores completions; exactly one of the first three is set."""
+
+    reward_model: str | None = _field(None, "A reward model: a directory or a Hub name.")
+    classifier: str | None = _field(None, "A classifier, whose log-odds of the positive class are the reward.")
+    function: str | None = _field(
+        None,
+        "module:function, called as function(prompts, completions) with two lists of strings; it returns a list of "
+        "numbers. The current directory is searched first.",
+    )
+    max_seq_len: int = _field(512, "Longest prompt plus completion, in tokens; what is too long is cut on the left.")
+
+    scorer_fields: ClassVar[tuple[str, ...]] = SCORERS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in SCORERS if getattr(self, name)]
+        if len(given) != 1:
+            raise InputError(
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in SCORERS)}: exactly one of them is needed."
+            )
+        if given[0] != "function":
+            check_model_name(self, given[0])
+        self._need(self.max_seq_len >= 2, "max_seq_len", "at least 2 tokens are needed.")
+
+
+class Scorer:
+    """Rewards of completions. `identity` holds what they depend on; `tokenizer` is None for functions."""
+
+    identity: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """One finite number per completion, `completions[i]` being one of `prompts[i]`."""
+        raise NotImplementedError
+
+    def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
+        """What batches are sorted by."""
+        return [0] * len(prompts)
+
+
+class ModelScorer(Scorer):
+    """A reward model or a classifier. The weights are loaded with the first batch."""
+
+    def __init__(self, config: ScorerConfig, kind: str):
+        self.config, self.name = config, getattr(config, kind)
+        self.tokenizer = load_tokenizer(config, self.name)
+        state = PartialState()
+        self.identity = {
+            "scorer": kind,
+            "model": from_main(digest(self.name) if state.is_main_process else None, state),
+            "max_seq_len": config.max_seq_len,
+            **config.numerics(),
+        }
+
+    @functools.cached_property
+    def model(self) -> torch.nn.Module:
+        config = self.config
+        model = load_scalar_model(
+            self.name,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            new_head=False,
+        )
+        return model.to(PartialState().device).eval()
+
+    def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
+        lengths = [len(ids) for ids in self._encode(prompts, completions)]
+        check_fits_model(self.config, self.name, max(lengths, default=0))
+        return lengths
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        batch = pad(self._encode(prompts, completions), self.model.config.get_text_config().pad_token_id)
+        with matmul_precision(self.config.matmul_precision, self.model.device.type):
+            values = scalars(self.model, {name: tensor.to(self.model.device) for name, tensor in batch.items()})
+        # The shortest decimal that is this float32, not this float32 as a double.
+        return _check_finite([float(str(value)) for value in values.cpu().numpy()], repr(self.name))
+
+    def _encode(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return encode(self.tokenizer, texts, self.config.max_seq_len)
+
+
+class FunctionScorer(Scorer):
+    """A Python function of the user's. Another version of the file that it stands in counts as another scorer."""
+
+    def __init__(self, name: str):
+        self.label = f"function={name!r}"
+        self.function = _import_function(name)
+        try:
+            source = Path(inspect.getsourcefile(self.function)).read_bytes()
+        except (TypeError, OSError):  # written in C, say
+            source = b""
+        self.identity = {"scorer": "function", "function": name, "source": hashlib.sha256(source).hexdigest()}
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        try:
+            answer = self.function(list(prompts), list(completions))
+        except Exception as error:
+            raise InputError(f"{self.label}: it raised {type(error).__name__}: {error}") from error
+        try:
+            values = list(answer)
+        except TypeError as error:
+            raise InputError(f"{self.label}: it returned {answer!r}; a list of numbers is needed.") from error
+        if len(values) != len(completions):
+            raise InputError(
+                f"{self.label}: it returned {len(values)} numbers for {len(completions)} completions; one for each is "
+                "needed, in their order."
+            )
+        try:
+            values = [float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.label}: it returned something that is not a number: {error}.") from error
+        return _check_finite(values, self.label)
+
+
+def load_scorer(config: ScorerConfig) -> Scorer:
+    """The scorer that a configuration names. Raises InputError where there is none, or none that works."""
+    kind = next(name for name in SCORERS if getattr(config, name))
+    return FunctionScorer(config.function) if kind == "function" else ModelScorer(config, kind)
+
+
+def score_texts(
+    scorer: Scorer, prompts: Sequence[str], completions: Sequence[str], *, batch_size: int, progress: str | None = None
+) -> list[float]:
+    """Rewards of completions in their order, in this process alone. `progress`: words before the bar, None for none."""
+    rewards = [0.0] * len(prompts)
+    with tqdm(total=len(prompts), desc=progress, unit="seq", disable=progress is None) as bar:
+        for batch in plan_batches(scorer, prompts, completions, batch_size):
+            values = scorer([prompts[i] for i in batch], [completions[i] for i in batch])
+            for index, value in zip(batch, values, strict=True):
+                rewards[index] = value
+            bar.update(len(batch))
+    return rewards
+
+
+def plan_batches(
+    scorer: Scorer, prompts: Sequence[str], completions: Sequence[str], batch_size: int
+) -> list[list[int]]:
+    """Indices of the completions of each batch, longest first."""
+    lengths = scorer.lengths(prompts, completions)
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def statistics(rewards: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
+    """Of the rewards of each prompt's completions: how many there are, and
+
+    `mean`, over prompts of the mean over completions; `standard_error` of that, over prompts (None for one prompt);
+    `within_prompt_std`, the mean over prompts of the standard deviation over completions (divided by their number).
+    """
+    means = np.array([np.mean(row) for row in rewards])
+    return {
+        "prompts": len(rewards),
+        "completions": sum(map(len, rewards)),
+        "mean": float(means.mean()),
+        "standard_error": float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
+        "within_prompt_std": float(np.mean([np.std(row) for row in rewards])),
+    }
+
+
+def _import_function(name: str) -> Callable[..., Any]:
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise InputError(f"function={name!r}: module:function is needed, such as rewards:length.")
+    directory = str(Path.cwd())
+    if sys.path[:1] != [directory]:
+        sys.path.insert(0, directory)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's file raises
+        raise InputError(
+            f"function={name!r}: the module {module_name!r} cannot be imported ({type(error).__name__}: {error}); it "
+            f"is looked for in {directory} and among the installed packages."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        held = "no function" if function is None else f"{function!r}, not a function,"
+        raise InputError(f"function={name!r}: the module {module_name!r} holds {held} named {function_name!r}.")
+    return function
+
+
+def _check_finite(values: list[float], what: str) -> list[float]:
+    for value in values:
+        if not math.isfinite(value):
+            raise InputError(f"{what}: it gave {value} as a reward; finite numbers are needed.")
+    return values
+
+
+# The stage
+
+
+@dataclass
+class ScoreConfig(ScorerConfig):
+    """`exo-fast score`: a scorer, and what to do with its rewards."""
+
+    mode: Literal["label", "label-pref", "eval"] = _field(
+        "label", "label: write rewards; label-pref: write the best and the worst; eval: rewards, mean and spread."
+    )
+
+    field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "scorer": (*ScorerConfig.scorer_fields, *InferenceConfig.model_fields),
+        "data": ("mode", *InferenceConfig.data_fields, "max_seq_len"),
+        "speed and memory": InferenceConfig.speed_fields,
+    }
+    description: ClassVar[str] = """\
+Score completions by a reward model, a classifier or a Python function.
+
+Reads rows of prompt and completions (as `exo-fast generate` writes them), or of prompt, chosen and rejected, and writes
+by mode: prompt, completions, rewards (label, eval); or prompt, chosen, rejected (label-pref), without the prompts whose
+completions all have one reward. The summary tells mean and spread of the rewards and, for chosen and rejected, how
+often the scorer agrees. An interrupted run continues when the same command is given again."""
+    examples: ClassVar[str] = """\
+examples:
+  exo-fast score --reward_model models/rm --data data/samples --output_dir data/rw
+  exo-fast score --classifier models/oracle --mode label-pref --data data/samples --output_dir data/pref
+  exo-fast score --function rewards:brevity --mode eval --data data/samples --output_dir runs/eval
+  torchrun --nproc-per-node 2 -m exo_fast.training.cli score --config score.yaml
+"""
+
+
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Score the completions of `config.data` and write rows by `config.mode`, in their order, to `config.output_dir`.
+
+    Returns the summary, which is written there too. Raises InputError for settings, data or scorers that cannot work.
+    """
+    state = start_processes(config)
+    scorer = load_scorer(config)
+    sources = find_splits(config)
+    examples = {
+        split: config.first(load_samples(source, tokenizer=scorer.tokenizer)) for split, source in sources.items()
+    }
+    if config.mode == "label-pref":
+        _need_two_each(examples)
+    rows = {split: [_row(example) for example in found] for split, found in examples.items()}
+    identity = {
+        "stage": "score",
+        "mode": config.mode,
+        **scorer.identity,
+        "rows": {split: json_digest(found) for split, found in rows.items()},
+    }
+    run = ResumableRun(config.output_dir, identity, state)
+    if (summary := run.finished([f"{split}.json" for split in rows])) is not None:
+        return summary
+
+    files, counts = {}, {}
+    for split, found in rows.items():
+        rewards = _score_split(config, scorer, run, split, found)
+        counts[split] = statistics(rewards)
+        if _holds_pairs(sources[split], scorer.tokenizer) and all(len(values) == 2 for values in rewards):
+            counts[split] |= _agreement(rewards)
+        labelled = [{**row, "rewards": values} for row, values in zip(found, rewards, strict=True)]
+        if config.mode == "label-pref":
+            labelled = _preferences(labelled, split)
+            counts[split] |= {"preferences": len(labelled), "ties_dropped": len(found) - len(labelled)}
+        files[f"{split}.json"] = labelled
+    names = {name: getattr(config, name) for name in SCORERS if getattr(config, name)}
+    summary = run.finish(files, {**names, "mode": config.mode, "data": config.data, "counts": counts})
+    if state.is_main_process:
+        for split, count in counts.items():
+            print(f"{split}: " + _in_words(count))
+        print(f"the rows are in {config.output_dir}", flush=True)
+    return summary
+
+
+def _row(example: Example) -> dict[str, Any]:
+    ids = {} if example.completion_ids is None else {"completion_ids": example.completion_ids}
+    return {"prompt": example.prompt, "completions": example.completions, **ids}
+
+
+def _score_split(
+    config: ScoreConfig, scorer: Scorer, run: ResumableRun, split: str, rows: list[dict[str, Any]]
+) -> list[list[float]]:
+    """The rewards of each row's completions."""
+    prompts = [row["prompt"] for row in rows for _ in row["completions"]]
+    completions = [text for row in rows for text in row["completions"]]
+    batches = plan_batches(scorer, prompts, completions, config.batch_size)
+    values = run.compute(
+        split,
+        [len(batch) for batch in batches],
+        lambda index: scorer([prompts[i] for i in batches[index]], [completions[i] for i in batches[index]]),
+        description=f"scoring ({split})",
+        unit="seq",
+        progress=not config.disable_tqdm,
+    )
+    found = [0.0] * len(prompts)
+    for batch, rewards in zip(batches, values, strict=True):
+        for index, reward in zip(batch, rewards, strict=True):
+            found[index] = reward
+    flat = iter(found)
+    return [[next(flat) for _ in row["completions"]] for row in rows]
+
+
+def _need_two_each(examples: dict[str, list[Example]]) -> None:
+    for found in examples.values():
+        for example in found:
+            if len(example.completions) < 2:
+                raise InputError(
+                    f"{example.place}, field `completions`: mode=label-pref needs at least 2 completions of each "
+                    "prompt; sample more (return_num), or use mode=label."
+                )
+
+
+def _preferences(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """The first of the best and the first of the worst, of each row where they differ."""
+    found = []
+    for row in rows:
+        best, worst = int(np.argmax(row["rewards"])), int(np.argmin(row["rewards"]))
+        if row["rewards"][best] > row["rewards"][worst]:
+            texts = row["completions"]
+            found.append({"prompt": row["prompt"], "chosen": texts[best], "rejected": texts[worst]})
+    if not found:
+        raise InputError(
+            f"mode=label-pref: the completions of each prompt of the {split} split have one reward, so there is no "
+            "preference to write; use another scorer."
+        )
+    return found
+
+
+def _holds_pairs(source: Source, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    _, first = next(iter(read_records(source, tokenizer)))
+    return isinstance(first, dict) and "chosen" in first and "rejected" in first and "completions" not in first
+
+
+def _agreement(rewards: list[list[float]]) -> dict[str, float]:
+    """How often the scorer ranks chosen above rejected, and how often it gives both one reward."""
+    chosen, rejected = np.array(rewards).T
+    return {"accuracy": float((chosen > rejected).mean()), "ties": float((chosen == rejected).mean())}
+
+
+def _in_words(count: dict[str, Any]) -> str:
+    error = "" if count["standard_error"] is None else f" ± {count['standard_error']:.4f}"
+    words = (
+        f"mean reward {count['mean']:.4f}{error} over {count['prompts']:,} prompts, "
+        f"standard deviation within prompts {count['within_prompt_std']:.4f}"
+    )
+    if "accuracy" in count:
+        words += f", accuracy {count['accuracy']:.4f} ({count['ties']:.4f} ties)"
+    if "preferences" in count:
+        words += (
+            f", {count['preferences']:,} preferences ({count['ties_dropped']:,} prompts with equal rewards dropped)"
+        )
+    return words
