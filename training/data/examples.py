@@ -114,8 +114,10 @@ def load_sft(source: Source, *, tokenizer: Tokenizer = None) -> list[Example]:
     Raises InputError as load_examples does.
     """
 
-    def convert(place: Place, record: Any) -> Example:
-        record = _as_text(record, tokenizer)
+    def convert(place: Place, raw: Any) -> Example:
+        record = _as_text(raw, tokenizer)
+        if "messages" in raw and "completion" not in record:
+            raise BadField("messages", raw["messages"], "the last message must be the assistant's: it is learned.")
         if "completions" in record and "chosen" not in record:
             raise BadField(
                 "completions",

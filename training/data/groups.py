@@ -124,7 +124,7 @@ def tokenize(
             "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
         )
     prefix = prefix_ids(tokenizer)
-    _check_drawn_ids(examples[:CHECKED_EXAMPLES], tokenizer)
+    check_drawn_ids(examples[:CHECKED_EXAMPLES], tokenizer)
     candidates = num_contrastive or len(examples[0].completions)
     prompt_ids, completion_ids = array("i"), array("i")
     prompt_offsets, completion_offsets = array("q", [0]), array("q", [0])
@@ -183,7 +183,8 @@ def tokenize(
     )
 
 
-def _check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError where `completion_ids` are not what the tokenizer would have for the completion's text."""
     for example in examples:
         for index, ids in enumerate(example.completion_ids or ()):
             text = tokenizer.decode(ids, skip_special_tokens=True) if max(ids) < len(tokenizer) else None
@@ -197,6 +198,9 @@ def _check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text alone, with nothing put before or after."""
+    if not texts:  # which tokenizers refuse
+        return []
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 

@@ -73,12 +73,12 @@ def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase
     text = str(path)
     path = Path(path).expanduser()
     hint = ""
-    if not path.exists() and (found := re.fullmatch(rf"({DATASET_NAME})(?::(.*))?", text)):
+    if not path.exists() and (named := split_name(text)) is not None:
         from exo_fast.training.data.registry import known_names, nearest, open_dataset
 
-        hint = nearest(found[1])
-        if found[2] is not None or found[1] in known_names():
-            dataset = open_dataset(found[1], found[2], tokenizer=tokenizer)
+        hint = nearest(named[0])
+        if named[1] is not None or named[0] in known_names():
+            dataset = open_dataset(*named, tokenizer=tokenizer)
             name = "train" if split == "train" else "test"
             return Source(dataset.path or Path(text), name, dataset) if name in dataset.splits() else None
     names = SPLIT_NAMES[split]
@@ -100,6 +100,12 @@ def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase
         if found:
             return Source(found[0])
     return None
+
+
+def split_name(text: str) -> tuple[str, str | None] | None:
+    """("NAME/KIND", PATH) of "NAME/KIND:PATH", with None for the PATH of "NAME/KIND"; None for any other text."""
+    found = re.fullmatch(rf"({DATASET_NAME})(?::(.*))?", text)
+    return (found[1], found[2]) if found else None
 
 
 def read_records(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[tuple[Place, Any]]:

@@ -1,5 +1,6 @@
 """What is read, and what is said of what cannot be used."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 import datasets
 import pytest
 
-from exo_fast.training.data.examples import load_examples
+from exo_fast.training.data.examples import (
+    load_examples,
+    load_pairs,
+    load_prompts,
+    load_samples,
+    load_sft,
+    load_texts,
+)
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.errors import InputError
 
@@ -36,6 +44,8 @@ def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
     table.to_parquet(paths["parquet"])
     table.save_to_disk(tmp_path / "saved")
     expected = [(row["prompt"], row["completions"], [float(r) for r in row["rewards"]]) for row in rows]
+    paths["compressed"] = tmp_path / "e.jsonl.gz"
+    paths["compressed"].write_bytes(gzip.compress(paths["lines"].read_bytes()))
     for path in (*paths.values(), tmp_path / "saved"):
         assert [(e.prompt, e.completions, e.rewards) for e in load(path)] == expected
     # The place is what an editor shows.
@@ -71,6 +81,10 @@ BAD_ROWS = {
     "reward nan": ({**GOOD, "rewards": [1, 2, 3, float("nan")]}, "field `rewards[3]`, value nan: a finite"),
     "reward beyond float32": ({**GOOD, "rewards": [1e39, 2, 3, 4]}, "field `rewards[0]`, value 1e+39: a finite"),
     "reward beyond any float": ({**GOOD, "rewards": [10**400, 2, 3, 4]}, "field `rewards[0]`, value 1000"),
+    "ids not a list": ({**GOOD, "completion_ids": 3}, "field `completion_ids`, value 3: a list of token ids per"),
+    "too few ids": ({**GOOD, "completion_ids": [[1]]}, "a list of token ids per completion is needed: 4"),
+    "an id not a number": ({**GOOD, "completion_ids": [[1], [2], [True], [4]]}, "field `completion_ids[2]`, value [Tr"),
+    "no ids": ({**GOOD, "completion_ids": [[1], [], [3], [4]]}, "field `completion_ids[1]`, value []: a list of token"),
     "one candidate": ({**GOOD, "completions": ["b"], "rewards": [1]}, "at least 2 candidates are needed, not 1"),
     "other number of candidates": (
         {"prompt": "a", "completions": ["b", "c", "d"], "rewards": [1, 2, 3]},
@@ -88,6 +102,97 @@ def test_a_bad_row_names_file_line_field_value_and_fix(tmp_path: Path, row: Any,
     assert message in str(error.value)
     assert f"{path}, line 2 (row 1), field" in str(error.value)
     assert "1 of 3 rows" in str(error.value)
+
+
+def test_ids_that_were_drawn_are_kept(tmp_path: Path) -> None:
+    ids = [[5, 2], [6], [7], [2]]
+    # The last model wrote nothing but EOS: with its id there is something to learn from.
+    (example,) = load(write(tmp_path, [{**GOOD, "completions": ["b", "c", "d", ""], "completion_ids": ids}]))
+    assert (example.completions[-1], example.completion_ids) == ("", ids)
+    assert load(write(tmp_path, [{**GOOD, "completion_ids": None}]))[0].completion_ids is None
+
+
+def test_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": "p", "chosen": "yes", "rejected": "no"},
+        {**GOOD, "rewards": [2, 5, -1, 5], "completion_ids": [[1], [2], [3], [4]]},
+        {**GOOD, "rewards": [1, 1, 1, 1]},
+    ]
+    pairs = load_pairs(Source(write(tmp_path, rows)))
+    assert [(pair.completions, pair.rewards, pair.completion_ids) for pair in pairs] == [
+        (["yes", "no"], [1.0, 0.0], None),
+        (["c", "d"], [1.0, 0.0], [[2], [3]]),  # of equals the first
+    ]
+    assert "train.json: 1 of 3 rows have equal rewards and are left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="equal rewards; there is nothing to prefer"):
+        load_pairs(Source(write(tmp_path, rows[2:])))
+    with pytest.raises(InputError, match="at least 2 candidates are needed, not 1"):
+        load_pairs(Source(write(tmp_path, [{"prompt": "a", "completions": ["b"], "rewards": [1]}])))
+
+
+def test_sft(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "chosen": " b"},
+        {"prompt": "a", "chosen": " c", "rejected": " d"},
+        {"prompt": "a", "completion": " e"},
+        {"text": "f g"},
+    ]
+    examples = load_sft(Source(write(tmp_path, rows)))
+    assert [(e.prompt, e.completions, e.rewards) for e in examples] == [
+        ("a", [" b"], [0.0]),
+        ("a", [" c"], [0.0]),
+        ("a", [" e"], [0.0]),
+        ("", ["f g"], [0.0]),
+    ]
+    bad = [{"prompt": "a"}, {"prompt": "a", "chosen": ""}, GOOD, {"prompt": "a", "completion": 1}, {"chosen": "a"}]
+    with pytest.raises(InputError) as error:
+        load_sft(Source(write(tmp_path, bad)))
+    for message in (
+        "(row 0), field `chosen`, value missing",
+        "(row 1), field `chosen`, value '': an empty completion",
+        "(row 2), field `completions`, value ['b', 'c', 'd', 'e']: fine-tuning learns one completion of each prompt",
+        "(row 3), field `completion`, value 1: a string",
+        "(row 4), field `prompt`, value missing",
+    ):
+        assert message in str(error.value)
+
+
+def test_samples(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "completions": ["b", ""], "completion_ids": [[3, 2], [2]]},
+        {"prompt": "a", "completions": ["b"], "rewards": [2]},
+        {"prompt": "a", "chosen": "b", "rejected": ""},
+        {"prompt": "a", "chosen": "b"},
+    ]
+    examples = load_samples(Source(write(tmp_path, rows)))
+    assert [(e.completions, e.rewards, e.completion_ids) for e in examples] == [
+        (["b", ""], [], [[3, 2], [2]]),
+        (["b"], [2.0], None),
+        (["b", ""], [], None),
+        (["b"], [], None),
+    ]
+    with pytest.raises(InputError, match=r"field `completions`, value \[\]: at least one completion"):
+        load_samples(Source(write(tmp_path, [{"prompt": "a", "completions": []}])))
+
+
+def test_texts(tmp_path: Path) -> None:
+    labels = ["pos", "neg", 1, 0, True, False]
+    rows = [{"text": f"text {label}", "label": label} for label in labels]
+    texts = load_texts(Source(write(tmp_path, rows)))
+    assert [text.label for text in texts] == [1, 0, 1, 0, 1, 0]
+    assert (texts[2].text, texts[2].place.row) == ("text 1", 2)
+    for label in ("positive", 2, 1.0, None, ["pos"]):
+        with pytest.raises(InputError, match=r'field `label`, value .*"pos" or "neg" is needed'):
+            load_texts(Source(write(tmp_path, [{"text": "a", "label": label}])))
+    with pytest.raises(InputError, match="field `label`, value missing"):
+        load_texts(Source(write(tmp_path, [{"text": "a"}])))
+
+
+def test_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": "b"}, {"prompt": "a", "chosen": "x"}, {**GOOD, "prompt": "b"}, {"prompt": "c", "rejected": 1}]
+    assert load_prompts(Source(write(tmp_path, rows))) == ["b", "a", "c"]
+    with pytest.raises(InputError, match="field `prompt`, value missing"):
+        load_prompts(Source(write(tmp_path, [{"text": "a", "label": "pos"}])))
 
 
 def test_only_the_first_ten_faults_are_shown(tmp_path: Path) -> None:
@@ -155,7 +260,7 @@ def test_splits_of_a_directory(tmp_path: Path) -> None:
     write(tmp_path, [GOOD], "train.jsonl")
     write(tmp_path, [GOOD], "validation.json")
     assert find_source(tmp_path, "train") == Source(tmp_path / "train.jsonl")
-    assert find_source(tmp_path, "eval") == Source(tmp_path / "validation.json")
+    assert find_source(tmp_path, "eval") == find_source(tmp_path, "test") == Source(tmp_path / "validation.json")
     write(tmp_path, [GOOD], "train.json")
     with pytest.raises(InputError, match=r"both train\.json and train\.jsonl"):
         find_source(tmp_path, "train")

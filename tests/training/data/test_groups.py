@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from exo_fast.layout import pack
 from exo_fast.training.data.examples import Example
-from exo_fast.training.data.groups import GroupCollator, GroupDataset, tokenize
+from exo_fast.training.data.groups import GroupCollator, GroupDataset, SftCollator, tokenize
 from exo_fast.training.data.records import Place
 from exo_fast.training.errors import InputError
 
@@ -102,3 +102,34 @@ def test_collator(run: Any, share_prompt: bool) -> None:
     assert batch["ref_logps"].tolist() == [[-3.5, -4.5], [-1.5, -2.5]]
     assert batch["index"].tolist() == [1, 0]
     assert batch["num_tokens"] == (packed.group_ids >= 0).sum()
+
+
+def test_ids_that_were_drawn_are_used_as_they_are(run: Any, ids: Ids) -> None:
+    # "good</s>" was ended by the model, "very bad" by the limit: no EOS was drawn.
+    drawn = [[*ids("good"), EOS], ids("very bad"), [EOS]]
+    row = Example(Place("f.json", 0, 1), "the film", ["good", "very bad", ""], [0.0, 1.0, 2.0], drawn)
+    data = run([example("was", "a", "b", "c"), row, example("and", "a", "b", "c")])
+    assert data.group(1).completions == drawn
+    assert data.group(1).prompt == [BOS, *ids("the film")]
+    assert data.group(2).completions == [[*ids(text), EOS] for text in "abc"]
+    assert drawn[1][-1] != EOS  # and the caller's lists stay as they are
+    assert run([row], max_gen_len=2).group(0).completions == [drawn[0], drawn[1][:2], [EOS]]
+    assert run([row], num_contrastive=1).group(1).completions == [drawn[1]]
+
+
+@pytest.mark.parametrize("wrong", [[5, EOS], [10**6]])
+def test_ids_of_another_tokenizer(wrong: list[int], run: Any) -> None:
+    row = Example(Place("f.json", 0, 1), "the", ["good"], [0.0], [wrong])
+    with pytest.raises(InputError, match=r"f\.json, line 1 \(row 0\), field `completion_ids\[0\]`.*another model"):
+        run([row])
+
+
+def test_one_completion_and_the_weights_of_its_tokens(run: Any, ids: Ids) -> None:
+    data = run([example("the film", "was good"), example("the", "bad")])
+    assert [data.group(i).completions for i in range(2)] == [[[*ids("was good"), EOS]], [[*ids("bad"), EOS]]]
+    assert data.rewards.tolist() == [[0.0], [0.0]]
+    batch = SftCollator(pad_token_id=EOS)([data[0], data[1]])
+    assert batch["weights"].tolist() == [4.0, 2.0]
+    assert batch["weights"].dtype == torch.float32
+    assert torch.equal(batch["weights"].diff(), torch.from_numpy(batch["cu_seqlens"]).diff().float().diff())
+    assert GroupCollator(pad_token_id=EOS)([data[0], data[1]])["weights"].tolist() == [1.0, 1.0]
