@@ -27,20 +27,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from exo_fast.head import final_hidden, read_head
-from exo_fast.layout import Group, model_inputs, pack, plan_mask
-from exo_fast.logprobs import linear_logprobs
-from exo_fast.reference import sequence_logps
+from exo_fast.layout import Group
 from exo_fast.training import assets
+from exo_fast.training.data.reviews import clean_opening
 from exo_fast.training.errors import InputError
 from exo_fast.training.generate import sample_tokens
+from exo_fast.training.inference import matmul_precision
+from exo_fast.training.logprobs import sequence_log_probs
 from exo_fast.training.report import Evaluation, Results, write_report
 from exo_fast.version import __version__
 
@@ -125,13 +123,9 @@ def opening_words(snippets: Sequence[assets.Snippet], words: int, count: int, se
     """
     found: dict[str, str] = {}
     for snippet in snippets:
-        opening = snippet.text.split()[:words]
-        text = " ".join(opening)
-        if len(snippet.text.split()) < 2 * words or any(word[-1] in ".!?:;\"'" for word in opening):
-            continue
-        if any(mark in text for mark in '"()[]*'):
-            continue
-        found.setdefault(text.casefold(), text)
+        text = clean_opening(snippet.text, words)
+        if text is not None:
+            found.setdefault(text.casefold(), text)
     prompts = sorted(found.values())
     if len(prompts) < count:
         raise InputError(
@@ -271,18 +265,6 @@ def load_model(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """How float32 matrices are multiplied on the CPU within the block: "ieee", or "bf16" with float32 sums."""
-    backend = torch.backends.mkldnn.matmul
-    before = backend.fp32_precision
-    backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
-
-
 def sample_and_score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -332,37 +314,6 @@ def evaluate_policy(
         )
     found["log_ratios"] = [(a - b).tolist() for a, b in zip(ours, theirs, strict=True)]
     return found
-
-
-@torch.no_grad()
-def sequence_log_probs(
-    model: PreTrainedModel, groups: list[Group], *, temperature: float, progress: str, batch_size: int = 16
-) -> list[np.ndarray]:
-    """For each group, (K,) float32: the sum of log-probs of each completion's tokens, in nats."""
-    plan = plan_mask(model.config)
-    head = read_head(model)
-    values = []
-    with tqdm(total=len(groups), desc=progress, unit="prompt") as bar:
-        for first in range(0, len(groups), batch_size):
-            batch = groups[first : first + batch_size]
-            packed = pack(batch, share_prompt=plan.share)
-            implementation = model.config._attn_implementation
-            inputs = model_inputs(
-                packed, plan, dtype=model.dtype, device=model.device, attn_implementation=implementation
-            )
-            hidden = final_hidden(model, **inputs).flatten(0, 1)[packed.source.to(model.device)]
-            token_logps = linear_logprobs(
-                hidden,
-                head.weight,
-                packed.targets.to(model.device),
-                bias=head.bias,
-                scale=head.scale / temperature,
-                softcap=head.softcap,
-            )
-            sums = sequence_logps(token_logps, packed.cu_seqlens.to(model.device)).float().cpu().numpy()
-            values += np.split(sums, np.cumsum([len(group.completions) for group in batch])[:-1])
-            bar.update(len(batch))
-    return values
 
 
 def align_policy(

@@ -324,17 +324,21 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if config.engine == "vllm":
         _check_vllm(config, state.num_processes)
     tokenizer = load_tokenizer(config, config.model_name_or_path)
+    room = config.max_seq_len - config.max_new_tokens
     prompts, encoded = {}, {}
     for split, source in find_splits(config).items():
         prompts[split] = config.first(load_prompts(source, tokenizer=tokenizer))
-        encoded[split] = encode_prompts(tokenizer, prompts[split], config.max_seq_len - config.max_new_tokens)
+        encoded[split] = encode_prompts(tokenizer, prompts[split], [room] * len(prompts[split]))
         for index, (ids, _) in enumerate(encoded[split]):
             if not ids:
                 raise InputError(f"{source}, prompt {index}, {prompts[split][index]!r}: no tokens; give it some text.")
+    ids = [row for rows in encoded.values() for row, _ in rows]
     check_fits_model(
-        config, config.model_name_or_path,
-        max(len(ids) for rows in encoded.values() for ids, _ in rows) + config.max_new_tokens,
-    )  # fmt: skip
+        config,
+        config.model_name_or_path,
+        longest=max(map(len, ids)) + config.max_new_tokens,
+        largest_id=max(map(max, ids)),
+    )
     identity = {
         "stage": "generate",
         "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),

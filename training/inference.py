@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -205,14 +205,23 @@ def digest(name_or_path: str) -> str:
     return whole.hexdigest()
 
 
-def check_fits_model(config: InferenceConfig, name_or_path: str, longest: int) -> None:
-    """Raises InputError where the longest sequence has more tokens than the model has positions."""
+def check_fits_model(config: Any, name_or_path: str, *, longest: int, largest_id: int = 0) -> None:
+    """Raises InputError where a sequence is longer than the model has positions for, or an id is not in its vocabulary.
+
+    `config` is one with `max_seq_len`.
+    """
     base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
-    limit = getattr(_from_pretrained(AutoConfig, config, base).get_text_config(), "max_position_embeddings", None)
+    model = _from_pretrained(AutoConfig, config, base).get_text_config()
+    limit = getattr(model, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise InputError(
             f"max_seq_len={config.max_seq_len}: the longest sequence may have {longest} tokens, and the model has "
             f"positions for {limit}; set max_seq_len to at most {limit}."
+        )
+    if largest_id >= model.vocab_size:
+        raise InputError(
+            f"{name_or_path!r}: its tokenizer, or the data, gives id {largest_id} and its vocabulary has "
+            f"{model.vocab_size}; the tokenizer belongs to another model, or the embeddings were not resized."
         )
 
 
@@ -248,19 +257,18 @@ def json_digest(value: Any) -> str:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_tokens: int
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_tokens: Sequence[int]
 ) -> list[tuple[list[int], int]]:
     """Ids of each prompt as training has it: what the tokenizer puts before a text (BOS), then the prompt's own,
 
-    cut on the left so that both are at most `max_tokens`; and how many were cut off.
+    cut on the left so that both are at most `max_tokens[i]`; and how many were cut off.
     """
     prefix = prefix_ids(tokenizer)
-    room = max(max_tokens - len(prefix), 0)
     rows = []
-    for ids in encode(tokenizer, prompts) if prompts else []:
+    for ids, limit in zip(encode(tokenizer, prompts), max_tokens, strict=True):
         if ids[: len(prefix)] == prefix:  # a template may have written BOS already
             ids = ids[len(prefix) :]
-        lost = max(len(ids) - room, 0)
+        lost = max(len(ids) - max(limit - len(prefix), 0), 0)
         rows.append((prefix + ids[lost:], lost))
     return rows
 

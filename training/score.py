@@ -114,7 +114,7 @@ class ModelScorer(Scorer):
 
     def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
         lengths = [len(ids) for ids in self._encode(prompts, completions)]
-        check_fits_model(self.config, self.name, max(lengths, default=0))
+        check_fits_model(self.config, self.name, longest=max(lengths, default=0))
         return lengths
 
     @torch.no_grad()

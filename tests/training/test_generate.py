@@ -232,9 +232,9 @@ def test_long_prompts_lose_their_beginning_and_keep_bos(
     tokenizer: PreTrainedTokenizerFast, bare_tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> None:
     ids = tokenizer("the film was good")["input_ids"]
-    assert encode_prompts(tokenizer, ["the film was good"], 8) == [(ids, 0)]
-    assert encode_prompts(tokenizer, ["the film was good"], 4) == [([ids[0], *ids[-3:]], 4)]
-    assert encode_prompts(bare_tokenizer, ["the film was good"], 3) == [(ids[-3:], 4)]
+    assert encode_prompts(tokenizer, ["the film was good"], [8]) == [(ids, 0)]
+    assert encode_prompts(tokenizer, ["the film was good"], [4]) == [([ids[0], *ids[-3:]], 4)]
+    assert encode_prompts(bare_tokenizer, ["the film was good"], [3]) == [(ids[-3:], 4)]
     summary = generate(GenerateConfig(**settings(max_seq_len=10, split="test")))
     assert summary["counts"]["test"]["cut_prompts"] > 0
 

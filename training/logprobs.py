@@ -1,0 +1,331 @@
+"""`exo-fast logprobs`: log-probs of given completions under a model, through the fused head.
+
+No logits of the whole vocabulary are kept, and a prompt is run once for its completions where the model can share it.
+The token ids that were drawn are scored where the data has them, so that with the settings of `exo-fast generate` the
+result is the log-prob under the distribution that they were drawn from.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from exo_fast.head import final_hidden, read_head
+from exo_fast.layout import Group, check_sharing, model_inputs, pack, plan_mask
+from exo_fast.logprobs import linear_logprobs
+from exo_fast.reference import sequence_logps
+from exo_fast.training.config import _field
+from exo_fast.training.data.examples import Example, load_samples
+from exo_fast.training.data.groups import check_drawn_ids, encode
+from exo_fast.training.errors import InputError
+from exo_fast.training.inference import (
+    InferenceConfig,
+    check_fits_model,
+    check_model_name,
+    digest,
+    encode_prompts,
+    find_splits,
+    from_main,
+    json_digest,
+    load_model,
+    load_tokenizer,
+    matmul_precision,
+    start_processes,
+)
+from exo_fast.training.resumable import ResumableRun
+
+logger = logging.get_logger(__name__)
+CHECKED_GROUPS = 4
+MAX_TOGETHER = 8  # completions that share a prompt: the mask of a row grows with the square of its length
+
+
+def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
+    """Whether prompts can be run once for all their completions: by the model's kind, and by numbers on some groups.
+
+    Warns where they cannot.
+    """
+    plan = plan_mask(model.config)
+    report = check_sharing(model, list(groups[:CHECKED_GROUPS]), plan)
+    if not report.ok:
+        logger.warning(f"Completions cannot share their prompt, which is run for each of them instead: {report.reason}")
+    return report.ok
+
+
+@torch.no_grad()
+def sequence_log_probs(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    temperature: float,
+    progress: str | None = None,
+    batch_size: int = 16,
+    share_prompt: bool | None = None,
+) -> list[np.ndarray]:
+    """For each group, (K,) float32: the sum of log-probs of each completion's tokens, in nats.
+
+    Args:
+        model: a causal LM in eval mode.
+        temperature: divides the logits.
+        progress: words before the progress bar, None for no bar.
+        batch_size: groups that run together.
+        share_prompt: None asks `can_share_prompts`.
+
+    Raises:
+        InputError: a model whose lm_head is not known.
+    """
+    plan = plan_mask(model.config)
+    try:
+        head = read_head(model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if share_prompt is None:
+        share_prompt = bool(groups) and can_share_prompts(model, groups)
+    values = []
+    with tqdm(total=len(groups), desc=progress, unit="prompt", disable=progress is None) as bar:
+        for first in range(0, len(groups), batch_size):
+            batch = list(groups[first : first + batch_size])
+            packed = pack(batch, share_prompt=share_prompt)
+            implementation = model.config._attn_implementation
+            inputs = model_inputs(
+                packed, plan, dtype=model.dtype, device=model.device, attn_implementation=implementation
+            )
+            hidden = final_hidden(model, **inputs).flatten(0, 1)[packed.source.to(model.device)]
+            token_logps = linear_logprobs(
+                hidden,
+                head.weight,
+                packed.targets.to(model.device),
+                bias=head.bias,
+                scale=head.scale / temperature,
+                softcap=head.softcap,
+            )
+            sums = sequence_logps(token_logps, packed.cu_seqlens.to(model.device)).float().cpu().numpy()
+            values += np.split(sums, np.cumsum([len(group.completions) for group in batch])[:-1])
+            bar.update(len(batch))
+    return values
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """A prompt and its completions as the model reads them."""
+
+    group: Group
+    cut_prompt: bool  # lost tokens on the left
+    cut_completions: int  # how many lost tokens (and their EOS) on the right
+
+
+def tokenize_rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, max_gen_len: int
+) -> list[TokenizedRow]:
+    """Examples of any number of completions as token ids.
+
+    A completion is the ids that were drawn, or else its text's ids and EOS, cut on the right to `max_gen_len`. A prompt
+    is cut on the left: where the completions were drawn, to max_seq_len - max_gen_len, as `exo-fast generate` cut it;
+    else only so that it and the longest completion fit `max_seq_len`, as in training. Raises InputError for a prompt of
+    no tokens, for ids that another tokenizer drew, and for a tokenizer without EOS where there is text.
+    """
+    check_drawn_ids(examples[:CHECKED_GROUPS], tokenizer)
+    eos = tokenizer.eos_token_id
+    texts = [text for example in examples if example.completion_ids is None for text in example.completions]
+    if texts and eos is None:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, which ends every completion; set "
+            "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
+        )
+    written = iter(encode(tokenizer, texts))
+    completions, room = [], []
+    for example in examples:
+        whole = example.completion_ids
+        if whole is None:
+            bodies = [next(written) for _ in example.completions]
+            whole = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in bodies]
+        completions.append(whole)
+        longest = max_gen_len if example.completion_ids is not None else min(max(map(len, whole)), max_gen_len)
+        room.append(max_seq_len - longest)
+    prompts = encode_prompts(tokenizer, [example.prompt for example in examples], room)
+    rows = []
+    for example, (prompt, lost), whole in zip(examples, prompts, completions, strict=True):
+        if not prompt:
+            raise InputError(
+                f"{example.place}, field `prompt`, value {example.prompt!r}: no tokens, and the tokenizer adds no BOS; "
+                "at least one is needed, to predict a completion's first token from."
+            )
+        group = Group(prompt, [ids[:max_gen_len] for ids in whole])
+        rows.append(TokenizedRow(group, lost > 0, sum(len(ids) > max_gen_len for ids in whole)))
+    return rows
+
+
+@dataclass
+class LogprobsConfig(InferenceConfig):
+    """`exo-fast logprobs`: fields of every inference stage, the model, and how to cut."""
+
+    model_name_or_path: str | None = _field(
+        None, "The model to score with: a directory (a LoRA adapter's too) or a Hub name."
+    )
+    temperature: float = _field(1.0, "Divides the logits: the temperature that the completions were sampled at.")
+    max_seq_len: int = _field(512, "Longest prompt plus completion, in tokens; prompts are cut on the left to fit.")
+    max_gen_len: int = _field(256, "Longest completion, in tokens with EOS; cut on the right.")
+
+    field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "model": ("model_name_or_path", *InferenceConfig.model_fields),
+        "data": (*InferenceConfig.data_fields, "max_seq_len", "max_gen_len", "temperature"),
+        "speed and memory": InferenceConfig.speed_fields,
+    }
+    description: ClassVar[str] = """\
+Log-probs of completions under a model, in nats, summed over their tokens.
+
+Reads rows of prompt and completions (as `exo-fast generate` or `score` write them), or of prompt, chosen and rejected,
+and writes them with a list `logprobs`. Where there are completion_ids they are scored, else the text and EOS. Give
+temperature, max_seq_len and (as max_gen_len) max_new_tokens of the sampling to get log-probs under its distribution. An
+interrupted run continues when the same command is given again."""
+    examples: ClassVar[str] = """\
+examples:
+  exo-fast logprobs --model_name_or_path models/sft --data data/samples --output_dir data/logprobs
+  exo-fast logprobs --model_name_or_path runs/align --data data/samples --temperature 0.8 --output_dir data/logprobs-t08
+  torchrun --nproc-per-node 2 -m exo_fast.training.cli logprobs --config logprobs.yaml
+"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_model_name(self)
+        self._need(self.temperature > 0, "temperature", "a positive number is needed.")
+        self._need(self.max_gen_len >= 1, "max_gen_len", "at least 1 token is needed.")
+        self._need(
+            self.max_seq_len > self.max_gen_len,
+            "max_seq_len",
+            f"must be larger than max_gen_len={self.max_gen_len}, so that some of the prompt fits.",
+        )
+
+
+def logprobs(config: LogprobsConfig) -> dict[str, Any]:
+    """Write the rows of `config.data`, in their order, with the log-probs of their completions to `config.output_dir`.
+
+    Returns the summary, which is written there too. Raises InputError for settings, data or models that cannot work.
+    """
+    state = start_processes(config)
+    tokenizer = load_tokenizer(config, config.model_name_or_path)
+    examples = {
+        split: config.first(load_samples(source, tokenizer=tokenizer)) for split, source in find_splits(config).items()
+    }
+    rows = {
+        split: tokenize_rows(found, tokenizer, max_seq_len=config.max_seq_len, max_gen_len=config.max_gen_len)
+        for split, found in examples.items()
+    }
+    groups = [row.group for found in rows.values() for row in found]
+    check_fits_model(
+        config,
+        config.model_name_or_path,
+        longest=max(len(group.prompt) + max(map(len, group.completions)) for group in groups),
+        largest_id=max(max(max(group.prompt), *map(max, group.completions)) for group in groups),
+    )
+    identity = {
+        "stage": "logprobs",
+        "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),
+        "rows": {
+            split: json_digest([(e.prompt, e.completions, e.completion_ids) for e in found])
+            for split, found in examples.items()
+        },
+        "temperature": config.temperature,
+        "max_seq_len": config.max_seq_len,
+        "max_gen_len": config.max_gen_len,
+        **config.numerics(),
+    }
+    run = ResumableRun(config.output_dir, identity, state)
+    if (summary := run.finished([f"{split}.json" for split in rows])) is not None:
+        return summary
+
+    @functools.cache  # loaded with the first batch: not at all when nothing is left to do
+    def model() -> tuple[nn.Module, bool]:
+        loaded = load_model(config, config.model_name_or_path)
+        return loaded, can_share_prompts(loaded, groups)
+
+    files, counts = {}, {}
+    for split, found in rows.items():
+        values = _split_logprobs(config, model, run, split, [row.group for row in found])
+        files[f"{split}.json"] = [
+            {
+                "prompt": example.prompt,
+                "completions": example.completions,
+                **({} if example.completion_ids is None else {"completion_ids": example.completion_ids}),
+                "logprobs": row,
+            }
+            for example, row in zip(examples[split], values, strict=True)
+        ]
+        counts[split] = _count(found, values)
+    summary = run.finish(files, {"model": config.model_name_or_path, "data": config.data, "counts": counts})
+    if state.is_main_process:
+        for split, count in counts.items():
+            print(
+                f"{split}: mean log-prob {count['mean']:.4f} nats over {count['completions']:,} completions, "
+                f"{count['mean_per_token']:.4f} over {count['tokens']:,} tokens"
+            )
+        print(f"the rows are in {config.output_dir}", flush=True)
+    return summary
+
+
+def _split_logprobs(
+    config: LogprobsConfig, model: Any, run: ResumableRun, split: str, groups: list[Group]
+) -> list[list[float]]:
+    """The log-probs of each group's completions."""
+    # Groups of many completions are cut up, and each part has its prompt.
+    parts = [
+        (index, Group(group.prompt, group.completions[first : first + MAX_TOGETHER]))
+        for index, group in enumerate(groups)
+        for first in range(0, len(group.completions), MAX_TOGETHER)
+    ]
+    order = sorted(range(len(parts)), key=lambda place: (-parts[place][1].tokens(), place))
+    batches: list[list[int]] = []
+    room = 0
+    for place in order:
+        count = len(parts[place][1].completions)
+        if count > room:
+            batches.append([])
+            room = config.batch_size
+        batches[-1].append(place)
+        room -= count
+
+    def compute(index: int) -> list[list[float]]:
+        loaded, share_prompt = model()
+        batch = [parts[place][1] for place in batches[index]]
+        with matmul_precision(config.matmul_precision, loaded.device.type):
+            values = sequence_log_probs(
+                loaded, batch, temperature=config.temperature, batch_size=len(batch), share_prompt=share_prompt
+            )
+        # The shortest decimals that are these float32 numbers, not these as doubles.
+        return [[float(str(value)) for value in row] for row in values]
+
+    values = run.compute(
+        split,
+        [sum(len(parts[place][1].completions) for place in batch) for batch in batches],
+        compute,
+        description=f"log-probs ({split})",
+        unit="seq",
+        progress=not config.disable_tqdm,
+    )
+    by_place = {
+        place: row for batch, rows in zip(batches, values, strict=True) for place, row in zip(batch, rows, strict=True)
+    }
+    found: list[list[float]] = [[] for _ in groups]
+    for place, (index, _) in enumerate(parts):
+        found[index] += by_place[place]
+    return found
+
+
+def _count(rows: list[TokenizedRow], values: list[list[float]]) -> dict[str, Any]:
+    tokens = sum(len(ids) for row in rows for ids in row.group.completions)
+    flat = [value for row in values for value in row]
+    return {
+        "prompts": len(rows),
+        "completions": len(flat),
+        "tokens": tokens,
+        "mean": float(np.mean(flat)),
+        "mean_per_token": float(np.sum(flat) / tokens),
+        "cut_prompts": sum(row.cut_prompt for row in rows),
+        "cut_completions": sum(row.cut_completions for row in rows),
+    }
