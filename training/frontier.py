@@ -23,7 +23,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats
 
-from exo_fast.training.report import BLUE, GREEN, GREY, ORANGE, Interval, mean_and_error, new_figure, paired_bootstrap
+from exo_fast.training.report import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Interval,
+    mean_and_error,
+    new_figure,
+    paired_bootstrap,
+)
 
 SKY, PURPLE, AMBER, BLACK = "#56B4E9", "#CC79A7", "#E69F00", "#222222"
 STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (AMBER, "v"), (SKY, "P")]
@@ -152,22 +161,11 @@ def compare(
         return Comparison(first, second, seeds, None, None, from_sft)
 
     grid = np.linspace(low, high, GRID)
-    prompts = len(reference.rewards)
-    random = np.random.default_rng(seed)
-    weights = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts  # (B, P)
-    weights = np.vstack([np.full(prompts, 1 / prompts), weights])  # the first row is what was measured
+    weights = _resamples(len(reference.rewards), resamples, seed)
     level = functools.partial(_mean_level, reference=weights @ reference.rewards.mean(axis=1), grid=grid)
     levels = [np.stack([level(run, weights) for run in label_runs]) for label_runs in runs]  # (runs, 1 + B)
-
-    means = [found.mean(axis=0) for found in levels]
-    differences = means[0] - means[1]
-    variance = differences[1:].var(ddof=1)
-    variance, freedom = _with_seeds(levels, variance, prompts)
-    half = float(stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(variance))
-    value = float(differences[0])
-    return Comparison(
-        first, second, seeds, (float(low), float(high)), Interval(value, value - half, value + half), from_sft
-    )
+    difference = _interval(levels, [1, -1], weights.shape[1], confidence)
+    return Comparison(first, second, seeds, (float(low), float(high)), difference, from_sft)
 
 
 def _runs(measurements: Sequence[Measurement], label: str) -> list[list[Measurement]]:
@@ -190,8 +188,23 @@ def _mean_level(
     return (curves.sum(axis=1) - (curves[:, 0] + curves[:, -1]) / 2) / (len(grid) - 1)  # the trapezoidal rule
 
 
+def _resamples(prompts: int, resamples: int, seed: int) -> np.ndarray:
+    """(1 + B, P) weights of the prompts: each 1/P as measured, then B times as often as it was drawn."""
+    even = np.full(prompts, 1 / prompts)
+    return np.vstack([even, np.random.default_rng(seed).multinomial(prompts, even, size=resamples) / prompts])
+
+
+def _interval(levels: Sequence[np.ndarray], signs: Sequence[int], prompts: int, confidence: float) -> Interval:
+    """Sum of signs[i] · mean over the runs of levels[i], each (runs, 1 + B), over prompts and seeds."""
+    sums = sum(sign * found.mean(axis=0) for sign, found in zip(signs, levels, strict=True))
+    variance, freedom = _with_seeds(levels, float(sums[1:].var(ddof=1)), prompts)
+    half = float(stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(variance))
+    value = float(sums[0])
+    return Interval(value, value - half, value + half)
+
+
 def _with_seeds(levels: Sequence[np.ndarray], prompt_variance: float, prompts: int) -> tuple[float, float]:
-    """Variance of the difference over prompts and seeds, and its degrees of freedom.
+    """Variance of a sum of means over prompts and seeds, and its degrees of freedom.
 
     `levels` are (runs, 1 + B) for each label. Of a label's n runs, s²/n holds the seeds and the completions' noise;
     the latter is in the variance over prompts as well, and is taken out of that. A label with one run has no s².
@@ -210,6 +223,26 @@ def _with_seeds(levels: Sequence[np.ndarray], prompt_variance: float, prompts: i
         return prompt_variance, prompts - 1
     freedom = total**2 / (shared**2 / (prompts - 1) + sum(spread**2 / n for spread, n in parts))
     return max(total, prompt_variance), freedom  # seeds that happen to agree make nothing surer than the prompts do
+
+
+# The end of training
+
+
+def summarize_label(measurements: Sequence[Measurement], reference: Measurement, label: str, *, seed: int = 0) -> dict:
+    """The last checkpoints of a label's runs together: means over the runs, with intervals over prompts and seeds."""
+    last = [run[-1] for run in _runs(measurements, label)]
+    weights = _resamples(len(reference.rewards), RESAMPLES, seed)
+    before = reference.rewards.mean(axis=1)
+    found = {"label": label, "runs": len(last)}
+    for name, values in (
+        ("reward", [m.rewards.mean(axis=1) for m in last]),
+        ("gain", [m.rewards.mean(axis=1) - before for m in last]),
+        ("win_rate", [win_rates(m.rewards, reference.rewards) for m in last]),
+        ("kl", [m.log_ratios.mean(axis=1) for m in last]),
+    ):
+        interval = _interval([np.stack(values) @ weights.T], [1], len(before), 0.95)
+        found[name], found[f"{name}_interval"] = interval.value, [interval.low, interval.high]
+    return found
 
 
 # Plot

@@ -28,6 +28,7 @@ STAGE_KEYS = ("name", "stage", "processes", "launcher", "for", "options")
 SMOLLM2 = "smollm2"  # the predefined variable: it stays as it is here, and becomes a path when a stage starts
 SMOLLM2_TEXT = "${smollm2}"
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+MERGE = "tag:yaml.org,2002:merge"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -36,7 +37,17 @@ class _PlainLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As yaml does, but a key that is set twice is an error."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != MERGE and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
+
+_PlainLoader.add_implicit_resolver(MERGE, re.compile("<<"), ["<"])
 _PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false"), list("tf"))
 _PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"null|~|"), ["n", "~", ""])
 _PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+"), list("-+0123456789"))
@@ -137,9 +148,8 @@ def _stages(entry: Any, number: int, variables: dict[str, Any], known_stages: li
     for key in ("stage", "options"):
         if key not in entry:
             raise InputError(f"{where}: {key} is missing.")
-    loops = _mapping(entry.get("for") or {}, f"{where}: for")
+    loops = fill(_mapping(entry.get("for") or {}, f"{where}: for"), variables, where)
     for name, values in loops.items():
-        loops[name] = values = fill(values, variables, where)
         if not isinstance(values, list) or not values:
             raise InputError(f"{where}: for: {name} needs a list of values, not {values!r}.")
     planned = []
