@@ -34,7 +34,7 @@ LABELS = ("pos", "neg")
 class Imdb(RawDataset):
     """Reviews and their sentiment."""
 
-    options: ClassVar[dict[str, Any]] = {"prefix_tokens": 10}
+    default_options: ClassVar[dict[str, Any]] = {"prefix_tokens": 10}
 
     def splits(self) -> list[str]:
         """The splits that have folders of reviews, or else files of records."""

@@ -52,11 +52,11 @@ class RawDataset:
     """A dataset as its publisher ships it, and how a row of it becomes a record of its kind.
 
     A subclass gives `to_record`; `rows` and `splits` too where the data is not one file of rows for each split
-    (train.* and test.* of the kinds that find_source knows); `options` if there is something to choose.
+    (train.* and test.* of the kinds that find_source knows); `default_options` if there is something to choose.
     """
 
     needs_path: ClassVar[bool] = True
-    options: ClassVar[dict[str, Any]] = {}  # names and default values
+    default_options: ClassVar[dict[str, Any]] = {}  # by name
 
     def __init__(
         self,
@@ -69,13 +69,13 @@ class RawDataset:
         **options: Any,
     ):
         """`skip_malformed`: leave rows out that cannot be used (and count them) instead of raising InputError."""
-        for option in options.keys() - self.options.keys():
-            known = f"it has {', '.join(self.options)}" if self.options else "it has none"
+        for option in options.keys() - self.default_options.keys():
+            known = f"it has {', '.join(self.default_options)}" if self.default_options else "it has none"
             raise InputError(f"{option}={options[option]!r}: the dataset {name} has no such option ({known}).")
         self.name, self.path, self.tokenizer = name, path, tokenizer
         self.kind = name.split("/")[1]
         self.skip_malformed, self.progress = skip_malformed, progress
-        self.options = {**self.options, **options}
+        self.options = {**self.default_options, **options}
         self.dropped: Counter[str] = Counter()  # rows that `records` left out, by reason
 
     def __str__(self) -> str:

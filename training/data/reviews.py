@@ -25,7 +25,7 @@ class Reviews(RawDataset):
     "label", "rating"}, labelled by the sign of the rating, from -4 to 4."""
 
     needs_path: ClassVar[bool] = False
-    options: ClassVar[dict[str, Any]] = {"prompt_words": 6}
+    default_options: ClassVar[dict[str, Any]] = {"prompt_words": 6}
 
     def __init__(self, name: str, path: Path | None, **options: Any):
         super().__init__(name, path, **options)
