@@ -10,11 +10,17 @@ from exo_fast.training.config import _field
 from exo_fast.training.data.examples import Text, load_texts
 from exo_fast.training.data.records import Source
 from exo_fast.training.errors import InputError
-from exo_fast.training.scalar_module import ClassifierModule, RowDataset
+from exo_fast.training.scalar_module import ClassifierModule, RowCollator, RowDataset
 from exo_fast.training.scalar_stage import Kind, ScalarConfig, accuracy_with_interval, train_scalar
 
 # multi_label_classification is transformers' name for a binary cross-entropy of each logit; here there is one.
-CLASSIFIER = Kind(module=ClassifierModule, row="texts", label="pos", problem_type="multi_label_classification")
+CLASSIFIER = Kind(
+    module=ClassifierModule,
+    collator=RowCollator,
+    row="texts",
+    label="pos",
+    problem_type="multi_label_classification",
+)
 LABELS = ("neg", "pos")
 
 

@@ -4,14 +4,14 @@ The reward of a text is one logit at its last token before EOS, and the loss is 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from exo_fast.training.config import _field
 from exo_fast.training.data.examples import Example, load_pairs
-from exo_fast.training.scalar_module import RewardModule, RowDataset
+from exo_fast.training.scalar_module import PairCollator, RewardModule, RowDataset
 from exo_fast.training.scalar_stage import Kind, ScalarConfig, accuracy_with_interval, train_scalar
 
-REWARD = Kind(module=RewardModule, row="pairs", label="reward", problem_type="regression")
+REWARD = Kind(module=RewardModule, collator=PairCollator, row="pairs", label="reward", problem_type="regression")
 
 
 @dataclass
@@ -23,12 +23,19 @@ class RewardModelConfig(ScalarConfig):
         "Training data: a .json, .jsonl or .parquet file, a directory with train.* (and test.*), a dataset saved by "
         "save_to_disk, or a name of the registry (hh/pref:PATH). Rows: prompt, chosen, rejected.",
     )
+    share_prompt: Literal["auto", "off"] = _field(
+        "auto", "Run what two texts begin with once for both, where the model can and it saves work; off: never."
+    )
     output_dir: str | None = _field(
         "runs/reward-model", "Where the model, checkpoints, logs and summary.json are written."
     )
     per_device_train_batch_size: int = _field(8, "Pairs per device and micro-batch.")
     per_device_eval_batch_size: int = _field(8, "Pairs per device in evaluation.")
 
+    field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        **ScalarConfig.field_groups,
+        "speed and memory": ("share_prompt", *ScalarConfig.field_groups["speed and memory"]),
+    }
     description: ClassVar[str] = """\
 Train a reward model on pairs of completions: prompt, chosen, rejected. What is saved is loaded by transformers'
 AutoModelForSequenceClassification; its one logit is the reward.

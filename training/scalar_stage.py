@@ -14,7 +14,7 @@ from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
 from exo_fast.training.module import TrainedModule
 from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
-from exo_fast.training.scalar_module import RowCollator, RowDataset, tokenize_rows
+from exo_fast.training.scalar_module import RewardModule, RowCollator, RowDataset, settle_layout, tokenize_rows
 from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
     add_lora,
@@ -69,6 +69,7 @@ class Kind:
     """In what the two stages differ."""
 
     module: type[TrainedModule]
+    collator: type[RowCollator]
     row: str  # what a row of data is called
     label: str  # what the logit is called in the model's config
     problem_type: str  # transformers' name for how the logit is trained; its pipelines follow it
@@ -79,7 +80,18 @@ class ScalarTrainer(StageTrainer):
 
     def __init__(self, *args: Any, load: Callable[[], nn.Module], **kwargs: Any):
         self._load = load  # the model as it was before it got adapters
+        self.layout: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
+
+    def _before_start(self) -> None:
+        if isinstance(self.model, RewardModule):
+            self.layout = settle_layout(
+                self.model,
+                self.train_dataset,
+                self.data_collator,
+                share_prompt=self.args.share_prompt == "auto",
+                rounded=self.args.bf16 or self.args.matmul_precision != "ieee",
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -154,11 +166,13 @@ def train_scalar(
         if config.disable_dropout:
             switch_off_dropout(model)
         module = kind.module(add_lora(config, model, "SEQ_CLS"))
-        collate = RowCollator(tokenizer.pad_token_id)
+        collate = kind.collator(tokenizer.pad_token_id)
         trainer = ScalarTrainer(module, config, datasets, tokenizer, collate, load=load_model)
 
         def about() -> dict[str, Any]:
             entries = {"data": {name: asdict(data.counts) for name, data in datasets.items()}}
+            if trainer.layout:
+                entries["layout"] = trainer.layout
             if "eval" in datasets:
                 if config.load_best_model_at_end:
                     trainer.evaluate()  # of the model that was loaded, not the last

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 from exo_fast.training.errors import InputError
 from exo_fast.training.reward_model import RewardModelConfig, reward_model
 from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
-from exo_fast.training.scalar_module import RewardModule, RowCollator, tokenize_rows
+from exo_fast.training.scalar_module import PairCollator, RewardModule, RowDataset, settle_layout, tokenize_rows
 from exo_fast.training.scalar_stage import wilson_interval
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,6 +26,7 @@ from conftest import WORDS
 from killing import run, run_and_kill, run_stage
 
 Settings = Callable[..., dict[str, Any]]
+EOS = 2
 
 
 def make_pairs(count: int, seed: int, better: str = "great", worse: str = "dull") -> list[dict[str, str]]:
@@ -78,22 +79,33 @@ def rewards(model: nn.Module, directory: str, pairs: list[dict[str, str]]) -> tu
     return torch.stack(chosen), torch.stack(rejected)
 
 
-def test_loss_and_gradients_equal_plain_float64(tiny_llama: str) -> None:
+def tokenized(directory: str, pairs: list[dict[str, str]], max_seq_len: int = 64) -> RowDataset:
+    tokenizer = pad_with_eos(AutoTokenizer.from_pretrained(directory))
+    texts = [(pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]) for pair in pairs]
+    return tokenize_rows(texts, [1.0] * len(texts), tokenizer, max_seq_len=max_seq_len, progress=False)
+
+
+def new_model(directory: str) -> nn.Module:
+    set_seed(0)
+    return load_scalar_model(directory, dtype=torch.float32, new_head=True)
+
+
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_loss_and_gradients_equal_plain_float64(tiny_llama: str, share_prompt: bool) -> None:
     pairs = make_pairs(7, seed=0)
     pairs[3]["rejected"] = pairs[3]["chosen"]  # a tie
-    tokenizer = pad_with_eos(AutoTokenizer.from_pretrained(tiny_llama))
-    texts = [(pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]) for pair in pairs]
-    data = tokenize_rows(texts, [1.0] * 7, tokenizer, max_seq_len=64, progress=False)
-    set_seed(0)
-    module = RewardModule(load_scalar_model(tiny_llama, dtype=torch.float32, new_head=True))
-    batch = RowCollator(tokenizer.pad_token_id)([data[i] for i in range(7)])
-    assert batch["num_tokens"] == data.counts.tokens
+    pairs[4]["rejected"] = pairs[4]["chosen"] + " good good"  # which begins with all of the other
+    data = tokenized(tiny_llama, pairs)
+    module = RewardModule(new_model(tiny_llama))
+    items = [data[i] for i in range(7)]
+    batch = PairCollator(EOS, share_prompt)(items)
+    assert ("source" in batch) == share_prompt
+    assert share_prompt or batch["num_tokens"] == data.counts.tokens
     batch["weights"] = torch.tensor([1.0, 2, 1, 3, 1, 1, 0.5])
     loss, metrics = module.train()(**batch)
     loss.backward()
 
-    set_seed(0)
-    other = load_scalar_model(tiny_llama, dtype=torch.float32, new_head=True).double().eval()
+    other = new_model(tiny_llama).double().eval()
     chosen, rejected = rewards(other, tiny_llama, pairs)
     margins = chosen - rejected
     losses = torch.log1p(torch.exp(-margins))
@@ -108,10 +120,39 @@ def test_loss_and_gradients_equal_plain_float64(tiny_llama: str) -> None:
     assert torch.equal(metrics, eval_metrics)
     assert not metrics.requires_grad
     accuracy = torch.where(margins > 0, 1.0, 0.0)
-    accuracy[3] = 0.5
+    accuracy[3] = metrics[3, 0]
+    assert share_prompt or accuracy[3] == 0.5
     assert 0 < accuracy.mean() < 1
     right = torch.stack([accuracy, chosen, rejected, margins], dim=-1)
     torch.testing.assert_close(metrics.double(), right, atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+def test_prompts_are_shared_where_that_is_right_and_less_work(
+    tiny_llama: str, tiny_bloom: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = "good "
+    long = tokenized(tiny_llama, [{"prompt": word * 20, "chosen": "fine", "rejected": "dull"}] * 2)
+    short = tokenized(tiny_llama, [{"prompt": "", "chosen": f"fine {word * 20}", "rejected": f"dull {word * 20}"}] * 2)
+    module = RewardModule(new_model(tiny_llama))
+    collate = PairCollator(EOS)
+    report = settle_layout(module, long, collate, share_prompt=True, rounded=False)
+    assert report["share_prompt"]
+    assert report["reward_difference"] < 1e-5
+    assert "source" in collate([long[0], long[1]])
+    assert "source" not in collate([short[0], short[1]])  # one row of both texts is longer than two of one
+
+    assert settle_layout(module, long, collate, share_prompt=False, rounded=False)["reason"] == "switched off"
+    assert "source" not in collate([long[0], long[1]])
+    bloom = RewardModule(new_model(tiny_bloom))
+    assert "bloom" in settle_layout(bloom, long, collate, share_prompt=True, rounded=False)["reason"]
+
+    def causal(packed: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
+        return {"input_ids": packed.input_ids}
+
+    monkeypatch.setattr("exo_fast.training.scalar_module.model_inputs", causal)
+    report = settle_layout(module, long, collate, share_prompt=True, rounded=False)
+    assert "differ by" in report["reason"]
+    assert not collate.share_prompt
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_r": 4, "zero_stage": 3}], ids=["whole", "lora-zero3"])
@@ -141,11 +182,11 @@ def test_it_learns_and_what_it_saves_gives_what_it_measured(
 def test_engines_and_micro_batches_give_the_same_model(
     settings: Settings, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """Micro-batches of 2 of 33 pairs: the last one of an epoch holds one."""
+    """Micro-batches of 2 of 33 pairs: the last one of an epoch holds one. And prompts run once or twice."""
     common = {"train_sampling_strategy": "sequential", "learning_rate": 1e-3}
-    reward_model(RewardModelConfig(**settings(engine="torch", **common)))
+    reward_model(RewardModelConfig(**settings(engine="torch", share_prompt="off", **common)))
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "output_dir": str(tmp_path / "cut")}
-    reward_model(RewardModelConfig(**settings(**options, **cut, **common)))
+    assert reward_model(RewardModelConfig(**settings(**options, **cut, **common)))["layout"]["share_prompt"]
     whole, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "cut"))
     for name, tensor in whole.items():
         torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
