@@ -1,13 +1,14 @@
-# make demo | test | certify | bench | roofline | lint: each creates .venv when it is missing, and can be run again.
+# make demo | reviews | test | certify | bench | roofline | lint: each creates .venv when it is missing, and can be run again.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test certify bench bench-op bench-step roofline lint format clean
+.PHONY: help demo reviews test certify bench bench-op bench-step roofline lint format clean
 
 help:
 	@echo "make demo        align a real 135M model on real text, with a report in runs/demo/report.md"
+	@echo "make reviews     the whole pipeline on real reviews, four losses compared, in runs/reviews/evaluation/report.md"
 	@echo "make test        all tests"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
 	@echo "make bench       make bench-op and make bench-step (results in benchmarks/results)"
@@ -24,6 +25,9 @@ $(VENV)/.ready: setup.py constraints.txt
 
 demo: $(VENV)/.ready
 	$(BIN)/exo-fast demo
+
+reviews: $(VENV)/.ready
+	$(BIN)/exo-fast run recipes/reviews.yaml
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -34,6 +34,7 @@ TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
         "lr_scheduler_type",
         "warmup_steps",
         "max_grad_norm",
+        "train_sampling_strategy",
         "gradient_checkpointing",
         "bf16",
         "seed",
@@ -117,6 +118,10 @@ class TrainConfig(TrainingArguments):
         "the last checkpoint whatever the settings (auto: where there is one); false: never; or a checkpoint's path.",
     )
     gradient_checkpointing: bool | None = _field(None, "Recompute activations in backward: less memory, more time.")
+    train_sampling_strategy: str = _field(
+        "random",
+        "Order of the rows: random; group_by_length (random batches of similar length: less padding); sequential.",
+    )
     remove_unused_columns: bool = _field(False, "Not used: batches are made by exo_fast.")
     logging_nan_inf_filter: bool = _field(False, "Leave losses that are not finite out of the log.")
 
@@ -197,9 +202,9 @@ class TrainConfig(TrainingArguments):
             need(not self.offload, "offload", "needs engine=deepspeed.")
             need(self.deepspeed is None, "deepspeed", "needs engine=deepspeed.")
         need(
-            self.train_sampling_strategy in ("random", "sequential"),
+            self.train_sampling_strategy in ("random", "sequential", "group_by_length"),
             "train_sampling_strategy",
-            "random or sequential is needed; batches are laid out by exo_fast.",
+            "random, sequential or group_by_length is needed.",
         )
 
 

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.utils import logging
 
 from exo_fast.training.config import AlignConfig, TrainConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
+from exo_fast.training.data.sampler import GroupedByLength
 from exo_fast.training.metrics import peak_memory_mb
 from exo_fast.training.module import AlignModule, TrainedModule, settle_layout
 from exo_fast.training.reference_logps import fill_reference_logps
@@ -65,6 +66,15 @@ class StageTrainer(Trainer):
         # num_items_in_batch (weights, see below) reaches compute_loss, and the loss it returns is already normalised.
         self.model_accepts_loss_kwargs = True
         self._reset_interval()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths, epoch = self.train_dataset.lengths(), lambda: int(self.state.epoch)
+        return GroupedByLength(lengths, self.args.train_batch_size, self.args.seed, epoch)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return SequentialSampler(eval_dataset)  # the Trainer would group these by length too, in random order
 
     # Loss and metrics
 

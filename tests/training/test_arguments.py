@@ -101,7 +101,7 @@ BAD_VALUES = {
     "offload": ({"zero_stage": 0, "offload": True}, "offload=True: needs zero_stage 1, 2 or 3"),
     "offload without": ({"engine": "torch", "offload": True}, "offload=True: needs engine=deepspeed"),
     "budget": ({"memory_budget": "lots"}, "memory_budget='lots': a size is needed"),
-    "sampling": ({"train_sampling_strategy": "group_by_length"}, "random or sequential"),
+    "sampling": ({"train_sampling_strategy": "batch_rebalance"}, "random, sequential or group_by_length"),
     "precision": (
         {"matmul_precision": "tf32", "use_cpu": True},
         "matmul_precision='tf32': ieee or bf16 is needed on CPU",

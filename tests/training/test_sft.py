@@ -126,7 +126,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
     settings: Settings, tmp_path: Path, method: str, call: int
 ) -> None:
     """After step 4 of 6, and in the middle of writing checkpoint-4: then it continues from checkpoint-2."""
-    options = settings(save_strategy="steps", save_steps=2)
+    options = settings(save_strategy="steps", save_steps=2, train_sampling_strategy="group_by_length")
     sft(SftConfig(**{**options, "output_dir": str(tmp_path / "whole")}))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
     words = ["sft", "--config", str(tmp_path / "recipe.yaml")]

@@ -4,7 +4,7 @@ Rows are padded to the longest of their batch, so short ones beside a long one a
 sampler draws from a generator that a resumed run does not have; here an epoch's order is a function of seed and epoch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -15,18 +15,15 @@ BATCHES_SORTED_TOGETHER = 16  # enough that lengths in a batch are close, few en
 class GroupedByLength(Sampler):
     """Indices of `lengths` (rows,), each once an epoch; every `batch_size` of them in turn are of similar length."""
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The loop says which epoch comes next, also when it begins in the middle of one."""
-        self.epoch = epoch
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, epoch: Callable[[], int]):
+        """`epoch()` is asked for when an epoch begins: not every wrapper of a sampler passes `set_epoch` on."""
+        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng((self.seed, self.epoch))
+        generator = np.random.default_rng((self.seed, self.epoch()))
         order = generator.permutation(len(self.lengths))
         batches = []
         for start in range(0, len(order), BATCHES_SORTED_TOGETHER * self.batch_size):
