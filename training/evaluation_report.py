@@ -86,8 +86,8 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _with_interval(numbers: Mapping[str, Any], name: str, form: str = "+.3f") -> str:
-    low, high = numbers[f"{name}_interval"]
-    return f"{numbers[name]:{form}} [{low:{form}}, {high:{form}}]"
+    value, low, high = (round(number, 6) + 0.0 for number in (numbers[name], *numbers[f"{name}_interval"]))  # no -0.000
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _lines(results: Mapping[str, Any]) -> list[str]:

@@ -234,14 +234,15 @@ def summarize_label(measurements: Sequence[Measurement], reference: Measurement,
     weights = _resamples(len(reference.rewards), RESAMPLES, seed)
     before = reference.rewards.mean(axis=1)
     found = {"label": label, "runs": len(last)}
-    for name, values in (
-        ("reward", [m.rewards.mean(axis=1) for m in last]),
-        ("gain", [m.rewards.mean(axis=1) - before for m in last]),
-        ("win_rate", [win_rates(m.rewards, reference.rewards) for m in last]),
-        ("kl", [m.log_ratios.mean(axis=1) for m in last]),
+    for name, values, bounds in (
+        ("reward", [m.rewards.mean(axis=1) for m in last], (-np.inf, np.inf)),
+        ("gain", [m.rewards.mean(axis=1) - before for m in last], (-np.inf, np.inf)),
+        ("win_rate", [win_rates(m.rewards, reference.rewards) for m in last], (0, 1)),
+        ("kl", [m.log_ratios.mean(axis=1) for m in last], (0, np.inf)),
     ):
         interval = _interval([np.stack(values) @ weights.T], [1], len(before), 0.95)
-        found[name], found[f"{name}_interval"] = interval.value, [interval.low, interval.high]
+        limits = np.clip([interval.low, interval.high], *bounds)  # Student's interval knows nothing of them
+        found[name], found[f"{name}_interval"] = interval.value, limits.tolist()
     return found
 
 
