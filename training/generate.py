@@ -128,8 +128,9 @@ def sample_batch(
     prompts: Sequence[str],
     encoded: Sequence[list[int]],
     sampling: Sampling,
+    batch_size: int,
 ) -> list[list[list[int]]]:
-    """One batch of `sample_tokens`: all completions of all prompts run together.
+    """One batch of `sample_tokens`: as many completions run together as `batch_size` allows.
 
     `encoded[i]` is what the model reads of `prompts[i]`, whose text only seeds its streams. The model is in eval
     mode. Returns for each prompt `num_return` lists of 1 … max_new_tokens ids.
@@ -140,32 +141,43 @@ def sample_batch(
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )
+    warpers = _warpers(sampling)
     width = max(map(len, encoded))
     rows = [(index, candidate) for index in range(len(prompts)) for candidate in range(sampling.num_return)]
-    # Left padding: the next token of every row stands in the same column.
-    input_ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i, _ in rows])
-    mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i, _ in rows])
-    processors = LogitsProcessorList()
-    if sampling.temperature > 0:
-        if sampling.temperature != 1:
-            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_k:
-            processors.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            processors.append(TopPLogitsWarper(sampling.top_p))
-        uniforms = np.stack([_uniforms(sampling.seed, prompts[i], k, sampling.max_new_tokens) for i, k in rows])
-        processors.append(_Draw(torch.from_numpy(uniforms).to(model.device), width))
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=config,
-        logits_processor=processors,
-    )
     found: list[list[list[int]]] = [[] for _ in prompts]
-    for (index, _), ids in zip(rows, output[:, width:].tolist(), strict=True):
-        stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        found[index].append(ids[:stop])
+    for first in range(0, len(rows), batch_size):  # more than once where one prompt has more completions than that
+        some = rows[first : first + batch_size]
+        # Left padding: the next token of every row stands in the same column.
+        input_ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i, _ in some])
+        mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i, _ in some])
+        processors = LogitsProcessorList(warpers)
+        if sampling.temperature > 0:
+            uniforms = np.stack([_uniforms(sampling.seed, prompts[i], k, sampling.max_new_tokens) for i, k in some])
+            processors.append(_Draw(torch.from_numpy(uniforms).to(model.device), width))
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            logits_processor=processors,
+        )
+        for (index, _), ids in zip(some, output[:, width:].tolist(), strict=True):
+            stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+            found[index].append(ids[:stop])
     return found
+
+
+def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    """What changes the distribution before the draw; nothing for greedy decoding, which they would not change."""
+    if sampling.temperature == 0:
+        return []
+    warpers: list[LogitsProcessor] = []
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
 
 
 def sample_tokens(
@@ -215,7 +227,9 @@ def sample_tokens(
     found: list[list[list[int]]] = [[] for _ in prompts]
     with tqdm(total=len(prompts) * num_return, desc=progress, unit="seq", disable=progress is None) as bar:
         for batch in plan_batches([len(ids) for ids in encoded], num_return, batch_size):
-            groups = sample_batch(model, tokenizer, [prompts[i] for i in batch], [encoded[i] for i in batch], sampling)
+            groups = sample_batch(
+                model, tokenizer, [prompts[i] for i in batch], [encoded[i] for i in batch], sampling, batch_size
+            )
             for index, group in zip(batch, groups, strict=True):
                 found[index] = group
             bar.update(len(batch) * num_return)
@@ -369,6 +383,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
                 description=f"sampling ({split})",
                 unit="seq",
                 progress=not config.disable_tqdm,
+                prepare=sampler,
             )
         drawn = dict(zip((i for batch in batches for i in batch), (group for v in values for group in v), strict=True))
         files[f"{split}.json"] = [
@@ -405,7 +420,7 @@ def _make_sampler(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) ->
     if config.engine == "vllm":
         return _vllm_sampler(config, tokenizer)
     model = load_model(config, config.model_name_or_path, sampling=True)
-    return lambda prompts, encoded: sample_batch(model, tokenizer, prompts, encoded, config.sampling)
+    return lambda prompts, encoded: sample_batch(model, tokenizer, prompts, encoded, config.sampling, config.batch_size)
 
 
 def _check_vllm(config: GenerateConfig, num_processes: int) -> None:

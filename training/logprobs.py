@@ -307,6 +307,7 @@ def _split_logprobs(
         description=f"log-probs ({split})",
         unit="seq",
         progress=not config.disable_tqdm,
+        prepare=model,
     )
     by_place = {
         place: row for batch, rows in zip(batches, values, strict=True) for place, row in zip(batch, rows, strict=True)

@@ -13,6 +13,7 @@ differ in their last bits between numbers of threads; within one setting (OMP_NU
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,12 +26,18 @@ from exo_fast.training.assets import write_file
 from exo_fast.training.errors import InputError
 
 FORMAT = 1  # raised when the same identity gives other results
+NUMBERS = re.compile(r"\[\n\s*(-?\d+(?:,\n\s*-?\d+)*)\n\s*\]")
+DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
 PARTIAL, SUMMARY = ".partial", "summary.json"
 
 
 def to_json(value: Any) -> bytes:
-    """JSON as every data file is written: indented, characters as they are, a newline at the end."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    """JSON as every data file is written: indented, characters as they are, a newline at the end.
+
+    A list of whole numbers (token ids) stands on one line. Strings hold no line breaks in JSON, so none is touched.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return (NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n").encode()
 
 
 class ResumableRun:
@@ -84,12 +91,14 @@ class ResumableRun:
         description: str,
         unit: str,
         progress: bool,
+        prepare: Callable[[], Any] = lambda: None,
     ) -> list[Any]:
         """Values of all batches of a split, in order, the same list in every process.
 
         `compute(index)` gives the JSON-able value of batch `index`, which counts `sizes[index]` in the progress
-        bar; batches that an earlier run stored are not computed again. Raises InputError when the processes do
-        not see one another's files.
+        bar; batches that an earlier run stored are not computed again. `prepare` is called before the first
+        batch, by processes that have one to compute. Raises InputError when the processes do not see one
+        another's files.
         """
         stored = self._read(split)
         todo = [index for index in range(len(sizes)) if index not in stored]
@@ -97,6 +106,8 @@ class ResumableRun:
         rank, count = self.state.process_index, self.state.num_processes
         done = sum(sizes[index] for index in stored)
         shown = progress and self.state.is_main_process
+        if rank < len(todo):
+            prepare()
         with (
             _Lines(self._path(split, rank)) as lines,
             tqdm(total=sum(sizes), initial=done, desc=description, unit=unit, disable=not shown) as bar,
@@ -177,14 +188,14 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 def _difference(there: Any, here: Mapping[str, Any]) -> str:
     """The first three names whose values differ, for an error's text."""
-    if not isinstance(there, dict):
+    if not isinstance(there, dict) or there.get("stage") != here.get("stage"):
         return ", or of another stage"
     different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    shown = [f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here" for name in different[:3]]
+    shown = [
+        f"another {name}"
+        if isinstance(there.get(name), dict) or len(str(there.get(name))) == DIGEST_LENGTH
+        else f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in different[:3]
+    ]
     more = f", and {len(different) - 3} more" if len(different) > 3 else ""
     return f" ({'; '.join(shown)}{more})"
-
-
-def _short(value: Any, width: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from exo_fast.training.config import _field
@@ -81,13 +80,16 @@ class Scorer:
         """One finite number per completion, `completions[i]` being one of `prompts[i]`."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """What the first call would do for all."""
+
     def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
         """What batches are sorted by."""
         return [0] * len(prompts)
 
 
 class ModelScorer(Scorer):
-    """A reward model or a classifier. The weights are loaded with the first batch."""
+    """A reward model or a classifier. The weights are loaded when they are needed."""
 
     def __init__(self, config: ScorerConfig, kind: str):
         self.config, self.name = config, getattr(config, kind)
@@ -111,6 +113,9 @@ class ModelScorer(Scorer):
             new_head=False,
         )
         return model.to(PartialState().device).eval()
+
+    def prepare(self) -> None:
+        _ = self.model
 
     def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
         lengths = [len(ids) for ids in self._encode(prompts, completions)]
@@ -167,20 +172,6 @@ def load_scorer(config: ScorerConfig) -> Scorer:
     """The scorer that a configuration names. Raises InputError where there is none, or none that works."""
     kind = next(name for name in SCORERS if getattr(config, name))
     return FunctionScorer(config.function) if kind == "function" else ModelScorer(config, kind)
-
-
-def score_texts(
-    scorer: Scorer, prompts: Sequence[str], completions: Sequence[str], *, batch_size: int, progress: str | None = None
-) -> list[float]:
-    """Rewards of completions in their order, in this process alone. `progress`: words before the bar, None for none."""
-    rewards = [0.0] * len(prompts)
-    with tqdm(total=len(prompts), desc=progress, unit="seq", disable=progress is None) as bar:
-        for batch in plan_batches(scorer, prompts, completions, batch_size):
-            values = scorer([prompts[i] for i in batch], [completions[i] for i in batch])
-            for index, value in zip(batch, values, strict=True):
-                rewards[index] = value
-            bar.update(len(batch))
-    return rewards
 
 
 def plan_batches(
@@ -256,9 +247,9 @@ class ScoreConfig(ScorerConfig):
 Score completions by a reward model, a classifier or a Python function.
 
 Reads rows of prompt and completions (as `exo-fast generate` writes them), or of prompt, chosen and rejected, and writes
-by mode: prompt, completions, rewards (label, eval); or prompt, chosen, rejected (label-pref), without the prompts whose
-completions all have one reward. The summary tells mean and spread of the rewards and, for chosen and rejected, how
-often the scorer agrees. An interrupted run continues when the same command is given again."""
+by mode: prompt, completions, rewards (label, eval); or prompt, chosen, rejected (label-pref) of the completions that
+are not empty, without the prompts where all have one reward. The summary tells mean and spread of the rewards and, for
+chosen and rejected, how often the scorer agrees. An interrupted run continues when the same command is given again."""
     examples: ClassVar[str] = """\
 examples:
   exo-fast score --reward_model models/rm --data data/samples --output_dir data/rw
@@ -301,7 +292,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         labelled = [{**row, "rewards": values} for row, values in zip(found, rewards, strict=True)]
         if config.mode == "label-pref":
             labelled = _preferences(labelled, split)
-            counts[split] |= {"preferences": len(labelled), "ties_dropped": len(found) - len(labelled)}
+            counts[split] |= {"preferences": len(labelled), "dropped": len(found) - len(labelled)}
         files[f"{split}.json"] = labelled
     names = {name: getattr(config, name) for name in SCORERS if getattr(config, name)}
     summary = run.finish(files, {**names, "mode": config.mode, "data": config.data, "counts": counts})
@@ -331,6 +322,7 @@ def _score_split(
         description=f"scoring ({split})",
         unit="seq",
         progress=not config.disable_tqdm,
+        prepare=scorer.prepare,
     )
     found = [0.0] * len(prompts)
     for batch, rewards in zip(batches, values, strict=True):
@@ -351,12 +343,16 @@ def _need_two_each(examples: dict[str, list[Example]]) -> None:
 
 
 def _preferences(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """The first of the best and the first of the worst, of each row where they differ."""
+    """The first of the best and the first of the worst, of each row where they differ.
+
+    Empty completions are passed over: in preferences nothing but text tells what is learned, and training refuses them.
+    """
     found = []
     for row in rows:
-        best, worst = int(np.argmax(row["rewards"])), int(np.argmin(row["rewards"]))
-        if row["rewards"][best] > row["rewards"][worst]:
-            texts = row["completions"]
+        texts = [text for text in row["completions"] if text]
+        rewards = [reward for reward, text in zip(row["rewards"], row["completions"], strict=True) if text]
+        if len(set(rewards)) > 1:
+            best, worst = int(np.argmax(rewards)), int(np.argmin(rewards))
             found.append({"prompt": row["prompt"], "chosen": texts[best], "rejected": texts[worst]})
     if not found:
         raise InputError(
@@ -386,7 +382,5 @@ def _in_words(count: dict[str, Any]) -> str:
     if "accuracy" in count:
         words += f", accuracy {count['accuracy']:.4f} ({count['ties']:.4f} ties)"
     if "preferences" in count:
-        words += (
-            f", {count['preferences']:,} preferences ({count['ties_dropped']:,} prompts with equal rewards dropped)"
-        )
+        words += f", {count['preferences']:,} preferences ({count['dropped']:,} prompts with equal rewards dropped)"
     return words

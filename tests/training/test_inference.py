@@ -24,6 +24,7 @@ def config(**overrides: Any) -> InferenceConfig:
     return InferenceConfig(**{"data": "data", "output_dir": "out", "use_cpu": True, **overrides})
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_a_lora_adapter_is_merged_into_its_base(tiny_llama: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")

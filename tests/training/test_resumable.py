@@ -10,7 +10,7 @@ import pytest
 from accelerate import PartialState
 
 from exo_fast.training.errors import InputError
-from exo_fast.training.resumable import ResumableRun
+from exo_fast.training.resumable import ResumableRun, to_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from subprocesses import kill_halfway, run
@@ -65,6 +65,14 @@ def test_killed_twice_and_continued_equals_undisturbed(tmp_path: Path) -> None:
     assert json.loads(expected["train.json"])[3] == [9, "é"]
     for directory in (killed, again, fresh):
         assert contents(directory) == expected, directory
+
+
+def test_token_ids_stand_on_one_line_and_text_stays() -> None:
+    value = {"a": ["[\n 1,\n 2\n]", "é"], "ids": [[1, -2, 3], [4], []], "x": [0.5, 1]}
+    written = to_json(value).decode()
+    assert json.loads(written) == value
+    assert "[1, -2, 3]" in written
+    assert written.endswith("}\n")
 
 
 def squares(run: ResumableRun, count: int = 5, calls: list[int] | None = None) -> list[Any]:
