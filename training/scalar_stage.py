@@ -57,10 +57,10 @@ class ScalarConfig(TrainConfig):
         super()._check_fields()
         if self.load_best_model_at_end:
             self._need(
-                self.save_strategy == self.eval_strategy != "no",
+                self.eval_strategy != "no" and self.save_strategy in (self.eval_strategy, "best"),
                 "save_strategy",
                 f"load_best_model_at_end needs a checkpoint at each evaluation: give save_strategy the value of "
-                f"eval_strategy ({self.eval_strategy!r}), steps or epoch.",
+                f"eval_strategy ({self.eval_strategy!r}), or best.",
             )
 
 

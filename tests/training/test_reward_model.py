@@ -288,3 +288,10 @@ def test_wilson_interval() -> None:
     for successes, trials in ((0, 10), (7, 10), (10, 10), (512, 1000)):
         right = binomtest(successes, trials).proportion_ci(method="wilson")
         assert wilson_interval(successes, trials) == pytest.approx([right.low, right.high], abs=1e-9)
+
+
+def test_batches_of_similar_length_train_too(settings: Settings) -> None:
+    options = settings(train_sampling_strategy="group_by_length", max_steps=2)
+    assert reward_model(RewardModelConfig(**options))["steps"] == 2
+    data = tokenized(options["model_name_or_path"], make_pairs(3, seed=0))
+    assert data.lengths().tolist() == [max(map(len, data[i]["ids"])) for i in range(3)]
