@@ -80,7 +80,7 @@ prompts, for every checkpoint, with intervals; EXO against DPO at equal KL where
 Writes report.md, frontier.png and results.json. The same command continues after an interruption."""
     examples: ClassVar[str] = """\
 examples:
-  exo-fast evaluate --policies exo=runs/exo --reference models/sft --data data/sft --classifier models/classifier \
+  exo-fast evaluate --policies exo-rw=runs/exo-rw --reference models/sft --data data/sft --reward_model models/rm \
 --output_dir runs/evaluation
   exo-fast evaluate --policies exo-rw=runs/e0 exo-rw=runs/e1 dpo-rw=runs/d0 dpo-rw=runs/d1 --reference models/sft \
 --data data/sft --prompt_num 512 --temperature 0.8 --reward_model models/rm --output_dir runs/evaluation
@@ -214,6 +214,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             generate(_generate_config(config, model.path, place / "samples"))
         if model.label == REFERENCE_LABEL:
             rows.append(_read(place / "samples" / f"{config.split}.json"))
+            if len(rows[0]) < 2:
+                raise InputError(f"data={config.data!r}: 1 prompt; intervals are over prompts, so 2 or more are needed.")
             continue
         with clock.time("log-probs under each policy"):
             logprobs(_logprobs_config(config, model.path, place / "samples", place / "logprobs"))

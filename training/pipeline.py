@@ -95,7 +95,9 @@ def read_recipe(path: Path, known_stages: Iterable[str], settings: Mapping[str, 
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}. `exo-fast recipes list` shows recipes to copy."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     try:

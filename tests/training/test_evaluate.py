@@ -171,6 +171,11 @@ def test_an_evaluation_from_samples_to_report(
     assert {**again, "seconds": None} == {**results, "seconds": None}
 
 
+def test_one_prompt_has_no_interval(settings: Callable[..., dict]) -> None:
+    with pytest.raises(InputError, match="1 prompt; intervals are over prompts"):
+        evaluate(EvaluateConfig(**settings(prompt_num=1)))
+
+
 def test_the_command_line_says_what_is_wrong(settings: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"--{name}={value}" for name, value in settings().items() if name != "policies"]
     assert main(["evaluate", *words, "--policies", "a=/no/such"]) == 2
