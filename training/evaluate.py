@@ -215,7 +215,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if model.label == REFERENCE_LABEL:
             rows.append(_read(place / "samples" / f"{config.split}.json"))
             if len(rows[0]) < 2:
-                raise InputError(f"data={config.data!r}: 1 prompt; intervals are over prompts, so 2 or more are needed.")
+                raise InputError(
+                    f"data={config.data!r}: 1 prompt; intervals are over prompts, so 2 or more are needed."
+                )
             continue
         with clock.time("log-probs under each policy"):
             logprobs(_logprobs_config(config, model.path, place / "samples", place / "logprobs"))
