@@ -6,6 +6,7 @@ exo_fast.training.cli align …`.
 """
 
 import argparse
+import atexit
 import importlib
 import sys
 import traceback
@@ -72,8 +73,6 @@ def run_stage(name: str, argv: Sequence[str]) -> int:
         epilog=config_class.examples,
     )
     getattr(importlib.import_module(f"exo_fast.training.{stage.module}"), stage.function)(config)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     return 0
 
 
@@ -95,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher puts --local_rank before the stage; it is also in the environment.
     options = parser.parse_args([word for word in words if not word.startswith("--local_rank")])
+    if argv is None:
+        atexit.register(_leave_processes)
     try:
         return run_stage(options.stage, options.arguments)
     except KeyboardInterrupt:
@@ -106,6 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"exo-fast {options.stage}: error: {_explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+
+
+def _leave_processes() -> None:
+    """At the end of the process and not of a stage: a test or a notebook may run several stages in one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _explain(error: Exception) -> str:

@@ -51,6 +51,7 @@ Records and logs are kept in .run below the recipe's output directory."""
 
 EXAMPLES = """\
 examples:
+  exo-fast run my.yaml
   exo-fast run recipes/reviews.yaml
   exo-fast run recipes/reviews.yaml --list                  # what is done, without running anything
   exo-fast run my.yaml --set output=runs/small --set model=models/sft

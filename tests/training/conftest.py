@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 from transformers.models.auto import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what tests here share: this file, killing.py
 
 WORDS = ("the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great")
 SPECIAL = ("<unk>", "<s>", "</s>")

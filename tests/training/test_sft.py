@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the loss is full logits' loss on completions, whatever the batches; and it can be killed."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import make_rows
+from killing import run_and_kill, run_stage
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,10 +20,6 @@ from exo_fast.training.data.groups import GroupDataset, SftCollator, tokenize
 from exo_fast.training.data.records import find_source
 from exo_fast.training.errors import InputError
 from exo_fast.training.sft import SftConfig, SftModule, sft
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import make_rows
-from killing import run_and_kill, run_stage
 
 Settings = Callable[..., dict[str, Any]]
 
