@@ -19,6 +19,7 @@ from exo_fast.backends import choose
 from exo_fast.reference import default_label_smoothing
 from exo_fast.training.deepspeed import announce_cpu, deepspeed_config, ensure_launcher_environment
 from exo_fast.training.errors import InputError
+from exo_fast.training.precision import PRECISION_HELP, resolve
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -91,9 +92,7 @@ class TrainConfig(TrainingArguments):
     )
 
     # Speed and memory
-    matmul_precision: Literal["ieee", "tf32", "bf16"] = _field(
-        "ieee", "How float32 matrices are multiplied: tf32 on CUDA, bf16 on CPU (about twice as fast there)."
-    )
+    matmul_precision: Literal["ieee", "tf32", "bf16", "fast"] = _field("ieee", PRECISION_HELP)
     engine: Literal["deepspeed", "torch"] = _field("deepspeed", "torch: plain PyTorch (DDP) without DeepSpeed.")
     zero_stage: int = _field(2, "DeepSpeed ZeRO stage, 0 to 3; --deepspeed FILE.json replaces it.")
     offload: bool = _field(False, "Keep the optimizer's state (at stage 3 also parameters) in CPU memory.")
@@ -185,11 +184,7 @@ class TrainConfig(TrainingArguments):
             "that is transformers' smoothing over the vocabulary; label_smoothing of `exo-fast align` smooths targets.",
         )
         need(not self.fp16, "fp16", "gradients are formed before the loss is scaled; use bf16.")
-        need(
-            self.matmul_precision in ("ieee", "bf16" if self.use_cpu else "tf32"),
-            "matmul_precision",
-            f"ieee or bf16 is needed on CPU, ieee or tf32 on CUDA; this run is on {'CPU' if self.use_cpu else 'CUDA'}.",
-        )
+        self.matmul_precision = resolve(self.matmul_precision, on_cpu=self.use_cpu)
         need(self.lora_r >= 0, "lora_r", "a rank of at least 1 is needed, or 0 for no LoRA.")
         need(0 <= self.lora_dropout < 1, "lora_dropout", "a number in [0, 1) is needed.")
         need(

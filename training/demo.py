@@ -37,8 +37,8 @@ from exo_fast.training import assets
 from exo_fast.training.data.reviews import clean_opening
 from exo_fast.training.errors import InputError
 from exo_fast.training.generate import sample_tokens
-from exo_fast.training.inference import matmul_precision
 from exo_fast.training.logprobs import sequence_log_probs
+from exo_fast.training.precision import matmul_precision, resolve
 from exo_fast.training.report import Evaluation, Results, write_report
 from exo_fast.version import __version__
 
@@ -74,7 +74,7 @@ class DemoConfig:
     max_new_tokens: int = 24
     temperature: float = 1.0
     batch_size: int = 128  # sequences sampled together
-    matmul_precision: str = "bf16"
+    matmul_precision: str = "fast"
     align: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -274,7 +274,7 @@ def sample_and_score(
     key: dict[str, Any],
 ) -> dict[str, Any]:
     """{"prompts", "tokens" (ids), "texts", "rewards"}: a list per prompt, all but the first of lists per completion."""
-    with matmul_precision(config.matmul_precision):
+    with matmul_precision(resolve(config.matmul_precision, on_cpu=True)):  # its models stay there
         tokens = sample_tokens(
             model,
             tokenizer,
@@ -307,7 +307,7 @@ def evaluate_policy(
     """
     found = sample_and_score(policy, tokenizer, oracle, prompts, config, key)
     groups = [Group(tokenizer(x)["input_ids"], ids) for x, ids in zip(prompts, found["tokens"], strict=True)]
-    with matmul_precision(config.matmul_precision):
+    with matmul_precision(resolve(config.matmul_precision, on_cpu=True)):  # its models stay there
         ours, theirs = (
             sequence_log_probs(model, groups, temperature=config.temperature, progress=f"log-probs ({name})")
             for model, name in ((policy, "policy"), (start, "start"))

@@ -49,9 +49,9 @@ from exo_fast.training.inference import (
     json_digest,
     load_model,
     load_tokenizer,
-    matmul_precision,
     start_processes,
 )
+from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 
 Sampler = Callable[[list[str], list[list[int]]], list[list[list[int]]]]  # prompts and their ids -> ids of completions

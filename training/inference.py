@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +26,7 @@ from exo_fast.training.data.groups import encode, prefix_ids
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import announce_cpu
 from exo_fast.training.errors import InputError
+from exo_fast.training.precision import PRECISION_HELP, resolve
 from exo_fast.training.reference_logps import model_digest
 
 SPLITS = ("train", "test")
@@ -58,9 +58,7 @@ class InferenceConfig:
     # Speed and memory
     batch_size: int = _field(64, "Sequences that run together in a process.")
     bf16: bool = _field(False, "Run the model in bfloat16. Default: float32.")
-    matmul_precision: Literal["ieee", "tf32", "bf16"] = _field(
-        "ieee", "How float32 matrices are multiplied: tf32 on CUDA, bf16 on CPU (about twice as fast there)."
-    )
+    matmul_precision: Literal["ieee", "tf32", "bf16", "fast"] = _field("ieee", PRECISION_HELP)
     use_cpu: bool = _field(False, "Run on the CPU also where there is an accelerator.")
     disable_tqdm: bool = _field(False, "Show no progress bars.")
 
@@ -80,11 +78,7 @@ class InferenceConfig:
         self._need(bool(self.output_dir), "output_dir", "name the directory to write to.")
         self._need(self.prompt_num == -1 or self.prompt_num >= 1, "prompt_num", "-1 (all) or at least 1 is needed.")
         self._need(self.batch_size >= 1, "batch_size", "at least 1 is needed.")
-        self._need(
-            self.matmul_precision in ("ieee", "bf16" if self.use_cpu else "tf32"),
-            "matmul_precision",
-            f"ieee or bf16 is needed on CPU, ieee or tf32 on CUDA; this run is on {'CPU' if self.use_cpu else 'CUDA'}.",
-        )
+        self.matmul_precision = resolve(self.matmul_precision, on_cpu=self.use_cpu)
 
     def _need(self, ok: bool, name: str, fix: str) -> None:
         if not ok:
@@ -124,19 +118,6 @@ def start_processes(config: InferenceConfig) -> PartialState:
 def from_main(value: Any, state: PartialState) -> Any:
     """The main process's `value`, in every process."""
     return broadcast_object_list([value])[0] if state.num_processes > 1 else value
-
-
-@contextmanager
-def matmul_precision(precision: str, device_type: str = "cpu") -> Iterator[None]:
-    """How float32 matrices are multiplied within the block: "ieee", "tf32" on CUDA, "bf16" with float32 sums on CPU."""
-    backend = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    if precision != "ieee":  # ieee is torch's default, and setting it forbids older switches
-        backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
 
 
 # Models

@@ -36,9 +36,9 @@ from exo_fast.training.inference import (
     json_digest,
     load_model,
     load_tokenizer,
-    matmul_precision,
     start_processes,
 )
+from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 
 logger = logging.get_logger(__name__)

@@ -34,9 +34,9 @@ from exo_fast.training.inference import (
     from_main,
     json_digest,
     load_tokenizer,
-    matmul_precision,
     start_processes,
 )
+from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 from exo_fast.training.scalar_model import encode, load_scalar_model, pad, scalars
 

@@ -27,6 +27,7 @@ from exo_fast.training.config import TrainConfig
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import start_on_cpu
 from exo_fast.training.errors import InputError
+from exo_fast.training.precision import matmul_precision
 from exo_fast.training.trainer import StageTrainer
 
 VERSIONS = ("exo_fast", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
@@ -254,21 +255,8 @@ def add_lora(config: TrainConfig, model: nn.Module, task_type: str) -> nn.Module
 @contextmanager
 def training_scope(config: TrainConfig) -> Iterator[None]:
     """The precision of products and DeepSpeed's global configuration, for this run and no later one."""
-    with _matmul_precision(config), _deepspeed_scope(config):
+    with matmul_precision(config.matmul_precision, config.device.type), _deepspeed_scope(config):
         yield
-
-
-@contextmanager
-def _matmul_precision(config: TrainConfig) -> Iterator[None]:
-    """Products of float32 matrices in `config.matmul_precision`, for the time of the context."""
-    backend = torch.backends.mkldnn.matmul if config.device.type == "cpu" else torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    if config.matmul_precision != "ieee":  # ieee is torch's default, and setting it forbids older switches
-        backend.fp32_precision = config.matmul_precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
 
 
 @contextmanager

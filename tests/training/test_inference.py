@@ -16,8 +16,8 @@ from exo_fast.training.inference import (
     find_splits,
     load_model,
     load_tokenizer,
-    matmul_precision,
 )
+from exo_fast.training.precision import matmul_precision, resolve
 
 
 def config(**overrides: Any) -> InferenceConfig:
@@ -79,6 +79,16 @@ def test_splits(tmp_path: Path) -> None:
     assert list(find_splits(config(data=str(tmp_path)))) == ["train", "test"]
     for name, split, expected in (("mine", "all", "train"), ("mine", "test", "test"), ("test", "all", "test")):
         assert list(find_splits(config(data=str(tmp_path / f"{name}.json"), split=split))) == [expected]
+
+
+def test_fast_is_what_the_device_has() -> None:
+    assert (resolve("fast", on_cpu=True), resolve("fast", on_cpu=False), resolve("ieee", on_cpu=True)) == (
+        "bf16",
+        "tf32",
+        "ieee",
+    )
+    with pytest.raises(InputError, match=r"ieee or bf16 is needed on CPU.*this run is on CUDA"):
+        resolve("bf16", on_cpu=False)
 
 
 def test_matmul_precision_is_put_back() -> None:
