@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
+from transformers import AutoTokenizer, BloomConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 from transformers.models.auto import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what tests here share: this file, killing.py
@@ -136,3 +136,17 @@ def settings(tiny_llama: str, data_directory: str, tmp_path: Path) -> Callable[.
         }
 
     return with_overrides
+
+
+@pytest.fixture(scope="session")
+def reward_model(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a one-logit classifier on the tiny Llama, with a head that has opinions."""
+    from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
+
+    directory = tmp_path_factory.mktemp("reward_model")
+    set_seed(0)
+    model = load_scalar_model(tiny_llama, dtype=torch.float32, new_head=True)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(directory)
+    pad_with_eos(AutoTokenizer.from_pretrained(tiny_llama)).save_pretrained(directory)
+    return str(directory)

@@ -1,6 +1,6 @@
 """Sampling: the right distribution, the same text whatever the batch, and errors that name the argument.
 
-And the stage: what it writes, and the same bytes on one and two processes and after a kill.
+And what the stage makes of it.
 """
 
 import json
@@ -18,10 +18,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from exo_fast.training.errors import InputError
 from exo_fast.training.generate import GenerateConfig, _Draw, generate, sample_completions, sample_tokens
 from exo_fast.training.inference import encode_prompts
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import make_rows
-from subprocesses import kill_halfway, run
 
 Settings = Callable[..., dict[str, Any]]
 PROMPTS = ["the film", "the plot was very long and", "good", "bad but great film and", "dull", "fine fine fine"]
@@ -305,30 +301,3 @@ def test_what_vllm_is_given_and_gives_back(
         assert row["completions"] == [tokenizer.decode(prompt_ids[1:3])] * 2
     assert len({params.seed for _, params in requests}) == len(requests)
     assert {(p.top_k, p.stop_token_ids[0], p.max_tokens) for _, p in requests} == {(-1, 2, 6)}
-
-
-SCRIPT = """
-from exo_fast.training.generate import GenerateConfig, generate
-for output_dir in {directories!r}:
-    generate(GenerateConfig(**{{**{settings!r}, "output_dir": output_dir}}))
-"""
-
-
-@pytest.mark.slow
-def test_one_and_two_processes_and_a_kill_give_the_same_bytes(settings: Settings, tmp_path: Path) -> None:
-    (tmp_path / "prompts.json").write_text(json.dumps(make_rows(150)))
-    options = settings(
-        data=str(tmp_path / "prompts.json"), max_new_tokens=16, max_seq_len=48, return_num=1, batch_size=1
-    )
-
-    def script(*directories: str) -> Path:
-        path = tmp_path / "script.py"
-        path.write_text(SCRIPT.format(directories=[str(tmp_path / name) for name in directories], settings=options))
-        return path
-
-    kill_halfway(script("killed"), tmp_path / "killed")
-    run(script("killed", "two"), processes=2)
-    generate(GenerateConfig(**{**options, "output_dir": str(tmp_path / "one")}))
-    for name in ("train.json", "summary.json"):
-        one, two, killed = ((tmp_path / run / name).read_bytes() for run in ("one", "two", "killed"))
-        assert one == two == killed, name

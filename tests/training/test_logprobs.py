@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from exo_fast.layout import Group
 from exo_fast.training.errors import InputError
 from exo_fast.training.generate import GenerateConfig, generate
 from exo_fast.training.logprobs import LogprobsConfig, logprobs, sequence_log_probs
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import make_rows
-from subprocesses import run
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -148,22 +144,3 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(settings: Settings, t
     (tmp_path / "test.json").write_text(json.dumps([{"prompt": "the", "completions": ["extra"]}]))
     with pytest.raises(InputError, match="gives id 17 and its vocabulary has 17"):
         logprobs(LogprobsConfig(**settings(model_name_or_path=str(tmp_path / "model"))))
-
-
-SCRIPT = """
-from exo_fast.training.logprobs import LogprobsConfig, logprobs
-logprobs(LogprobsConfig(**{settings!r}))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one(settings: Settings, tmp_path: Path) -> None:
-    (tmp_path / "test.json").write_text(json.dumps(make_rows(12)))
-    (tmp_path / "script.py").write_text(SCRIPT.format(settings=settings(output_dir=str(tmp_path / "two"))))
-    run(tmp_path / "script.py", processes=2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logprobs(LogprobsConfig(**settings(output_dir=str(tmp_path / "one"))))
-    torch.set_num_threads(threads)
-    for name in ("test.json", "summary.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

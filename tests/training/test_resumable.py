@@ -2,18 +2,15 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate import PartialState
+from subprocesses import kill_halfway, run
 
 from exo_fast.training.errors import InputError
 from exo_fast.training.resumable import ResumableRun, to_json
-
-sys.path.insert(0, str(Path(__file__).parent))
-from subprocesses import kill_halfway, run
 
 SCRIPT = """
 import sys, time

@@ -1,4 +1,4 @@
-"""`exo-fast score`: numbers that can be checked by hand, scorers that do not work, and a kill."""
+"""`exo-fast score`: numbers that can be checked by hand, scorers that do not work, and preferences."""
 
 import json
 import sys
@@ -7,29 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from conftest import make_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from exo_fast.training.errors import InputError
-from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
 from exo_fast.training.score import ScoreConfig, score
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import make_rows
-from subprocesses import kill_halfway, run
 
 Settings = Callable[..., dict[str, Any]]
 
 REWARDS = """
-import time
-
 def words(prompts, completions):
     assert len(prompts) == len(completions) <= 3
     return [len(text.split()) for text in completions]
-
-def slow(prompts, completions):
-    time.sleep(0.05)
-    return [len(p) - len(c) + 0.1 for p, c in zip(prompts, completions)]
 
 def short(prompts, completions):
     return [1.0]
@@ -49,7 +38,7 @@ def broken(prompts, completions):
 constant = 3
 """
 SAMPLES = [
-    {"prompt": "a", "completions": ["x", "x y", "", "x y"], "completion_ids": [[4, 2], [4, 5], [2], [4, 5]]},
+    {"prompt": "a", "completions": ["x", "", "x y", "x y"], "completion_ids": [[4, 2], [2], [4, 5], [4, 5]]},
     {"prompt": "b", "completions": ["x y", "z w"]},
     {"prompt": "c", "completions": ["x", "x y z"]},
 ]
@@ -91,7 +80,7 @@ def read(config: ScoreConfig, split: str = "test") -> list[dict[str, Any]]:
 def test_label_adds_rewards_and_keeps_ids(settings: Settings) -> None:
     config = ScoreConfig(**settings())
     score(config)
-    rewards = [[1.0, 2.0, 0.0, 2.0], [2.0, 2.0], [1.0, 3.0]]
+    rewards = [[1.0, 0.0, 2.0, 2.0], [2.0, 2.0], [1.0, 3.0]]
     assert read(config) == [{**row, "rewards": values} for row, values in zip(SAMPLES, rewards, strict=True)]
 
 
@@ -164,18 +153,6 @@ def test_a_changed_function_is_another_scorer(settings: Settings, tmp_path: Path
         score(ScoreConfig(**settings()))
 
 
-@pytest.fixture(scope="module")
-def reward_model(tiny_llama: str, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A one-logit classifier with a head that has opinions."""
-    directory = tmp_path_factory.mktemp("reward_model")
-    set_seed(0)
-    model = load_scalar_model(tiny_llama, dtype=torch.float32, new_head=True)
-    torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(directory)
-    pad_with_eos(AutoTokenizer.from_pretrained(tiny_llama)).save_pretrained(directory)
-    return str(directory)
-
-
 @pytest.mark.parametrize("kind", ["reward_model", "classifier"])
 def test_models_give_what_plain_transformers_gives(settings: Settings, reward_model: str, kind: str) -> None:
     rows = make_rows(7)
@@ -193,39 +170,3 @@ def test_models_give_what_plain_transformers_gives(settings: Settings, reward_mo
 def test_a_language_model_is_not_a_reward_model(settings: Settings, tiny_llama: str) -> None:
     with pytest.raises(InputError, match="LlamaForCausalLM"):
         score(ScoreConfig(**settings(function=None, reward_model=tiny_llama)))
-
-
-SCRIPT = """
-from exo_fast.training.score import ScoreConfig, score
-for output_dir in {directories!r}:
-    score(ScoreConfig(**{{**{settings!r}, "output_dir": output_dir}}))
-"""
-
-
-@pytest.mark.slow
-def test_one_and_two_processes_and_a_kill_give_the_same_bytes(
-    settings: Settings, tmp_path: Path, reward_model: str
-) -> None:
-    (tmp_path / "train.json").write_text(json.dumps(make_rows(20)))
-    function = settings(function="rewards:slow", data=str(tmp_path / "train.json"))
-    model = {**function, "function": None, "reward_model": reward_model}
-
-    def script(options: dict[str, Any], *names: str) -> Path:
-        path = tmp_path / "script.py"
-        directories = [str(tmp_path / name) for name in names]
-        path.write_text(SCRIPT.format(directories=directories, settings=options))
-        return path
-
-    kill_halfway(script(function, "killed"), tmp_path / "killed")
-    both = script(function, "killed", "two").read_text() + script(model, "model-two").read_text()
-    (tmp_path / "both.py").write_text(both)
-    run(tmp_path / "both.py", processes=2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    score(ScoreConfig(**{**function, "output_dir": str(tmp_path / "one")}))
-    score(ScoreConfig(**{**model, "output_dir": str(tmp_path / "model-one")}))
-    torch.set_num_threads(threads)
-    for name in ("train.json", "summary.json"):
-        one, two, killed = ((tmp_path / run / name).read_bytes() for run in ("one", "two", "killed"))
-        assert one == two == killed, name
-        assert (tmp_path / "model-one" / name).read_bytes() == (tmp_path / "model-two" / name).read_bytes(), name
