@@ -27,14 +27,15 @@ def run_stage(words: Sequence[str], **options: Any) -> str:
     return done.stdout
 
 
+def environment() -> dict[str, str]:
+    """Without a launcher's variables, on one thread."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
+
+
 def run(command: Sequence[str], cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """The command without a launcher's variables, on one thread."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    environment.pop("MASTER_PORT", None)
-    environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
+    """The command in `environment()`."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=cwd)
 
 
 def main() -> None:

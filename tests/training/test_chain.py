@@ -1,12 +1,16 @@
-"""The whole pipeline as one recipe, with every stage, on one process and on two."""
+"""The whole pipeline as one recipe, with every stage: on one process, on two, and killed in the middle of stages."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_rows
-from killing import run
+from killing import environment, run
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from exo_fast.training.cli import STAGES
@@ -88,42 +92,57 @@ def count(prompts, completions):
 """
 
 
-@pytest.fixture
-def directory(tmp_path: Path, tiny_llama: str) -> Path:
+# Stages to kill, and what is there once they are in the middle of their work.
+SIGNS = {
+    "classifier": "classifier/settings.json",
+    "sft": "sft/settings.json",
+    "samples": "samples/.partial/train-*",
+    "reward-model": "rm/settings.json",
+    "rewards": "rewards/.partial/*",
+    "exo-rw": "exo-rw/checkpoint-2/trainer_state.json",
+    "logprobs": "logprobs/.partial/*",
+    "evaluation": "evaluation/models/exo-rw/*/checkpoint-2/samples",
+}
+
+
+def prepare_directory(path: Path, model: str) -> Path:
     """A directory with a model `base`, raw data, a reward function and the recipe."""
-    (tmp_path / "base").symlink_to(tiny_llama)
+    (path / "base").symlink_to(model)
     sft, texts = [], []
     for row in make_rows(20, candidates=2):
         best, worst = row["completions"] if row["rewards"][0] > row["rewards"][1] else row["completions"][::-1]
         sft.append({"prompt": row["prompt"], "chosen": best})
         texts += [{"text": best, "label": "pos"}, {"text": worst, "label": "neg"}]
     for name, rows in (("sft", sft), ("class", texts)):
-        (tmp_path / "raw" / name).mkdir(parents=True)
+        (path / "raw" / name).mkdir(parents=True)
         for split, part in (("train", rows[: len(rows) * 2 // 3]), ("test", rows[len(rows) * 2 // 3 :])):
-            (tmp_path / "raw" / name / f"{split}.json").write_text(json.dumps(part))
-    (tmp_path / "praise.py").write_text(
-        "def count(prompts, completions):\n    return [c.count('g') for c in completions]\n"
-    )
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return tmp_path
+            (path / "raw" / name / f"{split}.json").write_text(json.dumps(part))
+    (path / "praise.py").write_text(PRAISE)
+    (path / "recipe.yaml").write_text(RECIPE)
+    return path
 
 
-def run_recipe(directory: Path, *words: str) -> str:
-    done = run(
-        [sys.executable, "-m", "exo_fast.training.cli", "run", "recipe.yaml", *words], cwd=directory, timeout=900
-    )
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "exo_fast.training.cli", "run", "recipe.yaml", *words]
+
+
+def run_recipe(directory: Path, *words: str) -> None:
+    done = run(command(*words), cwd=directory, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_stage_in_one_recipe(directory: Path, processes: int) -> None:
-    run_recipe(directory, "--set", f"processes={processes}")
-    output = directory / "out"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
+    """The output of the recipe on one process."""
+    directory = prepare_directory(tmp_path_factory.mktemp("undisturbed"), tiny_llama)
+    run_recipe(directory)
+    return directory / "out"
+
+
+def check_output(output: Path, processes: int) -> None:
+    """Every stage ran on so many processes and left what the next one and its users need."""
     records = json.loads((output / ".run" / "run.json").read_text())
     assert {entry["stage"] for entry in records["stages"]} == STAGES.keys() - {"run", "recipes", "demo"}
-    assert [entry["state"] for entry in records["stages"]] == ["done now"] * 16
     assert json.loads((output / "sft" / "summary.json").read_text())["processes"] == processes
     samples = json.loads((output / "samples" / "test.json").read_text())
     assert all(len(row["completions"]) == 4 for row in samples)
@@ -133,9 +152,49 @@ def test_every_stage_in_one_recipe(directory: Path, processes: int) -> None:
     for loss in ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref"):
         AutoModelForCausalLM.from_pretrained(output / loss)
     AutoModelForSequenceClassification.from_pretrained(output / "rm")
-    results = json.loads((output / "evaluation" / "results.json").read_text())
-    assert "exo-rw" in results["finding"]
+    assert "exo-rw" in json.loads((output / "evaluation" / "results.json").read_text())["finding"]
     assert (output / "evaluation" / "frontier.png").stat().st_size > 10_000
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.json") if ".run" not in path.parts}
-    run_recipe(directory, "--set", f"processes={processes}")  # nothing is done twice
+
+
+@pytest.mark.slow
+def test_every_stage_in_one_recipe_and_none_twice(undisturbed: Path) -> None:
+    check_output(undisturbed, processes=1)
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.json") if ".run" not in path.parts}
+    run_recipe(undisturbed.parent)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+def test_every_stage_on_two_processes(tmp_path: Path, tiny_llama: str) -> None:
+    directory = prepare_directory(tmp_path, tiny_llama)
+    run_recipe(directory, "--set", "processes=2")
+    check_output(directory / "out", processes=2)
+
+
+@pytest.mark.slow
+def test_killed_in_eight_stages_it_ends_with_the_same_files(undisturbed: Path, tmp_path: Path, tiny_llama: str) -> None:
+    directory = prepare_directory(tmp_path, tiny_llama)
+    output = directory / "out"
+    for stage, sign in SIGNS.items():
+        with (directory / "log").open("w") as log:
+            process = subprocess.Popen(command(), cwd=directory, env=environment(), stdout=log, stderr=log)
+        try:
+            while not any(output.glob(sign)):
+                assert process.poll() is None, f"{stage}: {(directory / 'log').read_text()[-4000:]}"
+                time.sleep(0.002)
+        finally:
+            process.kill()
+            process.wait()
+        state = json.loads((output / ".run" / f"{stage}.json").read_text())
+        assert not state["done"], stage
+    run_recipe(directory)
+
+    data = [path.relative_to(undisturbed) for name in ("train.json", "test.json") for path in undisturbed.rglob(name)]
+    assert len(data) > 20
+    for path in data:
+        assert (output / path).read_bytes() == (undisturbed / path).read_bytes(), path
+    weights = [path.relative_to(undisturbed) for path in undisturbed.rglob("model.safetensors")]
+    assert len(weights) > 7
+    for path in weights:
+        found, expected = load_file(output / path), load_file(undisturbed / path)
+        assert all(torch.equal(found[name], expected[name]) for name in expected), path
