@@ -108,7 +108,7 @@ def run_recipe(
     """
     recipe = read_recipe(path, _stage_names(cli_module), settings)
     chosen, anew = (_matching(recipe, patterns, option) for patterns, option in ((only, "--only"), (redo, "--redo")))
-    fields = _check_options(recipe, cli_module)
+    fields, missing = _check_options(recipe, cli_module)
     for stage in recipe.stages:
         stage.options = {name: recipe.defaults[name] for name in fields[stage.name]} | stage.options
     records = Records(recipe)
@@ -119,6 +119,10 @@ def run_recipe(
         anew = _with_dependents(recipe, anew)
         records.check(recipe, anew)
         _check_only(recipe, records, chosen, anew)
+        for stage in recipe.stages:
+            will_run = (stage.name in anew or not records.is_done(stage)) and (not chosen or stage.name in chosen)
+            if will_run and stage.name in missing:
+                raise InputError(f"{path}: {missing[stage.name]}")
         redone = [stage for stage in recipe.stages if stage.name in anew]
         for act in (records.check_removal, records.remove_output):
             for stage in redone:
@@ -152,8 +156,9 @@ def _with_dependents(recipe: Recipe, names: set[str]) -> set[str]:
     return found
 
 
-def _check_options(recipe: Recipe, cli_module: str) -> dict[str, list[str]]:
-    """Which defaults each stage takes. Raises InputError for options that a stage would refuse."""
+def _check_options(recipe: Recipe, cli_module: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which defaults each stage takes, and messages about data that is not there, by stage. Raises InputError for
+    options that a stage would refuse."""
     with tempfile.TemporaryDirectory(prefix="exo_fast_run_") as folder:
         question, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         stages = [{"name": s.name, "stage": s.stage, "options": s.options} for s in recipe.stages]
@@ -165,7 +170,7 @@ def _check_options(recipe: Recipe, cli_module: str) -> dict[str, list[str]]:
         found = json.loads(answer.read_text(encoding="utf-8"))
     if found["error"] is not None:
         raise InputError(f"{recipe.path}: {found['error']}")
-    return found["fields"]
+    return found["fields"], found["missing"]
 
 
 @dataclass
@@ -339,7 +344,8 @@ def _run_stages(recipe: Recipe, records: Records, chosen: set[str], cli_module: 
         before, fresh = records.find(stage.name), records.fresh[stage.name]
         fresh.seconds = 0.0 if before is None else before.seconds
         place = Path(stage.output_dir).expanduser()
-        fresh.created = not _has_content(place) or (before is not None and before.created)
+        begun_here = before is not None and before.created and before.options["output_dir"] == stage.output_dir
+        fresh.created = begun_here or not _has_content(place)
         records.write(stage.name, fresh)
         begun = time.perf_counter()
         try:

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from exo_fast.training.arguments import parse_config
+from exo_fast.training.data.records import find_source
 from exo_fast.training.errors import InputError
 from exo_fast.training.pipeline import SMOLLM2_TEXT, nearest, path_pattern
 
@@ -29,10 +30,12 @@ from exo_fast.training.pipeline import SMOLLM2_TEXT, nearest, path_pattern
 def check(cli_module: str, stages: list[dict[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Judge `stages` (each with name, stage, options), of the stages that `cli_module` has.
 
-    Returns {"error": None or a message, "fields": the names of `defaults` that each stage has, by stage name}.
+    Returns {"error": None or a message; "fields": the names of `defaults` that each stage has, by stage name;
+    "missing": by stage name, a message about data that is not there}.
     """
     table = importlib.import_module(cli_module).STAGES
     fields: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="exo_fast_check_") as folder:
         stand_ins = {SMOLLM2_TEXT: str(Path(folder, "smollm2"))}
         Path(folder, "smollm2").mkdir()
@@ -48,21 +51,36 @@ def check(cli_module: str, stages: list[dict[str, Any]], defaults: Mapping[str, 
                 recipe = Path(folder, "options.yaml")
                 recipe.write_text(yaml.safe_dump(_with_stand_ins(options, stand_ins)), encoding="utf-8")
                 try:
-                    parse_config(config_class, ["--config", str(recipe)])
+                    config = parse_config(config_class, ["--config", str(recipe)])
                 except InputError as error:
                     message = str(error).removeprefix(f"{recipe}: ")
                     for path, stand_in in stand_ins.items():
                         message = message.replace(stand_in, path)
                     raise InputError(message) from error
             except InputError as error:
-                return {"error": f"stage {stage['name']!r}: {error}", "fields": fields}
+                return {"error": f"stage {stage['name']!r}: {error}", "fields": fields, "missing": missing}
+            if (message := _missing_data(config)) is not None:
+                missing[stage["name"]] = f"stage {stage['name']!r}: {message}"
             stand_in = Path(folder, f"stage{number}")
             stand_in.mkdir()
             stand_ins[stage["options"]["output_dir"]] = str(stand_in)
     for name in defaults:
         if not any(name in taken for taken in fields.values()):
-            return {"error": f"defaults: no stage of this recipe has a field {name!r}.", "fields": fields}
-    return {"error": None, "fields": fields}
+            message = f"defaults: no stage of this recipe has a field {name!r}."
+            return {"error": message, "fields": fields, "missing": missing}
+    return {"error": None, "fields": fields, "missing": missing}
+
+
+def _missing_data(config: Any) -> str | None:
+    """What the stage would say, hours later, of data that is not there; None where it is (or its stand-in)."""
+    for name in ("data", "eval_data"):
+        value = getattr(config, name, None)
+        try:
+            if isinstance(value, str):
+                find_source(value, "train")
+        except InputError as error:
+            return f"{name}: {error}"
+    return None
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -216,6 +216,40 @@ def test_what_is_done_is_skipped_and_what_changed_is_redone_on_request(
 
 
 @pytest.mark.usefixtures("tiny_stages")
+def test_data_that_a_late_stage_would_miss_is_missed_at_once(
+    write: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raw").mkdir()
+    text = CHAIN.replace('"${{output}}/alone"', '"${{output}}/alone", eval_data: "hh/pref:${{raw}}"')
+    recipe = write(text.replace("text: hello", "text: hello, raw: {output}/../raw"))
+    elsewhere = {"settings": {"raw": "no/such"}, "cli_module": "tiny_stages"}
+    with pytest.raises(InputError, match="stage 'alone': eval_data: hh/pref:no/such: no such file or directory"):
+        run.run_recipe(recipe, **elsewhere)
+    assert not (tmp_path / "out" / "first").exists()
+    assert run.run_recipe(recipe, show=True, **elsewhere) == 0
+    assert run.run_recipe(recipe, only=["first"], **elsewhere) == 0
+    assert run.run_recipe(recipe, cli_module="tiny_stages") == 0
+    (tmp_path / "raw").rmdir()  # what is done needs its data no more
+    assert run.run_recipe(recipe, cli_module="tiny_stages") == 0
+    assert "[4/4] alone: done before" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny_stages")
+def test_another_output_dir_of_a_stage_that_failed_is_not_ours_to_remove(
+    write: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = CHAIN.replace('"${{output}}/alone"', '"${{output}}/alone", fail_unless: /no/such')
+    assert run.run_recipe(write(text), cli_module="tiny_stages") == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept.txt").write_text("mine")
+    recipe = write(text.replace('"${{output}}/alone"', f'"{tmp_path}/mine"'))
+    assert run.run_recipe(recipe, cli_module="tiny_stages") == 3
+    with pytest.raises(InputError, match="mine was not made by this recipe, so it is left alone"):
+        run.run_recipe(recipe, redo=["alone"], cli_module="tiny_stages")
+    assert (tmp_path / "mine" / "kept.txt").exists()
+
+
+@pytest.mark.usefixtures("tiny_stages")
 def test_a_failed_stage_is_named_and_the_same_command_continues(
     write: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

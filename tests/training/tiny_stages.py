@@ -18,6 +18,7 @@ class MakeConfig:
 
     output_dir: str
     data: list[str] = field(default_factory=list)
+    eval_data: str | None = None
     model: str | None = None
     text: str = "x"
     rate: float = 0.5
