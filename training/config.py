@@ -161,7 +161,10 @@ class TrainConfig(TrainingArguments):
                 )
         else:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what an earlier run in this process left behind
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
 
@@ -178,6 +181,10 @@ class TrainConfig(TrainingArguments):
         need(bool(self.data), "data", "name the training data (a file or a directory).")
         need(bool(self.output_dir), "output_dir", "name the directory that everything is written to.")
         need(self.max_seq_len >= 2, "max_seq_len", "at least 2 tokens are needed.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            need(getattr(self, name) >= 1, name, "at least 1 is needed.")
+        need(self.learning_rate >= 0, "learning_rate", "a number of at least 0 is needed.")
+        need(self.num_train_epochs > 0 or self.max_steps > 0, "num_train_epochs", "a positive number is needed.")
         need(
             self.label_smoothing_factor == 0,
             "label_smoothing_factor",

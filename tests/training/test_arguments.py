@@ -108,6 +108,11 @@ BAD_VALUES = {
     ),
     "backend": ({"backend": "none"}, "backend='none' is not known"),
     "lora": ({"lora_r": -1}, "lora_r=-1"),
+    "empty batches": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: at least 1"),
+    "no accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: at least 1"),
+    "uphill": ({"learning_rate": -1e-6}, "learning_rate=-1e-06: a number of at least 0"),
+    "no epochs": ({"num_train_epochs": 0}, "num_train_epochs=0: a positive number"),
+    "what transformers refuses": ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType"),
 }
 
 
