@@ -6,19 +6,18 @@ batches and processes they came in. r_k = beta_pi · (s_k − s_k^ref) is the po
 is the candidate of the highest given reward, *rejected* that of the lowest (with two candidates, TRL's
 meaning).
 
-    loss                 EXO or DPO (exo_fast.reference), the mean over groups rewards/chosen       r of the
-    chosen candidate rewards/rejected     r of the rejected candidate rewards/accuracies   1 where
-    rewards/chosen > rewards/rejected, else 0 rewards/margins      rewards/chosen − rewards/rejected
-    logps/chosen         s of the chosen candidate logps/rejected       s of the rejected candidate
-    group_accuracy       1 where the candidate of the highest r is the chosen one, 1/n where n candidates
-    share the
+    loss                 EXO or DPO (exo_fast.reference), the mean over groups
+    rewards/chosen       r of the chosen candidate
+    rewards/rejected     r of the rejected candidate
+    rewards/accuracies   1 where rewards/chosen > rewards/rejected, else 0
+    rewards/margins      rewards/chosen − rewards/rejected
+    logps/chosen         s of the chosen candidate
+    logps/rejected       s of the rejected candidate
+    group_accuracy       1 where the candidate of the highest r is the chosen one, 1/n where n candidates share the
                          highest r and it is among them (so it starts at 1/K, chance), else 0
-    kl                   mean over the candidates of s^ref − s: the KL(π_ref ‖ π) per sequence in nats, where
-    the
-                         candidates were sampled from the reference (an unbiased estimate; elsewhere just a
-                         distance)
-    entropy              −Σ_k q_k log q_k with q = softmax(r): log K at the start, 0 when the policy picks one
-    candidate
+    kl                   mean over the candidates of s^ref − s: the KL(π_ref ‖ π) per sequence in nats, where the
+                         candidates were sampled from the reference (an unbiased estimate; elsewhere just a distance)
+    entropy              −Σ_k q_k log q_k with q = softmax(r): log K at the start, 0 when the policy picks one candidate
 
 Beside them the Trainer's log carries `tokens_per_second` (tokens put through the model by all processes since
 the last log, padding not counted and a shared prompt counted once, over the time spent in training steps) and
