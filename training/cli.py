@@ -6,7 +6,6 @@ exo_fast.training.cli align …`.
 """
 
 import argparse
-import atexit
 import importlib
 import sys
 import traceback
@@ -94,8 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher puts --local_rank before the stage; it is also in the environment.
     options = parser.parse_args([word for word in words if not word.startswith("--local_rank")])
-    if argv is None:
-        atexit.register(_leave_processes)
     try:
         return run_stage(options.stage, options.arguments)
     except KeyboardInterrupt:
@@ -107,10 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"exo-fast {options.stage}: error: {_explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    finally:
+        if argv is None:  # the end of the process; a test or a notebook may run several stages in one
+            _leave_processes()
 
 
 def _leave_processes() -> None:
-    """At the end of the process and not of a stage: a test or a notebook may run several stages in one."""
+    """Before the interpreter takes modules apart: gloo's threads do not survive that."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

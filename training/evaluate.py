@@ -176,12 +176,21 @@ def _checkpoints(folder: Path) -> list[tuple[int | None, Path]]:
 
 def _final_step(folder: Path) -> int | None:
     """Steps after which the final model was saved; None where the run does not say."""
+    state = folder / "trainer_state.json"
+    if state.is_file() and _kept_the_best(folder):
+        return json.loads(state.read_text(encoding="utf-8")).get("best_global_step")
     for name, key in (("summary.json", "steps"), ("trainer_state.json", "global_step")):
         if (folder / name).is_file():
             step = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
             if step is not None:
                 return int(step)
     return None
+
+
+def _kept_the_best(folder: Path) -> bool:
+    summary = folder / "summary.json"
+    config = json.loads(summary.read_text(encoding="utf-8")).get("config", {}) if summary.is_file() else {}
+    return bool(config.get("load_best_model_at_end"))
 
 
 def _has_weights(folder: Path) -> bool:

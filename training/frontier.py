@@ -58,9 +58,15 @@ class Measurement:
 
 
 def win_rates(rewards: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """(P,) share of the pairs of a prompt's completions, from (P, S) and (P, S'), that the first wins; ties half."""
+    """(P,) share of the pairs of a prompt's completions, from (P, S) twice, that the first wins; ties half.
+
+    Completions of one number are drawn from the same random numbers by all models, and are alike where the models
+    are: where there are several, pairs of one number are left out.
+    """
     first, second = rewards[:, :, None], reference[:, None, :]
-    return ((first > second) + 0.5 * (first == second)).mean(axis=(1, 2))
+    wins = (first > second) + 0.5 * (first == second)
+    samples = wins.shape[1]
+    return wins.mean(axis=(1, 2)) if samples == 1 else wins[:, ~np.eye(samples, dtype=bool)].mean(axis=1)
 
 
 def describe(measurement: Measurement, reference: Measurement, *, seed: int = 0) -> dict:

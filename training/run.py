@@ -40,6 +40,7 @@ from exo_fast.training.pipeline import SMOLLM2, PlannedStage, Recipe, fill, read
 from exo_fast.version import __version__
 
 CLI_MODULE = "exo_fast.training.cli"
+TRAINING = ("align", "classifier", "reward-model", "sft")
 STOP_SECONDS = 30  # that an interrupted stage gets to end by itself
 PR_SET_PDEATHSIG = 1
 
@@ -196,6 +197,8 @@ class Records:
         for stage in recipe.stages:
             needs = {name: self.fresh[name].key for name in stage.needs}
             identity = {"stage": stage.stage, "options": stage.options, "version": __version__, "needs": needs}
+            if stage.stage in TRAINING and stage.processes > 1:
+                identity["options"] = {**stage.options, "processes": stage.processes}  # they make the global batch
             key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
             self.fresh[stage.name] = Record(**identity, key=key, done=False, seconds=0.0, created=False)
 

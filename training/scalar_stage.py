@@ -174,8 +174,6 @@ def train_scalar(
             if trainer.layout:
                 entries["layout"] = trainer.layout
             if "eval" in datasets:
-                if config.load_best_model_at_end:
-                    trainer.evaluate()  # of the model that was loaded, not the last
                 metrics = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
                 metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
                 entries["held_out"] = {"loss": metrics["loss"], **held_out(metrics, datasets["eval"])}

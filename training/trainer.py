@@ -5,7 +5,7 @@ What differs from the Trainer's own loop, and why:
   checkpoints carry the model's plain names.
 - The loss is a mean over the rows (groups, pairs, tokens: what the batch's `weights` count) of the *global*
   batch: each micro-batch is weighted by its share of all micro-batches and processes, so that it does not
-  matter how the batch was cut.
+  matter how the batch was cut. (Several processes fill an epoch's last batch up with rows of its first.)
 - Metrics are sums and weights until they are logged.
 - In alignment, once the engine stands and before it loads a checkpoint, the policy is still the reference:
   there the prompt-sharing layout is checked and reference log-probs are computed, through the forward

@@ -5,6 +5,7 @@ model, build a module and a trainer, train. The same command given again finishe
 that decide the result are kept in the output directory, so that continuing and mistaking are told apart.
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -23,6 +24,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.trainer_utils import IntervalStrategy
 
 from exo_fast.head import read_head
+from exo_fast.training.assets import write_file
 from exo_fast.training.config import TrainConfig
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import start_on_cpu
@@ -44,6 +46,7 @@ INCIDENTAL |= {
     "run_name",
 }
 INCIDENTAL_PREFIXES = ("hub_", "push_to_hub", "dataloader_", "logging_", "trackio_")
+DECISIVE = {"dataloader_drop_last"}  # for all that
 
 
 # Starting, continuing, or having finished
@@ -66,7 +69,7 @@ def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     if summary is None and config.process_index == 0:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         Path(config.output_dir, "summary.json").unlink(missing_ok=True)
-        Path(config.output_dir, SETTINGS).write_text(json.dumps(settings_of(config), indent=1) + "\n")
+        write_file(Path(config.output_dir), SETTINGS, (json.dumps(settings_of(config), indent=1) + "\n").encode())
     return checkpoint, summary
 
 
@@ -89,7 +92,9 @@ def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
             )
         return config.resume_from_checkpoint, None
     finished = (output / "summary.json").is_file()
-    if not finished and last is None:
+    # Those that cannot be continued count too (models alone, or of another number of processes): beside the new ones
+    # they would pass for checkpoints of this run.
+    if not finished and not any(output.glob("checkpoint-*")):
         return None, None
     if wish == "same" and (output / SETTINGS).is_file():
         differences = _differences(json.loads((output / SETTINGS).read_text()), settings_of(config))
@@ -98,10 +103,10 @@ def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
         problem = f"holds an earlier run with other settings ({differences})"
     else:
         problem = "holds an earlier run"
-    raise InputError(
-        f"output_dir={config.output_dir!r}: {problem}; choose another output_dir, remove this one, or continue from "
-        "its last checkpoint with these settings: --resume_from_checkpoint auto."
-    )
+    advice = "choose another output_dir, or remove this one"
+    if last is not None:
+        advice += "; or continue from its last checkpoint with these settings: --resume_from_checkpoint auto"
+    raise InputError(f"output_dir={config.output_dir!r}: {problem}; {advice}.")
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -109,9 +114,27 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     values = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
+        if name in DECISIVE or not (name in INCIDENTAL or name.startswith(INCIDENTAL_PREFIXES))
     }
+    for name in ("data", "eval_data"):  # one file, by whatever path
+        if values[name] is not None and Path(values[name]).expanduser().exists():
+            values[name] = str(Path(values[name]).expanduser().resolve())
+    values["processes"] = config.world_size  # so many micro-batches make a step
+    for name in ("data", "eval_data", *config.model_fields):
+        values[f"files of {name}"] = _files_digest(values[name])
     return json.loads(json.dumps(values, default=str))
+
+
+def _files_digest(path: str | None) -> str | None:
+    """A hash over names, sizes and times of a file or of the files of a directory; None for what is not here.
+
+    Not over their content, which for a model is read in minutes: it is to notice an input that was made anew.
+    """
+    if path is None or not (place := Path(path).expanduser()).exists():
+        return None
+    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -292,7 +315,9 @@ def train(
     """
     output = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    if trainer.eval_dataset is not None and not _evaluated_at(trainer.state.log_history, trainer.state.global_step):
+    # The model that is saved, which with load_best_model_at_end is not the one that was evaluated last.
+    evaluated = _evaluated_at(trainer.state.log_history, trainer.state.global_step)
+    if trainer.eval_dataset is not None and (config.load_best_model_at_end or not evaluated):
         trainer.evaluate()
     trainer.save_state()
     summary = {

@@ -337,14 +337,34 @@ def test_what_resuming_may_mean(settings: Settings) -> None:
         run({**options, "resume_from_checkpoint": options["data"]})
 
 
+def test_checkpoints_that_cannot_be_continued_are_not_mixed_with_new_ones(settings: Settings) -> None:
+    options = settings(engine="torch", save_strategy="steps", save_steps=4, save_only_model=True, num_train_epochs=1)
+    run(options)
+    Path(options["output_dir"], "summary.json").unlink()  # as if it had been killed before the end
+    with pytest.raises(
+        InputError, match=r"\(beta_pi: 0.1 then, 0.2 now\); choose another output_dir, or remove this one"
+    ):
+        run({**options, "beta_pi": 0.2})
+    assert run(options)["resumed_from"] is None
+
+
+def test_one_data_set_by_two_paths_is_one(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = settings(engine="torch", max_steps=1)
+    run(options)
+    monkeypatch.chdir(Path(options["data"]).parent)
+    assert run({**options, "data": Path(options["data"]).name})["steps"] == 1
+
+
 @pytest.mark.parametrize("options", [{}, {"engine": "torch"}, {"lora_r": 4}], ids=["zero2", "torch", "lora"])
 def test_the_best_model_is_loaded_at_the_end(settings: Settings, options: dict[str, Any]) -> None:
     every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     options = settings(**options, **every, **best, num_train_epochs=1)
-    run(options)
-    losses = {entry["step"]: entry["eval_loss"] for entry in log_history(options) if "eval_loss" in entry}
-    assert losses[2] > losses[4]  # so the "best" is not the last
+    summary = run(options)
+    second, fourth, loaded = (entry["eval_loss"] for entry in log_history(options) if "eval_loss" in entry)
+    assert second > fourth  # so the "best" is not the last
+    assert loaded == pytest.approx(second, abs=1e-5)
+    assert summary["metrics"]["eval"]["last"]["eval_loss"] == loaded  # of the model that was saved
     name = "adapter_model.safetensors" if "lora_r" in options else "model.safetensors"
     checkpoint = Path(options["output_dir"], "checkpoint-2")
     assert_same_weights(weights(options["output_dir"], name), weights(checkpoint, name))

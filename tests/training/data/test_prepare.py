@@ -137,7 +137,7 @@ def test_pref_to_rw(tmp_path: Path) -> None:
     # As the original writes it, fields in that order.
     assert (tmp_path / "rw" / "test.json").read_text() == (
         '[\n {\n  "prompt": "\\n\\nHuman: How do I boil an egg?\\n\\nAssistant:",\n  "completions": [\n   " Gently.",\n'
-        '   " Quickly."\n  ],\n  "rewards": [\n   1,\n   0\n  ]\n }\n]\n'
+        '   " Quickly."\n  ],\n  "rewards": [1, 0]\n }\n]\n'
     )
     first = content(tmp_path / "rw")
     pref_to_rw(config)
