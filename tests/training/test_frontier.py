@@ -101,11 +101,11 @@ def test_policies_that_did_not_reach_one_kl_are_compared_from_the_sft_model_and_
 
 
 def test_numbers_of_one_model() -> None:
-    reference = Measurement("SFT", 0, 0, np.array([[0.0, 1.0], [1.0, 1.0]]), np.zeros((2, 2)))
+    reference = Measurement("SFT", 0, 0, np.array([[0.0, 1.0], [3.0, 1.0]]), np.zeros((2, 2)))
     policy = Measurement("exo", 0, 5, np.array([[1.0, 1.0], [2.0, 0.0]]), np.array([[1.0, 2.0], [3.0, 4.0]]))
     assert win_rates(policy.rewards, reference.rewards).tolist() == [0.75, 0.5]
     found = describe(policy, reference)
-    assert (found["reward"], found["gain"], found["kl"], found["win_rate"]) == (1.0, 0.25, 2.5, 0.625)
+    assert (found["reward"], found["gain"], found["kl"], found["win_rate"]) == (1.0, -0.25, 2.5, 0.625)
     assert found["kl_standard_error"] == pytest.approx(1.0)
     assert found["win_rate_interval"][0] <= 0.625 <= found["win_rate_interval"][1]
 
