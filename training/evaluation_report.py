@@ -124,7 +124,8 @@ def _lines(results: Mapping[str, Any]) -> list[str]:
     lines += [
         "",
         "In brackets: 95% intervals, over prompts and, where there are several runs, over seeds. A completion wins "
-        "against one of the SFT model for the same prompt by a higher reward; of several completions, those drawn from the same random numbers are not paired; ties count half.",
+        "against one of the SFT model for the same prompt by a higher reward; "
+        "of several completions, those drawn from the same random numbers are not paired; ties count half.",
         "",
         "## Every checkpoint",
         "",
