@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -249,9 +250,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def path_pattern(path: str) -> re.Pattern[str]:
-    """Finds `path` in a string as a whole or with something below it: after the start, = : or , and before the end
-    or a separator."""
-    return re.compile(r"(?:(?<=[=:,\s])|^)" + re.escape(path.rstrip("/")) + r"(?=[/,:\s]|$)")
+    """Finds `path`, relative or absolute, in a string as a whole or with something below it: after the start, = : or ,
+    and before the end or a separator."""
+    plain = os.path.normpath(os.path.expanduser(path))
+    spellings = "|".join(re.escape(spelling) for spelling in {plain, os.path.abspath(plain), path.rstrip("/")})
+    return re.compile(rf"(?:(?<=[=:,\s])|^)(?:\./)?(?:{spellings})(?=[/,:\s]|$)")
 
 
 def strings(value: Any) -> Iterable[str]:

@@ -318,3 +318,18 @@ def test_the_small_model_is_fetched_when_a_stage_uses_it(
     assert len(asked) == 1
     assert "model: /models/small/x" in (tmp_path / "out" / ".run" / "second-a.yaml").read_text()
     assert "/models/small" not in (tmp_path / "out" / ".run" / "second-a.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "spelling", ["out/a", "./out/a", "out/a/train.json", "x=out/a", "{cwd}/out/a", "imdb/sft:out/a"]
+)
+def test_a_stage_needs_what_it_names_by_any_spelling(tmp_path: Path, spelling: str) -> None:
+    other = {"data": "other/out/a", "output_dir": "out/b"}
+    reader = {"data": spelling.format(cwd=Path.cwd()), "output_dir": "out/c"}
+    stages = [{"stage": "pref-to-rw", "options": {"data": "d", "output_dir": "./out/a"}, "name": "a"}]
+    stages += [
+        {"stage": "pref-to-rw", "options": options, "name": options["output_dir"][-1]} for options in (other, reader)
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"variables": {"output": "out"}, "stages": stages}))
+    assert [stage.needs for stage in read_recipe(recipe, ["pref-to-rw"]).stages] == [[], [], ["a"]]
