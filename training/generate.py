@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -121,6 +122,17 @@ def end_tokens(generation_config: GenerationConfig, tokenizer: PreTrainedTokeniz
     return {*([end] if isinstance(end, int) else end or ()), tokenizer.eos_token_id} - {None}
 
 
+@contextmanager
+def _nothing_shipped(model: PreTrainedModel) -> Iterator[None]:
+    """Without the defaults that a model ships with (repetition_penalty, min_new_tokens): `generate` takes them for all
+    that a configuration leaves open, and the draw would be from another distribution than the model's."""
+    shipped, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+
+
 @torch.no_grad()
 def sample_batch(
     model: PreTrainedModel,
@@ -137,7 +149,6 @@ def sample_batch(
     """
     ends = end_tokens(model.generation_config, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
-    # A bare configuration: defaults that a model ships with (top_k=50, say) must not join in unseen.
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )
@@ -154,12 +165,13 @@ def sample_batch(
         if sampling.temperature > 0:
             uniforms = np.stack([_uniforms(sampling.seed, prompts[i], k, sampling.max_new_tokens) for i, k in some])
             processors.append(_Draw(torch.from_numpy(uniforms).to(model.device), width))
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            logits_processor=processors,
-        )
+        with _nothing_shipped(model):
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                logits_processor=processors,
+            )
         for (index, _), ids in zip(some, output[:, width:].tolist(), strict=True):
             stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
             found[index].append(ids[:stop])

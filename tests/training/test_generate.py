@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from exo_fast.training.errors import InputError
 from exo_fast.training.generate import GenerateConfig, _Draw, generate, sample_completions, sample_tokens
@@ -118,6 +118,18 @@ def test_a_completion_stops_at_the_end_token(model: PreTrainedModel, tokenizer: 
     assert all(len(ids) == 30 for ids in rows if ids[-1] != end)
     texts = sample_completions(model, tokenizer, PROMPTS, num_return=8, max_new_tokens=30, batch_size=48)
     assert not any("</s>" in text for group in texts for text in group)
+
+
+def test_defaults_that_a_model_ships_with_change_nothing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"num_return": 4, "max_new_tokens": 12, "seed": 1}
+    expected = sample_tokens(model, tokenizer, PROMPTS, **options)
+    end = tokenizer.eos_token_id
+    shipped = GenerationConfig(eos_token_id=end, repetition_penalty=5.0, min_new_tokens=12, suppress_tokens=[3])
+    monkeypatch.setattr(model, "generation_config", shipped)
+    assert sample_tokens(model, tokenizer, PROMPTS, **options) == expected
+    assert model.generation_config is shipped
 
 
 def test_global_random_state_and_training_mode_are_left_alone(
