@@ -118,9 +118,9 @@ class ModelScorer(Scorer):
         _ = self.model
 
     def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
-        lengths = [len(ids) for ids in self._encode(prompts, completions)]
-        check_fits_model(self.config, self.name, longest=max(lengths, default=0))
-        return lengths
+        ids = self._encode(prompts, completions)
+        check_fits_model(self.config, self.name, longest=max(map(len, ids)), largest_id=max(map(max, ids)))
+        return [len(row) for row in ids]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -136,16 +136,25 @@ class ModelScorer(Scorer):
 
 
 class FunctionScorer(Scorer):
-    """A Python function of the user's. Another version of the file that it stands in counts as another scorer."""
+    """A Python function of the user's. Another version of its module, or of the file that it stands in, counts as
+    another scorer; so does another batch size: batches are stored as they are, and it may look at all of one."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, batch_size: int):
         self.label = f"function={name!r}"
         self.function = _import_function(name)
-        try:
-            source = Path(inspect.getsourcefile(self.function)).read_bytes()
-        except (TypeError, OSError):  # written in C, say
-            source = b""
-        self.identity = {"scorer": "function", "function": name, "source": hashlib.sha256(source).hexdigest()}
+        source = hashlib.sha256()
+        # The module too: what a decorator returns stands in the decorator's file, and an object in none.
+        for part in (sys.modules[name.partition(":")[0]], inspect.unwrap(self.function)):
+            try:
+                source.update(Path(inspect.getsourcefile(part)).read_bytes())
+            except (TypeError, OSError):  # written in C, say
+                continue
+        self.identity = {
+            "scorer": "function",
+            "function": name,
+            "source": source.hexdigest(),
+            "batch_size": batch_size,
+        }
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         try:
@@ -171,7 +180,7 @@ class FunctionScorer(Scorer):
 def load_scorer(config: ScorerConfig) -> Scorer:
     """The scorer that a configuration names. Raises InputError where there is none, or none that works."""
     kind = next(name for name in SCORERS if getattr(config, name))
-    return FunctionScorer(config.function) if kind == "function" else ModelScorer(config, kind)
+    return FunctionScorer(config.function, config.batch_size) if kind == "function" else ModelScorer(config, kind)
 
 
 def plan_batches(
@@ -382,5 +391,5 @@ def _in_words(count: dict[str, Any]) -> str:
     if "accuracy" in count:
         words += f", accuracy {count['accuracy']:.4f} ({count['ties']:.4f} ties)"
     if "preferences" in count:
-        words += f", {count['preferences']:,} preferences ({count['dropped']:,} prompts with equal rewards dropped)"
+        words += f", {count['preferences']:,} preferences ({count['dropped']:,} prompts without unequal rewards dropped)"
     return words

@@ -1,6 +1,7 @@
 """`exo-fast score`: numbers that can be checked by hand, scorers that do not work, and preferences."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,10 @@ from exo_fast.training.score import ScoreConfig, score
 Settings = Callable[..., dict[str, Any]]
 
 REWARDS = """
+import functools
+
+import torch
+
 def words(prompts, completions):
     assert len(prompts) == len(completions) <= 3
     return [len(text.split()) for text in completions]
@@ -34,6 +39,12 @@ def infinite(prompts, completions):
 
 def broken(prompts, completions):
     raise KeyError("oracle")
+
+@torch.no_grad()
+def decorated(prompts, completions):
+    return words(prompts, completions)
+
+partial = functools.partial(words)
 
 constant = 3
 """
@@ -146,11 +157,19 @@ def test_errors(settings: Settings, tmp_path: Path, changed: dict[str, Any], mes
         score(ScoreConfig(**settings(**changed)))
 
 
-def test_a_changed_function_is_another_scorer(settings: Settings, tmp_path: Path) -> None:
-    score(ScoreConfig(**settings()))
+@pytest.mark.parametrize("name", ["words", "decorated", "partial"])
+def test_a_changed_function_is_another_scorer(settings: Settings, tmp_path: Path, name: str) -> None:
+    config = settings(function=f"rewards:{name}")
+    score(ScoreConfig(**config))
     (tmp_path / "rewards.py").write_text(REWARDS + "\n# better\n")
     with pytest.raises(InputError, match="another source"):
-        score(ScoreConfig(**settings()))
+        score(ScoreConfig(**config))
+
+
+def test_batches_of_another_size_are_not_reused(settings: Settings) -> None:
+    score(ScoreConfig(**settings()))
+    with pytest.raises(InputError, match="batch_size is 3 there and 2 here"):
+        score(ScoreConfig(**settings(batch_size=2)))
 
 
 @pytest.mark.parametrize("kind", ["reward_model", "classifier"])
@@ -165,6 +184,18 @@ def test_models_give_what_plain_transformers_gives(settings: Settings, reward_mo
         for text, value in zip(row["completions"], found["rewards"], strict=True):
             expected = model(**tokenizer(row["prompt"] + text, return_tensors="pt")).logits.item()
             assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
+    settings: Settings, reward_model: str, tmp_path: Path
+) -> None:
+    model = str(shutil.copytree(reward_model, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["extra"])
+    tokenizer.save_pretrained(model)
+    Path("test.json").write_text(json.dumps([{"prompt": "the", "completions": ["extra"]}]))
+    with pytest.raises(InputError, match="gives id 17 and its vocabulary has 17"):
+        score(ScoreConfig(**settings(function=None, reward_model=model)))
 
 
 def test_a_language_model_is_not_a_reward_model(settings: Settings, tiny_llama: str) -> None:
