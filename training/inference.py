@@ -173,10 +173,14 @@ def adapter_base(path: str) -> str:
 
 
 def digest(name_or_path: str) -> str:
-    """SHA-256 over a model's weights, configuration and tokenizer, and over those of an adapter's base."""
+    """SHA-256 over a model's weights, configuration and tokenizer, and over those of an adapter's base.
+
+    Of a model of the Hub over its commit, which fixes all of them: its weights may not have been downloaded yet.
+    """
     directory = Path(name_or_path)
     if not directory.is_dir():
-        directory = Path(cached_file(name_or_path, "config.json")).parent
+        commit = Path(cached_file(name_or_path, "config.json")).parent.name
+        return hashlib.sha256(f"{name_or_path} {commit}".encode()).hexdigest()
     whole = hashlib.sha256(model_digest(name_or_path).encode())
     for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}):
         whole.update(f"{path.name} {path.stat().st_size}\n".encode())
