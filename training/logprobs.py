@@ -130,7 +130,7 @@ def tokenize_rows(
     else only so that it and the longest completion fit `max_seq_len`, as in training. Raises InputError for a prompt of
     no tokens, for ids that another tokenizer drew, and for a tokenizer without EOS where there is text.
     """
-    check_drawn_ids(examples[:CHECKED_GROUPS], tokenizer)
+    check_drawn_ids(examples, tokenizer)
     eos = tokenizer.eos_token_id
     texts = [text for example in examples if example.completion_ids is None for text in example.completions]
     if texts and eos is None:
@@ -274,10 +274,11 @@ def _split_logprobs(
 ) -> list[list[float]]:
     """The log-probs of each group's completions."""
     # Groups of many completions are cut up, and each part has its prompt.
+    together = min(MAX_TOGETHER, config.batch_size)
     parts = [
-        (index, Group(group.prompt, group.completions[first : first + MAX_TOGETHER]))
+        (index, Group(group.prompt, group.completions[first : first + together]))
         for index, group in enumerate(groups)
-        for first in range(0, len(group.completions), MAX_TOGETHER)
+        for first in range(0, len(group.completions), together)
     ]
     order = sorted(range(len(parts)), key=lambda place: (-parts[place][1].tokens(), place))
     batches: list[list[int]] = []

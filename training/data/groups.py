@@ -8,7 +8,7 @@ ids live in flat arrays, so a large data set costs a few bytes a token and survi
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ def tokenize(
             "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
         )
     prefix = prefix_ids(tokenizer)
-    check_drawn_ids(examples[:CHECKED_EXAMPLES], tokenizer)
+    check_drawn_ids(examples, tokenizer)
     candidates = num_contrastive or len(examples[0].completions)
     prompt_ids, completion_ids = array("i"), array("i")
     prompt_offsets, completion_offsets = array("q", [0]), array("q", [0])
@@ -184,9 +184,12 @@ def tokenize(
 
 
 def check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError where `completion_ids` are not what the tokenizer would have for the completion's text."""
-    for example in examples:
-        for index, ids in enumerate(example.completion_ids or ()):
+    """Raises InputError where `completion_ids` are not what the tokenizer would have for the completion's text.
+
+    Looks at the first CHECKED_EXAMPLES that have them.
+    """
+    for example in islice((e for e in examples if e.completion_ids is not None), CHECKED_EXAMPLES):
+        for index, ids in enumerate(example.completion_ids):
             text = tokenizer.decode(ids, skip_special_tokens=True) if max(ids) < len(tokenizer) else None
             # Spaces apart, which decoding may tidy.
             if text is None or "".join(text.split()) != "".join(example.completions[index].split()):
