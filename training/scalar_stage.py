@@ -55,6 +55,9 @@ class ScalarConfig(TrainConfig):
 
     def _check_fields(self) -> None:
         super()._check_fields()
+        self._need(
+            self.metric_for_best_model in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss is needed."
+        )
         if self.load_best_model_at_end:
             self._need(
                 self.eval_strategy != "no" and self.save_strategy in (self.eval_strategy, "best"),

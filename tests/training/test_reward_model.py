@@ -261,6 +261,8 @@ def test_errors(settings: Settings, tmp_path: Path, tiny_llama: str) -> None:
         reward_model(RewardModelConfig(**settings(data=str(tmp_path / "other"))))
     with pytest.raises(InputError, match="save_strategy='no': load_best_model_at_end needs a checkpoint"):
         RewardModelConfig(**settings(load_best_model_at_end=True))
+    with pytest.raises(InputError, match="metric_for_best_model='f1': accuracy or loss is needed"):
+        RewardModelConfig(**settings(metric_for_best_model="f1"))
     alone = settings(data=str(tmp_path / "train.json"), load_best_model_at_end=True, save_strategy="epoch")
     with pytest.raises(InputError, match="load_best_model_at_end=True: needs held-out data"):
         reward_model(RewardModelConfig(**alone))
