@@ -65,7 +65,7 @@ class StageParser(HfArgumentParser):
                     action.metavar = getattr(action.type, "__name__", "value").replace("string_to_bool", "bool").upper()
 
     def format_usage(self) -> str:
-        return f"{self.prog} --config RECIPE.yaml [--FIELD VALUE ...]\n"
+        return f"{self.prog} [--config RECIPE.yaml] [--FIELD VALUE ...]\n"
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
