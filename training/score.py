@@ -391,5 +391,5 @@ def _in_words(count: dict[str, Any]) -> str:
     if "accuracy" in count:
         words += f", accuracy {count['accuracy']:.4f} ({count['ties']:.4f} ties)"
     if "preferences" in count:
-        words += f", {count['preferences']:,} preferences ({count['dropped']:,} prompts without unequal rewards dropped)"
+        words += f", {count['preferences']:,} preferences ({count['dropped']:,} prompts without a better one dropped)"
     return words
