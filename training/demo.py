@@ -279,7 +279,7 @@ def sample_and_score(
             model,
             tokenizer,
             prompts,
-            num_return=key["each"],
+            return_num=key["each"],
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=key["seed"],

@@ -62,7 +62,7 @@ Sampler = Callable[[list[str], list[list[int]]], list[list[list[int]]]]  # promp
 class Sampling:
     """How completions are drawn. Raises ValueError for an argument out of range, named with its value."""
 
-    num_return: int = 1  # completions of each prompt
+    return_num: int = 1  # completions of each prompt
     max_new_tokens: int = 64
     temperature: float = 1.0  # divides the logits; 0 takes the most likely token (greedy)
     top_k: int = 0  # keep only the k most likely tokens; 0 keeps all
@@ -70,10 +70,10 @@ class Sampling:
     seed: int = 0  # of the random streams; the global random state is neither read nor changed
 
     def __post_init__(self) -> None:
-        for name in ("num_return", "max_new_tokens"):
+        for name in ("return_num", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; 0 (greedy) or a positive number is needed")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; 0 (the whole vocabulary) or a positive number is needed")
@@ -109,10 +109,10 @@ def _uniforms(seed: int, prompt: str, candidate: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).random(count, np.float32)
 
 
-def plan_batches(lengths: Sequence[int], num_return: int, batch_size: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], return_num: int, batch_size: int) -> list[list[int]]:
     """Prompt indices, longest first, so that a batch pads little and the largest batch comes first."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    step = max(1, batch_size // num_return)
+    step = max(1, batch_size // return_num)
     return [order[start : start + step] for start in range(0, len(order), step)]
 
 
@@ -145,7 +145,7 @@ def sample_batch(
     """One batch of `sample_tokens`: as many completions run together as `batch_size` allows.
 
     `encoded[i]` is what the model reads of `prompts[i]`, whose text only seeds its streams. The model is in eval
-    mode. Returns for each prompt `num_return` lists of 1 … max_new_tokens ids.
+    mode. Returns for each prompt `return_num` lists of 1 … max_new_tokens ids.
     """
     ends = end_tokens(model.generation_config, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
@@ -154,7 +154,7 @@ def sample_batch(
     )
     warpers = _warpers(sampling)
     width = max(map(len, encoded))
-    rows = [(index, candidate) for index in range(len(prompts)) for candidate in range(sampling.num_return)]
+    rows = [(index, candidate) for index in range(len(prompts)) for candidate in range(sampling.return_num)]
     found: list[list[list[int]]] = [[] for _ in prompts]
     for first in range(0, len(rows), batch_size):  # more than once where one prompt has more completions than that
         some = rows[first : first + batch_size]
@@ -197,7 +197,7 @@ def sample_tokens(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
-    num_return: int = 1,
+    return_num: int = 1,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -206,10 +206,10 @@ def sample_tokens(
     batch_size: int = 128,
     progress: str | None = None,
 ) -> list[list[list[int]]]:
-    """Sample token ids: for each prompt, in the order given, `num_return` lists of 1 … max_new_tokens ids.
+    """Sample token ids: for each prompt, in the order given, `return_num` lists of 1 … max_new_tokens ids.
 
     A list that ended by itself ends with the end-of-sequence token it drew; one that was cut does not. The
-    same prompt given twice gets the same completions twice: ask for more with `num_return`.
+    same prompt given twice gets the same completions twice: ask for more with `return_num`.
 
     Args:
         temperature: divides the logits; 0 takes the most likely token (greedy).
@@ -222,7 +222,7 @@ def sample_tokens(
     Raises:
         ValueError: an argument out of range, named with its value.
     """
-    sampling = Sampling(num_return, max_new_tokens, temperature, top_k, top_p, seed)
+    sampling = Sampling(return_num, max_new_tokens, temperature, top_k, top_p, seed)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
     if isinstance(prompts, str):
@@ -237,14 +237,14 @@ def sample_tokens(
     was_training = model.training
     model.eval()
     found: list[list[list[int]]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts) * num_return, desc=progress, unit="seq", disable=progress is None) as bar:
-        for batch in plan_batches([len(ids) for ids in encoded], num_return, batch_size):
+    with tqdm(total=len(prompts) * return_num, desc=progress, unit="seq", disable=progress is None) as bar:
+        for batch in plan_batches([len(ids) for ids in encoded], return_num, batch_size):
             groups = sample_batch(
                 model, tokenizer, [prompts[i] for i in batch], [encoded[i] for i in batch], sampling, batch_size
             )
             for index, group in zip(batch, groups, strict=True):
                 found[index] = group
-            bar.update(len(batch) * num_return)
+            bar.update(len(batch) * return_num)
     model.train(was_training)
     return found
 
@@ -254,7 +254,7 @@ def sample_completions(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
-    num_return: int = 1,
+    return_num: int = 1,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -263,12 +263,12 @@ def sample_completions(
     batch_size: int = 128,
     progress: str | None = None,
 ) -> list[list[str]]:
-    """`sample_tokens`, decoded without special tokens: for each prompt, `num_return` strings."""
+    """`sample_tokens`, decoded without special tokens: for each prompt, `return_num` strings."""
     tokens = sample_tokens(
         model,
         tokenizer,
         prompts,
-        num_return=num_return,
+        return_num=return_num,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -332,7 +332,7 @@ examples:
         try:
             _ = self.sampling
         except ValueError as error:
-            raise InputError(f"{error}.".replace("num_return", "return_num")) from error
+            raise InputError(f"{error}.") from error
 
     @property
     def sampling(self) -> Sampling:

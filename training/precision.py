@@ -29,10 +29,12 @@ def resolve(precision: str, *, on_cpu: bool) -> str:
 @contextmanager
 def matmul_precision(precision: str, device_type: str = "cpu") -> Iterator[None]:
     """Products of float32 matrices in `precision` (ieee, tf32 or bf16) within the block."""
+    if precision == "ieee":  # torch's default, and setting it would forbid older switches
+        yield
+        return
     backend = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul
     before = backend.fp32_precision
-    if precision != "ieee":  # ieee is torch's default, and setting it forbids older switches
-        backend.fp32_precision = precision
+    backend.fp32_precision = precision
     try:
         yield
     finally:

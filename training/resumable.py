@@ -122,7 +122,7 @@ class ResumableRun:
         if missing:
             raise InputError(
                 f"output_dir={str(self.directory)!r}: {len(missing)} of {len(sizes)} batches are not there; all "
-                "processes must write to one file system."
+                "processes must write to one file system, and no other run to this directory."
             )
         return [stored[index] for index in range(len(sizes))]
 
@@ -192,7 +192,7 @@ def _difference(there: Any, here: Mapping[str, Any]) -> str:
         return ", or of another stage"
     different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     shown = [
-        f"another {name}"
+        f"different {name}"
         if isinstance(there.get(name), dict) or len(str(there.get(name))) == DIGEST_LENGTH
         else f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
         for name in different[:3]

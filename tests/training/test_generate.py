@@ -45,11 +45,11 @@ def test_neither_order_nor_batch_size_nor_number_changes_a_completion(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     options = {"max_new_tokens": 10, "seed": 3}
-    four = sample_completions(model, tokenizer, PROMPTS, num_return=4, batch_size=24, **options)
-    assert four == sample_completions(model, tokenizer, PROMPTS, num_return=4, batch_size=24, **options)
-    backwards = sample_completions(model, tokenizer, PROMPTS[::-1], num_return=4, batch_size=4, **options)
+    four = sample_completions(model, tokenizer, PROMPTS, return_num=4, batch_size=24, **options)
+    assert four == sample_completions(model, tokenizer, PROMPTS, return_num=4, batch_size=24, **options)
+    backwards = sample_completions(model, tokenizer, PROMPTS[::-1], return_num=4, batch_size=4, **options)
     assert backwards[::-1] == four
-    two = sample_completions(model, tokenizer, PROMPTS, num_return=2, batch_size=1, **options)
+    two = sample_completions(model, tokenizer, PROMPTS, return_num=2, batch_size=1, **options)
     assert two == [group[:2] for group in four]
 
 
@@ -59,7 +59,7 @@ def test_seeds_prompts_and_candidates_have_streams_of_their_own(
     texts = [
         text
         for seed in (0, 1)
-        for group in sample_completions(model, tokenizer, PROMPTS, num_return=3, max_new_tokens=20, seed=seed)
+        for group in sample_completions(model, tokenizer, PROMPTS, return_num=3, max_new_tokens=20, seed=seed)
         for text in group
     ]
     assert len(set(texts)) > 0.9 * len(texts)
@@ -76,7 +76,7 @@ def test_samples_follow_the_models_distribution(
         model,
         tokenizer,
         ["the film"],
-        num_return=count,
+        return_num=count,
         max_new_tokens=1,
         temperature=temperature,
         top_k=top_k,
@@ -110,20 +110,20 @@ def test_the_ends_of_the_unit_interval_draw_only_possible_tokens() -> None:
 
 def test_a_completion_stops_at_the_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     end = tokenizer.eos_token_id
-    groups = sample_tokens(model, tokenizer, PROMPTS, num_return=8, max_new_tokens=30, batch_size=48)
+    groups = sample_tokens(model, tokenizer, PROMPTS, return_num=8, max_new_tokens=30, batch_size=48)
     rows = [ids for group in groups for ids in group]
     ended = [ids for ids in rows if ids[-1] == end]
     assert ended
     assert all(end not in ids[:-1] for ids in rows)
     assert all(len(ids) == 30 for ids in rows if ids[-1] != end)
-    texts = sample_completions(model, tokenizer, PROMPTS, num_return=8, max_new_tokens=30, batch_size=48)
+    texts = sample_completions(model, tokenizer, PROMPTS, return_num=8, max_new_tokens=30, batch_size=48)
     assert not any("</s>" in text for group in texts for text in group)
 
 
 def test_defaults_that_a_model_ships_with_change_nothing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"num_return": 4, "max_new_tokens": 12, "seed": 1}
+    options = {"return_num": 4, "max_new_tokens": 12, "seed": 1}
     expected = sample_tokens(model, tokenizer, PROMPTS, **options)
     end = tokenizer.eos_token_id
     shipped = GenerationConfig(eos_token_id=end, repetition_penalty=5.0, min_new_tokens=12, suppress_tokens=[3])
@@ -148,7 +148,7 @@ def test_global_random_state_and_training_mode_are_left_alone(
     [
         ({"prompts": "the film"}, "one string"),
         ({"prompts": ["good", ""]}, r"prompts\[1\] is ''"),
-        ({"num_return": 0}, "num_return is 0"),
+        ({"return_num": 0}, "return_num is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": -5}, "top_k is -5"),
@@ -206,7 +206,7 @@ def test_rows_hold_what_sample_tokens_draws(
             model,
             tokenizer,
             [row["prompt"] for row in rows],
-            num_return=2,
+            return_num=2,
             max_new_tokens=6,
             temperature=0.7,
             top_k=9,

@@ -153,7 +153,9 @@ def tokenize(
                     completion_ids.extend(ids[:max_gen_len])
                     completion_offsets.append(len(completion_ids))
                     longest = max(longest, min(len(ids), max_gen_len))
-                room = max_seq_len - longest - len(prefix)
+                # Drawn completions are continued from the prompt that `generate` gave the model, cut for the longest.
+                reserved = longest if example.completion_ids is None else max_gen_len
+                room = max_seq_len - reserved - len(prefix)
                 cut_prompts += len(body) > room
                 prompt_ids.extend(prefix + body[max(len(body) - room, 0) :])
                 longest_sequence = max(longest_sequence, len(prompt_ids) - prompt_offsets[-1] + longest)

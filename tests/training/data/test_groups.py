@@ -117,6 +117,15 @@ def test_ids_that_were_drawn_are_used_as_they_are(run: Any, ids: Ids) -> None:
     assert run([row], num_contrastive=1).group(1).completions == [drawn[1]]
 
 
+def test_prompts_of_drawn_completions_are_cut_as_they_were_for_sampling(run: Any, ids: Ids) -> None:
+    """To max_seq_len - max_gen_len tokens, however short the completions turned out."""
+    prompt = "the film was good but very very long"
+    row = Example(Place("f.json", 0, 1), prompt, ["fine", "dull"], [0.0, 1.0], [[*ids("fine"), EOS], ids("dull")])
+    cut = run([row], max_seq_len=14, max_gen_len=8).group(0).prompt
+    assert cut == [BOS, *ids(prompt)[-5:]]
+    assert run([example(prompt, "fine", "dull")], max_seq_len=14, max_gen_len=8).group(0).prompt[1:] == ids(prompt)[-11:]
+
+
 @pytest.mark.parametrize("wrong", [[5, EOS], [10**6]])
 def test_ids_of_another_tokenizer(wrong: list[int], run: Any) -> None:
     row = Example(Place("f.json", 0, 1), "the", ["good"], [0.0], [wrong])
