@@ -352,17 +352,19 @@ def _need_two_each(examples: dict[str, list[Example]]) -> None:
 
 
 def _preferences(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """The first of the best and the first of the worst, of each row where they differ.
+    """The first of the best and the first of the worst, of each row where they differ, with the ids that were drawn.
 
-    Empty completions are passed over: in preferences nothing but text tells what is learned, and training refuses them.
+    Empty completions are passed over: a reward model has nothing to read in them, and training refuses them.
     """
     found = []
     for row in rows:
-        texts = [text for text in row["completions"] if text]
-        rewards = [reward for reward, text in zip(row["rewards"], row["completions"], strict=True) if text]
+        places = [place for place, text in enumerate(row["completions"]) if text]
+        rewards = [row["rewards"][place] for place in places]
         if len(set(rewards)) > 1:
-            best, worst = int(np.argmax(rewards)), int(np.argmin(rewards))
-            found.append({"prompt": row["prompt"], "chosen": texts[best], "rejected": texts[worst]})
+            pair = places[int(np.argmax(rewards))], places[int(np.argmin(rewards))]
+            chosen, rejected = (row["completions"][place] for place in pair)
+            ids = {"completion_ids": [row["completion_ids"][p] for p in pair]} if "completion_ids" in row else {}
+            found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **ids})
     if not found:
         raise InputError(
             f"mode=label-pref: the completions of each prompt of the {split} split have one reward, so there is no "

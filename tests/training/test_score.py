@@ -99,7 +99,8 @@ def test_label_pref_takes_the_first_best_and_the_first_worst_text_and_drops_ties
     config = ScoreConfig(**settings(mode="label-pref"))
     counts = score(config)["counts"]["test"]
     assert read(config) == [
-        {"prompt": "a", "chosen": "x y", "rejected": "x"},  # and not "", the worst
+        # And not "", the worst; with the ids that were drawn for each, of which the first has no EOS.
+        {"prompt": "a", "chosen": "x y", "rejected": "x", "completion_ids": [[4, 5], [4, 2]]},
         {"prompt": "c", "chosen": "x y z", "rejected": "x"},
     ]
     assert (counts["preferences"], counts["dropped"]) == (2, 1)
@@ -162,7 +163,7 @@ def test_a_changed_function_is_another_scorer(settings: Settings, tmp_path: Path
     config = settings(function=f"rewards:{name}")
     score(ScoreConfig(**config))
     (tmp_path / "rewards.py").write_text(REWARDS + "\n# better\n")
-    with pytest.raises(InputError, match="another source"):
+    with pytest.raises(InputError, match="different source"):
         score(ScoreConfig(**config))
 
 

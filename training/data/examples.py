@@ -193,7 +193,8 @@ def _as_text(record: Any, tokenizer: Tokenizer) -> dict[str, Any]:
 def _to_candidates(place: Place, record: dict[str, Any]) -> Example:
     prompt = _text(record, "prompt", may_be_empty=True)
     if "completions" not in record and ("chosen" in record or "rejected" in record):
-        return Example(place, prompt, [_text(record, "chosen"), _text(record, "rejected")], [1.0, 0.0])
+        pair = [_text(record, "chosen"), _text(record, "rejected")]
+        return Example(place, prompt, pair, [1.0, 0.0], _completions({**record, "completions": pair})[1])
     completions, ids = _completions(record)
     return Example(place, prompt, completions, _rewards(record, completions), ids)
 

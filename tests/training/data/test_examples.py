@@ -115,17 +115,19 @@ def test_ids_that_were_drawn_are_kept(tmp_path: Path) -> None:
 def test_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"prompt": "p", "chosen": "yes", "rejected": "no"},
+        {"prompt": "p", "chosen": "yes", "rejected": "no", "completion_ids": [[7], [8, 9]]},
         {**GOOD, "rewards": [2, 5, -1, 5], "completion_ids": [[1], [2], [3], [4]]},
         {**GOOD, "rewards": [1, 1, 1, 1]},
     ]
     pairs = load_pairs(Source(write(tmp_path, rows)))
     assert [(pair.completions, pair.rewards, pair.completion_ids) for pair in pairs] == [
         (["yes", "no"], [1.0, 0.0], None),
+        (["yes", "no"], [1.0, 0.0], [[7], [8, 9]]),
         (["c", "d"], [1.0, 0.0], [[2], [3]]),  # of equals the first
     ]
-    assert "train.json: 1 of 3 rows have equal rewards and are left out" in capsys.readouterr().out
+    assert "train.json: 1 of 4 rows have equal rewards and are left out" in capsys.readouterr().out
     with pytest.raises(InputError, match="equal rewards; there is nothing to prefer"):
-        load_pairs(Source(write(tmp_path, rows[2:])))
+        load_pairs(Source(write(tmp_path, rows[3:])))
     with pytest.raises(InputError, match="at least 2 candidates are needed, not 1"):
         load_pairs(Source(write(tmp_path, [{"prompt": "a", "completions": ["b"], "rewards": [1]}])))
 

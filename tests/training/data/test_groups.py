@@ -123,7 +123,9 @@ def test_prompts_of_drawn_completions_are_cut_as_they_were_for_sampling(run: Any
     row = Example(Place("f.json", 0, 1), prompt, ["fine", "dull"], [0.0, 1.0], [[*ids("fine"), EOS], ids("dull")])
     cut = run([row], max_seq_len=14, max_gen_len=8).group(0).prompt
     assert cut == [BOS, *ids(prompt)[-5:]]
-    assert run([example(prompt, "fine", "dull")], max_seq_len=14, max_gen_len=8).group(0).prompt[1:] == ids(prompt)[-11:]
+    assert (
+        run([example(prompt, "fine", "dull")], max_seq_len=14, max_gen_len=8).group(0).prompt[1:] == ids(prompt)[-11:]
+    )
 
 
 @pytest.mark.parametrize("wrong", [[5, EOS], [10**6]])
