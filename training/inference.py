@@ -46,7 +46,7 @@ class InferenceConfig:
         "name of the registry (imdb/sft:PATH).",
     )
     split: Literal["train", "test", "all"] = _field("all", "The split to read; all: each that there is.")
-    prompt_num: int = _field(-1, "Take the first so many prompts of each split; -1 takes all.")
+    prompt_num: int = _field(-1, "Take the first so many rows (generate: prompts) of each split; -1: all.")
     output_dir: str | None = _field(None, "Where train.json, test.json and summary.json are written.")
 
     # Model

@@ -21,7 +21,8 @@ class RewardModelConfig(ScalarConfig):
     data: str | None = _field(
         None,
         "Training data: a .json, .jsonl or .parquet file, a directory with train.* (and test.*), a dataset saved by "
-        "save_to_disk, or a name of the registry (hh/pref:PATH). Rows: prompt, chosen, rejected.",
+        "save_to_disk, or a name of the registry (hh/pref:PATH). Rows: prompt, chosen, rejected; or "
+        "prompt, completions, rewards, of which the best and the worst are taken.",
     )
     share_prompt: Literal["auto", "off"] = _field(
         "auto", "Run what two texts begin with once for both, where the model can and it saves work; off: never."

@@ -47,7 +47,7 @@ SCORERS = ("reward_model", "classifier", "function")
 class ScorerConfig(InferenceConfig):
     """Fields of every stage that scores completions; exactly one of the first three is set."""
 
-    reward_model: str | None = _field(None, "A reward model: a directory or a Hub name.")
+    reward_model: str | None = _field(None, "A reward model: a directory or a Hub name. It is read before EOS.")
     classifier: str | None = _field(None, "A classifier, whose log-odds of the positive class are the reward.")
     function: str | None = _field(
         None,
@@ -248,8 +248,8 @@ class ScoreConfig(ScorerConfig):
     )
 
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "scorer": (*ScorerConfig.scorer_fields, *InferenceConfig.model_fields),
-        "data": ("mode", *InferenceConfig.data_fields, "max_seq_len"),
+        "scorer": (*ScorerConfig.scorer_fields, "mode", *InferenceConfig.model_fields),
+        "data": (*InferenceConfig.data_fields, "max_seq_len"),
         "speed and memory": InferenceConfig.speed_fields,
     }
     description: ClassVar[str] = """\
