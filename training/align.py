@@ -6,26 +6,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from exo_fast.layout import plan_mask
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.examples import Example, load_examples
-from exo_fast.training.data.groups import GroupCollator, GroupDataset, tokenize
+from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.data.records import Source
 from exo_fast.training.errors import InputError
+from exo_fast.training.loading import from_pretrained, refuse_adapter
 from exo_fast.training.module import AlignModule, settle_layout
 from exo_fast.training.reference_logps import fill_reference_logps
 from exo_fast.training.trainer import AlignTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
-    check_fits_model,
     find_splits,
-    from_pretrained,
     load_causal_lm,
+    load_tokenizer,
     losses_line,
     table,
+    tokenize_splits,
     train,
     training_scope,
 )
@@ -42,9 +43,9 @@ def align(config: AlignConfig) -> dict[str, Any]:
     if finished is not None:
         return finished
     sources = find_splits(config)
-    tokenizer = from_pretrained(AutoTokenizer, config, config.model_name_or_path)
-    datasets = tokenize_data(config, read_data(config, sources, tokenizer), tokenizer)
-    check_groups_fit(config, datasets)
+    tokenizer = load_tokenizer(config)
+    examples = read_data(config, sources, tokenizer)
+    datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=config.num_contrastive)
     if config.process_index == 0:
         print(data_table(datasets, config.max_seq_len, config.max_gen_len), flush=True)
 
@@ -79,24 +80,6 @@ def read_data(
     return {name: load_examples(source, **options) for name, source in sources.items()}
 
 
-def tokenize_data(
-    config: AlignConfig, examples: dict[str, list[Example]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, GroupDataset]:
-    """The rows of each split as tokenised groups."""
-    return {
-        name: tokenize(
-            rows,
-            tokenizer,
-            num_contrastive=config.num_contrastive,
-            max_seq_len=config.max_seq_len,
-            max_gen_len=config.max_gen_len,
-            description=f"tokenising ({name})",
-            progress=config.process_index == 0 and not config.disable_tqdm,
-        )
-        for name, rows in examples.items()
-    }
-
-
 def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len: int) -> str:
     """What will be trained on and what sharing prompts saves, as aligned lines."""
     counts = [dataset.counts for dataset in datasets.values()]
@@ -115,15 +98,6 @@ def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len:
         ]
     )
     return lines if "eval" in datasets else f"{lines}\nno held-out data: nothing is evaluated"
-
-
-def check_groups_fit(config: AlignConfig, datasets: dict[str, GroupDataset]) -> None:
-    """Raises InputError when the model cannot take the tokenised groups."""
-    check_fits_model(
-        config,
-        longest=max(data.counts.longest_sequence for data in datasets.values()),
-        largest_id=max(int(max(data.prompt_ids.max(), data.completion_ids.max())) for data in datasets.values()),
-    )
 
 
 # Models
@@ -149,8 +123,9 @@ def _fill_from_separate_reference(
     config: AlignConfig, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, GroupDataset]
 ) -> dict[str, bool]:
     """Reference log-probs by another model than the policy's start; it is gone before the policy is loaded."""
+    refuse_adapter(config.ref_name_or_path)
     sizes = [
-        from_pretrained(AutoConfig, config, name).get_text_config().vocab_size
+        from_pretrained(AutoConfig, name, trust_remote_code=config.trust_remote_code).get_text_config().vocab_size
         for name in (config.model_name_or_path, config.ref_name_or_path)
     ]
     if sizes[0] != sizes[1]:

@@ -40,18 +40,17 @@ from exo_fast.training.data.examples import load_prompts
 from exo_fast.training.errors import InputError
 from exo_fast.training.inference import (
     InferenceConfig,
-    check_fits_model,
     check_model_name,
     digest,
     encode_prompts,
     find_splits,
     from_main,
-    is_adapter,
     json_digest,
     load_model,
     load_tokenizer,
     start_processes,
 )
+from exo_fast.training.loading import check_fits_model, is_adapter
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from exo_fast.training.config import _field
@@ -26,11 +26,11 @@ from exo_fast.training.data.groups import encode, prefix_ids
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import announce_cpu
 from exo_fast.training.errors import InputError
+from exo_fast.training.loading import adapter_base, from_pretrained, is_adapter
 from exo_fast.training.precision import PRECISION_HELP, resolve
 from exo_fast.training.reference_logps import model_digest
 
 SPLITS = ("train", "test")
-ADAPTER = "adapter_config.json"
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
                       "generation_config.json")  # fmt: skip
 
@@ -127,7 +127,7 @@ def load_tokenizer(config: InferenceConfig, name_or_path: str) -> PreTrainedToke
     """The tokenizer of a model; of an adapter's base model where the adapter's directory has none."""
     if is_adapter(name_or_path) and not any(Path(name_or_path).glob("tokenizer*")):
         name_or_path = adapter_base(name_or_path)
-    return _from_pretrained(AutoTokenizer, config, name_or_path)
+    return from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = False) -> nn.Module:
@@ -138,9 +138,10 @@ def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = F
     Raises InputError for what cannot be loaded.
     """
     attention = config.attn_implementation or ("eager" if sampling and config.use_cpu else None)
-    options = {} if attention is None else {"attn_implementation": attention}
+    options = {"trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
+    options |= {} if attention is None else {"attn_implementation": attention}
     base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
-    model = _from_pretrained(AutoModelForCausalLM, config, base, dtype=config.dtype, **options)
+    model = from_pretrained(AutoModelForCausalLM, base, **options)
     if is_adapter(name_or_path):
         from peft import PeftModel
 
@@ -152,24 +153,6 @@ def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = F
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{name_or_path!r}: its adapter does not fit its base {base!r}: {error}") from error
     return model.to(PartialState().device).eval()
-
-
-def is_adapter(name_or_path: str) -> bool:
-    """Whether a directory holds a PEFT adapter and not a whole model."""
-    return Path(name_or_path, ADAPTER).is_file()
-
-
-def adapter_base(path: str) -> str:
-    """The model that an adapter was trained on. Raises InputError where it names none, or one that is gone."""
-    from peft import PeftConfig
-
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    if not base or (base.startswith(("/", ".", "~")) and not Path(base).expanduser().is_dir()):
-        raise InputError(
-            f"{path!r}: its base model {base!r} is not there; put it back, or correct base_model_name_or_path in "
-            f"{Path(path, ADAPTER)}."
-        )
-    return base
 
 
 def digest(name_or_path: str) -> str:
@@ -190,26 +173,6 @@ def digest(name_or_path: str) -> str:
     return whole.hexdigest()
 
 
-def check_fits_model(config: Any, name_or_path: str, *, longest: int, largest_id: int = 0) -> None:
-    """Raises InputError where a sequence is longer than the model has positions for, or an id is not in its vocabulary.
-
-    `config` is one with `max_seq_len`.
-    """
-    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
-    model = _from_pretrained(AutoConfig, config, base).get_text_config()
-    limit = getattr(model, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"max_seq_len={config.max_seq_len}: the longest sequence may have {longest} tokens, and the model has "
-            f"positions for {limit}; set max_seq_len to at most {limit}."
-        )
-    if largest_id >= model.vocab_size:
-        raise InputError(
-            f"{name_or_path!r}: its tokenizer, or the data, gives id {largest_id} and its vocabulary has "
-            f"{model.vocab_size}; the tokenizer belongs to another model, or the embeddings were not resized."
-        )
-
-
 def check_model_name(config: Any, name: str = "model_name_or_path") -> None:
     """Raises InputError unless the config's field `name` is set, and is a directory where it looks like a path."""
     value = getattr(config, name)
@@ -220,17 +183,6 @@ def check_model_name(config: Any, name: str = "model_name_or_path") -> None:
         setattr(config, name, str(path))
     elif value.startswith(("/", "./", "../", "~")):
         raise InputError(f"{name}={value!r}: no such directory.")
-
-
-def _from_pretrained(auto_class: Any, config: InferenceConfig, name_or_path: str, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(name_or_path, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{name_or_path!r}: cannot be loaded as {auto_class.__name__}; a directory with a model and its tokenizer, "
-            f"or the name of one on the Hub, is needed. {reason}"
-        ) from error
 
 
 # Data

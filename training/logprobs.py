@@ -27,7 +27,6 @@ from exo_fast.training.data.groups import check_drawn_ids, encode
 from exo_fast.training.errors import InputError
 from exo_fast.training.inference import (
     InferenceConfig,
-    check_fits_model,
     check_model_name,
     digest,
     encode_prompts,
@@ -38,6 +37,7 @@ from exo_fast.training.inference import (
     load_tokenizer,
     start_processes,
 )
+from exo_fast.training.loading import check_fits_model, need_eos
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 
@@ -131,13 +131,8 @@ def tokenize_rows(
     no tokens, for ids that another tokenizer drew, and for a tokenizer without EOS where there is text.
     """
     check_drawn_ids(examples, tokenizer)
-    eos = tokenizer.eos_token_id
     texts = [text for example in examples if example.completion_ids is None for text in example.completions]
-    if texts and eos is None:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, which ends every completion; set "
-            "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
-        )
+    eos = need_eos(tokenizer) if texts else None
     written = iter(encode(tokenizer, texts))
     completions, room = [], []
     for example in examples:

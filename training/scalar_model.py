@@ -7,9 +7,6 @@ token: the number is then read at the last token before EOS, as in the original 
 tokenizer or a caller ends the text with EOS. Padding goes on the right, where no token that is read sees it.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from exo_fast.training.errors import InputError
+from exo_fast.training.loading import from_pretrained, need_eos, refuse_adapter
 
 HEAD = "score"  # what the classes that read the last token call their head; those that read elsewhere say `classifier`
 
@@ -41,12 +39,8 @@ def load_scalar_model(
     InputError for anything but a one-logit classifier. Raises InputError for what cannot be loaded, and for a
     model that reads its number elsewhere than at the last token (BERT, say).
     """
-    if Path(name_or_path, "adapter_config.json").is_file():
-        raise InputError(
-            f"{name_or_path!r}: a LoRA adapter, where a whole model is needed; merge it first: "
-            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)."
-        )
-    config = _load(AutoConfig, name_or_path, trust_remote_code)
+    refuse_adapter(name_or_path)
+    config = from_pretrained(AutoConfig, name_or_path, trust_remote_code=trust_remote_code)
     names = config.architectures or []
     is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
     if is_classifier and config.num_labels != 1:
@@ -61,10 +55,10 @@ def load_scalar_model(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = _load(
+        model, info = from_pretrained(
             AutoModelForSequenceClassification,
             name_or_path,
-            trust_remote_code,
+            trust_remote_code=trust_remote_code,
             num_labels=1,
             dtype=dtype,
             output_loading_info=True,
@@ -82,20 +76,10 @@ def load_scalar_model(
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{name_or_path!r}: its files lack the weights {sorted(missing)[0]}{others}.")
     if not is_classifier or model.config.get_text_config().pad_token_id is None:
-        padding = pad_with_eos(_load(AutoTokenizer, name_or_path, trust_remote_code)).pad_token_id
+        tokenizer = from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
+        padding = pad_with_eos(tokenizer).pad_token_id
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
     return model
-
-
-def _load(auto_class: Any, name_or_path: str, trust_remote_code: bool, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{name_or_path!r}: cannot be loaded as {auto_class.__name__}; a directory with a model and its tokenizer, "
-            f"or the name of one on the Hub, is needed. {reason}"
-        ) from error
 
 
 def pad_with_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -104,11 +88,7 @@ def pad_with_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     Saved beside a model, it makes `tokenizer(texts, padding=True, truncation=True, max_length=n)` what the model
     was trained on. Raises InputError for a tokenizer without EOS.
     """
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, which ends texts and pads them; set "
-            "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
-        )
+    need_eos(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     sides = {"padding_side": "right", "truncation_side": "left"}
     for name, side in sides.items():

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import AutoTokenizer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
+from exo_fast.training.loading import check_fits_model
 from exo_fast.training.module import TrainedModule
 from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
 from exo_fast.training.scalar_module import RewardModule, RowCollator, RowDataset, settle_layout, tokenize_rows
@@ -19,9 +19,8 @@ from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
-    check_fits_model,
     find_splits,
-    from_pretrained,
+    load_tokenizer,
     model_options,
     switch_off_dropout,
     table,
@@ -132,7 +131,7 @@ def train_scalar(
     checkpoint, finished = begin(config)
     if finished is not None:
         return finished
-    tokenizer = pad_with_eos(from_pretrained(AutoTokenizer, config, config.model_name_or_path))
+    tokenizer = pad_with_eos(load_tokenizer(config))
     datasets = {}
     for name, source in find_splits(config).items():
         rows, labels = zip(*map(to_row, load(source, tokenizer=tokenizer)), strict=True)
@@ -148,7 +147,10 @@ def train_scalar(
         raise InputError("load_best_model_at_end=True: needs held-out data; set eval_data, or put test.json beside.")
     counts = [data.counts for data in datasets.values()]
     check_fits_model(
-        config, longest=max(c.longest_sequence for c in counts), largest_id=max(c.largest_id for c in counts)
+        config,
+        config.model_name_or_path,
+        longest=max(c.longest_sequence for c in counts),
+        largest_id=max(c.largest_id for c in counts),
     )
     if config.process_index == 0:
         print(_data_table(datasets, kind, config.max_seq_len), flush=True)
@@ -156,7 +158,6 @@ def train_scalar(
     def load_model() -> nn.Module:
         model = load_scalar_model(
             config.model_name_or_path,
-            trust_remote_code=config.trust_remote_code,
             new_head=True,
             **model_options(config),
         )

@@ -27,7 +27,6 @@ from exo_fast.training.data.records import Source, read_records
 from exo_fast.training.errors import InputError
 from exo_fast.training.inference import (
     InferenceConfig,
-    check_fits_model,
     check_model_name,
     digest,
     find_splits,
@@ -36,6 +35,7 @@ from exo_fast.training.inference import (
     load_tokenizer,
     start_processes,
 )
+from exo_fast.training.loading import check_fits_model
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 from exo_fast.training.scalar_model import encode, load_scalar_model, pad, scalars

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from exo_fast.head import read_head
 from exo_fast.layout import plan_mask
@@ -16,19 +15,19 @@ from exo_fast.logprobs import linear_logprobs
 from exo_fast.reference import sequence_logps
 from exo_fast.training.config import CausalConfig, _field
 from exo_fast.training.data.examples import load_sft
-from exo_fast.training.data.groups import GroupDataset, SftCollator, tokenize
+from exo_fast.training.data.groups import GroupDataset, SftCollator
 from exo_fast.training.module import CausalModule, packed_batch
 from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
-    check_fits_model,
     find_splits,
-    from_pretrained,
     load_causal_lm,
+    load_tokenizer,
     losses_line,
     perplexity,
     table,
+    tokenize_splits,
     train,
     training_scope,
 )
@@ -89,25 +88,9 @@ def sft(config: SftConfig) -> dict[str, Any]:
     if finished is not None:
         return finished
     sources = find_splits(config)
-    tokenizer = from_pretrained(AutoTokenizer, config, config.model_name_or_path)
+    tokenizer = load_tokenizer(config)
     examples = {name: load_sft(source, tokenizer=tokenizer) for name, source in sources.items()}
-    datasets = {
-        name: tokenize(
-            rows,
-            tokenizer,
-            num_contrastive=1,
-            max_seq_len=config.max_seq_len,
-            max_gen_len=config.max_gen_len,
-            description=f"tokenising ({name})",
-            progress=config.process_index == 0 and not config.disable_tqdm,
-        )
-        for name, rows in examples.items()
-    }
-    check_fits_model(
-        config,
-        longest=max(data.counts.longest_sequence for data in datasets.values()),
-        largest_id=max(int(max(data.prompt_ids.max(), data.completion_ids.max())) for data in datasets.values()),
-    )
+    datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=1)
     if config.process_index == 0:
         print(data_table(datasets, config), flush=True)
     with training_scope(config):

@@ -19,16 +19,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
 from exo_fast.head import read_head
 from exo_fast.training.assets import write_file
-from exo_fast.training.config import TrainConfig
+from exo_fast.training.config import CausalConfig, TrainConfig
+from exo_fast.training.data.examples import Example
+from exo_fast.training.data.groups import GroupDataset, tokenize
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import start_on_cpu
 from exo_fast.training.errors import InputError
+from exo_fast.training.loading import check_fits_model, from_pretrained, refuse_adapter
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.trainer import StageTrainer
 
@@ -187,46 +190,48 @@ def table(rows: list[tuple[str, list[Any]]]) -> str:
     )
 
 
-def check_fits_model(config: TrainConfig, *, longest: int, largest_id: int) -> None:
-    """Raises InputError when the model has no position for the longest sequence, or no embedding for an id."""
-    model_config = from_pretrained(AutoConfig, config, config.model_name_or_path).get_text_config()
-    limit, vocabulary = getattr(model_config, "max_position_embeddings", None), model_config.vocab_size
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"max_seq_len={config.max_seq_len}: the longest sequence has {longest} tokens, and the model "
-            f"positions for {limit}; set max_seq_len to at most {limit}."
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model to train, which must be a whole one."""
+    refuse_adapter(config.model_name_or_path)
+    return from_pretrained(AutoTokenizer, config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+
+
+def tokenize_splits(
+    config: CausalConfig,
+    examples: dict[str, list[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_contrastive: int | None,
+) -> dict[str, GroupDataset]:
+    """The rows of each split as tokenised groups (`data.groups.tokenize`). Raises InputError where the model cannot
+    take them."""
+    datasets = {
+        name: tokenize(
+            rows,
+            tokenizer,
+            num_contrastive=num_contrastive,
+            max_seq_len=config.max_seq_len,
+            max_gen_len=config.max_gen_len,
+            description=f"tokenising ({name})",
+            progress=config.process_index == 0 and not config.disable_tqdm,
         )
-    if largest_id >= vocabulary:
-        raise InputError(
-            f"model_name_or_path={config.model_name_or_path!r}: its tokenizer gives id {largest_id} and its "
-            f"vocabulary has {vocabulary}; the tokenizer belongs to another model, or the model's "
-            "embeddings were not resized."
-        )
+        for name, rows in examples.items()
+    }
+    check_fits_model(
+        config,
+        config.model_name_or_path,
+        longest=max(data.counts.longest_sequence for data in datasets.values()),
+        largest_id=max(int(max(data.prompt_ids.max(), data.completion_ids.max())) for data in datasets.values()),
+    )
+    return datasets
 
 
 # Models
 
 
-def from_pretrained(auto_class: Any, config: Any, name_or_path: str, **options: Any) -> Any:
-    """`auto_class.from_pretrained` with errors that a user can act on (InputError)."""
-    if Path(name_or_path, "adapter_config.json").is_file():
-        raise InputError(
-            f"{name_or_path!r}: a LoRA adapter, where a whole model is needed; merge it first: "
-            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)."
-        )
-    try:
-        return auto_class.from_pretrained(name_or_path, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{name_or_path!r}: cannot be loaded as {auto_class.__name__}; a directory with a model and its tokenizer, "
-            f"or the name of one on the Hub, is needed. {reason}"
-        ) from error
-
-
 def load_causal_lm(config: TrainConfig, name_or_path: str) -> nn.Module:
     """A causal LM in the dtype the engine trains, with a head that the fused losses can read."""
-    model = from_pretrained(AutoModelForCausalLM, config, name_or_path, **model_options(config))
+    model = from_pretrained(AutoModelForCausalLM, name_or_path, **model_options(config))
     try:
         read_head(model)
     except ValueError as error:
@@ -240,7 +245,8 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
     """Options of from_pretrained. DeepSpeed keeps float32 copies of bf16 weights; autocast does not."""
     attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     bf16 = config.bf16 and config.engine == "deepspeed"
-    return {"dtype": torch.bfloat16 if bf16 else torch.float32, **attention}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return {"dtype": dtype, "trust_remote_code": config.trust_remote_code, **attention}
 
 
 def switch_off_dropout(model: nn.Module) -> None:

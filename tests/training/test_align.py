@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exo_fast import reference
 from exo_fast.layout import SharingReport
-from exo_fast.training.align import align, make_module, read_data, tokenize_data
+from exo_fast.training.align import align, make_module, read_data
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.deepspeed import deepspeed_config
 from exo_fast.training.errors import InputError
 from exo_fast.training.metrics import GROUP_METRICS
 from exo_fast.training.module import AlignModule
-from exo_fast.training.training_stage import find_splits, load_causal_lm
+from exo_fast.training.training_stage import find_splits, load_causal_lm, tokenize_splits
 
 Settings = Callable[..., dict[str, Any]]
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
@@ -48,7 +48,8 @@ def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], a
 def module_and_data(settings: dict[str, Any], split: str = "train") -> tuple[AlignModule, GroupDataset]:
     config = AlignConfig(**settings)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    dataset = tokenize_data(config, read_data(config, find_splits(config), tokenizer), tokenizer)[split]
+    examples = read_data(config, find_splits(config), tokenizer)
+    dataset = tokenize_splits(config, examples, tokenizer, num_contrastive=config.num_contrastive)[split]
     return make_module(config, load_causal_lm(config, config.model_name_or_path)), dataset
 
 

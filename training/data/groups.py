@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from exo_fast.layout import Group, Packed, pack
 from exo_fast.training.data.examples import Example
 from exo_fast.training.errors import InputError
+from exo_fast.training.loading import need_eos
 
 EXAMPLES_PER_CALL = 512  # enough to keep the tokenizer's own threads busy, small enough for a progress bar
 CHECKED_EXAMPLES = 32  # of those that bring ids: another tokenizer's show at once
@@ -117,12 +118,7 @@ def tokenize(
     then its ids, cut on the left so that it and the group's longest completion fit `max_seq_len`. Raises InputError
     for a tokenizer without EOS, for a prompt of no tokens, and for ids that another tokenizer drew.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, which ends every completion; set "
-            "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
-        )
+    eos = need_eos(tokenizer)
     prefix = prefix_ids(tokenizer)
     check_drawn_ids(examples, tokenizer)
     candidates = num_contrastive or len(examples[0].completions)
