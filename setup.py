@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = (HERE / "exo_fast" / "version.py").read_text().split('"')[1]
 
 TRAIN = [
-    "transformers>=5.23",  # AlignTrainer overrides methods of its Trainer that earlier versions divide differently
+    "transformers>=5.23",  # StageTrainer overrides methods of its Trainer that earlier versions divide differently
     "accelerate>=1.1",
     "deepspeed>=0.18",
     "peft>=0.17",
