@@ -52,6 +52,17 @@ class TrainedModule(nn.Module):
     def is_peft(self) -> bool:
         return hasattr(self.model, "peft_config") and hasattr(self.model, "disable_adapter")
 
+    def packed_hidden(self, packed: Packed, plan: MaskPlan) -> Tensor:
+        """(B·T, D): the final hidden states of packed rows."""
+        inputs = model_inputs(
+            packed,
+            plan,
+            dtype=self.compute_dtype,
+            device=packed.input_ids.device,
+            attn_implementation=self.config._attn_implementation,
+        )
+        return final_hidden(self.model, **inputs).flatten(0, 1)
+
     def register_head(self) -> None:
         """Tell ZeRO-3 which parameters this module's own forward reads beside the model's; here none."""
 
@@ -85,15 +96,7 @@ class CausalModule(TrainedModule):
 
     def predicting_hidden(self, packed: Packed) -> Tensor:
         """(N, D): the hidden state that predicts each completion token."""
-        inputs = model_inputs(
-            packed,
-            self.plan,
-            dtype=self.compute_dtype,
-            device=packed.input_ids.device,
-            attn_implementation=self.config._attn_implementation,
-        )
-        hidden = final_hidden(self.model, **inputs)
-        return hidden.reshape(-1, hidden.shape[-1])[packed.source]
+        return self.packed_hidden(packed, self.plan)[packed.source]
 
     def register_head(self) -> None:
         """Tell ZeRO-3 that this module's forward needs the head; without partitioned parameters, nothing."""

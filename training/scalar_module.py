@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from exo_fast.head import final_hidden, unwrap
-from exo_fast.layout import Group, Packed, model_inputs, pack, plan_mask
+from exo_fast.head import unwrap
+from exo_fast.layout import Group, Packed, pack, plan_mask
 from exo_fast.masks import MASKED_ATTENTION
 from exo_fast.training.module import TrainedModule, packed_batch
 from exo_fast.training.scalar_model import HEAD, cut, encode_whole, pad, scalars
@@ -162,16 +162,8 @@ class RewardModule(TrainedModule):
 
     def _packed_rewards(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         packed = packed_batch(batch)
-        inputs = model_inputs(
-            packed,
-            self.plan,
-            dtype=self.compute_dtype,
-            device=packed.input_ids.device,
-            attn_implementation=self.config._attn_implementation,
-        )
-        hidden = final_hidden(self.model, **inputs)
         read = packed.source[packed.cu_seqlens[1:].long() - 1]
-        rewards = getattr(unwrap(self.model), HEAD)(hidden.reshape(-1, hidden.shape[-1])[read])
+        rewards = getattr(unwrap(self.model), HEAD)(self.packed_hidden(packed, self.plan)[read])
         return rewards.float().view(-1, 2).unbind(1)
 
 

@@ -149,7 +149,7 @@ def test_prompts_are_shared_where_that_is_right_and_less_work(
     def causal(packed: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
         return {"input_ids": packed.input_ids}
 
-    monkeypatch.setattr("exo_fast.training.scalar_module.model_inputs", causal)
+    monkeypatch.setattr("exo_fast.training.module.model_inputs", causal)
     report = settle_layout(module, long, collate, share_prompt=True, rounded=False)
     assert "differ by" in report["reason"]
     assert not collate.share_prompt
