@@ -6,8 +6,11 @@ exo_fast.training.cli align …`.
 """
 
 import argparse
+import atexit
 import importlib
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,26 +97,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The deepspeed launcher puts --local_rank before the stage; it is also in the environment.
     options = parser.parse_args([word for word in words if not word.startswith("--local_rank")])
     try:
-        return run_stage(options.stage, options.arguments)
+        status = run_stage(options.stage, options.arguments)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        status = 130
     except Exception as error:
         if options.debug:
             traceback.print_exc()
         else:
             print(f"exo-fast {options.stage}: error: {_explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    finally:
-        if argv is None:  # the end of the process; a test or a notebook may run several stages in one
-            _leave_processes()
+        status = 2 if isinstance(error, InputError) else 1
+    if argv is None:  # the end of the process; a test or a notebook may run several stages in one
+        _leave_processes(status)
+    return status
 
 
-def _leave_processes() -> None:
-    """Before the interpreter takes modules apart: gloo's threads do not survive that."""
+def _leave_processes(status: int) -> None:
+    """End a process that talked to others without taking the interpreter apart, which gloo's threads do not survive.
+
+    A thread may still be letting go of the last collective's tensors, and needs the interpreter for it; when that is
+    being taken apart, the process aborts after all its work is done ("terminate called without an active exception").
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if torch is None or not torch.distributed.is_initialized():
+        return
+    torch.distributed.destroy_process_group()
+    threading._shutdown()  # as the interpreter does: threads that must finish, then what is registered for the exit
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _explain(error: Exception) -> str:
