@@ -38,13 +38,13 @@ certify: $(VENV)/.ready
 bench: bench-op bench-step
 
 bench-op: $(VENV)/.ready
-	$(BIN)/python benchmarks/op.py
+	$(BIN)/python -m exo_fast.benchmarks.op
 
 bench-step: $(VENV)/.ready
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m exo_fast.benchmarks.step
 
 roofline: $(VENV)/.ready
-	$(BIN)/python benchmarks/roofline.py --markdown docs/gpu-analysis.md docs/performance.md
+	$(BIN)/python -m exo_fast.benchmarks.roofline --markdown docs/gpu-analysis.md docs/performance.md
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

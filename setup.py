@@ -1,5 +1,5 @@
-"""Packaging. `kernels/`, `training/` and `recipes/` live at the top level for readers, and install inside the package:
-a top-level module called `kernels` would shadow the Hugging Face package of that name."""
+"""Packaging. `kernels/`, `training/`, `benchmarks/` and `recipes/` live at the top level for readers, and install
+inside the package: a top-level module called `kernels` would shadow the Hugging Face package of that name."""
 
 from pathlib import Path
 
@@ -42,6 +42,7 @@ setup(
         "exo_fast": "exo_fast",
         "exo_fast.kernels": "kernels",
         "exo_fast.training": "training",
+        "exo_fast.benchmarks": "benchmarks",
         "exo_fast.recipes": "recipes",
     },
     packages=[
@@ -50,6 +51,7 @@ setup(
         "exo_fast.kernels",
         "exo_fast.training",
         "exo_fast.training.data",
+        "exo_fast.benchmarks",
         "exo_fast.recipes",
     ],
     package_data={"exo_fast": ["py.typed"], "exo_fast.recipes": ["*.yaml"]},

@@ -1,19 +1,22 @@
-"""What the benchmarks under pytest share: their modules lie beside them, and a run's numbers are written once."""
+"""What the benchmarks under pytest share: a run's numbers are written once."""
 
-import sys
+from __future__ import annotations
+
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # pytest runs in importlib mode, which leaves a script's folder off it
+if TYPE_CHECKING:
+    from exo_fast.benchmarks import gpu_op
+
 REPORT = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest) -> Iterator["gpu_op.Results"]:  # noqa: F821
+def results(request: pytest.FixtureRequest) -> Iterator[gpu_op.Results]:
     """Collects the rows of a run, writes them to benchmarks/results/gpu_op.json and prints them at its end."""
-    import gpu_op
+    from exo_fast.benchmarks import gpu_op  # Triton's kernels: not for who runs no GPU benchmark
 
     found = gpu_op.Results()
     yield found

@@ -21,15 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import machine
-import peers
 import torch
-from cost_model import HEADS
 from torch import Tensor
 from triton.testing import do_bench
 
 from exo_fast import reference
 from exo_fast.backends.triton import launch
+from exo_fast.benchmarks import machine, peers
+from exo_fast.benchmarks.cost_model import HEADS
 from exo_fast.kernels import logits_to_grad, logsumexp_gather
 from exo_fast.kernels.targets import of_device
 

@@ -1,8 +1,8 @@
 """The operation alone: hidden states and head to the loss, dH and dW, against full logits and Apple CCE.
 
-    python benchmarks/op.py                       all cases, to benchmarks/results/op.json and a table
-    python benchmarks/op.py --only exo_fast/576x49152/fp32 --repeats 5
-    python benchmarks/op.py --accuracy            only the errors against float64
+    python -m exo_fast.benchmarks.op                       all cases, to benchmarks/results/op.json and a table
+    python -m exo_fast.benchmarks.op --only exo_fast/576x49152/fp32 --repeats 5
+    python -m exo_fast.benchmarks.op --accuracy            only the errors against float64
 
 Every method computes the same: the EXO loss of groups of K = 4 completions of 64 tokens, forward and backward (and
 one group of two long completions, `exo_fast-long`, whose rows do not fit the memory budget together). CCE
@@ -27,12 +27,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import machine
 import torch
-from peers import operation, token_logps_of
 from torch import Tensor
 
 from exo_fast import reference
+from exo_fast.benchmarks import machine
+from exo_fast.benchmarks.peers import operation, token_logps_of
 from exo_fast.loss import group_loss
 
 SHAPES = ((576, 49152), (640, 262144))  # D, V of SmolLM2-135M and Gemma-3-270m
@@ -250,7 +250,7 @@ def _problem(row: dict) -> tuple:
 
 def apart(name: str, argument: dict, repeats: int = 1) -> dict | list[dict]:
     """One measurement in a process of its own. Raises RuntimeError with its last words when it fails."""
-    command = [sys.executable, __file__, "--worker", json.dumps([name, argument, repeats])]
+    command = [sys.executable, "-m", "exo_fast.benchmarks.op", "--worker", json.dumps([name, argument, repeats])]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{name} {argument} failed:\n{result.stderr[-2000:]}")

@@ -16,18 +16,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import cost_model as model
-import machine
+from exo_fast.benchmarks import cost_model as model
+from exo_fast.benchmarks import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "results" / "roofline.json"
 PLOT = ROOT / "docs" / "images" / "roofline.png"
 CERTIFICATION = ROOT / "build" / "certification.json"
 EXAMPLES = """examples:
-  python benchmarks/roofline.py                  tables, benchmarks/results/roofline.json, docs/images/roofline.png
-  python benchmarks/roofline.py --tokens 32768   tables for 32,768 completion tokens
-  python benchmarks/roofline.py --triton 0.5     what if Triton products reach half of every peak
-  python benchmarks/roofline.py --budget 256     chunks of 256 MiB
+  python -m exo_fast.benchmarks.roofline                  tables, results/roofline.json, docs/images/roofline.png
+  python -m exo_fast.benchmarks.roofline --tokens 32768   tables for 32,768 completion tokens
+  python -m exo_fast.benchmarks.roofline --triton 0.5     what if Triton products reach half of every peak
+  python -m exo_fast.benchmarks.roofline --budget 256     chunks of 256 MiB
   make roofline                                  as the first, and the tables of the docs
 """
 BUDGETS = (256, 512, 1024, 2048, 4096)  # MiB

@@ -1,8 +1,8 @@
 """One training step in the style of the original EXO repository, of plain full logits, of TRL, and ours.
 
-    python benchmarks/step.py                          all cases, to benchmarks/results/step.json and a table
-    python benchmarks/step.py --only exo_fast --steps 9
-    python benchmarks/step.py --only original/bf16/K4 --output /tmp/step.json
+    python -m exo_fast.benchmarks.step                          all cases, to benchmarks/results/step.json and a table
+    python -m exo_fast.benchmarks.step --only exo_fast --steps 9
+    python -m exo_fast.benchmarks.step --only original/bf16/K4 --output /tmp/step.json
 
 The demo model (135M), 8 sequences of 192 prompt and 64 completion tokens from movie reviews, as 4 groups of K = 2 and
 2 groups of K = 4, in
@@ -28,7 +28,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import machine
+from exo_fast.benchmarks import machine
 
 SEQUENCES, PROMPT, COMPLETION = 8, 192, 64
 NOISE = 0.01
@@ -63,7 +63,7 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case; TRL has none for K = 4, because its loss compares two."""
-    from step_styles import STYLES, TRL_STYLES
+    from exo_fast.benchmarks.step_styles import STYLES, TRL_STYLES
 
     cases = [Case(s, p, k) for p in PRECISIONS for k in CANDIDATES for s in STYLES]
     return cases + [Case(s, p, 2) for p in PRECISIONS for s in TRL_STYLES]
@@ -72,8 +72,8 @@ def all_cases() -> list[Case]:
 def make_task(tokenizer, snippets: list[str], candidates: int):
     """Groups of PROMPT + COMPLETION real tokens: reviews laid end to end and cut. The same tokens for every K."""
     import torch
-    from step_styles import Task
 
+    from exo_fast.benchmarks.step_styles import Task
     from exo_fast.layout import Group
 
     groups = SEQUENCES // candidates
@@ -106,11 +106,11 @@ def add_noise(model, relative: float = NOISE) -> None:
 
 def measure(case: Case, steps: int) -> dict:
     """Run one case in this process."""
-    import step_styles
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from exo_fast.benchmarks import step_styles
     from exo_fast.training import assets
 
     logging.disable_progress_bar()
@@ -224,7 +224,8 @@ def report(rows: list[dict]) -> str:
 
 def run_apart(case: Case, steps: int) -> dict:
     """`measure` in a process of its own. Raises RuntimeError with its last words when it fails."""
-    command = [sys.executable, __file__, "--worker", json.dumps(asdict(case)), "--steps", str(steps)]
+    command = [sys.executable, "-m", "exo_fast.benchmarks.step", "--worker", json.dumps(asdict(case))]
+    command += ["--steps", str(steps)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{case} failed:\n{result.stderr[-2000:]}")

@@ -1,10 +1,10 @@
 """`pytest benchmarks -m gpu`: the operation and the memory-bound kernels on a GPU (see benchmarks/gpu_op.py)."""
 
-import gpu_op
-import peers
 import pytest
 import torch
-from cost_model import HEADS, TOKENS
+
+from exo_fast.benchmarks import gpu_op, peers
+from exo_fast.benchmarks.cost_model import HEADS, TOKENS
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device is available")]

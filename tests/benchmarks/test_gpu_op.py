@@ -2,20 +2,11 @@
 
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def gpu_op(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_op
-
-    return gpu_op
+from exo_fast.benchmarks import gpu_op
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -26,7 +17,7 @@ def gpu_op(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "exo_fast", "exo_fast-chunked", "exo_fast-two-pass",
     ],
 )  # fmt: skip
-def test_methods_compute_the_same(gpu_op: ModuleType, method: str, precision: str) -> None:
+def test_methods_compute_the_same(method: str, precision: str) -> None:
     """The same proof as on a GPU; what is compiled there runs eagerly here, and CCE in its version for the CPU."""
     if why := gpu_op.peers.unavailable(method, precision, "cpu"):
         pytest.skip(why)
@@ -34,7 +25,7 @@ def test_methods_compute_the_same(gpu_op: ModuleType, method: str, precision: st
         gpu_op.proven(method, precision, device="cpu")
 
 
-def test_another_loss_is_not_taken_for_the_same(gpu_op: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_loss_is_not_taken_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_op.peers.operation("full-logits")
 
     def wrong(*inputs: torch.Tensor, **options: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,13 +38,11 @@ def test_another_loss_is_not_taken_for_the_same(gpu_op: ModuleType, monkeypatch:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", ["logsumexp_gather", "logits_to_grad"])
-def test_kernels_are_launched_right(gpu_op: ModuleType, kernel: str, precision: str) -> None:
+def test_kernels_are_launched_right(kernel: str, precision: str) -> None:
     assert gpu_op.kernel_error(kernel, precision, device="cpu") <= gpu_op.KERNEL_TOLERANCE[precision]
 
 
-def test_results_keep_the_rows_of_the_same_device(
-    gpu_op: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_keep_the_rows_of_the_same_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_op, "copy_rate", lambda: 3e12)
     case = gpu_op.Case("exo_fast", "Gemma-3-270m", 2048, "bf16", "step")
     timed = {"ms": 4.0, "tflops": 300.0, "of_product": 0.8, "of_copy": 0.1, "scratch_mb": 1024.0}

@@ -1,28 +1,13 @@
 """benchmarks/op.py: its methods compute the same loss and gradients, and its report says what it was given."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def op(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("exo_fast_benchmark_op", BENCHMARKS / "op.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+from exo_fast.benchmarks import op
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["groups", "long"])
-def test_methods_agree(op: ModuleType, long: bool) -> None:
+def test_methods_agree(long: bool) -> None:
     case = op.Case("exo_fast-long" if long else "exo_fast", 8, 101, "fp32", 512)
     inputs = op.synthetic(case)
     found = {}
@@ -33,7 +18,7 @@ def test_methods_agree(op: ModuleType, long: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_report_gives_ratio_and_share_of_the_floor(op: ModuleType) -> None:
+def test_report_gives_ratio_and_share_of_the_floor() -> None:
     problem = {"width": 576, "vocab": 49152, "precision": "fp32", "tokens": 2048}
     results = {
         "floors": [{**problem, "seconds": {"2048": 1.5}}],

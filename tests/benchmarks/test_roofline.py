@@ -1,45 +1,26 @@
 """benchmarks/roofline.py: the counts of flops and bytes by hand, the claims of the docs, and the docs' own tables."""
 
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from exo_fast.benchmarks import cost_model as model
+from exo_fast.benchmarks import roofline
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / "gpu-analysis.md", ROOT / "docs" / "performance.md"]
 N, D, V = 300, 512, 1000
 
 
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location(f"exo_fast_benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def roofline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("roofline", monkeypatch)
-
-
-@pytest.fixture
-def model(roofline: ModuleType) -> ModuleType:
-    return roofline.model
-
-
-@pytest.fixture
-def small(model: ModuleType):
+def small() -> model.Head:
     return model.Head("small", D, V)
 
 
-def test_products_by_hand(model: ModuleType, small) -> None:
+def test_products_by_hand(small) -> None:
     flops = 307_200_000  # 2 · 300 · 512 · 1000
     logits = model.logits_product(small, N)
     assert logits.flops == flops
@@ -52,7 +33,7 @@ def test_products_by_hand(model: ModuleType, small) -> None:
     assert later.read - first.read == 2_048_000  # the float32 sums come back
 
 
-def test_linear_logsumexp_by_hand(model: ModuleType, small) -> None:
+def test_linear_logsumexp_by_hand(small) -> None:
     board = model.BOARDS[1]
     plain, stored = (model.linear_logsumexp_launch(board, small, N, store=store) for store in (False, True))
     rows, columns = (model.default_config(board, D).constants[name] for name in ("BLOCK_N", "BLOCK_V"))
@@ -69,7 +50,7 @@ def test_linear_logsumexp_by_hand(model: ModuleType, small) -> None:
     assert many.read == pytest.approx(8192 * (8192 + walks * 128256), rel=0.01)
 
 
-def test_floor_is_the_slowest_resource(model: ModuleType) -> None:
+def test_floor_is_the_slowest_resource() -> None:
     board = model.BOARDS[1]
     launch = model.Launch("x", "library", flops=989e12, read=3.35e12, written=3.35e12)
     assert model.floor(launch, board) == (2.0, "memory")
@@ -79,7 +60,7 @@ def test_floor_is_the_slowest_resource(model: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "flops"), [("chunked", 6), ("kept", 6), ("recomputed", 8), ("fused", 10)])
-def test_flops_of_schedules(model: ModuleType, schedule: str, flops: int) -> None:
+def test_flops_of_schedules(schedule: str, flops: int) -> None:
     for head in model.HEADS:
         made = getattr(model, schedule)(model.BOARDS[1], head, 2048, 2**30)
         assert made.flops == pytest.approx(flops * 2048 * head.width * head.vocab, rel=1e-3)
@@ -87,7 +68,7 @@ def test_flops_of_schedules(model: ModuleType, schedule: str, flops: int) -> Non
         assert (made.logits == 0) == (schedule == "fused")
 
 
-def test_bytes_of_schedules(model: ModuleType) -> None:
+def test_bytes_of_schedules() -> None:
     """kept: U written once, read by two products; chunked: logits written, read twice, the gradient like U."""
     for head in model.HEADS:
         logits = 2048 * head.vocab
@@ -97,7 +78,7 @@ def test_bytes_of_schedules(model: ModuleType) -> None:
         assert of[model.full_logits] == pytest.approx(42)
 
 
-def test_more_work_and_lower_peaks_never_take_less(model: ModuleType) -> None:
+def test_more_work_and_lower_peaks_never_take_less() -> None:
     for board in model.BOARDS:
         slower = replace(board, library=board.library / 2, triton=board.triton / 2, stream=board.stream / 2)
         for make in model.SCHEDULES:
@@ -111,7 +92,7 @@ def test_more_work_and_lower_peaks_never_take_less(model: ModuleType) -> None:
                 assert model.predict(launch, board) >= model.floor(launch, board)[0]
 
 
-def test_budget_cuts_chunks_and_refuses_less_than_a_row(model: ModuleType, small) -> None:
+def test_budget_cuts_chunks_and_refuses_less_than_a_row(small) -> None:
     assert model.kept_row(small) == 2 * V + 6 * D
     assert model.chunked_row(small) == 6 * V + 6 * D
     assert model.rows_of_budget(100 * 5072, 5072, 250) == (3, 84)
@@ -128,14 +109,14 @@ def test_budget_cuts_chunks_and_refuses_less_than_a_row(model: ModuleType, small
     assert bound[1] > 1
 
 
-def test_even_share_is_where_both_take_as_long(roofline: ModuleType, model: ModuleType) -> None:
+def test_even_share_is_where_both_take_as_long() -> None:
     board, head = model.BOARDS[1], model.HEADS[0]
     share = roofline.even_share(board, head, 8192, 2**30)
     assert 0 < share < 1
     assert roofline.advantage(replace(board, triton=share), head, 8192, 2**30) == pytest.approx(1, abs=1e-3)
 
 
-def test_claims_of_the_docs(roofline: ModuleType, model: ModuleType) -> None:
+def test_claims_of_the_docs() -> None:
     boards = roofline.boards_of(json.loads(roofline.OUTPUT.read_text())["resources"])
     for board in boards:
         for head in model.HEADS[1:]:  # D = 1024 and 640: kept, whatever the board
@@ -165,9 +146,7 @@ def test_claims_of_the_docs(roofline: ModuleType, model: ModuleType) -> None:
         )
 
 
-def test_command_writes_tables_plot_and_pages(
-    roofline: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_command_writes_tables_plot_and_pages(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     page = tmp_path / "page.md"
     empty = "<!-- roofline: tokens -->\n<!-- end -->\nbetween\n"
     page.write_text(f"before\n{empty}<!-- roofline: choice -->\nold\n<!-- end -->\nafter\n")
@@ -190,7 +169,7 @@ def test_command_writes_tables_plot_and_pages(
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_certified_programs_decide_whether_an_epilogue_is_hidden(roofline: ModuleType, model: ModuleType) -> None:
+def test_certified_programs_decide_whether_an_epilogue_is_hidden() -> None:
     head = model.HEADS[2]
     config = str(model.default_config(model.BOARDS[1], head.width))
     row = {"kernel": "linear_logsumexp", "board": "H100", "config": config}
@@ -203,7 +182,7 @@ def test_certified_programs_decide_whether_an_epilogue_is_hidden(roofline: Modul
     assert times[0] > times[1]
 
 
-def test_resources_are_kept_when_certification_is_missing(roofline: ModuleType, tmp_path: Path) -> None:
+def test_resources_are_kept_when_certification_is_missing(tmp_path: Path) -> None:
     missing, earlier = tmp_path / "certification.json", tmp_path / "roofline.json"
     assert roofline.resources(missing, earlier) == ([], "missing: run make certify first")
     earlier.write_text(json.dumps({"resources": [{"kernel": "k"}]}))
@@ -211,13 +190,13 @@ def test_resources_are_kept_when_certification_is_missing(roofline: ModuleType, 
 
 
 @pytest.mark.parametrize("arguments", [["--triton", "1.5"], ["--budget", "0"]], ids=["share", "budget"])
-def test_bad_arguments_name_the_fix(roofline: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_bad_arguments_name_the_fix(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         roofline.main(arguments)
     assert "give a" in capsys.readouterr().err
 
 
-def test_docs_show_what_the_command_prints(roofline: ModuleType) -> None:
+def test_docs_show_what_the_command_prints() -> None:
     recorded = json.loads(roofline.OUTPUT.read_text())
     found = recorded["resources"]
     made = roofline.tables(roofline.collect(roofline.boards_of(found), roofline.DEFAULT_BUDGET, found))

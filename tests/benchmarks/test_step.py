@@ -3,31 +3,14 @@
 import copy
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
+from exo_fast.benchmarks import step
+from exo_fast.benchmarks import step_styles as styles
 from exo_fast.layout import Group
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import step
-
-    return step
-
-
-@pytest.fixture
-def styles(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import step_styles
-
-    return step_styles
 
 
 def make_models() -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -50,7 +33,7 @@ def make_models() -> tuple[PreTrainedModel, PreTrainedModel]:
     return models[0], models[1]
 
 
-def make_task(styles: ModuleType, candidates: int):
+def make_task(candidates: int):
     ids = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0)).tolist()
     groups = [
         Group(ids[first][:12], [row[12:] for row in ids[first : first + candidates]])
@@ -60,11 +43,11 @@ def make_task(styles: ModuleType, candidates: int):
 
 
 @pytest.mark.parametrize("candidates", [2, 4])
-def test_styles_agree_in_loss_and_gradient(styles: ModuleType, candidates: int) -> None:
+def test_styles_agree_in_loss_and_gradient(candidates: int) -> None:
     found = {}
     for name, build in styles.STYLES.items():
         policy, reference = make_models()
-        forward = build(policy, reference, make_task(styles, candidates))
+        forward = build(policy, reference, make_task(candidates))
         measured = styles.run(forward, policy, steps=2)
         assert len(measured.seconds) == 2
         found[name] = (measured.loss, measured.grad_norm)
@@ -75,13 +58,13 @@ def test_styles_agree_in_loss_and_gradient(styles: ModuleType, candidates: int) 
 
 
 @pytest.mark.parametrize("name", ["trl", "trl-plain", "trl-cached"])
-def test_trl_computes_the_same(styles: ModuleType, name: str, tmp_path: Path) -> None:
+def test_trl_computes_the_same(name: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w1")
-    task = make_task(styles, 2)
+    task = make_task(2)
     policy, reference = make_models()
     expected = styles.run(styles.original(policy, reference, task), policy, steps=1)
     policy, reference = make_models()
@@ -96,11 +79,11 @@ def test_trl_computes_the_same(styles: ModuleType, name: str, tmp_path: Path) ->
     assert (measured.loss, measured.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=2e-5)
 
 
-def test_trl_is_refused_more_than_two_candidates(styles: ModuleType, tmp_path: Path) -> None:
+def test_trl_is_refused_more_than_two_candidates(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     policy, reference = make_models()
     with pytest.raises(ValueError, match="compares 2 candidates; the task has 4"):
-        styles.run_trl("trl", policy, reference, None, make_task(styles, 4), 1, tmp_path)
+        styles.run_trl("trl", policy, reference, None, make_task(4), 1, tmp_path)
 
 
 def row(style: str, seconds: float, memory: float, grad_norm: float = 2.0) -> dict:
@@ -108,7 +91,7 @@ def row(style: str, seconds: float, memory: float, grad_norm: float = 2.0) -> di
     return {**case, "seconds": seconds, "peak_above_models_mb": memory}
 
 
-def test_ratios_are_the_others_over_ours(step: ModuleType) -> None:
+def test_ratios_are_the_others_over_ours() -> None:
     rows = [row("original", 10.0, 900.0), row("exo_fast", 2.0, 300.0, grad_norm=2.002)]
     assert step.ratios(rows) == {"original / exo_fast": {"fp32/K4": {"time": 5.0, "memory": 3.0}}}
     assert step.agreement(rows)["fp32/K4"] == {"loss": 0.0, "grad_norm": pytest.approx(1e-3, rel=0.01)}
@@ -117,7 +100,7 @@ def test_ratios_are_the_others_over_ours(step: ModuleType) -> None:
     assert "3.00×" in text
 
 
-def test_cases_are_chosen_by_the_beginning_of_their_names(step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cases_are_chosen_by_the_beginning_of_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert step.main(["--list", "--only", "exo_fast/bf16"]) == 0
     assert capsys.readouterr().out.split() == ["exo_fast/bf16/K2", "exo_fast/bf16/K4"]
     with pytest.raises(SystemExit):
@@ -125,7 +108,7 @@ def test_cases_are_chosen_by_the_beginning_of_their_names(step: ModuleType, caps
     assert "no case begins so" in capsys.readouterr().err
 
 
-def test_task_has_the_lengths_it_promises_and_noise_is_seeded(step: ModuleType) -> None:
+def test_task_has_the_lengths_it_promises_and_noise_is_seeded() -> None:
     def tokenizer(text: str) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode())}
 
@@ -141,7 +124,7 @@ def test_task_has_the_lengths_it_promises_and_noise_is_seeded(step: ModuleType) 
     assert change.item() == pytest.approx(step.NOISE, rel=0.1)
 
 
-def test_machine_is_described(step: ModuleType) -> None:
+def test_machine_is_described() -> None:
     found = json.loads(json.dumps(step.machine.describe()))
     assert found["versions"]["torch"] == torch.__version__
     assert found["machine"]["cores"] >= 1
