@@ -31,7 +31,7 @@ def describe() -> dict:
     """Machine, versions, date and command of this run, as JSON can hold them."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "command": shlex.join(_command(sys.argv)),
         "commit": _commit(),
         "machine": {
             "cpu": _cpu_name(),
@@ -54,10 +54,15 @@ def version(package: str) -> str | None:
         return None
 
 
-def _relative(arguments: list[str]) -> list[str]:
+def _command(arguments: list[str]) -> list[str]:
+    """The words that start this process again in a checkout; no path of this machine."""
     script = Path(arguments[0]).resolve()
+    if script.suffix != ".py":
+        return [script.name, *arguments[1:]]
+    if script.parent == Path(__file__).resolve().parent:
+        return ["python", "-m", f"exo_fast.benchmarks.{script.stem}", *arguments[1:]]
     inside = script.is_relative_to(REPOSITORY)
-    return [str(script.relative_to(REPOSITORY)) if inside else script.name, *arguments[1:]]
+    return ["python", str(script.relative_to(REPOSITORY)) if inside else script.name, *arguments[1:]]
 
 
 def _cpu_name() -> str:
@@ -80,11 +85,16 @@ def _cpuinfo(field: str) -> list[str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with a + when files differ from it; None outside one."""
+    """The commit of the checkout, with a + when code differs from it; None outside one."""
+    if not (REPOSITORY / ".git").exists():  # installed: a repository around it is another's
+        return None
+    written = (":!benchmarks/results", ":!docs")  # by benchmarks themselves
     try:
         git = ["git", "-C", str(REPOSITORY)]
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", ".", *written], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from exo_fast.benchmarks import cost_model as model
 from exo_fast.benchmarks import machine
+from exo_fast.benchmarks.tables import markdown, number, rewrite
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "results" / "roofline.json"
@@ -37,19 +37,6 @@ WIDTHS = range(256, 16385, 256)
 LETTER = {"products": "P", "memory": "M", "L2": "C", "exponentials": "E"}
 # Colours of Okabe and Ito: told apart by colour-blind readers.
 COLOURS = {"full logits": "#999999", "chunked": "#56B4E9", "kept": "#009E73", "two-pass": "#E69F00", "fused": "#CC79A7"}
-
-
-def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table, all but the first `left` columns aligned right."""
-    lines = [header, ["---" if i < left else "---:" for i in range(len(header))], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float) -> str:
-    """About three significant digits."""
-    if 0 < value < 0.005:
-        return "<0.01"
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def kernel_rows(boards: tuple[model.Board, ...], tokens: int) -> Iterator[dict]:
@@ -485,19 +472,6 @@ def _resources(rows: list[dict]) -> str:
     return markdown(header, lines, left=3)
 
 
-def block(name: str) -> re.Pattern:
-    """Matches the table called `name` in a page, between its markers."""
-    return re.compile(rf"(<!-- roofline: {name} -->\n)((?!<!-- ).*?\n)??(<!-- end -->)", re.S)
-
-
-def rewrite(page: Path, made: dict[str, str]) -> None:
-    """Puts every table that the page has markers for between them."""
-    text = page.read_text()
-    for name, table in made.items():
-        text = block(name).sub(lambda match, table=table: f"{match[1]}{table}\n{match[3]}", text)
-    page.write_text(text)
-
-
 def plot(rows: list[dict], path: Path) -> None:
     """Time of every schedule over that of its 6·N·D·V flops at the peak, a panel for each board."""
     import matplotlib
@@ -570,7 +544,7 @@ def main(argv: list[str] | None = None) -> int:
     options.output.write_text(json.dumps({**machine.describe(), **results}, indent=1) + "\n")
     plot([row for row in results["schedules"] if row["tokens"] == options.tokens], options.plot)
     for page in options.markdown:
-        rewrite(page, made)
+        rewrite(page, "roofline", made)
     print("Written: " + ", ".join(str(path) for path in (options.output, options.plot, *options.markdown)))
     return 0
 

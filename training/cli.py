@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from exo_fast.training.errors import InputError
 from exo_fast.version import __version__
@@ -24,14 +25,22 @@ class Stage:
     """Where a stage's code is. With a config class, `function(config)`; without, `function(argv)` parses for itself."""
 
     summary: str
-    module: str  # of exo_fast.training
+    module: str  # relative to exo_fast.training, or from exo_fast
     function: str
     config: str | None = None  # "module:Class" or "Class" of the same module
 
     def config_class(self) -> type:
         """The dataclass of the stage's fields."""
         module, _, name = self.config.rpartition(":")
-        return getattr(importlib.import_module(f"exo_fast.training.{module or self.module}"), name)
+        return getattr(_import(module or self.module), name)
+
+    def code(self) -> ModuleType:
+        """The module with the stage's function."""
+        return _import(self.module)
+
+
+def _import(module: str) -> ModuleType:
+    return importlib.import_module(module if module.startswith("exo_fast.") else f"exo_fast.training.{module}")
 
 
 STAGES: dict[str, Stage] = {
@@ -47,6 +56,7 @@ STAGES: dict[str, Stage] = {
     "align": Stage("align a model on candidates with rewards or preferences", "align", "align", "config:AlignConfig"),
     "logprobs": Stage("log-probs of given completions under a model", "logprobs", "logprobs", "LogprobsConfig"),
     "evaluate": Stage("reward against KL of policies, as a table and a plot", "evaluate", "evaluate", "EvaluateConfig"),
+    "bench": Stage("measure what exo_fast gains over the tools in use today", "exo_fast.benchmarks.cli", "main"),
     "demo": Stage("a real 135M model aligned on a CPU in minutes, with a report", "demo", "main"),
 }
 
@@ -55,7 +65,7 @@ def run_stage(name: str, argv: Sequence[str]) -> int:
     """Run the stage `name` with the words of its command line; returns the exit status."""
     stage = STAGES[name]
     if stage.config is None:
-        return getattr(importlib.import_module(f"exo_fast.training.{stage.module}"), stage.function)(argv) or 0
+        return getattr(stage.code(), stage.function)(argv) or 0
 
     import torch
 
@@ -74,7 +84,7 @@ def run_stage(name: str, argv: Sequence[str]) -> int:
         description=config_class.description,
         epilog=config_class.examples,
     )
-    getattr(importlib.import_module(f"exo_fast.training.{stage.module}"), stage.function)(config)
+    getattr(stage.code(), stage.function)(config)
     return 0
 
 
@@ -133,7 +143,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("exo_fast"):
-        return f"{error.name} is not installed; pip install 'exo_fast[train]' (for the demo: 'exo_fast[demo]')."
+        return f"{error.name} is not installed; pip install 'exo_fast[train]' (for demo and bench: 'exo_fast[bench]')."
     return f"{type(error).__name__}: {error}\n(exo-fast --debug STAGE … shows the traceback)"
 
 

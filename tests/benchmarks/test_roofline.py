@@ -9,6 +9,7 @@ import pytest
 
 from exo_fast.benchmarks import cost_model as model
 from exo_fast.benchmarks import roofline
+from exo_fast.benchmarks.tables import block
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / "gpu-analysis.md", ROOT / "docs" / "performance.md"]
@@ -204,7 +205,7 @@ def test_docs_show_what_the_command_prints() -> None:
     shown = set()
     for page in PAGES:
         for name, table in made.items():
-            match = roofline.block(name).search(page.read_text())
+            match = block("roofline", name).search(page.read_text())
             if match:
                 shown.add(name)
                 assert match[2] == f"{table}\n", f"run make roofline: {page.name}, {name}"

@@ -1,6 +1,5 @@
 """The first example of every stage's --help works, as it stands, in a directory with the data it names."""
 
-import importlib
 import json
 import shlex
 import shutil
@@ -29,14 +28,13 @@ MADE = {
     "evaluate": "runs/evaluation/report.md",
     "run": "runs/mine/.run/pref-to-rw.json",
 }
-NEEDS_DOWNLOADS = {"demo"}  # `make demo` runs its example
+NEEDS_DOWNLOADS = {"demo", "bench"}  # `make demo` and `make bench` run their examples
 
 
 def first_example(stage: str) -> str:
     """The first line below "examples:", without its comment."""
     entry = STAGES[stage]
-    module = importlib.import_module(f"exo_fast.training.{entry.module}")
-    examples = entry.config_class().examples if entry.config else module.EXAMPLES
+    examples = entry.config_class().examples if entry.config else entry.code().EXAMPLES
     return examples.split("\n")[1].split("  #")[0].strip()
 
 

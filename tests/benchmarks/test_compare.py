@@ -1,0 +1,101 @@
+"""What `--compare` calls worse, better, broken and missing, and from which ratio."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from exo_fast.benchmarks import cli, compare
+from exo_fast.training.errors import InputError
+
+ROW = {
+    "name": "op/ours",
+    "seconds": 2.0,
+    "baseline_seconds": 1.8,
+    "peak_mb": 400.0,
+    "errors": {"loss": 1e-6, "dH": 0.0},
+}
+
+
+def results(*rows: dict, cpu: str = "A") -> dict:
+    return {"suite": "op", "machine": {"cpu": cpu}, "rows": deepcopy(list(rows))}
+
+
+def found(new: dict, old: dict = ROW, cpu: str = "A", **options) -> dict[str, list[str]]:
+    got = compare.compare(results(old), results(new, cpu=cpu), **options)
+    return {kind: [d.what for d in getattr(got, kind)] for kind in ("worse", "better") if getattr(got, kind)}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, {}),
+        ({"seconds": 2.15}, {}),
+        ({"seconds": 2.25}, {"worse": ["time / baseline"]}),
+        ({"seconds": 1.7}, {"better": ["time / baseline"]}),
+        ({"seconds": 4.0, "baseline_seconds": 3.6}, {}),  # the machine was busy with something else
+        ({"seconds": 2.0, "baseline_seconds": 0.9}, {"worse": ["time / baseline"]}),  # so was the other run's
+        ({"peak_mb": 445.0}, {"worse": ["memory, MB"]}),
+        ({"peak_mb": 300.0}, {"better": ["memory, MB"]}),
+        ({"errors": {"loss": 1.4e-6, "dH": 0.0}}, {}),
+        ({"errors": {"loss": 1.6e-6, "dH": 0.0}}, {"worse": ["error, loss"]}),
+        ({"errors": {"loss": 1e-6, "dH": 1e-3}}, {"worse": ["error, dH"]}),
+    ],
+)
+def test_what_counts(change: dict, expected: dict) -> None:
+    assert found({**ROW, **change}) == expected
+
+
+def test_a_small_difference_in_memory_is_none() -> None:
+    assert found({**ROW, "peak_mb": 25.0}, old={**ROW, "peak_mb": 6.0}) == {}
+
+
+def test_the_tolerance_is_of_times() -> None:
+    slower = {**ROW, "seconds": 2.5}
+    assert found(slower, tolerance=1.3) == {}
+    assert found({**slower, "peak_mb": 900.0}, tolerance=1.3) == {"worse": ["memory, MB"]}
+
+
+def test_seconds_are_compared_on_one_machine_only() -> None:
+    alone = {name: value for name, value in ROW.items() if name != "baseline_seconds"}
+    assert found({**alone, "seconds": 3.0}, old=alone) == {"worse": ["seconds"]}
+    assert found({**alone, "seconds": 3.0}, old=alone, cpu="B") == {}
+    assert found({**ROW, "seconds": 3.0}, cpu="B") == {"worse": ["time / baseline"]}
+
+
+def test_broken_and_missing_cases_are_named() -> None:
+    before = [{"name": f"op/{name}", "seconds": 1.0} for name in ("fails", "skips", "gone", "same")]
+    now = [{"name": "op/fails", "failed": "x"}, {"name": "op/skips", "skipped": "y"}, before[3], {"name": "op/added"}]
+    got = compare.compare(results(*before), results(*now))
+    assert got.broken == [("op/fails", "x")]
+    assert got.missing == [("op/skips", "y"), ("op/gone", "not in the new results")]
+    assert got.compared == 1
+    assert got.regressed
+    some = compare.compare(results(*before), results(*now), only={"op/gone", "op/same"})
+    assert (some.broken, some.missing) == ([], [("op/gone", "not in the new results")])
+    assert not some.regressed
+
+
+def test_command_prints_the_worst_first_and_exits_with_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    peer = {**ROW, "name": "op/peer"}
+    for name, rows in (("old", [ROW, peer]), ("new", [{**ROW, "seconds": 3.0}, {**peer, "seconds": 5.0}])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "op.json").write_text(json.dumps(results(*rows)))
+    old, new = tmp_path / "old" / "op.json", tmp_path / "new"
+    assert cli.main(["--compare", str(old), "--output_dir", str(new)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["op/peer", "op/ours"]
+    assert lines[2].split()[1:] == ["time", "/", "baseline", "1.111", "1.667", "1.50"]
+    assert lines[-1] == "2 cases compared: 2 worse, 0 better."
+    assert cli.main(["--compare", str(old), "--output_dir", str(new), "--tolerance", "3"]) == 0
+    assert cli.main(["--compare", str(old), "--output_dir", str(tmp_path / "old")]) == 0
+
+
+def test_files_that_hold_no_results_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "op.json").write_text("{")
+    with pytest.raises(InputError, match="no result file"):
+        compare.read_results(tmp_path)
+    (tmp_path / "op.json").write_text('{"rows": []}')  # as gpu_op.json, which is no suite's
+    with pytest.raises(InputError, match="holds no results"):
+        compare.read_results(tmp_path / "op.json")
