@@ -1,98 +1,238 @@
 """One training step in the style of the original EXO repository, of plain full logits, of TRL, and ours.
 
-    python -m exo_fast.benchmarks.step                          all cases, to benchmarks/results/step.json and a table
-    python -m exo_fast.benchmarks.step --only exo_fast --steps 9
-    python -m exo_fast.benchmarks.step --only original/bf16/K4 --output /tmp/step.json
+    exo-fast bench step
+    exo-fast bench step --only exo_fast/bf16/K4
 
-The demo model (135M), 8 sequences of 192 prompt and 64 completion tokens from movie reviews, as 4 groups of K = 2 and
-2 groups of K = 4, in
+The demo model (135M) and 8 sequences of 256 tokens from movie reviews: in groups of K = 2, 4 or 8 candidates, with
+prompts of 205, 192, 128 or 51 tokens and completions of the rest, in
 
     fp32        float32 throughout
-    fp32+bf16   float32 weights, matrix products in bf16 with float32 sums (torch.backends.mkldnn.matmul, CPU only)
+    fp32+bf16   float32 weights, matrix products in bf16 with float32 sums (torch.backends.mkldnn.matmul)
     bf16        bf16 weights and activations
 
-Each case runs in a process of its own, which reports the loss and gradient norm of the first step (untimed), the
-median time of the others, and the peak of its resident memory above what it was with the models loaded. The policy is
-the demo model with 1% of noise on its weights, so that log-ratios are not zero; the reference is the demo model.
-`benchmarks/step_styles.py` says what each style does.
+The policy is the demo model with 1% of noise on its weights, so that log-ratios are not zero; the reference is the
+demo model. A case gives the median time of its steps after a short batch that warms up (`step_styles` says what each
+style does), completion tokens a second, the peak of its resident memory above what it was with the models loaded, and
+the errors of the first step's loss and gradient against float64 of the same weights (`step_truth`).
+
+What each part of ours gives is told in both orders, because gains overlap: `LADDER` adds one part after another to the
+original's step, and `WITHOUT` takes one part out of ours.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exo_fast.benchmarks import machine
 
-SEQUENCES, PROMPT, COMPLETION = 8, 192, 64
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from exo_fast.benchmarks.step_styles import Gradient, Measured, Task
+
+NAME = "step"
+SEQUENCES, LENGTH = 8, 256
 NOISE = 0.01
-PRECISIONS = ("fp32", "fp32+bf16", "bf16")
-CANDIDATES = (2, 4)
-OUTPUT = Path(__file__).parent / "results" / "step.json"
-# Who is compared with whom: name of the ratio -> (slower style, ours, K).
-COMPARISONS = {
-    "original / exo_fast": ("original", "exo_fast", CANDIDATES),
-    "original / exo_fast-reference": ("original", "exo_fast-reference", CANDIDATES),
-    "full-logits / exo_fast": ("full-logits", "exo_fast", CANDIDATES),
-    "full-logits-cached / exo_fast": ("full-logits-cached", "exo_fast", CANDIDATES),
-    "full-logits / exo_fast-reference": ("full-logits", "exo_fast-reference", CANDIDATES),
-    "trl / exo_fast": ("trl", "exo_fast", (2,)),
-    "trl-plain / exo_fast": ("trl-plain", "exo_fast", (2,)),
-    "trl-cached / exo_fast": ("trl-cached", "exo_fast", (2,)),
-    "trl-plain / exo_fast-reference": ("trl-plain", "exo_fast-reference", (2,)),
+TRL_STEPS = 2  # and one that warms up
+CENTRE = (4, 128)  # K, tokens of the prompt
+LADDER = (  # (style, what it has that the one before has not)
+    ("original", ""),
+    ("full-logits", "no padding"),
+    ("full-logits-cached", "cached reference"),
+    ("exo_fast-unshared", "fused head"),
+    ("exo_fast", "shared prompt"),
+)
+WITHOUT = {
+    "shared prompt": "exo_fast-unshared",
+    "fused head": "exo_fast-unfused",
+    "cached reference": "exo_fast-reference",
 }
+# Who is compared with whom, wherever both were measured: (the other, ours).
+COMPARISONS = (
+    ("original", "exo_fast"),
+    ("original", "exo_fast-reference"),
+    ("full-logits", "exo_fast"),
+    ("full-logits", "exo_fast-reference"),
+    ("full-logits-cached", "exo_fast"),
+    ("trl", "exo_fast"),
+    ("trl-plain", "exo_fast"),
+    ("trl-plain", "exo_fast-reference"),
+    ("trl-cached", "exo_fast"),
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table."""
+    """A style, and the problem that it is given."""
 
     style: str
     precision: str
     candidates: int
+    prompt: int
+    completion: int
 
     def __str__(self) -> str:
-        return f"{self.style}/{self.precision}/K{self.candidates}"
+        return f"step/{self.style}/{self.problem}"
+
+    @property
+    def problem(self) -> str:
+        """What cases that are compared have in common."""
+        return f"{self.precision}/K{self.candidates}/{self.prompt}+{self.completion}"
 
 
-def all_cases() -> list[Case]:
-    """Every case; TRL has none for K = 4, because its loss compares two."""
-    from exo_fast.benchmarks.step_styles import STYLES, TRL_STYLES
+def cases(quick: bool = False) -> list[Case]:
+    """Cases of the same problem one after another, which then share the float64 run."""
+    both = ("full-logits", "exo_fast")
+    plan: list[tuple[str, int, int, tuple[str, ...]]] = []  # precision, K, prompt, styles
+    corners = [(8, 205), (2, 51)]
+    for candidates, prompt in corners if quick else [(k, p) for k in (2, 4, 8) for p in (205, 128, 51)]:
+        styles = both
+        if (candidates, prompt) == CENTRE:
+            styles = (*dict.fromkeys([style for style, _ in LADDER] + list(WITHOUT.values())),)
+        elif (candidates, prompt) in corners and not quick:
+            styles = ("original", "full-logits", "full-logits-cached", "exo_fast", "exo_fast-reference")
+        elif (candidates, prompt) == (2, 128):
+            styles = (*both, "trl", "trl-plain", "trl-cached")
+        plan.append(("bf16", candidates, prompt, styles))
+    if not quick:
+        plan.append(("fp32", 8, 205, ("original", *both)))
+        plan.append(("fp32", 4, 192, (*both, "exo_fast-reference")))
+        plan.append(("fp32", 2, 192, (*both, "trl-plain")))
+        plan.append(("fp32", 2, 51, both))
+        plan.append(("fp32+bf16", *CENTRE, both))
+    return [
+        Case(style, precision, candidates, prompt, LENGTH - prompt)
+        for precision, candidates, prompt, styles in plan
+        for style in styles
+    ]
 
-    cases = [Case(s, p, k) for p in PRECISIONS for k in CANDIDATES for s in STYLES]
-    return cases + [Case(s, p, 2) for p in PRECISIONS for s in TRL_STYLES]
+
+def impossible(case: Case) -> str | None:
+    """TRL's styles need TRL."""
+    if case.style.startswith("trl") and machine.version("trl") is None:
+        return "TRL is not installed: pip install trl"
+    return None
 
 
-def make_task(tokenizer, snippets: list[str], candidates: int):
-    """Groups of PROMPT + COMPLETION real tokens: reviews laid end to end and cut. The same tokens for every K."""
+def baseline(case: Case) -> str:
+    """Full logits without padding, the reference in the step."""
+    return f"step/full-logits/{case.problem}"
+
+
+def prepare() -> None:
+    """Fetch the demo model and its reviews, once: their progress belongs on the terminal."""
+    from exo_fast.training import assets
+
+    assets.get_model(assets.cache_dir())
+    assets.get_reviews(assets.cache_dir())
+
+
+# One case
+
+
+def measure(case: Case, workdir: Path) -> dict:
+    """Run one case in this process."""
     import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
 
-    from exo_fast.benchmarks.step_styles import Task
-    from exo_fast.layout import Group
+    from exo_fast.benchmarks import step_styles
+    from exo_fast.training import assets
 
-    groups = SEQUENCES // candidates
-    needed = groups * PROMPT + SEQUENCES * COMPLETION
-    tokens: list[int] = []
-    for snippet in snippets:
-        if len(tokens) >= needed:
-            break
-        tokens += tokenizer(snippet + "\n")["input_ids"]
-    prompts = [tokens[i * PROMPT : (i + 1) * PROMPT] for i in range(groups)]
-    rest = tokens[groups * PROMPT :]
-    completions = [rest[i * COMPLETION : (i + 1) * COMPLETION] for i in range(SEQUENCES)]
-    return Task(
-        [Group(prompts[g], completions[g * candidates : (g + 1) * candidates]) for g in range(groups)],
-        torch.arange(SEQUENCES).view(groups, candidates).flip(1).float(),
-    )
+    logging.disable_progress_bar()
+    path = assets.get_model(assets.cache_dir(), _quiet)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    task = make_task(read_tokens(tokenizer, workdir), case)
+    products = "bf16" if case.precision == "fp32+bf16" else torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = products
+    policy, reference = (load_model(path, case.precision) for _ in range(2))
+    if case.style in step_styles.TRL_STYLES:
+        measured, peak = _run_trl(case, policy, reference, tokenizer, task)
+    else:
+        measured, peak = _run(case, policy, reference, task)
+    del policy, reference
+    loss, gradient = read_truth(case, path, task, workdir)
+    seconds = statistics.median(measured.seconds)
+    return {
+        "seconds": round(seconds, 4),
+        "all_seconds": [round(value, 4) for value in measured.seconds],
+        "tokens_per_second": round(task.completion_tokens / seconds, 1),
+        "peak_mb": round(peak, 1),
+        "loss": measured.loss,
+        "gradient_norm": measured.gradient.norm,
+        "errors": {"loss": abs(measured.loss - loss) / abs(loss), "gradient": measured.gradient.error(gradient)},
+    }
 
 
-def add_noise(model, relative: float = NOISE) -> None:
+def _run(case: Case, policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> tuple[Measured, float]:
+    """What the style gave, and its peak above the loaded models in MB."""
+    from exo_fast.benchmarks import step_styles
+
+    add_noise(policy)
+    # The original pads a short batch to what it pads a long one to.
+    warm_up = step_styles.STYLES["full-logits" if case.style == "original" else case.style]
+    warm_up(policy, reference, task.shortened())().backward()
+    policy.zero_grad(set_to_none=True)
+    forward = step_styles.STYLES[case.style](policy, reference, task)
+    if case.style not in step_styles.WITH_REFERENCE:
+        reference.to("meta")
+    loaded = machine.resident_mb()
+    machine.reset_peak()
+    measured = step_styles.run(forward, policy)
+    return measured, machine.peak_mb() - loaded
+
+
+def _run_trl(
+    case: Case,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+) -> tuple[Measured, float]:
+    from exo_fast.benchmarks import step_styles
+
+    loaded = []
+
+    def before_training() -> None:
+        # Only now: the log-probs that TRL computes beforehand are those of the model it was given.
+        add_noise(policy)
+        loaded.append(machine.resident_mb())
+        machine.reset_peak()
+
+    if case.style not in step_styles.WITH_REFERENCE:
+        reference = None
+    with tempfile.TemporaryDirectory() as folder:
+        measured = step_styles.run_trl(
+            case.style, policy, reference, tokenizer, task, TRL_STEPS, Path(folder), before_training=before_training
+        )
+    return measured, machine.peak_mb() - loaded[0]
+
+
+def _quiet(_: str) -> None:
+    """In place of print: `prepare` has said it."""
+
+
+# What it is given
+
+
+def load_model(path: Path, precision: str) -> PreTrainedModel:
+    """The demo model in the dtype of the weights that `precision` means."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def add_noise(model: PreTrainedModel, relative: float = NOISE) -> None:
     """Change each weight matrix by seeded Gaussian noise of `relative` times its root mean square."""
     import torch
 
@@ -104,190 +244,135 @@ def add_noise(model, relative: float = NOISE) -> None:
                 parameter.add_((noise * parameter.float().square().mean().sqrt()).to(parameter.dtype))
 
 
-def measure(case: Case, steps: int) -> dict:
-    """Run one case in this process."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from exo_fast.benchmarks import step_styles
+def read_tokens(tokenizer: PreTrainedTokenizerBase, workdir: Path) -> list[int]:
+    """Reviews laid end to end, as many tokens as the longest problem has; kept in `workdir`."""
     from exo_fast.training import assets
 
-    logging.disable_progress_bar()
-    cache = assets.cache_dir()
-    path = assets.get_model(cache, _quiet)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    task = make_task(tokenizer, [s.text for s in assets.get_reviews(cache, _quiet)], case.candidates)
-    if case.precision == "fp32+bf16":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for _ in range(2))
-    loaded = {}
+    path = workdir / "step-tokens.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    tokens: list[int] = []
+    for snippet in assets.get_reviews(assets.cache_dir(), _quiet):
+        tokens += tokenizer(snippet.text + "\n")["input_ids"]
+        if len(tokens) >= SEQUENCES * LENGTH:
+            break
+    with _whole(path) as unfinished:
+        unfinished.write_text(json.dumps(tokens))
+    return tokens
 
-    def models_are_loaded() -> None:
-        loaded["mb"] = machine.resident_mb()
-        machine.reset_peak()
 
-    if case.style in step_styles.TRL_STYLES:
-        if case.style in step_styles.WITHOUT_REFERENCE:
-            reference = None
+def make_task(tokens: list[int], case: Case) -> Task:
+    """Groups of real tokens, cut out of `tokens` one after another: first all prompts, then all completions."""
+    import torch
 
-        def before_training() -> None:
-            # Only now: the log-probs that TRL computes beforehand are those of the model it was given.
-            add_noise(policy)
-            models_are_loaded()
+    from exo_fast.benchmarks.step_styles import Task
+    from exo_fast.layout import Group
 
-        with tempfile.TemporaryDirectory() as folder:
-            measured = step_styles.run_trl(
-                case.style,
-                policy,
-                reference,
-                tokenizer,
-                task,
-                steps,
-                Path(folder),
-                before_training=before_training,
-            )
-    else:
+    groups = SEQUENCES // case.candidates
+    lengths = [case.prompt] * groups + [case.completion] * SEQUENCES
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    pieces = [tokens[end - length : end] for length, end in zip(lengths, ends, strict=True)]
+    prompts, completions = pieces[:groups], pieces[groups:]
+    k = case.candidates
+    return Task(
+        [Group(prompts[g], completions[g * k : (g + 1) * k]) for g in range(groups)],
+        torch.arange(SEQUENCES).view(groups, k).flip(1).float(),
+    )
+
+
+def read_truth(case: Case, path: Path, task: Task, workdir: Path) -> tuple[float, Gradient]:
+    """Loss and gradient in float64, of all cases with this problem's tokens and weights; kept in `workdir`."""
+    import torch
+
+    from exo_fast.benchmarks import step_truth
+    from exo_fast.benchmarks.step_styles import Gradient
+
+    weights = "bf16" if case.precision == "bf16" else "fp32"
+    kept = workdir / f"step-truth-{weights}-K{case.candidates}-{case.prompt}+{case.completion}.pt"
+    if not kept.exists():
+        policy, reference = (load_model(path, case.precision) for _ in range(2))
         add_noise(policy)
-        forward = step_styles.STYLES[case.style](policy, reference, task)
-        if case.style in step_styles.WITHOUT_REFERENCE:
-            del reference
-        models_are_loaded()
-        measured = step_styles.run(forward, policy, steps)
+        loss, gradient = step_truth.truth(policy.double(), reference.double(), task)
+        with _whole(kept) as unfinished:
+            torch.save({"loss": loss, **vars(gradient)}, unfinished)
+    found = torch.load(kept)
+    return found.pop("loss"), Gradient(**found)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` at the end: a run that was stopped leaves no half of a file."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    yield unfinished
+    unfinished.replace(path)
+
+
+# What follows from the rows
+
+
+def summary(rows: list[dict]) -> dict:
+    """Ratios of time and memory, and what each part of ours gives at the centre of the grid."""
+    measured = [row for row in rows if "seconds" in row]
+    return {"ratios": ratios(measured), "ladder": ladder(measured), "without": without(measured)}
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """{other, ours, problem, time, memory} for each of COMPARISONS and problem that has both: other over ours."""
+    at = _by_problem(rows)
+    return [
+        {
+            "other": other,
+            "ours": ours,
+            "problem": problem,
+            "time": round(found[other]["seconds"] / found[ours]["seconds"], 3),
+            "memory": round(found[other]["peak_mb"] / found[ours]["peak_mb"], 3),
+        }
+        for other, ours in COMPARISONS
+        for problem, found in at.items()
+        if other in found and ours in found
+    ]
+
+
+def ladder(rows: list[dict]) -> list[dict]:
+    """{style, part, seconds, peak_mb, gain} from the original's step to ours: gain, the seconds before over after."""
+    found = _by_problem(rows).get(_centre(), {})
+    rungs = [(found[style], part) for style, part in LADDER if style in found]
+    if len(rungs) < len(LADDER):
+        return []
+    before = [rungs[0][0], *(row for row, _ in rungs)]
+    return [
+        {
+            "style": row["style"],
+            "part": part,
+            "seconds": row["seconds"],
+            "peak_mb": row["peak_mb"],
+            "gain": round(last["seconds"] / row["seconds"], 3),
+        }
+        for (row, part), last in zip(rungs, before, strict=False)
+    ]
+
+
+def without(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """{part: {"time": …, "memory": …}}: our step without that part over our step."""
+    found = _by_problem(rows).get(_centre(), {})
     return {
-        **asdict(case),
-        "loss": measured.loss,
-        "grad_norm": measured.grad_norm,
-        "seconds": round(statistics.median(measured.seconds), 4),
-        "all_seconds": [round(value, 4) for value in measured.seconds],
-        "peak_above_models_mb": round(machine.peak_mb() - loaded["mb"], 1),
-        "peak_mb": round(machine.peak_mb(), 1),
+        part: {
+            "time": round(found[style]["seconds"] / found["exo_fast"]["seconds"], 3),
+            "memory": round(found[style]["peak_mb"] / found["exo_fast"]["peak_mb"], 3),
+        }
+        for part, style in WITHOUT.items()
+        if style in found and "exo_fast" in found
     }
 
 
-def _quiet(_: str) -> None:
-    """In place of print: a worker's standard output is its result."""
+def _centre() -> str:
+    candidates, prompt = CENTRE
+    return Case("", "bf16", candidates, prompt, LENGTH - prompt).problem
 
 
-def ratios(rows: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """{comparison: {"fp32/K2": {"time": …, "memory": …}}}, each the other's value over ours."""
-    at = {(row["style"], row["precision"], row["candidates"]): row for row in rows}
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, (other, ours, candidates) in COMPARISONS.items():
-        for precision in PRECISIONS:
-            for k in candidates:
-                if (other, precision, k) in at and (ours, precision, k) in at:
-                    a, b = at[other, precision, k], at[ours, precision, k]
-                    found.setdefault(name, {})[f"{precision}/K{k}"] = {
-                        "time": round(a["seconds"] / b["seconds"], 3),
-                        "memory": round(a["peak_above_models_mb"] / b["peak_above_models_mb"], 3),
-                    }
+def _by_problem(rows: list[dict]) -> dict[str, dict[str, dict]]:
+    found: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        case = Case(**{field: row[field] for field in Case.__dataclass_fields__})
+        found.setdefault(case.problem, {})[case.style] = row
     return found
-
-
-def agreement(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """{"fp32/K2": {"loss": …, "grad_norm": …}}: the largest relative difference between any two styles."""
-    found = {}
-    for precision in PRECISIONS:
-        for k in CANDIDATES:
-            same = [row for row in rows if (row["precision"], row["candidates"]) == (precision, k)]
-            if len(same) > 1:
-                values = {name: [row[name] for row in same] for name in ("loss", "grad_norm")}
-                found[f"{precision}/K{k}"] = {name: (max(v) - min(v)) / max(map(abs, v)) for name, v in values.items()}
-    return found
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as aligned text."""
-    head = f"{'style':<22}{'precision':<11}{'K':>2}{'s/step':>9}{'peak MB':>9}{'loss':>12}{'grad norm':>12}"
-    lines = [head, "-" * len(head)]
-    lines += [
-        f"{r['style']:<22}{r['precision']:<11}{r['candidates']:>2}{r['seconds']:>9.3f}"
-        f"{r['peak_above_models_mb']:>9.0f}{r['loss']:>12.6f}{r['grad_norm']:>12.5f}"
-        for r in sorted(rows, key=lambda r: (PRECISIONS.index(r["precision"]), r["candidates"], -r["seconds"]))
-    ]
-    return "\n".join(lines)
-
-
-def report(rows: list[dict]) -> str:
-    """Table, ratios and agreement."""
-    lines = [table(rows), "", f"{'other over ours':<36}{'case':<15}{'time':>7}{'memory':>9}"]
-    for name, by_case in ratios(rows).items():
-        for case, ratio in by_case.items():
-            lines.append(f"{name:<36}{case:<15}{ratio['time']:>6.2f}×{ratio['memory']:>8.2f}×")
-    lines += ["", "largest relative difference between styles"]
-    for case, differences in agreement(rows).items():
-        lines.append(f"{case:<15}loss {differences['loss']:.1e}   gradient norm {differences['grad_norm']:.1e}")
-    return "\n".join(lines)
-
-
-def run_apart(case: Case, steps: int) -> dict:
-    """`measure` in a process of its own. Raises RuntimeError with its last words when it fails."""
-    command = [sys.executable, "-m", "exo_fast.benchmarks.step", "--worker", json.dumps(asdict(case))]
-    command += ["--steps", str(steps)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{case} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="cases whose name (style/precision/K…) begins so"
-    )
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each case [5]")
-    parser.add_argument(
-        "--output", type=Path, default=OUTPUT, help=f"JSON to write; cases not run keep their rows [{OUTPUT.name}]"
-    )
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}: at least 1 is needed")
-    if options.worker:
-        print(json.dumps(measure(Case(**json.loads(options.worker)), options.steps)))
-        return 0
-    cases = [c for c in all_cases() if not options.only or any(str(c).startswith(text) for text in options.only)]
-    if not cases:
-        parser.error(f"--only {options.only}: no case begins so; --list shows them")
-    if options.list:
-        print("\n".join(map(str, cases)))
-        return 0
-
-    from tqdm import tqdm
-
-    from exo_fast.training import assets
-
-    assets.get_model(assets.cache_dir())
-    rows = {str(case): None for case in all_cases()}
-    if options.output.exists():
-        rows.update(
-            {
-                str(Case(r["style"], r["precision"], r["candidates"])): r
-                for r in json.loads(options.output.read_text())["rows"]
-            }
-        )
-    with tqdm(cases, unit="case") as bar:
-        for case in bar:
-            bar.set_postfix_str(str(case))
-            rows[str(case)] = run_apart(case, options.steps)
-            done = [row for row in rows.values() if row]
-            results = {
-                **machine.describe(),
-                "task": {"sequences": SEQUENCES, "prompt": PROMPT, "completion": COMPLETION, "policy_noise": NOISE},
-                "ratios": ratios(done),
-                "agreement": agreement(done),
-                "rows": done,
-            }
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(report(done))
-    print(f"\nwritten to {options.output}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
-"""The training step in the styles that `step.py` compares: the same batch, models and optimizer in each.
+"""The training step in the styles that the suite `step` compares: the same batch, models and optimizer in each.
 
 A step is forward, backward and an SGD update of the policy (SGD, so that no optimizer hides what is compared), with
 the reference's forward where a style has it in its step. The loss is exo-pref (arXiv 2402.00856, eq. 16 for K = 2) with
-beta_pi = 0.1 and a target of 1 − 1e-3 on the best candidate.
+beta_pi = 0.1 and a target of 1 − 1e-3 on the best candidate. All of it is on the CPU.
 
     original          as the EXO repository describes its step: every row padded to 512 tokens, the logits of all
                       positions of policy and reference, divided by the temperature, log-softmax over all of them
@@ -13,6 +13,8 @@ beta_pi = 0.1 and a target of 1 − 1e-3 on the best candidate.
     trl-cached        … and with reference log-probs computed beforehand (precompute_ref_log_probs)
     exo_fast          AlignModule, which `exo-fast align` trains: shared prompts, fused loss, cached reference log-probs
     exo_fast-reference   the same with the reference in the step, by the same fused path
+    exo_fast-unshared    exo_fast without prompt sharing: a row for every candidate
+    exo_fast-unfused     exo_fast without the fused head: full logits of the completions' positions
 """
 
 from __future__ import annotations
@@ -26,14 +28,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from exo_fast.head import read_head
 from exo_fast.layout import Group, Packed, pack, plan_mask
-from exo_fast.training.module import AlignModule
+from exo_fast.reference import sequence_logps
+from exo_fast.training.module import AlignModule, packed_batch
 
 BETA_PI = 0.1
 LABEL_SMOOTHING = 1e-3
 TEMPERATURE = 1.0
 PADDED_LENGTH = 512
 LEARNING_RATE = 1e-6
+SAMPLES = 4096  # gradient entries of each parameter that are compared
+STEPS = ((6.0, 3), (20.0, 2), (float("inf"), 1))  # a step of less than so many seconds is timed so often
+SHORT = 8  # tokens of prompts and completions in the batch that warms up
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,37 @@ class Task:
         """G·K sequences, prompt and completion joined."""
         return [group.prompt + completion for group in self.groups for completion in group.completions]
 
+    @property
+    def completion_tokens(self) -> int:
+        """N, the tokens that a step learns from."""
+        return sum(len(completion) for group in self.groups for completion in group.completions)
+
+    def shortened(self, tokens: int = SHORT) -> Task:
+        """The same with prompts and completions of at most `tokens` tokens."""
+        groups = [Group(g.prompt[:tokens], [ids[:tokens] for ids in g.completions]) for g in self.groups]
+        return Task(groups, self.rewards)
+
+
+@dataclass
+class Gradient:
+    """What is kept of a gradient: its norm, and some entries of it, with what each stands for."""
+
+    norm: float
+    entries: Tensor  # (E,) float64: up to SAMPLES of each parameter, seeded
+    weights: Tensor  # (E,) float64: the entries of the parameter over those that were drawn
+
+    def error(self, truth: Gradient) -> float:
+        """|self − truth| / |truth|, estimated on the entries."""
+        off = (self.weights * (self.entries - truth.entries).square()).sum()
+        return (off / (truth.weights * truth.entries.square()).sum()).sqrt().item()
+
 
 @dataclass
 class Measured:
-    """What a style's run gave. The first step is the untimed one that `loss` and `grad_norm` are from."""
+    """What a style's run gave: loss and gradient of the first step, and the seconds of the timed ones."""
 
     loss: float
-    grad_norm: float
+    gradient: Gradient
     seconds: list[float]
 
 
@@ -76,18 +107,38 @@ def full_logits_cached(policy: PreTrainedModel, reference: PreTrainedModel, task
     return _full_logits(policy, task, ref_logps=_known_logps(reference, task))
 
 
-def exo_fast(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
+def exo_fast(policy: PreTrainedModel, reference: PreTrainedModel, task: Task, *, share_prompt: bool = True) -> Forward:
     """Shared prompts, fused loss, reference log-probs computed beforehand."""
-    batch = _batch(task)
+    batch = _batch(task, share_prompt)
     with torch.no_grad():
         ref_logps = _module(reference).eval()(reference=True, **batch)[0]
     module = _module(policy).train()
     return lambda: module(**batch, ref_logps=ref_logps)[0]
 
 
+def exo_fast_unshared(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
+    """A row for every candidate, fused loss, reference log-probs computed beforehand."""
+    return exo_fast(policy, reference, task, share_prompt=False)
+
+
+def exo_fast_unfused(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
+    """Shared prompts, full logits at the positions that predict, reference log-probs computed beforehand."""
+    batch = packed_batch(_batch(task, share_prompt=True))
+    module, ref_logps = _module(policy).train(), _known_logps(reference, task)
+    weight = read_head(policy).weight
+
+    def forward() -> Tensor:
+        logits = module.predicting_hidden(batch) @ weight.T / TEMPERATURE
+        token_logps = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+        policy_logps = sequence_logps(token_logps, batch.cu_seqlens).view_as(task.rewards)
+        return exo_pref(policy_logps - ref_logps, task.rewards)
+
+    return forward
+
+
 def exo_fast_reference(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
     """Shared prompts, fused loss, reference in the step."""
-    batch = _batch(task)
+    batch = _batch(task, share_prompt=True)
     module, ref_module = _module(policy).train(), _module(reference).eval()
 
     def forward() -> Tensor:
@@ -104,13 +155,15 @@ STYLES: dict[str, Callable[[PreTrainedModel, PreTrainedModel, Task], Forward]] =
     "full-logits-cached": full_logits_cached,
     "exo_fast": exo_fast,
     "exo_fast-reference": exo_fast_reference,
+    "exo_fast-unshared": exo_fast_unshared,
+    "exo_fast-unfused": exo_fast_unfused,
 }
 TRL_STYLES = {
     "trl": {"gradient_checkpointing": True},
     "trl-plain": {"gradient_checkpointing": False},
     "trl-cached": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
 }
-WITHOUT_REFERENCE = ("full-logits-cached", "exo_fast", "trl-cached")  # its weights are freed before the steps
+WITH_REFERENCE = ("original", "full-logits", "exo_fast-reference", "trl", "trl-plain")  # in the step; others free it
 
 
 def _full_logits(
@@ -152,21 +205,22 @@ def _full_logits(
 
 def exo_pref(log_ratios: Tensor, rewards: Tensor) -> Tensor:
     """Mean over groups of KL(q‖p), for (G, K) log-ratios and rewards."""
-    candidates = rewards.shape[1]
-    target = torch.full_like(rewards, LABEL_SMOOTHING / (candidates - 1))
+    wide = torch.promote_types(log_ratios.dtype, torch.float32)
+    target = torch.full_like(rewards, LABEL_SMOOTHING / (rewards.shape[1] - 1), dtype=wide)
     target.scatter_(1, rewards.argmax(1, keepdim=True), 1 - LABEL_SMOOTHING)
-    log_q = (BETA_PI * log_ratios.float()).log_softmax(1)
+    log_q = (BETA_PI * log_ratios.to(wide)).log_softmax(1)
     return (log_q.exp() * (log_q - target.log())).sum(1).mean()
 
 
 @torch.no_grad()
 def _known_logps(reference: PreTrainedModel, task: Task) -> Tensor:
-    """(G, K) float32 reference log-probs, one sequence at a time so that the peak stays small."""
+    """(G, K) reference log-probs in float32 or wider, one sequence at a time so that the peak stays small."""
     prompt = len(task.groups[0].prompt)
     sums = []
     for row in task.rows:
         ids = torch.tensor([row])
-        logps = reference(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        logits = reference(input_ids=ids, use_cache=False).logits
+        logps = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         sums.append(logps[0, prompt - 1 : -1].gather(1, ids[0, prompt:, None]).sum())
     return torch.stack(sums).view_as(task.rewards)
 
@@ -185,39 +239,48 @@ def _module(model: PreTrainedModel) -> AlignModule:
     )
 
 
-def _batch(task: Task) -> dict[str, Tensor]:
-    packed = pack(task.groups)
+def _batch(task: Task, share_prompt: bool) -> dict[str, Tensor]:
+    packed = pack(task.groups, share_prompt=share_prompt)
     return {**{field.name: getattr(packed, field.name) for field in fields(Packed)}, "rewards": task.rewards}
 
 
-def run(
-    forward: Forward,
-    policy: nn.Module,
-    steps: int,
-    *,
-    learning_rate: float = LEARNING_RATE,
-    warmup: int = 1,
-) -> Measured:
-    """`warmup` untimed steps and `steps` timed ones of forward, backward and SGD."""
-    optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate)
-    losses, norms, seconds = [], [], []
-    for step in range(warmup + steps):
+def run(forward: Forward, policy: nn.Module, steps: int | None = None) -> Measured:
+    """Timed steps of forward, backward and SGD; how many is in STEPS when it is not said.
+
+    What is kept of the first step's gradient is taken from it off the clock.
+    """
+    optimizer = torch.optim.SGD(policy.parameters(), lr=LEARNING_RATE)
+    seconds: list[float] = []
+    while len(seconds) < (steps or _steps_for(seconds)):
         begun = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         loss = forward()
         loss.backward()
-        if step == 0:  # a warm-up step: what is looked at here is not timed
-            norms.append(grad_norm(policy))
+        paused = time.perf_counter()
+        if not seconds:
+            first = loss.item(), gradient_of(policy)
+        resumed = time.perf_counter()
         optimizer.step()
-        seconds.append(time.perf_counter() - begun)
-        losses.append(loss.item())
-    return Measured(losses[0], norms[0], seconds[warmup:])
+        seconds.append(time.perf_counter() - resumed + paused - begun)
+    return Measured(*first, seconds)
 
 
-def grad_norm(model: nn.Module) -> float:
-    """Euclidean norm of all gradients, added up in float64."""
-    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
-    return torch.stack(squares).sum().sqrt().item()
+def _steps_for(seconds: list[float]) -> int:
+    return next(steps for limit, steps in STEPS if seconds[0] < limit) if seconds else 1
+
+
+def gradient_of(model: nn.Module) -> Gradient:
+    """Norm and seeded sample of the gradients that `model` holds; the same entries for every copy of a model."""
+    generator = torch.Generator().manual_seed(0)
+    squares, entries, weights = [], [], []
+    for parameter in model.parameters():
+        gradient = parameter.grad.flatten()
+        drawn = min(SAMPLES, len(gradient))
+        index = torch.randint(len(gradient), (drawn,), generator=generator)
+        squares.append(gradient.double().square().sum())
+        entries.append(gradient[index].double())
+        weights.append(torch.full((drawn,), len(gradient) / drawn, dtype=torch.float64))
+    return Gradient(torch.stack(squares).sum().sqrt().item(), torch.cat(entries), torch.cat(weights))
 
 
 def run_trl(
@@ -229,13 +292,13 @@ def run_trl(
     steps: int,
     folder: Path,
     *,
-    warmup: int = 1,
     before_training: Callable[[], None] = lambda: None,
 ) -> Measured:
     """The same by TRL's DPOTrainer on a data set of exactly this batch, which it trains for one step an epoch.
 
     `reference` None means the policy as it is, which is what TRL then precomputes log-probs with. A step is timed from
-    the trainer's step-begin to its step-end callback: forward, backward, update and schedule, no data loading.
+    the trainer's step-begin to its step-end callback: forward, backward, update and schedule, no data loading. The
+    first one is not timed: it warms up.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -249,7 +312,7 @@ def run_trl(
         for g, b in zip(task.groups, best, strict=True)
     ]
     losses: list[float] = []
-    norms: list[float] = []
+    gradients: list[Gradient] = []
     seconds: list[float] = []
 
     class Trainer(DPOTrainer):
@@ -267,7 +330,7 @@ def run_trl(
 
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             if state.global_step == 0:
-                norms.append(grad_norm(model))
+                gradients.append(gradient_of(model))
 
         def on_step_end(self, args, state, control, **kwargs):
             seconds.append(time.perf_counter() - self.begun)
@@ -281,13 +344,13 @@ def run_trl(
         disable_dropout=False,
         per_device_train_batch_size=len(rows),
         precompute_ref_batch_size=len(rows),
-        num_train_epochs=warmup + steps,
+        num_train_epochs=1 + steps,
         optim="sgd",
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,  # clipping is in no other style's step
         bf16=False,  # the models come in the precision that is measured
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=True,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -304,4 +367,4 @@ def run_trl(
     )
     before_training()
     trainer.train()
-    return Measured(losses[0], norms[0], seconds[warmup:])
+    return Measured(losses[0], gradients[0], seconds[1:])
