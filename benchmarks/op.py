@@ -1,48 +1,46 @@
-"""The operation alone: hidden states and head to the loss, dH and dW, against full logits and Apple CCE.
+"""The operation alone: hidden states and head to the loss, dH and dW, ours against the methods of `peers`.
 
-    python -m exo_fast.benchmarks.op                       all cases, to benchmarks/results/op.json and a table
-    python -m exo_fast.benchmarks.op --only exo_fast/576x49152/fp32 --repeats 5
-    python -m exo_fast.benchmarks.op --accuracy            only the errors against float64
+    exo-fast bench op                               all cases
+    exo-fast bench op --only op/exo_fast/576x49152  some of them
 
-Every method computes the same: the EXO loss of groups of K = 4 completions of 64 tokens, forward and backward (and
-one group of two long completions, `exo_fast-long`, whose rows do not fit the memory budget together). CCE
-(`cut_cross_entropy`, impl="torch_compile", its implementation for machines without a GPU) and full logits give
-per-token log-probs, from which `group_loss` makes the same loss.
+A case is a method on a problem (`problems`): a head of a real model, a dtype, N rows in groups of K completions of 64
+tokens, and the work: forward only, with a frozen head (dH), or both gradients. `exo_fast` in a case of per-token
+log-probs is `linear_logprobs`, in a case of the group loss `linear_group_loss`. The cases of two completions of
+thousands of tokens are groups whose rows do not fit the memory budget together.
 
-Each case runs in a process of its own, which reports the median time and the peak of its resident memory above what it
-held before the call, less dH and a float32 dW. The floor is 6·N·D·V flops at the rates of the three products alone,
-measured in the same run on operands of the same dtype. Errors are against float64 of the same inputs, on the real
-hidden states of the demo model (135M) over movie reviews.
+Each row has the time and, from the same process, the errors against float64 and the floor, the time of the products
+alone (`baseline_seconds`). `share` is floor over time. `peak_mb` is the most memory above what was held before the
+call; `scratch_mb` is that less what any method has to return, dH and a float32 dW.
+
+Which cases, and why not all: every method where it matters most (8,192 rows of SmolLM2's head, pairs, for Liger takes
+nothing else), and the strongest on the rest. Full logits of larger problems take tens of gigabytes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from exo_fast.benchmarks import peers, problems
 
-from exo_fast import reference
-from exo_fast.benchmarks import machine
-from exo_fast.benchmarks.peers import operation, token_logps_of
-from exo_fast.loss import group_loss
-
-SHAPES = ((576, 49152), (640, 262144))  # D, V of SmolLM2-135M and Gemma-3-270m
-TOKENS = (2048, 8192, 32768)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-METHODS = ("full-logits", "cce", "exo_fast", "exo_fast-long")
-CANDIDATES, COMPLETION = 4, 64
-FLOOR_ROWS = 1024
-LONGEST_PEER = 30e12  # flops of the largest case that the peers are given time for
-OUTPUT = Path(__file__).parent / "results" / "op.json"
+NAME = "op"
+HEADS = {  # D, V
+    "SmolLM2-135M": (576, 49152),
+    "Qwen3-0.6B": (1024, 151936),
+    "Gemma-3-270m": (640, 262144),
+    "Llama-3-8B": (4096, 128256),
+}
+COMPLETION = 64
+OURS = "exo_fast"
+STRONG = (OURS, "cce", "full-logits")  # the peers that are left in the larger part of the product of cases
+ALL = (
+    OURS, "cce", "cce-fp32", "liger-compiled", "liger", "checkpoint", "full-logits-compiled", "full-logits",
+    "full-logits-fp32", "trl", "original",
+)  # fmt: skip
+# Copies of the (N, V) logits, in float32, that a method holds at its peak.
+COPIES = {"cce": 1.2, "cce-fp32": 2.2, "exo_fast": 0.0, "checkpoint": 0.6, "liger": 0.6, "liger-compiled": 0.6}
+LONG_BUDGET = 640 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,289 +48,186 @@ class Case:
     """One row of the table."""
 
     method: str
+    operation: str  # group_loss or logprobs
     width: int
     vocab: int
     precision: str
+    candidates: int
+    completion: int
     tokens: int
+    work: str  # forward, frozen or both
 
     def __str__(self) -> str:
-        return f"{self.method}/{self.width}x{self.vocab}/{self.precision}/N{self.tokens}"
+        groups = "logprobs" if self.operation == "logprobs" else f"K{self.candidates}"
+        if self.completion != COMPLETION:
+            groups += f"x{self.completion}"
+        return f"op/{self.method}/{self.width}x{self.vocab}/{self.precision}/{groups}/N{self.tokens}/{self.work}"
+
+    @property
+    def problem(self) -> problems.Problem:
+        return problems.Problem(self.width, self.vocab, self.precision, self.candidates, self.completion, self.tokens)
 
 
-def all_cases() -> list[Case]:
+def cases(quick: bool = False) -> list[Case]:
     """Every case, methods of the same problem one after another."""
-    return [
-        Case(method, width, vocab, precision, tokens)
-        for width, vocab in SHAPES
-        for precision in PRECISIONS
-        for tokens in TOKENS
-        for method in METHODS
-    ]
+    found: list[Case] = []
+
+    def add(methods, model, precisions, tokens, candidates=2, work="both", completion=COMPLETION, operation=None):
+        width, vocab = HEADS[model]
+        for precision in precisions:
+            for method in methods:
+                if method.endswith("-fp32") and precision == "fp32":
+                    continue
+                found.append(
+                    Case(
+                        method, operation or "group_loss", width, vocab, precision, candidates, completion, tokens, work
+                    )
+                )
+
+    both = ("fp32", "bf16")
+    if quick:
+        add(ALL, "SmolLM2-135M", both, 1024)
+        for work in ("forward", "frozen"):
+            add((OURS, "cce"), "SmolLM2-135M", ("bf16",), 1024, work=work)
+        add((OURS,), "SmolLM2-135M", ("bf16",), 1024, candidates=8)
+        add((OURS, "full-logits"), "SmolLM2-135M", ("bf16",), 1024, operation="logprobs")
+        return found
+    add(ALL, "SmolLM2-135M", both, 8192)
+    for work in ("forward", "frozen"):
+        add(STRONG, "SmolLM2-135M", both, 8192, work=work)
+    for candidates in (4, 8):
+        add(STRONG, "SmolLM2-135M", both, 2048, candidates=candidates)
+    add((OURS, "cce"), "SmolLM2-135M", both, 32768, candidates=4)
+    add((OURS,), "SmolLM2-135M", both, 8192, completion=4096)
+    add(STRONG, "SmolLM2-135M", both, 8192, operation="logprobs")
+    add(STRONG, "Qwen3-0.6B", both, 2048, candidates=4)
+    add(STRONG, "Gemma-3-270m", ("fp32",), 2048, candidates=4)
+    add(("exo_fast", "cce", "cce-fp32", "checkpoint"), "Gemma-3-270m", ("bf16",), 8192, candidates=4)
+    add((OURS,), "Gemma-3-270m", ("bf16",), 32768, completion=16384)
+    add(STRONG, "Llama-3-8B", ("bf16",), 1024, candidates=4)
+    return found
 
 
 def impossible(case: Case) -> str | None:
     """Why a case cannot run on this machine, None when it can."""
-    if case.method.startswith("exo_fast"):
-        return None
-    copies = 2.2 * case.tokens * case.vocab * 4
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if copies > 0.9 * free:
-        return f"needs about {copies / 1e9:.0f} GB of logits, {free / 1e9:.0f} GB free"
-    if 6 * case.tokens * case.width * case.vocab > LONGEST_PEER:
-        return "left out: minutes a call"
+    if why := peers.unavailable(case.method, case.precision, problems.device()):
+        return why
+    copies = COPIES.get(case.method, 3.2)
+    if case.work == "forward":
+        copies = min(copies, 2.2)
+    needed = copies * case.tokens * case.vocab * 4 + 3 * case.vocab * case.width * 4
+    free = problems.free_bytes()
+    if needed > 0.9 * free:
+        return f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
     return None
 
 
-def long_groups(case: Case) -> tuple[int, int]:
-    """(candidates, tokens of each) of a case."""
-    return (2, case.tokens // 2) if case.method == "exo_fast-long" else (CANDIDATES, COMPLETION)
+def few_errors(case: Case, inputs: problems.Inputs | None = None) -> dict[str, float]:
+    """Errors against float64 on few rows of the case's head and dtype.
+
+    A group too long for the memory budget is one there too: the budget is cut in proportion to the rows.
+    """
+    rows = case.problem if inputs else problems.few_rows(case.problem)
+    inputs = inputs or problems.make(rows, problems.device())
+    long = case.method == OURS and case.completion != COMPLETION
+    budget = max(1, LONG_BUDGET * rows.tokens // case.tokens) if long else None
+    return problems.errors(case.method, case.operation, case.work, inputs, budget)
 
 
-def synthetic(case: Case) -> tuple[Tensor, ...]:
-    """Inputs of a timed case: Gaussian hidden states, logits of a standard deviation of about 1.2."""
-    g = torch.Generator().manual_seed(0)
-    dtype = PRECISIONS[case.precision]
-    candidates, length = long_groups(case)
-    groups = case.tokens // (candidates * length)
-    return (
-        torch.randn(case.tokens, case.width, generator=g).to(dtype).requires_grad_(),
-        (torch.randn(case.vocab, case.width, generator=g) * 0.05).to(dtype).requires_grad_(),
-        torch.randint(case.vocab, (case.tokens,), generator=g),
-        torch.arange(0, case.tokens + 1, length),
-        torch.randn(groups, candidates, generator=g) - 11.5 * length,
-        torch.randn(groups, candidates, generator=g),
-    )
+def step(case: Case, inputs: problems.Inputs):
+    """A function of nothing that runs the case once, backward included."""
+    inputs = inputs.require(case.work)
+
+    def call() -> None:
+        for leaf in inputs.leaves:
+            leaf.grad = None
+        loss, _ = problems.run(case.method, case.operation, inputs)
+        if inputs.leaves:
+            loss.backward()
+
+    return call
 
 
-def measure(case: Case, repeats: int) -> dict:
-    """Time and peak memory of one case in this process."""
-    inputs, run = synthetic(case), operation(case.method)
-    hidden, weight = inputs[:2]
-
-    def step() -> float:
-        hidden.grad = weight.grad = None
-        start = time.perf_counter()
-        run(*inputs, loss_type="exo-rw")[0].backward()
-        return time.perf_counter() - start
-
-    # Compile and warm up on a small problem of the same shape, so that a long case is not run twice for that.
-    small = synthetic(Case(case.method, case.width, case.vocab, case.precision, 2 * CANDIDATES * COMPLETION))
-    for _ in range(2):
-        run(*small, loss_type="exo-rw")[0].backward()
-    del small
-    before = machine.resident_mb()
-    machine.reset_peak()
-    seconds = [step() for _ in range(repeats)]
-    gradients = (hidden.numel() * hidden.element_size() + weight.numel() * 4) / 1e6
+def measure(case: Case, workdir: Path) -> dict:
+    """Errors, times, floor and memory of one case in this process."""
+    with peers.settings(case.method, case.precision, problems.device()):
+        found = few_errors(case)  # compiles too, what is compiled for any number of rows
+        inputs = problems.make(case.problem, problems.device())
+        call = step(case, inputs)
+        if case.method == "full-logits-compiled":  # compiled for this number of rows
+            call()
+    floor = problems.Floor(inputs)
+    floor.measure(case.work)
+    with peers.settings(case.method, case.precision, problems.device()):
+        peak = problems.Peak()
+        times = problems.all_seconds(call)
+        peak_mb = peak.mb()
+    floor.measure(case.work)
+    seconds, baseline = statistics.median(times), floor.seconds(case.tokens, case.work)
     return {
-        **asdict(case),
-        "seconds": round(statistics.median(seconds), 4),
-        "all_seconds": [round(value, 4) for value in seconds],
-        "scratch_mb": round(machine.peak_mb() - before - gradients, 1),
+        "seconds": round(seconds, 4),
+        "all_seconds": [round(value, 4) for value in times],
+        "peak_mb": round(peak_mb, 1),
+        "scratch_mb": round(peak_mb - problems.gradient_mb(case.problem, case.work), 1),
+        "errors": found,
+        "baseline_seconds": round(baseline, 4),
+        "share": round(baseline / seconds, 3),
+        "gflops": floor.gflops,
+        "float32_logits": peers.float32_logits(case.method, case.precision),
     }
 
 
-def measure_floor(width: int, vocab: int, precision: str) -> dict:
-    """Rates of the three products on FLOOR_ROWS rows (GF/s), and the seconds 6·N·D·V takes at them for each N."""
-    dtype = PRECISIONS[precision]
-    h, w = torch.randn(FLOOR_ROWS, width).to(dtype), torch.randn(vocab, width).to(dtype)
-    z, dh, dw = torch.zeros(FLOOR_ROWS, vocab, dtype=dtype), torch.zeros_like(h), torch.zeros_like(w)
-    products = {
-        "logits": lambda: torch.mm(h, w.T, out=z),
-        "dH": lambda: torch.mm(z, w, out=dh),
-        "dW": lambda: torch.mm(z.T, h, out=dw),
-    }
-    flops, rates = 2 * FLOOR_ROWS * width * vocab, {}
-    for name, product in products.items():
-        product()
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            product()
-            times.append(time.perf_counter() - start)
-        rates[name] = flops / statistics.median(times)
-    seconds = {str(n): sum(2 * n * width * vocab / rate for rate in rates.values()) for n in TOKENS}
-    return {
-        "width": width,
-        "vocab": vocab,
-        "precision": precision,
-        "gflops": {name: round(rate / 1e9, 1) for name, rate in rates.items()},
-        "seconds": seconds,
-    }
+def extras(workdir: Path) -> dict:
+    """What the run's rows are read beside."""
+    return {"copy_gbps": problems.copy_gbps(), "loss": problems.LOSS, "floor_rows": problems.FLOOR_ROWS}
 
 
-def measure_accuracy(tokens: int = 2048) -> list[dict]:
-    """Errors of each method against float64 of the same inputs, on the demo model's hidden states over reviews."""
-    hidden, weight, targets = real_inputs(tokens)
-    length = tokens // 8
-    cu_seqlens, rows = torch.arange(0, tokens + 1, length), []
-    g = torch.Generator().manual_seed(0)
-    noise, rewards = torch.randn(2, 2, 4, generator=g, dtype=torch.float64).unbind(0)
-    for precision, dtype in PRECISIONS.items():
-        h, w = hidden.to(dtype), weight.to(dtype)
-        exact = [h.double().requires_grad_(), w.double().requires_grad_()]
-        logps = reference.linear_logprobs(*exact, targets)
-        sums = reference.sequence_logps(logps, cu_seqlens).view(2, 4)
-        ref_logps = sums.detach() + noise
-        options = {"loss_type": "exo-rw", "beta_r": 1.0}
-        group_loss(sums, ref_logps, rewards, **options).backward()
-        for method in ("full-logits", "cce", "exo_fast"):
-            inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
-            operation(method)(*inputs, targets, cu_seqlens, ref_logps, rewards, **options)[0].backward()
-            with torch.no_grad():
-                error = token_logps_of(method)(*inputs, targets).double() - logps.detach()
-            relative = [
-                ((a.grad.double() - b.grad).norm() / b.grad.norm()).item() for a, b in zip(inputs, exact, strict=False)
-            ]
-            rows.append(
-                {
-                    "method": method,
-                    "precision": precision,
-                    "logprob_rms": error.square().mean().sqrt().item(),
-                    "logprob_sum": error.sum().abs().item(),
-                    "dH": relative[0],
-                    "dW": relative[1],
-                }
-            )
-    return rows
+PROBLEM = ("operation", "width", "vocab", "precision", "candidates", "completion", "tokens", "work")
 
 
-@torch.no_grad()
-def real_inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, D), head weight (V, D) and next tokens (N,) of the demo model over reviews laid end to end, fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+def summary(rows: list[dict]) -> dict:
+    """Product rates of each head and dtype (medians over the cases), and ours against the fastest peer by problem.
 
-    from exo_fast.head import final_hidden, read_head
-    from exo_fast.training import assets
-
-    logging.disable_progress_bar()
-    cache = assets.cache_dir()
-    path = assets.get_model(cache, lambda _: None)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(path),
-    )
-    text = "\n".join(review.text for review in assets.get_reviews(cache, lambda _: None)[:400])
-    ids = torch.tensor(tokenizer(text)["input_ids"][: tokens + 1])
-    hidden = [final_hidden(model, input_ids=part.unsqueeze(0))[0] for part in ids[:-1].split(256)]
-    return torch.cat(hidden), read_head(model).weight.detach(), ids[1:]
-
-
-def report(results: dict) -> str:
-    """The results as aligned text."""
-    floors = {(f["width"], f["vocab"], f["precision"]): f["seconds"] for f in results["floors"]}
-    rows = results["rows"]
-    cce = {_problem(row): row["seconds"] for row in rows if row["method"] == "cce" and "seconds" in row}
-    head = f"{'D x V':<13}{'dtype':<6}{'N':>6}  {'method':<15}{'seconds':>9}{'floor':>8}{'/CCE':>7}{'scratch MB':>12}"
-    lines = [head, "-" * len(head)]
-    for row in rows:
-        start = f"{row['width']}x{row['vocab']:<9}{row['precision']:<6}{row['tokens']:>6}  {row['method']:<15}"
-        if "seconds" not in row:
-            lines.append(f"{start}  {row['skipped']}")
-            continue
-        floor = floors.get((row["width"], row["vocab"], row["precision"]))
-        share = f"{floor[str(row['tokens'])] / row['seconds']:.2f}" if floor else ""
-        ratio = f"{row['seconds'] / cce[_problem(row)]:.2f}" if _problem(row) in cce else ""
-        lines.append(f"{start}{row['seconds']:>9.3f}{share:>8}{ratio:>7}{row['scratch_mb']:>12.0f}")
-    lines += ["", f"{'error against float64':<24}{'log-prob rms':>14}{'sum, nats':>12}{'dH':>10}{'dW':>10}"]
-    for row in results["accuracy"]:
-        lines.append(
-            f"{row['method']:<18}{row['precision']:<6}{row['logprob_rms']:>14.1e}{row['logprob_sum']:>12.1e}"
-            f"{row['dH']:>10.1e}{row['dW']:>10.1e}"
-        )
-    return "\n".join(lines)
-
-
-def _problem(row: dict) -> tuple:
-    return row["width"], row["vocab"], row["precision"], row["tokens"]
-
-
-def apart(name: str, argument: dict, repeats: int = 1) -> dict | list[dict]:
-    """One measurement in a process of its own. Raises RuntimeError with its last words when it fails."""
-    command = [sys.executable, "-m", "exo_fast.benchmarks.op", "--worker", json.dumps([name, argument, repeats])]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{name} {argument} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="cases whose name (method/DxV/dtype/N) begins so"
-    )
-    parser.add_argument(
-        "--repeats", type=int, help="timed calls of each case [3 for the shortest N, 1 for the longest]"
-    )
-    parser.add_argument("--accuracy", action="store_true", help="only the errors against float64")
-    parser.add_argument(
-        "--output", type=Path, default=OUTPUT, help=f"JSON to write; other rows are kept [{OUTPUT.name}]"
-    )
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.worker:
-        name, argument, repeats = json.loads(options.worker)
-        work = {
-            "case": lambda: measure(Case(**argument), repeats),
-            "floor": lambda: measure_floor(**argument),
-            "accuracy": measure_accuracy,
+    `over_fastest` is our time over that of the fastest peer, `over_equal` over the fastest whose logits are float32
+    too. Both compare shares of the floor that each process measured, so that a drift of the machine's speed cancels.
+    """
+    timed = [row for row in rows if "seconds" in row]
+    rates: dict[tuple, list[dict]] = {}
+    by_problem: dict[tuple, list[dict]] = {}
+    for row in timed:
+        rates.setdefault((row["width"], row["vocab"], row["precision"]), []).append(row["gflops"])
+        by_problem.setdefault(problem_of(row), []).append(row)
+    floors = [
+        {
+            "width": width,
+            "vocab": vocab,
+            "precision": precision,
+            "gflops": {
+                name: round(statistics.median(values), 1)
+                for name in problems.PRODUCTS["both"]
+                if (values := [r[name] for r in measured if name in r])
+            },
         }
-        print(json.dumps(work[name]()))
-        return 0
-    cases = [c for c in all_cases() if not options.only or any(str(c).startswith(text) for text in options.only)]
-    if not cases:
-        parser.error(f"--only {options.only}: no case begins so, such as {all_cases()[0]}")
-
-    from tqdm import tqdm
-
-    from exo_fast.training import assets
-
-    assets.get_model(assets.cache_dir())
-    old = json.loads(options.output.read_text()) if options.output.exists() else {}
-    rows = {str(_case(row)): row for row in old.get("rows", [])}
-    floors = {str(_floor_key(floor)): floor for floor in old.get("floors", [])}
-    accuracy = old.get("accuracy", [])
-
-    def save() -> dict:
-        ordered = [rows[str(case)] for case in all_cases() if str(case) in rows]
-        results = {
-            **machine.describe(),
-            "task": {"candidates": CANDIDATES, "completion": COMPLETION, "loss_type": "exo-rw"},
-            "floors": list(floors.values()),
-            "accuracy": accuracy,
-            "rows": ordered,
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
-        return results
-
-    if options.accuracy or not options.only:
-        accuracy = apart("accuracy", {})
-        save()
-    with tqdm([] if options.accuracy else cases, unit="case") as bar:
-        for case in bar:
-            bar.set_postfix_str(str(case))
-            key = {"width": case.width, "vocab": case.vocab, "precision": case.precision}
-            if (case.method == "full-logits" and case.tokens == TOKENS[0]) or str(_floor_key(key)) not in floors:
-                floors[str(_floor_key(key))] = apart("floor", key)
-            repeats = options.repeats or (5 if case.tokens == TOKENS[0] else 3 if case.tokens == TOKENS[1] else 1)
-            why = impossible(case)
-            rows[str(case)] = {**asdict(case), "skipped": why} if why else apart("case", asdict(case), repeats)
-            save()
-    print(report(save()))
-    print(f"\nwritten to {options.output}")
-    return 0
+        for (width, vocab, precision), measured in rates.items()
+    ]
+    return {"floors": floors, "comparisons": [_compare(p, same) for p, same in by_problem.items() if _ours(same)]}
 
 
-def _case(row: dict) -> Case:
-    return Case(**{name: row[name] for name in ("method", "width", "vocab", "precision", "tokens")})
+def problem_of(row: dict) -> tuple:
+    """What rows that may be compared have in common."""
+    return tuple(row[name] for name in PROBLEM)
 
 
-def _floor_key(row: dict) -> tuple:
-    return row["width"], row["vocab"], row["precision"]
+def _ours(rows: list[dict]) -> dict | None:
+    return next((row for row in rows if row["method"] == OURS), None)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _compare(problem: tuple, rows: list[dict]) -> dict:
+    ours = _ours(rows)
+    found = {**dict(zip(PROBLEM, problem, strict=True)), "seconds": ours["seconds"], "share": ours["share"]}
+    others = [row for row in rows if row is not ours]
+    for name, peers_of in (("fastest", others), ("equal", [row for row in others if row["float32_logits"]])):
+        if peers_of:
+            best = max(peers_of, key=lambda row: row["share"])
+            found |= {name: best["method"], f"over_{name}": round(best["share"] / ours["share"], 3)}
+    return found

@@ -2,62 +2,122 @@
 
 Every method is a function of the same inputs, hidden (N, D), weight (V, D), targets (N,), cu_seqlens (G·K + 1,) (on the
 CPU or with the others), ref_logps and rewards (G, K), and the options of `exo_fast.loss.group_loss`, to the same mean
-loss.
+loss and the log-probs it is made of.
 
     full-logits           one product, log_softmax, gather
     full-logits-compiled  the same under torch.compile
+    full-logits-fp32      the same on operands widened to float32, so that logits are not rounded to bf16; on a CPU the
+                          products of widened bf16 operands run in bf16 with float32 sums, which loses nothing
+    original              as the EXO repository computes it: logits divided by the temperature, log_softmax of all of
+                          them in the logits' dtype, its loss
+    trl                   the log-probs of TRL's trainers (`selective_log_softmax`) on full logits
+    checkpoint            as torchtune chunks it: 8 chunks of rows, here each under activation checkpointing, so that
+                          its logits are made again in backward
+    liger                 Liger's chunked DPO. Its one loss that others here compute too is exo_pair: pairs of equal
+                          length, and no reference log-probs from outside, so ref_logps must be 0. Chunks are of about
+                          1,024 rows, which is faster than its default of one pair
+    liger-compiled        the same under torch.compile, its default
     cce                   Apple's cut_cross_entropy with its defaults: small gradients dropped, and on a machine without
                           a GPU its implementation for those (impl="torch_compile")
-    cce-exact             the same with no gradient dropped
-    liger                 Liger's chunked DPO. Its one loss that others here compute too is exo_pair: pairs of equal
-                          length, and no reference log-probs from outside, so ref_logps must be 0. It forms
-                          gradients in forward, under no_grad too
+    cce-exact             the same with no gradient dropped, GPU only
+    cce-compiled          impl="torch_compile" on a GPU
+    cce-fp32              cce on operands widened to float32, as in full-logits-fp32, CPU only
     exo_fast              linear_group_loss: one pass
     exo_fast-chunked      the same on a GPU with the other schedule for bf16, logits in a chunk instead of U kept
     exo_fast-two-pass     linear_logprobs, then group_loss
 
-`unavailable` says why a method cannot run, such as a package that is not installed.
+`unavailable` says why a method cannot run, such as a package that is not installed. `settings` is the context that a
+method's forward and backward run in.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
 
 METHODS = (
-    "full-logits", "full-logits-compiled", "cce", "cce-exact", "liger",
+    "full-logits", "full-logits-compiled", "full-logits-fp32", "original", "trl", "checkpoint",
+    "liger", "liger-compiled", "cce", "cce-exact", "cce-compiled", "cce-fp32",
     "exo_fast", "exo_fast-chunked", "exo_fast-two-pass",
 )  # fmt: skip
-PACKAGES = {"cce": "cut_cross_entropy", "cce-exact": "cut_cross_entropy", "liger": "liger_kernel"}
+PACKAGES = {"cce": "cut_cross_entropy", "liger": "liger_kernel", "trl": "trl"}
+COMPILED = ("full-logits-compiled", "liger-compiled", "cce", "cce-fp32")  # on a CPU, where that is C++
+PAIRS_ONLY = ("liger", "liger-compiled")
+WITHOUT_TOKEN_LOGPS = ("original", "trl", "liger", "liger-compiled", "exo_fast-chunked")
+CHUNKS = 8  # torchtune's default
+LIGER_ROWS = 1024
+TEMPERATURE = 1.0
 Operation = Callable[..., tuple[Tensor, Tensor]]
 TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def unavailable(method: str, precision: str, device: str) -> str | None:
     """Why a method cannot run, None when it can."""
-    package = PACKAGES.get(method)
+    package = PACKAGES.get(method.split("-")[0])
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
-    if method.startswith("cce") and device == "cuda" and precision == "fp32":
+    if method in ("cce", "cce-exact") and device == "cuda" and precision == "fp32":
         return "the backward kernels of cut_cross_entropy take bf16 and fp16 only"
+    if method in ("cce-exact", "cce-compiled") and device != "cuda":
+        return "the same as cce where there is no GPU"
+    if method == "cce-fp32" and device == "cuda":
+        return "the backward kernels of cut_cross_entropy take bf16 and fp16 only"
+    if method.endswith("-fp32") and precision == "fp32":
+        return f"the same as {method.removesuffix('-fp32')} in fp32"
     if method == "exo_fast-chunked" and precision != "bf16":
         return "exo_fast has a choice of schedules in bf16 only"
+    if method in COMPILED and device == "cpu" and not cpp_compiler():
+        return "torch.compile needs a C++ compiler on a CPU: none is installed"
     return None
 
 
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use, None when there is none."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else ["g++", "c++", "clang++"])), None)
+
+
+def float32_logits(method: str, precision: str) -> bool:
+    """Whether a method's logits are never rounded to anything narrower than float32."""
+    return precision == "fp32" or method.startswith("exo_fast") or method.endswith("-fp32")
+
+
+@contextmanager
+def settings(method: str, precision: str, device: str) -> Iterator[None]:
+    """What a method's forward and backward run under, so that a peer of float32 logits is as fast as it can be."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if method.endswith("-fp32") and precision == "bf16" and device == "cpu":
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def operation(method: str) -> Operation:
-    """hidden, weight, targets, cu_seqlens, ref_logps, rewards -> loss, token or sequence log-probs."""
-    if method in ("liger", "exo_fast-chunked"):
-        return {"liger": liger, "exo_fast-chunked": chunked}[method]
-    if method.startswith("exo_fast") and method != "exo_fast-two-pass":
-        return linear_group_loss
+    """hidden, weight, targets, cu_seqlens, ref_logps, rewards -> loss, sequence log-probs (G, K)."""
+    special = {
+        "original": original,
+        "trl": trl,
+        "liger": functools.partial(liger, compiled=False),
+        "liger-compiled": liger,
+        "exo_fast": linear_group_loss,
+        "exo_fast-chunked": chunked,
+    }
+    if method in special:
+        return special[method]
 
     token_logps = token_logps_of(method)
 
@@ -77,17 +137,30 @@ def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def token_logps_of(method: str) -> TokenLogps:
-    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,), as the method computes them."""
+    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,), as the method computes them.
+
+    Raises KeyError for a method that has none.
+    """
     return {
         "full-logits": full_logits,
         "full-logits-compiled": compiled_full_logits,
+        "full-logits-fp32": wide_full_logits,
+        "checkpoint": checkpointed,
         "cce": cut_cross_entropy,
         "cce-exact": functools.partial(cut_cross_entropy, exact=True),
-    }.get(method, linear_logprobs)
+        "cce-compiled": functools.partial(cut_cross_entropy, compiled=True),
+        "cce-fp32": wide_cut_cross_entropy,
+        "exo_fast": linear_logprobs,
+        "exo_fast-two-pass": linear_logprobs,
+    }[method]
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def wide_full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return full_logits(hidden.float(), weight.float(), targets)
 
 
 def compiled_full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -99,15 +172,69 @@ def _compiled() -> TokenLogps:
     return torch.compile(full_logits, dynamic=False)
 
 
-def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, exact: bool = False) -> Tensor:
+def checkpointed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    parts = zip(hidden.chunk(CHUNKS), targets.chunk(CHUNKS), strict=True)
+    return torch.cat(
+        [checkpoint(full_logits, h, weight, y, use_reentrant=False, preserve_rng_state=False) for h, y in parts]
+    )
+
+
+def cut_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, exact: bool = False, compiled: bool = False
+) -> Tensor:
     from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
 
-    options: dict = {"impl": "cce" if hidden.is_cuda else "torch_compile"}
+    options: dict = {"impl": "cce" if hidden.is_cuda and not compiled else "torch_compile"}
     if exact and hidden.is_cuda:  # a name of its own in later versions
         options = (
             {"impl": "cce_exact"} if hasattr(LinearCrossEntropyImpl, "CCE_EXACT") else {**options, "filter_eps": None}
         )
     return -linear_cross_entropy(hidden, weight, targets, reduction="none", **options).float()
+
+
+def wide_cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return cut_cross_entropy(hidden.float(), weight.float(), targets)
+
+
+def original(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    *,
+    loss_type: str,
+    beta_pi: float = 0.1,
+    label_smoothing: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """exo-pref; sums of log-probs in float32, which flatters it in bf16."""
+    if loss_type != "exo-pref":
+        raise ValueError(f"loss_type={loss_type!r}: the peer computes exo-pref")
+    token_logps = ((hidden @ weight.T) / TEMPERATURE).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    sums = sequence_logps(token_logps.float(), cu_seqlens).view_as(ref_logps)
+    log_q = (beta_pi * (sums - ref_logps)).log_softmax(-1)
+    target = torch.full_like(log_q, label_smoothing / (log_q.shape[1] - 1))
+    target = target.scatter(1, rewards.argmax(1, keepdim=True), 1 - label_smoothing)
+    return (log_q.exp() * (log_q - target.log())).sum(-1).mean(), sums.detach()
+
+
+def trl(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Sequences of one length, (G·K, T), as its trainers hold them."""
+    from trl.trainer.utils import selective_log_softmax
+
+    sequences = ref_logps.numel()
+    logits = hidden.view(sequences, -1, hidden.shape[1]) @ weight.T
+    sums = selective_log_softmax(logits, targets.view(sequences, -1)).float().sum(1).view_as(ref_logps)
+    return group_loss(sums, ref_logps, rewards, **options), sums.detach()
 
 
 def chunked(*inputs: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -131,6 +258,7 @@ def liger(
     loss_type: str,
     beta_pi: float = 0.1,
     label_smoothing: float = 1e-3,
+    compiled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Pairs whose first candidate is the preferred one, all of one length; ref_logps 0."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
@@ -141,6 +269,8 @@ def liger(
         loss_type={"exo-pref": "exo_pair", "dpo-pref": "sigmoid"}[loss_type],
         label_smoothing=label_smoothing if loss_type == "exo-pref" else 0.0,
         use_ref_model=False,
+        compiled=compiled,
+        chunk_size=max(1, LIGER_ROWS * groups // len(hidden)),
     )
     # group by group -> all preferred, then all others
     rows = hidden.view(groups, 2, -1, hidden.shape[1]).transpose(0, 1).flatten(0, 1)

@@ -1,35 +1,128 @@
-"""benchmarks/op.py: its methods compute the same loss and gradients, and its report says what it was given."""
+"""benchmarks/op.py: which cases there are, what a measured row holds, and what the summary makes of rows."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from exo_fast.benchmarks import op
+from exo_fast.benchmarks import op, peers, problems
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["groups", "long"])
-def test_methods_agree(long: bool) -> None:
-    case = op.Case("exo_fast-long" if long else "exo_fast", 8, 101, "fp32", 512)
-    inputs = op.synthetic(case)
-    found = {}
-    for method in ("full-logits", case.method):
-        loss, sums = op.operation(method)(*inputs, loss_type="exo-rw")
-        found[method] = (loss, sums, *torch.autograd.grad(loss, inputs[:2]))
-    for a, b in zip(*found.values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_report_gives_ratio_and_share_of_the_floor() -> None:
-    problem = {"width": 576, "vocab": 49152, "precision": "fp32", "tokens": 2048}
-    results = {
-        "floors": [{**problem, "seconds": {"2048": 1.5}}],
-        "accuracy": [{"method": "cce", "precision": "bf16", "logprob_rms": 0.02, "logprob_sum": 0.5, "dH": 1, "dW": 2}],
-        "rows": [
-            {**problem, "method": "full-logits", "skipped": "needs 40 GB"},
-            {**problem, "method": "cce", "seconds": 4.0, "scratch_mb": 700},
-            {**problem, "method": "exo_fast", "seconds": 2.0, "scratch_mb": 250},
-        ],
+def tiny(**changes) -> op.Case:
+    fields = {
+        "method": "exo_fast",
+        "operation": "group_loss",
+        "width": 16,
+        "vocab": 512,
+        "precision": "fp32",
+        "candidates": 2,
+        "completion": 64,
+        "tokens": 256,
+        "work": "both",
     }
-    text = op.report(results)
-    assert "needs 40 GB" in text
-    ours = next(line for line in text.splitlines() if "exo_fast" in line).split()
-    assert ours[-4:] == ["2.000", "0.75", "0.50", "250"]
+    return op.Case(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_names_are_unique_and_problems_can_be_made(quick: bool) -> None:
+    cases = op.cases(quick)
+    assert len({str(case) for case in cases}) == len(cases)
+    for case in cases:
+        assert case.tokens % (case.candidates * case.completion) == 0
+        if case.method in peers.PAIRS_ONLY:
+            assert case.candidates == 2
+        if case.operation == "logprobs":
+            peers.token_logps_of(case.method)
+
+
+def test_every_method_is_timed_in_both_dtypes() -> None:
+    for precision in ("fp32", "bf16"):
+        timed = {c.method for c in op.cases() if c.precision == precision and c.tokens >= 8192 and c.work == "both"}
+        known = {m for m in peers.METHODS if peers.unavailable(m, precision, "cpu") is None}
+        assert timed == known - {"exo_fast-chunked", "exo_fast-two-pass"}
+
+
+def test_names() -> None:
+    assert str(tiny()) == "op/exo_fast/16x512/fp32/K2/N256/both"
+    assert str(tiny(completion=128)) == "op/exo_fast/16x512/fp32/K2x128/N256/both"
+    assert str(tiny(operation="logprobs", work="forward")) == "op/exo_fast/16x512/fp32/logprobs/N256/forward"
+
+
+@pytest.mark.parametrize("work", problems.WORK)
+@pytest.mark.parametrize("operation", problems.OPERATIONS)
+def test_a_row(operation: str, work: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(problems, "FLOOR_ROWS", 8)
+    row = op.measure(tiny(operation=operation, work=work), tmp_path)
+    assert 0 < row["seconds"] < 10
+    assert len(row["all_seconds"]) == problems.CALLS
+    assert row["share"] == pytest.approx(row["baseline_seconds"] / row["seconds"], abs=0.1)
+    assert set(row["gflops"]) == set(problems.PRODUCTS[work])
+    assert set(row["errors"]) == {"loss", "logps", *problems.PRODUCTS[work]} - {"logits"}
+    problems.prove("exo_fast", "fp32", row["errors"])
+    assert row["float32_logits"]
+
+
+def test_only_what_the_work_needs_gets_a_gradient() -> None:
+    for work, expected in (("forward", (False, False)), ("frozen", (True, False)), ("both", (True, True))):
+        case = tiny(work=work)
+        inputs = problems.make(case.problem).require(work)
+        call = op.step(case, inputs)
+        call()
+        assert tuple(t.grad is not None for t in (inputs.hidden, inputs.weight)) == (False, False)  # not the caller's
+        found = problems.errors("full-logits", "group_loss", work, inputs)
+        assert tuple(name in found for name in ("dH", "dW")) == expected
+
+
+def test_errors_of_a_long_group_are_of_one_that_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets = []
+    monkeypatch.setattr(problems, "errors", lambda *args: budgets.append(args[-1]) or {})
+    op.few_errors(tiny(completion=4096, tokens=8192))
+    op.few_errors(tiny())
+    assert budgets == [op.LONG_BUDGET * problems.ERROR_ROWS // 8192, None]
+
+
+def test_full_logits_that_do_not_fit_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problems, "free_bytes", lambda: 20e9)
+    large = {"width": 640, "vocab": 262144, "tokens": 32768}
+    assert op.impossible(tiny(**large)) is None
+    assert op.impossible(tiny(**large, method="full-logits")) == "needs about 112 GB, 20 GB are free"
+    assert op.impossible(tiny(method="full-logits")) is None
+
+
+def row(method: str, seconds: float, share: float, precision: str = "bf16", **changes) -> dict:
+    found = {**vars(tiny(method=method, precision=precision)), "seconds": seconds, "share": share}
+    rounded = precision == "bf16" and method == "cce"
+    return {**found, "gflops": {"logits": 100 * share}, "float32_logits": not rounded, **changes}
+
+
+def test_summary_compares_with_the_fastest_and_the_fastest_of_float32_logits() -> None:
+    rows = [
+        row("exo_fast", 2.0, 0.8),
+        row("cce", 1.9, 0.9),
+        row("full-logits-fp32", 4.0, 0.4),
+        row("full-logits", 1.0, 0.9, precision="fp32"),
+        {**vars(tiny(method="liger")), "skipped": "liger_kernel is not installed"},
+    ]
+    summary = op.summary(rows)
+    (comparison,) = summary["comparisons"]
+    assert (comparison["fastest"], comparison["over_fastest"]) == ("cce", 1.125)
+    assert (comparison["equal"], comparison["over_equal"]) == ("full-logits-fp32", 0.5)
+    assert [(f["precision"], f["gflops"]) for f in summary["floors"]] == [
+        ("bf16", {"logits": 80.0}),
+        ("fp32", {"logits": 90.0}),
+    ]
+
+
+def test_the_floor_is_of_the_products_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problems, "FLOOR_ROWS", 10)
+    floor = problems.Floor(problems.make(tiny().problem))
+    floor.times = {"logits": [1.0, 3.0, 2.0], "dH": [1.0], "dW": [4.0]}
+    assert [floor.seconds(20, work) for work in problems.WORK] == [4.0, 6.0, 14.0]
+    assert floor.gflops["dW"] == pytest.approx(2 * 10 * 16 * 512 / 4e9, abs=0.1)
+
+
+def test_peak_counts_what_a_call_held() -> None:
+    peak = problems.Peak()
+    block = torch.ones(10_000_000)
+    del block
+    assert 39 < peak.mb() < 60
