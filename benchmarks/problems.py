@@ -1,8 +1,9 @@
 """What the operation is timed on, what it is compared with, and how: problems, errors against float64, floors, timing.
 
-A problem is hidden states and a head of Gaussian numbers, so that logits have a standard deviation of `LOGIT_STD`, in
-G groups of K candidates of one length, the first of each preferred, and reference log-probs of 0 (Liger's chunked loss
-takes no others). Two operations are defined on it:
+A problem is hidden states and a head of Gaussian numbers, made so that logits are like those of SmolLM2-135M on text
+(a standard deviation of 3.5 within a row, a largest logit of about 16, targets of about 13), for rounding hurts large
+logits; in G groups of K candidates of one length, the first of each preferred, and reference log-probs of 0 (Liger's
+chunked loss takes no others). Two operations are defined on it:
 
     group_loss  the exo-pref loss of the groups (arXiv 2402.00856)
     logprobs    Σ_t a_t ℓ_t of the per-token log-probs with fixed Gaussian a_t
@@ -38,8 +39,9 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 OPERATIONS = ("group_loss", "logprobs")
 WORK = ("forward", "frozen", "both")
 PRODUCTS = {"forward": ("logits",), "frozen": ("logits", "dH"), "both": ("logits", "dH", "dW")}
-LOSS = {"loss_type": "exo-pref", "beta_pi": 0.1, "label_smoothing": 1e-3}
-LOGIT_STD = 2.0
+# A small beta_pi: with 0.1 two sequences of thousands of tokens of random log-probs would have no gradient.
+LOSS = {"loss_type": "exo-pref", "beta_pi": 0.01, "label_smoothing": 1e-3}
+LOGIT_STD, TARGET_LOGIT = 3.5, 13.0
 ERROR_ROWS = 256
 # Errors that still count as computing the same: of the loss, dH and dW relative, of log-probs in nats a token. In bf16
 # operands are rounded to 8 bits, and most peers round logits of up to 10 as well.
@@ -106,10 +108,14 @@ def make(problem: Problem, on: str = "cpu") -> Inputs:
             part.copy_(torch.randn(part.shape, generator=g, device=on).mul_(std))
         return out
 
+    hidden, weight = normal(problem.tokens, 1.0), normal(problem.vocab, LOGIT_STD * problem.width**-0.5)
+    targets = torch.randint(problem.vocab, (problem.tokens,), generator=g, device=on)
+    for rows, chosen in zip(hidden.split(16384), targets.split(16384), strict=True):
+        rows.add_(weight[chosen], alpha=TARGET_LOGIT / LOGIT_STD**2)  # a head's row times itself is about LOGIT_STD²
     return Inputs(
-        hidden=normal(problem.tokens, 1.0),
-        weight=normal(problem.vocab, LOGIT_STD * problem.width**-0.5),
-        targets=torch.randint(problem.vocab, (problem.tokens,), generator=g, device=on),
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
         cu_seqlens=torch.arange(0, problem.tokens + 1, problem.completion),
         ref_logps=torch.zeros(groups, problem.candidates, device=on),
         rewards=torch.eye(problem.candidates, device=on)[0].repeat(groups, 1),
