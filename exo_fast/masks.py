@@ -3,8 +3,9 @@
 In a packed row (see `exo_fast.layout`) token i sees token j iff both are of one group, j is not after i,
 and j is in the prompt or in i's own candidate. No model is patched: a transformers model takes its
 attention mask ready-made, as a 4-D additive tensor (eager, SDPA) or as a FlexAttention `BlockMask`, next to
-`position_ids` that restart with every candidate. A sliding window is cut on positions, pos_i − pos_j <
-window: indices in a row of several candidates are not distances in the text.
+`position_ids` that restart with every candidate; `exo_fast.attention` makes SDPA on CPU skip what the tensor
+masks. A sliding window is cut on positions, pos_i − pos_j < window: indices in a row of several candidates
+are not distances in the text.
 
 A layer that carries a state along the row, or derives distances from a 2-D mask or from indices, cannot be
 told any of this. `plan_mask` therefore says yes to model types whose shared and unshared results the tests
@@ -19,10 +20,13 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+from exo_fast.attention import SharedPromptMask, spans, worthwhile
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -173,7 +177,8 @@ def model_inputs(
     Unshared rows are ordinary right-padded ones: input_ids and a 2-D attention_mask (B, T). Rows with
     shared prompts come with position_ids (B, T) and the plan's mask: (B, 1, T, T) of `dtype`, the model's
     compute dtype, 0 where a token is seen and the lowest finite value where not, or a BlockMask when
-    `attn_implementation` is "flex_attention", or a dict of either by layer type.
+    `attn_implementation` is "flex_attention", or a dict of either by layer type. For "sdpa" on CPU the mask
+    may be a `exo_fast.attention.SharedPromptMask`, which has the values only where something asks for them.
 
     Raises ValueError for shared rows when the plan refuses sharing or the attention implementation reads no
     such mask.
@@ -194,11 +199,20 @@ def model_inputs(
     position_ids = packed.position_ids.to(device, non_blocking=True)
     segments = (packed.group_ids.to(device), packed.candidate_ids.to(device), position_ids)
 
+    in_parts = attn_implementation == "sdpa" and input_ids.device.type == "cpu"
+    rows = spans(*segments[:2]) if in_parts else None
+    if rows is not None and not worthwhile(rows, input_ids.shape):
+        rows = None
+    longest = int(position_ids.max()) + 1 if in_parts else 0
+
     def mask(window: int | None) -> Tensor | BlockMask:
         mask_mod = sees(*segments, window)
         if attn_implementation == "flex_attention":
             return _block_mask(mask_mod, input_ids.shape, input_ids.device)
-        return additive_mask(mask_mod, input_ids.shape, dtype, input_ids.device)
+        dense = partial(additive_mask, mask_mod, input_ids.shape, dtype, input_ids.device)
+        if rows is None or (window is not None and window < longest):
+            return dense()
+        return SharedPromptMask(rows, input_ids.shape, dtype, dense)
 
     attention_mask: Any
     if plan.kind == "by_layer":
