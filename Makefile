@@ -11,7 +11,7 @@ help:
 	@echo "make reviews     the whole pipeline on real reviews, four losses compared, in runs/reviews/evaluation/report.md"
 	@echo "make test        all tests"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
-	@echo "make bench       make bench-op and make bench-step (results in benchmarks/results)"
+	@echo "make bench       all benchmarks, 45 minutes: results in benchmarks/results, tables in docs/performance.md"
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
 	@echo "make lint        ruff, check only;  make format rewrites"
 
@@ -35,13 +35,13 @@ test: $(VENV)/.ready
 certify: $(VENV)/.ready
 	env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certify --markdown docs/certification.md
 
-bench: bench-op bench-step
+# One suite alone: make bench-op. What an interrupted run left out: make bench CONTINUE=--continue.
+bench: $(VENV)/.ready
+	$(BIN)/exo-fast bench all --output_dir benchmarks/results $(CONTINUE); status=$$?; \
+	$(BIN)/python -m exo_fast.benchmarks.report && exit $$status
 
-bench-op: $(VENV)/.ready
-	$(BIN)/python -m exo_fast.benchmarks.op
-
-bench-step: $(VENV)/.ready
-	$(BIN)/python -m exo_fast.benchmarks.step
+bench-op bench-step: bench-%: $(VENV)/.ready
+	$(BIN)/exo-fast bench $* --output_dir benchmarks/results $(CONTINUE)
 
 roofline: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.roofline --markdown docs/gpu-analysis.md docs/performance.md

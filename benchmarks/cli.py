@@ -58,7 +58,10 @@ def main(argv: Sequence[str]) -> int:
     if options.report:
         from exo_fast.benchmarks import report
 
-        report.beside(options.output_dir)
+        page = options.output_dir / "report.md"
+        page.unlink(missing_ok=True)
+        report.write(options.output_dir, page, options.output_dir)
+        print(f"report in {page}")
     if options.compare:
         status = max(status, _compare(old, options, ran))
     return status

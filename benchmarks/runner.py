@@ -58,6 +58,8 @@ def run_suite(
 
     from tqdm import tqdm
 
+    if hasattr(suite, "prepare"):
+        suite.prepare()
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"exo-fast-bench-{suite.NAME}-") as workdir:
         extras = in_process(suite, worker.EXTRAS, workdir) if hasattr(suite, "extras") else {}
@@ -138,7 +140,7 @@ def with_baselines(suite: ModuleType, cases: Sequence[Any], among: Sequence[Any]
 def _add_baseline(suite: ModuleType, case: Any, rows: dict[str, dict]) -> None:
     name = suite.baseline(case) if hasattr(suite, "baseline") else None
     row = rows[str(case)]
-    if name in rows and "seconds" in rows[name] and "seconds" in row:
+    if name != str(case) and "seconds" in rows.get(name, {}) and "seconds" in row:
         row["baseline_seconds"] = rows[name]["seconds"]
 
 

@@ -11,6 +11,7 @@ A suite is a module with
 
 and may have
 
+    prepare() -> None                     once a run, in the runner's process: fetch what cases need, and say so
     baseline(case) -> str | None          the name of the case of the same problem whose time is its yardstick
     extras(workdir: Path) -> dict         measured once a run, in a process of its own, before the first case; stored
                                           beside the rows (such as {"bandwidth_gbs": 21.3})

@@ -1,0 +1,304 @@
+"""Tables and plots of the results of `exo-fast bench`.
+
+    python -m exo_fast.benchmarks.report                       benchmarks/results → docs/performance.md and docs/images
+    python -m exo_fast.benchmarks.report --results runs/bench --page runs/bench/report.md --images runs/bench
+
+A section stands between `<!-- bench: NAME -->` and `<!-- end -->`: its plot, how to read it, its table, and the
+command, machine, versions and date that it is from. A page that does not exist is made with all sections.
+`tests/benchmarks/test_report.py` holds the docs to the results that lie in the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exo_fast.benchmarks import compare, plots
+from exo_fast.benchmarks.machine import REPOSITORY
+from exo_fast.benchmarks.provenance import MODELS, OURS, WORK, grouped, provenance
+from exo_fast.benchmarks.step import CENTRE, LENGTH
+from exo_fast.benchmarks.tables import markdown, rewrite
+
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PAGE = REPOSITORY / "docs" / "performance.md"
+IMAGES = REPOSITORY / "docs" / "images"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table, and what belongs to it."""
+
+    suite: str
+    title: str
+    note: str  # how to read it
+    make: Callable[[dict], str]  # results of the suite → the table; "" when they have nothing for it
+    plot: Callable[[dict, Path], None] | None = None  # results of the suite, PNG to write
+
+
+def sections(results: dict[str, dict], images: str) -> dict[str, str]:
+    """{name of the section: its text}, of the suites that have results. `images`: where the page finds its plots."""
+    made = {}
+    for name, section in SECTIONS.items():
+        table = section.make(results[section.suite]) if section.suite in results else ""
+        if table:
+            plot = [f"![{section.title}]({images}{_png(name)})"] if section.plot else []
+            made[name] = "\n\n".join([*plot, section.note, table, provenance(results[section.suite])])
+    return made
+
+
+def draw(results: dict[str, dict], names: Iterable[str], folder: Path) -> list[Path]:
+    """The plots of these sections, as PNG."""
+    drawn = []
+    for name in names:
+        section = SECTIONS[name]
+        if section.plot:
+            path = folder / _png(name)
+            section.plot(results[section.suite], path)
+            drawn.append(path)
+    return drawn
+
+
+def _png(name: str) -> str:
+    return f"bench-{name}.png"
+
+
+# The operation
+
+
+def _op(results: dict) -> str:
+    rates = {_head(floor): floor["gflops"] for floor in results.get("summary", {}).get("floors", [])}
+    blocks = []
+    for head, rows in grouped(results["rows"], _head):
+        title = f"**{MODELS.get(head[:2], 'Head')}, {head[0]:,} × {head[1]:,}, {head[2]}**"
+        if head in rates:
+            title += " (products: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates[head].items()) + " GF/s)"
+        cce = {_problem(row): row for row in rows if row["method"] == "cce" and "seconds" in row}
+        lines = [_op_line(row, cce.get(_problem(row)), head[2] == "bf16") for row in rows if "seconds" in row]
+        header = ["problem", "method", *(["logits"] if head[2] == "bf16" else []), "seconds", "of floor", "/ CCE"]
+        header += ["scratch, MB", "log-prob, nats", "loss", "dH", "dW"]
+        if lines:
+            blocks.append(f"{title}\n\n{markdown(header, lines, left=3 if head[2] == 'bf16' else 2)}")
+    return "\n\n".join(blocks + _left_out(results["rows"]))
+
+
+def _op_line(row: dict, cce: dict | None, narrow: bool) -> list[str]:
+    errors = row["errors"]
+    return [
+        problem_name(row),
+        _strong(row["method"], row["method"] == OURS),
+        *(["fp32" if row["float32_logits"] else "rounded"] if narrow else []),
+        f"{row['seconds']:.2f}",
+        f"{row['share']:.2f}",
+        f"{cce['share'] / row['share']:.2f}" if cce else "",
+        f"{row['scratch_mb']:,.0f}",
+        *(_error(errors.get(name)) for name in ("logps", "loss", "dH", "dW")),
+    ]
+
+
+def problem_name(row: dict) -> str:
+    """What the operation was asked for in a row: "K = 4, N = 8,192, dH"."""
+    tokens = f"N = {row['tokens']:,}"
+    if row["operation"] == "logprobs":
+        return f"log-probs, {tokens}, {WORK[row['work']]}"
+    long = f" × {row['completion']:,}" if row["completion"] > 1000 else ""
+    return f"K = {row['candidates']}{long}, {tokens}, {WORK[row['work']]}"
+
+
+def _op_claims(results: dict) -> str:
+    lines = []
+    for found in results["summary"]["comparisons"]:
+        if "fastest" not in found:
+            continue
+        lines.append(
+            [
+                f"{found['width']:,} × {found['vocab']:,}",
+                found["precision"],
+                problem_name(found),
+                f"{found['share']:.2f}",
+                found["fastest"],
+                f"{found['over_fastest']:.2f}",
+                found.get("equal", ""),
+                f"{found['over_equal']:.2f}" if "equal" in found else "",
+            ]
+        )
+    header = ["head", "dtype", "problem", "of floor", "fastest peer", "ours / it", "with float32 logits", "ours / it"]
+    return markdown(header, lines, left=3)
+
+
+# The step
+
+
+def _step(results: dict) -> str:
+    blocks = []
+    for precision, rows in grouped(results["rows"], lambda row: row["precision"]):
+        ours = {_step_problem(row): row for row in rows if row["style"] == OURS and "seconds" in row}
+        lines = []
+        for row in rows:
+            if "seconds" not in row:
+                continue
+            best = ours.get(_step_problem(row))
+            lines.append(
+                [
+                    f"K = {row['candidates']}, {row['prompt']} + {row['completion']}",
+                    _strong(row["style"], row["style"] == OURS),
+                    f"{row['seconds']:.2f}",
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['peak_mb']:,.0f}",
+                    f"{row['seconds'] / best['seconds']:.2f}" if best else "",
+                    f"{row['peak_mb'] / best['peak_mb']:.2f}" if best else "",
+                    _error(row["errors"]["loss"]),
+                    _error(row["errors"]["gradient"]),
+                ]
+            )
+        header = ["prompt + completion", "style", "s/step", "tokens/s", "peak, MB", "× exo_fast", "× its memory"]
+        if lines:
+            table = markdown([*header, "error, loss", "error, gradient"], lines, left=2)
+            blocks.append(f"**{precision}**\n\n{table}")
+    return "\n\n".join(blocks + _left_out(results["rows"]))
+
+
+def _ablation(results: dict) -> str:
+    rungs, without = results["summary"]["ladder"], results["summary"]["without"]
+    if not rungs:
+        return "The steps from the original to ours were not all measured."
+    first = rungs[0]["seconds"]
+    lines = [
+        [
+            f"+ {rung['part']}" if rung["part"] else "the original's step",
+            f"{rung['seconds']:.2f}",
+            f"{rung['gain']:.2f}" if rung["part"] else "",
+            f"{first / rung['seconds']:.2f}",
+            f"{rung['peak_mb']:,.0f}",
+            f"{without[rung['part']]['time']:.2f}" if rung["part"] in without else "",
+        ]
+        for rung in rungs
+    ]
+    header = ["", "s/step", "× by this part", "× in all", "peak, MB", "ours without it, ×"]
+    return markdown(header, lines)
+
+
+# What every table has in common
+
+
+def _head(row: dict) -> tuple:
+    return row["width"], row["vocab"], row["precision"]
+
+
+def _problem(row: dict) -> tuple:
+    return tuple(row[name] for name in ("operation", "candidates", "completion", "tokens", "work"))
+
+
+def _step_problem(row: dict) -> tuple:
+    return row["candidates"], row["prompt"], row["completion"]
+
+
+def _strong(text: str, strong: bool) -> str:
+    return f"**{text}**" if strong else text
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"
+
+
+def _left_out(rows: Iterable[dict]) -> list[str]:
+    """A paragraph that names the cases without a measurement, by the reason, or none."""
+
+    def reason(row: dict) -> str:
+        return row.get("skipped") or f"failed: {row['failed']}"
+
+    missing = grouped((row for row in rows if "skipped" in row or "failed" in row), reason)
+    listed = [f"{', '.join(row['name'] for row in same)} ({why})" for why, same in missing]
+    return [f"Not measured: {'; '.join(listed)}."] if listed else []
+
+
+def _text(lines: str) -> str:
+    return " ".join(lines.split())
+
+
+SECTIONS = {
+    "op-claims": Section(
+        "op",
+        "The operation: ours against the fastest peers",
+        _text("""
+            Ours against the fastest peer of each problem, and against the fastest whose logits are float32 too. *of
+            floor*: the time of the matrix products alone, at rates measured in the same process, over our time. *ours /
+            it*: our time over the peer's, both taken as multiples of their own floor, so that a drift of the machine
+            cancels; below 1 ours is faster. In the plot: every method on one problem of each head.
+        """),
+        _op_claims,
+        plots.operation,
+    ),
+    "op": Section(
+        "op",
+        "The operation: every measurement",
+        _text("""
+            Hidden states and head to the loss and the gradients named. *of floor*: products alone over the time; */
+            CCE*: time over that of Apple CCE, both as multiples of their floor; *scratch*: peak memory above inputs, dH
+            and a float32 dW; then errors against float64 on few rows of the same head: of log-probs (root mean square,
+            nats), and of the loss, dH and dW (relative).
+        """),
+        _op,
+    ),
+    "step": Section(
+        "step",
+        "A training step",
+        _text("""
+            The 135M demo model, 8 sequences of 256 tokens, a process for each case. *original*: padded to 512, full
+            logits, the reference in every step; *full-logits*: no padding; *full-logits-cached*: the reference's
+            log-probs known; *trl*: DPOTrainer, loss_type exo_pair, with gradient checkpointing, *trl-plain* without,
+            *trl-cached* with reference log-probs computed beforehand; *exo_fast*: shared prompt, fused head, reference
+            log-probs known; *exo_fast-reference*: with the reference in the step; *-unshared*, *-unfused*: without
+            that part. *tokens/s*: of completions. *peak*: above the loaded models. Errors of the first step's loss and
+            gradient against float64 of the same weights, relative.
+        """),
+        _step,
+        plots.step,
+    ),
+    "ablation": Section(
+        "step",
+        "What each part gives",
+        _text(f"""
+            K = {CENTRE[0]}, {CENTRE[1]} + {LENGTH - CENTRE[1]} tokens, bf16: from the original's step to ours, one part
+            added after another; and ours without one part.
+        """),
+        _ablation,
+        plots.ablation,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files [benchmarks/results]")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page to write to [docs/performance.md]")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of plots [docs/images]")
+    options = parser.parse_args(argv)
+    written = write(options.results, options.page, options.images)
+    print("Written: " + ", ".join(str(path) for path in written))
+    return 0
+
+
+def write(folder: Path, page: Path, images: Path) -> list[Path]:
+    """Results of a folder → sections of a page (made when there is none) and plots. Returns what was written."""
+    results = compare.read_results(folder)
+    where = Path(os.path.relpath(images, page.parent)).as_posix()
+    made = sections(results, "" if where == "." else f"{where}/")
+    if not page.exists():
+        page.write_text(_empty_page(made))
+    rewrite(page, "bench", made)
+    images.mkdir(parents=True, exist_ok=True)
+    return [page, *draw(results, made, images)]
+
+
+def _empty_page(names: Iterable[str]) -> str:
+    parts = [f"## {SECTIONS[name].title}\n\n<!-- bench: {name} -->\n<!-- end -->\n" for name in names]
+    return "\n".join(["# Benchmarks of exo_fast\n", *parts])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The report says what its results say, and the docs show the report of the results in the repository."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from exo_fast.benchmarks import cli, compare, machine, op, report, runner, step
+from exo_fast.benchmarks.tables import block
+
+SPEED = {"exo_fast": 1.0, "cce": 1.25, "full-logits": 2.0, "original": 9.0}
+
+
+def results(suite, measured) -> dict:
+    """What a run of all cases of a suite writes, with made-up measurements."""
+    rows = [{"name": str(case), **asdict(case), **measured(case)} for case in suite.cases()]
+    return {**machine.describe(), "suite": suite.NAME, "quick": False, "rows": rows, "summary": suite.summary(rows)}
+
+
+def op_row(case: op.Case) -> dict:
+    if case.method == "liger":
+        return {"skipped": "liger_kernel is not installed"}
+    floor = case.tokens * case.width * case.vocab / 2e10
+    seconds = floor * SPEED.get(case.method, 3.0) * (1.1 if case.precision == "fp32" else 1.3)
+    return {
+        "seconds": seconds,
+        "all_seconds": [seconds] * 3,
+        "peak_mb": 900.0,
+        "scratch_mb": 250.0,
+        "errors": {"loss": 1e-6, "logps": 2e-6, "dH": 3e-6, "dW": 4e-6},
+        "baseline_seconds": floor,
+        "share": floor / seconds,
+        "gflops": {"logits": 310.0, "dH": 330.0, "dW": 324.0},
+        "float32_logits": case.precision == "fp32" or case.method == "exo_fast",
+    }
+
+
+def step_row(case: step.Case) -> dict:
+    seconds = SPEED.get(case.style, 1.5) * case.prompt / 100
+    return {
+        "seconds": seconds,
+        "all_seconds": [seconds] * 3,
+        "tokens_per_second": 8 * case.completion / seconds,
+        "peak_mb": 1000 * SPEED.get(case.style, 1.5),
+        "errors": {"loss": 1e-3, "gradient": 2e-3},
+    }
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, dict]:
+    return {"op": results(op, op_row), "step": results(step, step_row)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, made: dict[str, dict]) -> Path:
+    for name, found in made.items():
+        runner.write(tmp_path / f"{name}.json", found)
+    return tmp_path
+
+
+def test_every_measured_row_is_in_a_table_and_the_others_are_named(made: dict[str, dict]) -> None:
+    text = report.sections(made, "")["op"]
+    tables = [
+        line for line in text.splitlines() if line.startswith("| ") and "seconds" not in line and "---" not in line
+    ]
+    assert len(tables) == sum("seconds" in row for row in made["op"]["rows"])
+    skipped = [row["name"] for row in made["op"]["rows"] if "skipped" in row]
+    assert f"Not measured: {', '.join(skipped)} (liger_kernel is not installed)." in text
+    assert all(f"{row['seconds']:.2f}" in text for row in made["op"]["rows"] if "seconds" in row)
+
+
+def test_ratios_are_time_over_the_peers(made: dict[str, dict]) -> None:
+    line = next(
+        line
+        for line in report.sections(made, "")["op"].splitlines()
+        if "K = 2, N = 8,192, dH + dW | **exo_fast**" in line
+    )
+    assert [cell.strip() for cell in line.split("|")[4:7]] == ["0.91", "0.80", "250"]  # 1 / 1.1 of the floor, 1 / 1.25
+    claims = report.sections(made, "")["op-claims"]
+    assert "| 576 × 49,152 | fp32 | K = 2, N = 8,192, dH + dW | 0.91 | cce | 0.80 | cce | 0.80 |" in claims
+    steps = report.sections(made, "")["step"]
+    assert re.search(
+        r"\| K = 8, 205 \+ 51 \| original \| 18.45 \| 22 \| 9,000 \| 9.00 \| 9.00 \| 1e-03 \| 2e-03 \|", steps
+    )
+    assert "| + shared prompt | 1.28 | 1.50 | 9.00 | 1,000 |" in report.sections(made, "")["ablation"]
+
+
+def test_sections_say_what_they_are_from(made: dict[str, dict]) -> None:
+    old = json.loads(json.dumps(made["step"]))
+    old["rows"][0]["run"] = {"date": "2025-01-02T03:04:05+00:00", "commit": "abc", "command": "x"}
+    for text in report.sections({"step": old}, "").values():
+        last = text.splitlines()[-1]
+        assert f"`{old['command']}` · {old['date'][:10]} · commit {old['commit']} · " in last
+        assert f"torch {old['versions']['torch']}, transformers" in last
+        assert last.endswith("1 rows of earlier runs (2025-01-02)")
+
+
+def test_report_is_a_page_with_plots(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "report.md").write_text("an older one")
+    assert cli.main(["--report", "--output_dir", str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    found = compare.read_results(folder)
+    for name, text in report.sections(found, "").items():
+        assert block("bench", name).search(page)[2] == f"{text}\n"
+    pictures = re.findall(r"!\[.*\]\((.*)\)", page)
+    assert len(pictures) == sum(bool(section.plot) for section in report.SECTIONS.values())
+    for picture in pictures:
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_rewrites_what_lies_between_the_marks(folder: Path) -> None:
+    page = folder / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- bench: step -->\nold\n<!-- end -->\nafter\n")
+    images = folder / "docs" / "images"
+    assert report.main(["--results", str(folder), "--page", str(page), "--images", str(images)]) == 0
+    text = report.sections(compare.read_results(folder), "images/")["step"]
+    assert page.read_text() == f"before\n<!-- bench: step -->\n{text}\n<!-- end -->\nafter\n"
+    assert (images / "bench-step.png").is_file()
+
+
+def test_docs_show_the_results_in_the_repository() -> None:
+    recorded = compare.read_results(report.RESULTS)
+    page = report.PAGE.read_text()
+    shown = report.sections(recorded, "images/")
+    assert set(re.findall(r"<!-- bench: (\S+) -->", page)) == set(report.SECTIONS)
+    for name, text in shown.items():
+        assert block("bench", name).search(page)[2] == f"{text}\n", f"run python -m exo_fast.benchmarks.report: {name}"
+        if report.SECTIONS[name].plot:
+            assert (report.IMAGES / f"bench-{name}.png").is_file()
