@@ -1,0 +1,274 @@
+"""Data and what surrounds the model: rows read, tokenised and packed a second, and where an epoch goes.
+
+    exo-fast bench data
+    exo-fast bench data --only epoch
+
+read, tokenise and pack are of rows of movie reviews, K = 4 candidates each; what they are compared with is the least
+that the same rows need: their JSON parsed, their texts given to the tokenizer in one call, and their ids made into one
+tensor. An epoch is a run of `exo-fast align` on DeepSpeed, from its configuration to the saved model (epoch_profile
+says how its stages are told apart):
+
+    epoch/demo    the demo's: 135M model, products in bf16, 8 groups of a short prompt and 4 × 24 tokens in a step
+    epoch/long    the same model and 8 groups of 192 + 4 × 64 tokens in a step, where the model has more to do
+    epoch/tiny    a model of two layers, which takes next to nothing: what is left is ours, the Trainer's, DeepSpeed's
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exo_fast.benchmarks import machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from exo_fast.benchmarks.epoch_profile import Stage
+    from exo_fast.training.config import AlignConfig
+    from exo_fast.training.data.groups import GroupDataset
+
+NAME = "data"
+CANDIDATES, BATCH = 4, 8
+ROWS = 2000  # of read, tokenise and pack
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is trained on: `steps` of BATCH groups, cut to so many tokens."""
+
+    model: str  # "demo" or "tiny"
+    steps: int
+    prompt: int
+    completion: int
+
+
+EPOCHS = {"demo": Epoch("demo", 16, 8, 24), "long": Epoch("demo", 5, 192, 64), "tiny": Epoch("tiny", 16, 8, 24)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """read, tokenise, pack, or an epoch of EPOCHS."""
+
+    part: str
+
+    def __str__(self) -> str:
+        return f"data/{self.part}"
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """All of them; quick: without the epochs of the demo model."""
+    epochs = ["tiny"] if quick else EPOCHS
+    return [Case("read"), Case("tokenise"), Case("pack"), *(Case(f"epoch/{name}") for name in epochs)]
+
+
+def impossible(case: Case) -> str | None:
+    """Epochs need DeepSpeed."""
+    if case.part.startswith("epoch") and machine.version("deepspeed") is None:
+        return "DeepSpeed is not installed: pip install deepspeed"
+    return None
+
+
+def prepare() -> None:
+    """Fetch the demo model and its reviews, once: their progress belongs on the terminal."""
+    from exo_fast.training import assets
+
+    assets.get_model(assets.cache_dir())
+    assets.get_reviews(assets.cache_dir())
+
+
+def measure(case: Case, workdir: Path) -> dict:
+    """Run one case in this process."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from exo_fast.training import assets
+
+    logging.disable_progress_bar()
+    model = assets.get_model(assets.cache_dir(), _quiet)
+    words = " ".join(review.text for review in assets.get_reviews(assets.cache_dir(), _quiet)).split()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    before = machine.resident_mb()
+    machine.reset_peak()
+    if case.part.startswith("epoch/"):
+        row = measure_epoch(case.part.removeprefix("epoch/"), model, tokenizer, words, workdir)
+    else:
+        row = measure_rows(case.part, tokenizer, words, workdir)
+    return {**row, "peak_mb": round(machine.peak_mb() - before, 1)}
+
+
+def _quiet(_: str) -> None:
+    """In place of print: `prepare` has said it."""
+
+
+# Rows
+
+
+def write_rows(path: Path, words: list[str], rows: int, prompt_words: int, completion_words: int) -> None:
+    """`rows` prompts with CANDIDATES candidates and their rewards as JSON lines, out of words laid end to end."""
+    supply = itertools.cycle(words)
+
+    def text(count: int) -> str:
+        return " ".join(itertools.islice(supply, count))
+
+    with path.open("w") as file:
+        for row in range(rows):
+            prompt = text(prompt_words)
+            completions = [" " + text(completion_words) for _ in range(CANDIDATES)]
+            rewards = [(row + k) % CANDIDATES / CANDIDATES for k in range(CANDIDATES)]
+            file.write(json.dumps({"prompt": prompt, "completions": completions, "rewards": rewards}) + "\n")
+
+
+def measure_rows(part: str, tokenizer: PreTrainedTokenizerBase, words: list[str], workdir: Path) -> dict:
+    """Seconds of ROWS rows, and of the least that they need."""
+    import torch
+
+    from exo_fast.training.data.examples import load_examples
+    from exo_fast.training.data.groups import GroupCollator, encode, tokenize
+    from exo_fast.training.data.records import find_source
+
+    path = workdir / "rows.jsonl"
+    write_rows(path, words, ROWS, prompt_words=12, completion_words=20)
+
+    def read() -> list:
+        return load_examples(find_source(str(path), "train"), loss_type="exo-rw", num_contrastive=None)
+
+    def tokenise() -> GroupDataset:
+        limits = {"max_seq_len": 512, "max_gen_len": 256}
+        return tokenize(examples, tokenizer, num_contrastive=None, progress=False, **limits)
+
+    def pack() -> list[dict]:
+        return [collate([dataset[i] for i in range(at, at + BATCH)]) for at in range(0, ROWS, BATCH)]
+
+    def parse() -> list:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def encode_all() -> list:
+        return encode(tokenizer, [text for e in examples for text in (e.prompt, *e.completions)])
+
+    def to_tensors() -> list:
+        return [torch.from_numpy(ids).long() for ids in (dataset.prompt_ids, dataset.completion_ids)]
+
+    examples, collate = read(), GroupCollator(tokenizer.eos_token_id)
+    dataset = tokenise()
+    work, least = {"read": (read, parse), "tokenise": (tokenise, encode_all), "pack": (pack, to_tensors)}[part]
+    seconds, floor = _timed(work), _timed(least)
+    return {
+        "seconds": statistics.median(seconds),
+        "all_seconds": [round(value, 5) for value in seconds],
+        "baseline_seconds": statistics.median(floor),
+        "examples_per_second": round(ROWS / statistics.median(seconds)),
+        "tokens_per_second": round(dataset.counts.shared_tokens / statistics.median(seconds)),
+    }
+
+
+def _timed(function: Callable) -> list[float]:
+    seconds = []
+    for _ in range(REPEATS):
+        begun = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+# Epochs
+
+
+def measure_epoch(name: str, model: Path, tokenizer: PreTrainedTokenizerBase, words: list[str], workdir: Path) -> dict:
+    """The stages of a run, with their shares of the steps or of the run."""
+    from exo_fast.benchmarks import epoch_profile
+
+    epoch = EPOCHS[name]
+    if epoch.model == "tiny":
+        model = save_tiny_model(tokenizer, workdir / "tiny")
+    data = workdir / f"{name}.jsonl"
+    # A word is a token or more: rows are cut to the lengths that are wanted.
+    write_rows(data, words, epoch.steps * BATCH, epoch.prompt, epoch.completion)
+    stages = epoch_profile.profile(align_config(epoch, model, data, workdir / f"run-{name}"))
+    loop = sum(stage.seconds for stage in stages if stage.when == epoch_profile.STEP)
+    total = sum(stage.seconds for stage in stages)
+    return {
+        "seconds": round(loop, 4),
+        "baseline_seconds": round(sum(s.seconds for s in stages if s.name in epoch_profile.MODEL), 4),
+        "run_seconds": round(total, 4),
+        "steps": epoch.steps,
+        "prompt": epoch.prompt,
+        "completion": epoch.completion,
+        "stages": list(_table(stages, loop, total)),
+    }
+
+
+def _table(stages: list[Stage], loop: float, total: float) -> Iterator[dict]:
+    from exo_fast.benchmarks.epoch_profile import STEP
+
+    for stage in stages:
+        yield {
+            "stage": stage.name,
+            "when": stage.when,
+            "seconds": round(stage.seconds, 4),
+            "calls": stage.calls,
+            "share_of_steps": round(stage.seconds / loop, 4) if stage.when == STEP else None,
+            "share_of_run": round(stage.seconds / total, 4),
+        }
+
+
+def align_config(epoch: Epoch, model: Path, data: Path, output: Path) -> AlignConfig:
+    """One epoch as `exo-fast align` runs it, with the demo's loss and precision, and nothing kept from other runs."""
+    from exo_fast.training.config import AlignConfig
+
+    return AlignConfig(
+        model_name_or_path=str(model),
+        data=str(data),
+        output_dir=str(output),
+        reference_cache_dir=str(output / "reference"),
+        loss_type="exo-rw",
+        matmul_precision="fast",
+        per_device_train_batch_size=BATCH,
+        max_seq_len=epoch.prompt + epoch.completion,
+        max_gen_len=epoch.completion,
+        logging_steps=4,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+
+def save_tiny_model(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """A Llama of two layers of width 64 with the demo's vocabulary."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def summary(rows: list[dict]) -> dict:
+    """{"epochs": {name: stages that are no part of the model's work and take more than 5% of the steps}}."""
+    from exo_fast.benchmarks.epoch_profile import MODEL
+
+    epochs = [row for row in rows if "stages" in row]
+    return {
+        "epochs": {
+            row["part"]: {
+                stage["stage"]: stage["share_of_steps"]
+                for stage in row["stages"]
+                if stage["stage"] not in MODEL and (stage["share_of_steps"] or 0) > 0.05
+            }
+            for row in epochs
+        }
+    }
