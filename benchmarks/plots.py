@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from exo_fast.benchmarks.epoch_profile import MODEL
 from exo_fast.benchmarks.provenance import MODELS, OURS, grouped, provenance
 from exo_fast.benchmarks.step import CENTRE, LENGTH
 
 BLUE, ORANGE, GREEN, SKY, GREY, DARK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#B3B3B3", "#333333"
+PEERS = {"full-logits": ORANGE, "cce": GREEN}
 SIZE = 8
 
 
@@ -160,3 +162,78 @@ def ablation(results: dict, path: Path) -> None:
         panel.set_xlim(0, first * 1.16)
         panel.set_xlabel("seconds a step")
         panel.tick_params(axis="y", length=0)
+
+
+def scaling(results: dict, path: Path) -> None:
+    """Time and scratch over N, V and K, each with the exponent of its curve."""
+    axes = {"N": ("tokens", "tokens N"), "V": ("vocab", "vocabulary V"), "K": ("candidates", "candidates K")}
+    fits = {_curve(fit): fit for fit in results["summary"]["fits"]}
+    title = "Loss, dH and dW: how time and scratch memory grow, with the exponents of the curves"
+    with _figure(path, results, title, (2, 3), (11, 6.2)) as panels:
+        from matplotlib.ticker import FuncFormatter, LogLocator
+
+        for column, (axis, (name, label)) in enumerate(axes.items()):
+            timed = [row for row in results["rows"] if row["axis"] == axis and "seconds" in row]
+            sizes = sorted({row[name] for row in timed})
+            for line, (quantity, unit, fit) in enumerate(
+                (("seconds", "seconds", "time"), ("scratch_mb", "scratch, MB", "memory"))
+            ):
+                panel = panels[line][column]
+                shown = []
+                for key, rows in grouped(timed, _curve):
+                    rows = sorted(rows, key=lambda row: row[name])
+                    method, precision = rows[0]["method"], rows[0]["precision"]
+                    colour = {"fp32": SKY, "bf16": BLUE}[precision] if method == OURS else PEERS[method]
+                    exponent = f": {fits[key][fit]:.2f}".replace("-", "−") if key in fits else ""
+                    text = f"{method}, {precision}, D = {rows[0]['width']}{exponent}"
+                    values = [max(row[quantity], 0.01) for row in rows]
+                    panel.plot(
+                        [row[name] for row in rows], values, color=colour, label=text,
+                        marker="o", markersize=3, linewidth=1.3,
+                    )  # fmt: skip
+                    shown += values
+                panel.set_xscale("log", base=2)
+                panel.set_yscale("log")
+                room = max(30.0, (max(shown) / min(shown)) ** 1.4) / (max(shown) / min(shown))  # for the names above
+                panel.set_ylim(min(shown) / room**0.2, max(shown) * room**0.8)
+                panel.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
+                panel.yaxis.set_major_locator(LogLocator(10, (1, 3)))
+                panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                panel.minorticks_off()
+                panel.legend(frameon=False, loc="upper left", fontsize=7)
+                if column == 0:
+                    panel.set_ylabel(unit)
+                if line == 1:
+                    panel.set_xlabel(label)
+
+
+def _curve(row: dict) -> tuple:
+    """What tells the curves of an axis apart, of a fit or of a row."""
+    axis = row["axis"]
+    return axis, row["method"], row["width"], None if axis == "V" else row["vocab"], row["precision"]
+
+
+def epoch(results: dict, path: Path) -> None:
+    """Shares of the steps of every profiled epoch, largest first."""
+    epochs = [row for row in results["rows"] if "stages" in row]
+    names = [stage["stage"] for stage in epochs[0]["stages"] if stage["when"] == "every step"]
+    title = "Where the steps of an epoch go: share of their time (dotted: 5%)"
+    with _figure(path, results, title, (1, len(epochs)), (3.2 * len(epochs) + 2.2, 3.4), sharey=True) as panels:
+        for panel, row in zip(panels[0], epochs, strict=True):
+            shares = {stage["stage"]: stage["share_of_steps"] for stage in row["stages"]}
+            for place, name in enumerate(names):
+                value = 100 * (shares.get(name) or 0)
+                panel.barh(place, value, height=0.7, color=BLUE if name in MODEL else ORANGE)
+                panel.text(value + 1, place, f"{value:.1f}", va="center", fontsize=7, color=DARK)
+            panel.axvline(5, color=DARK, linewidth=0.8, linestyle=":")
+            panel.set_yticks(range(len(names)), names)
+            panel.set_xlim(0, 100)
+            panel.set_xlabel("%")
+            label = row["part"].removeprefix("epoch/")
+            panel.set_title(f"{label}: {row['seconds'] / row['steps']:.3f} s a step", fontsize=8.5, loc="left")
+            panel.tick_params(axis="y", length=0)
+        panels[0][0].invert_yaxis()
+        panels[0][-1].annotate(
+            "blue: the model, attention, head and loss\norange: what surrounds them", (1, 0.03), ha="right",
+            xycoords="axes fraction", fontsize=7, color=DARK,
+        )  # fmt: skip

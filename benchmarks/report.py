@@ -11,6 +11,7 @@ command, machine, versions and date that it is from. A page that does not exist 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo_fast.benchmarks import compare, plots
+from exo_fast.benchmarks.data import CANDIDATES, ROWS
 from exo_fast.benchmarks.machine import REPOSITORY
 from exo_fast.benchmarks.provenance import MODELS, OURS, WORK, grouped, provenance
 from exo_fast.benchmarks.step import CENTRE, LENGTH
@@ -129,6 +131,42 @@ def _op_claims(results: dict) -> str:
     return markdown(header, lines, left=3)
 
 
+# How it grows
+
+
+def _scaling(results: dict) -> str:
+    fits = [
+        [
+            fit["axis"],
+            _strong(fit["method"], fit["method"] == OURS),
+            f"{fit['width']:,} × {'V' if fit['vocab'] is None else format(fit['vocab'], ',')}, {fit['precision']}",
+            f"{fit['from']:,} – {fit['to']:,}",
+            f"{fit['time']:.3f}",
+            f"{fit['time_over_floor']:+.3f}",
+            f"{fit['memory']:+.3f}",
+        ]
+        for fit in results["summary"]["fits"]
+    ]
+    points = [
+        [
+            row["axis"],
+            _strong(row["method"], row["method"] == OURS),
+            f"{row['width']:,} × {row['vocab']:,}, {row['precision']}",
+            f"K = {row['candidates']}, N = {row['tokens']:,}",
+            f"{row['seconds']:.2f}",
+            f"{row['share']:.2f}",
+            f"{row['scratch_mb']:,.0f}",
+            *(_error(row["errors"].get(name)) for name in ("logps", "loss", "dH", "dW")),
+        ]
+        for row in results["rows"]
+        if "seconds" in row
+    ]
+    header = ["grows", "method", "head", "from – to", "time", "time over floor", "scratch"]
+    below = ["grows", "method", "head", "problem", "seconds", "of floor", "scratch, MB", "log-prob, nats", "loss", "dH"]
+    tables = [markdown(header, fits, left=4), "The points:", markdown([*below, "dW"], points, left=4)]
+    return "\n\n".join(tables + _left_out(results["rows"]))
+
+
 # The step
 
 
@@ -179,6 +217,48 @@ def _ablation(results: dict) -> str:
     ]
     header = ["", "s/step", "× by this part", "× in all", "peak, MB", "ours without it, ×"]
     return markdown(header, lines)
+
+
+# Data, and where an epoch goes
+
+
+def _data(results: dict) -> str:
+    lines = [
+        [
+            row["part"],
+            f"{row['examples_per_second']:,}",
+            f"{row['tokens_per_second']:,}",
+            f"{row['seconds']:.3f}",
+            f"{row['seconds'] / row['baseline_seconds']:.2f}",
+        ]
+        for row in results["rows"]
+        if "examples_per_second" in row
+    ]
+    header = ["", "examples / s", "tokens / s", "seconds", "× the least"]
+    return "\n\n".join([markdown(header, lines), *_left_out(results["rows"])]) if lines else ""
+
+
+def _epoch(results: dict) -> str:
+    epochs = [row for row in results["rows"] if "stages" in row]
+    if not epochs:
+        return ""
+    blocks = []
+    for key, kind in (("share_of_steps", "every step"), ("share_of_run", "once a run")):
+        names = dict.fromkeys(s["stage"] for row in epochs for s in row["stages"] if s["when"] == kind)
+        at = [{stage["stage"]: stage for stage in row["stages"]} for row in epochs]
+        lines = []
+        for name in names:
+            found = [stages.get(name) for stages in at]
+            cells = [f"{stage[key]:.1%}" if stage else "" for stage in found]
+            lines.append([name, *itertools.chain(*zip((_seconds(stage) for stage in found), cells, strict=True))])
+        share = "of the steps" if key == "share_of_steps" else "of the run"
+        header = [kind, *itertools.chain(*((f"{row['part'].removeprefix('epoch/')}, s", share) for row in epochs))]
+        blocks.append(markdown(header, lines))
+    return "\n\n".join(blocks)
+
+
+def _seconds(stage: dict | None) -> str:
+    return "" if stage is None else f"{stage['seconds']:.3f}"
 
 
 # What every table has in common
@@ -243,6 +323,17 @@ SECTIONS = {
         """),
         _op,
     ),
+    "scaling": Section(
+        "scaling",
+        "How time and memory grow",
+        _text("""
+            One size grows and the others stay. *time*, *scratch*: b of a·size^b, by least squares of the logarithms.
+            *time over floor*: the same of the time over that of the products alone, measured in the same process: 0
+            where the time grows as the products do.
+        """),
+        _scaling,
+        plots.scaling,
+    ),
     "step": Section(
         "step",
         "A training step",
@@ -267,6 +358,26 @@ SECTIONS = {
         """),
         _ablation,
         plots.ablation,
+    ),
+    "data": Section(
+        "data",
+        "Reading, tokenising and packing",
+        _text(f"""
+            {ROWS:,} prompts with K = {CANDIDATES} candidates. *× the least*: over parsing the rows' JSON, one call of
+            the tokenizer on all texts, and making one tensor of all ids.
+        """),
+        _data,
+    ),
+    "epoch": Section(
+        "data",
+        "Where an epoch goes",
+        _text("""
+            A run of `exo-fast align` on DeepSpeed. *demo*: the demo's 135M model and lengths; *long*: the same model,
+            prompts of 192 and candidates of 64 tokens; *tiny*: a model of two layers, which takes next to nothing, so
+            that what is left is what surrounds it.
+        """),
+        _epoch,
+        plots.epoch,
     ),
 }
 
