@@ -10,7 +10,7 @@ says how its stages are told apart):
 
     epoch/demo    the demo's: 135M model, products in bf16, 8 groups of a short prompt and 4 × 24 tokens in a step
     epoch/long    the same model and 8 groups of 192 + 4 × 64 tokens in a step, where the model has more to do
-    epoch/tiny    a model of two layers, which takes next to nothing: what is left is ours, the Trainer's, DeepSpeed's
+    epoch/tiny    a model of two layers and 1,000 words, which takes next to nothing: what is left is the overhead
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import itertools
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def measure(case: Case, workdir: Path) -> dict:
     before = machine.resident_mb()
     machine.reset_peak()
     if case.part.startswith("epoch/"):
-        row = measure_epoch(case.part.removeprefix("epoch/"), model, tokenizer, words, workdir)
+        row = measure_epoch(case.part.removeprefix("epoch/"), model, words, workdir)
     else:
         row = measure_rows(case.part, tokenizer, words, workdir)
     return {**row, "peak_mb": round(machine.peak_mb() - before, 1)}
@@ -180,13 +181,13 @@ def _timed(function: Callable) -> list[float]:
 # Epochs
 
 
-def measure_epoch(name: str, model: Path, tokenizer: PreTrainedTokenizerBase, words: list[str], workdir: Path) -> dict:
+def measure_epoch(name: str, model: Path, words: list[str], workdir: Path) -> dict:
     """The stages of a run, with their shares of the steps or of the run."""
     from exo_fast.benchmarks import epoch_profile
 
     epoch = EPOCHS[name]
     if epoch.model == "tiny":
-        model = save_tiny_model(tokenizer, workdir / "tiny")
+        model = save_tiny_model(words, workdir / "tiny")
     data = workdir / f"{name}.jsonl"
     # A word is a token or more: rows are cut to the lengths that are wanted.
     write_rows(data, words, epoch.steps * BATCH, epoch.prompt, epoch.completion)
@@ -200,11 +201,11 @@ def measure_epoch(name: str, model: Path, tokenizer: PreTrainedTokenizerBase, wo
         "steps": epoch.steps,
         "prompt": epoch.prompt,
         "completion": epoch.completion,
-        "stages": list(_table(stages, loop, total)),
+        "stages": list(_table(stages, epoch.steps, loop, total)),
     }
 
 
-def _table(stages: list[Stage], loop: float, total: float) -> Iterator[dict]:
+def _table(stages: list[Stage], steps: int, loop: float, total: float) -> Iterator[dict]:
     from exo_fast.benchmarks.epoch_profile import STEP
 
     for stage in stages:
@@ -213,6 +214,7 @@ def _table(stages: list[Stage], loop: float, total: float) -> Iterator[dict]:
             "when": stage.when,
             "seconds": round(stage.seconds, 4),
             "calls": stage.calls,
+            "ms_per_step": round(1000 * stage.seconds / steps, 2) if stage.when == STEP else None,
             "share_of_steps": round(stage.seconds / loop, 4) if stage.when == STEP else None,
             "share_of_run": round(stage.seconds / total, 4),
         }
@@ -238,37 +240,42 @@ def align_config(epoch: Epoch, model: Path, data: Path, output: Path) -> AlignCo
     )
 
 
-def save_tiny_model(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """A Llama of two layers of width 64 with the demo's vocabulary."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+def save_tiny_model(words: list[str], folder: Path) -> Path:
+    """A Llama of two layers of width 64, and a tokenizer of the 1,000 commonest of `words`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
+    names = ["<unk>", "<eos>", *(word for word, _ in Counter(words).most_common(1000))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(names),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
+        eos_token_id=1,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
 def summary(rows: list[dict]) -> dict:
-    """{"epochs": {name: stages that are no part of the model's work and take more than 5% of the steps}}."""
+    """{"over_5_percent": {epoch of the demo model: {stage that is none of MODEL: its share of the steps}}}."""
     from exo_fast.benchmarks.epoch_profile import MODEL
 
-    epochs = [row for row in rows if "stages" in row]
     return {
-        "epochs": {
+        "over_5_percent": {
             row["part"]: {
                 stage["stage"]: stage["share_of_steps"]
                 for stage in row["stages"]
                 if stage["stage"] not in MODEL and (stage["share_of_steps"] or 0) > 0.05
             }
-            for row in epochs
+            for row in rows
+            if "stages" in row and row["part"] != "epoch/tiny"
         }
     }
