@@ -33,7 +33,7 @@ HEADS = {  # D, V
 }
 COMPLETION = 64
 OURS = "exo_fast"
-STRONG = (OURS, "cce", "full-logits")  # the peers that are left in the larger part of the product of cases
+STRONG = (OURS, "cce", "full-logits")  # for the problems that not every method is timed on, the strongest first
 ALL = (
     OURS, "cce", "cce-fp32", "liger-compiled", "liger", "checkpoint", "full-logits-compiled", "full-logits",
     "full-logits-fp32", "trl", "original",
@@ -92,19 +92,22 @@ def cases(quick: bool = False) -> list[Case]:
         add((OURS,), "SmolLM2-135M", ("bf16",), 1024, candidates=8)
         add((OURS, "full-logits"), "SmolLM2-135M", ("bf16",), 1024, operation="logprobs")
         return found
+    ours_and_best = STRONG[:2]
     add(ALL, "SmolLM2-135M", both, 8192)
     for work in ("forward", "frozen"):
-        add(STRONG, "SmolLM2-135M", both, 8192, work=work)
-    for candidates in (4, 8):
-        add(STRONG, "SmolLM2-135M", both, 2048, candidates=candidates)
-    add((OURS, "cce"), "SmolLM2-135M", both, 32768, candidates=4)
+        add(ours_and_best, "SmolLM2-135M", both, 8192, work=work)
+    add(STRONG, "SmolLM2-135M", both, 2048, candidates=4)
+    add(ours_and_best, "SmolLM2-135M", ("bf16",), 2048, candidates=8)
+    add(ours_and_best, "SmolLM2-135M", both, 32768, candidates=4)
     add((OURS,), "SmolLM2-135M", both, 8192, completion=4096)
-    add(STRONG, "SmolLM2-135M", both, 8192, operation="logprobs")
-    add(STRONG, "Qwen3-0.6B", both, 2048, candidates=4)
-    add(STRONG, "Gemma-3-270m", ("fp32",), 2048, candidates=4)
-    add(("exo_fast", "cce", "cce-fp32", "checkpoint"), "Gemma-3-270m", ("bf16",), 8192, candidates=4)
+    add(STRONG, "SmolLM2-135M", ("fp32",), 2048, operation="logprobs")
+    add(STRONG, "SmolLM2-135M", ("bf16",), 8192, operation="logprobs")
+    add(ours_and_best, "Qwen3-0.6B", ("fp32",), 2048, candidates=4)
+    add(STRONG, "Qwen3-0.6B", ("bf16",), 2048, candidates=4)
+    add(ours_and_best, "Gemma-3-270m", ("fp32",), 2048, candidates=4)
+    add((*ours_and_best, "cce-fp32"), "Gemma-3-270m", ("bf16",), 8192, candidates=4)
     add((OURS,), "Gemma-3-270m", ("bf16",), 32768, completion=16384)
-    add(STRONG, "Llama-3-8B", ("bf16",), 1024, candidates=4)
+    add(ours_and_best, "Llama-3-8B", ("bf16",), 1024, candidates=4)
     return found
 
 
@@ -122,16 +125,15 @@ def impossible(case: Case) -> str | None:
     return None
 
 
-def few_errors(case: Case, inputs: problems.Inputs | None = None) -> dict[str, float]:
-    """Errors against float64 on few rows of the case's head and dtype.
+def few_errors(case: Case, inputs: problems.Inputs) -> dict[str, float]:
+    """Errors against float64 on few rows of the case's inputs.
 
     A group too long for the memory budget is one there too: the budget is cut in proportion to the rows.
     """
-    rows = case.problem if inputs else problems.few_rows(case.problem)
-    inputs = inputs or problems.make(rows, problems.device())
+    few = problems.few_rows(inputs)
     long = case.method == OURS and case.completion != COMPLETION
-    budget = max(1, LONG_BUDGET * rows.tokens // case.tokens) if long else None
-    return problems.errors(case.method, case.operation, case.work, inputs, budget)
+    budget = max(1, LONG_BUDGET * len(few.hidden) // case.tokens) if long else None
+    return problems.errors(case.method, case.operation, case.work, few, budget)
 
 
 def step(case: Case, inputs: problems.Inputs):
@@ -150,9 +152,9 @@ def step(case: Case, inputs: problems.Inputs):
 
 def measure(case: Case, workdir: Path) -> dict:
     """Errors, times, floor and memory of one case in this process."""
+    inputs = problems.make(case.problem, problems.device())
     with peers.settings(case.method, case.precision, problems.device()):
-        found = few_errors(case)  # compiles too, what is compiled for any number of rows
-        inputs = problems.make(case.problem, problems.device())
+        found = few_errors(case, inputs)  # compiles too, what is compiled for any number of rows
         call = step(case, inputs)
         if case.method == "full-logits-compiled":  # compiled for this number of rows
             call()

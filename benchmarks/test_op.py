@@ -26,15 +26,14 @@ def shared() -> Iterator[dict]:
     found.clear()
 
 
-def inputs_of(case: op.Case, shared: dict) -> tuple[problems.Inputs, problems.Inputs, problems.Floor]:
-    """Few rows for the proof, the case's own inputs, and their floor."""
+def inputs_of(case: op.Case, shared: dict) -> tuple[problems.Inputs, problems.Floor]:
     key = (case.problem, case.work)
     if key not in shared:
         shared.clear()
         inputs = problems.make(case.problem, problems.device())
         floor = problems.Floor(inputs)
         floor.measure(case.work)
-        shared[key] = problems.make(problems.few_rows(case.problem), problems.device()), inputs, floor
+        shared[key] = inputs, floor
     return shared[key]
 
 
@@ -43,9 +42,9 @@ def test_op(case: op.Case, shared: dict, benchmark) -> None:
     if why := op.impossible(case):
         pytest.skip(why)
     torch.compiler.reset()
-    few, inputs, floor = inputs_of(case, shared)
+    inputs, floor = inputs_of(case, shared)
     with peers.settings(case.method, case.precision, problems.device()):
-        found = problems.errors(case.method, case.operation, case.work, few)
+        found = op.few_errors(case, inputs)
         problems.prove(case.method, case.precision, found)
         call = op.step(case, inputs)
         call()

@@ -17,10 +17,10 @@ CASES = scaling.cases(quick=True)
 def test_scaling(case: scaling.Case, benchmark) -> None:
     if why := scaling.impossible(case):
         pytest.skip(why)
+    inputs = problems.make(case.op.problem, problems.device())
     with peers.settings(case.method, case.precision, problems.device()):
-        found = op.few_errors(case.op)
+        found = op.few_errors(case.op, inputs)
         problems.prove(case.method, case.precision, found)
-        inputs = problems.make(case.op.problem, problems.device())
         call = op.step(case.op, inputs)
         call()
         floor = problems.Floor(inputs)

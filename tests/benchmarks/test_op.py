@@ -76,8 +76,8 @@ def test_only_what_the_work_needs_gets_a_gradient() -> None:
 def test_errors_of_a_long_group_are_of_one_that_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets = []
     monkeypatch.setattr(problems, "errors", lambda *args: budgets.append(args[-1]) or {})
-    op.few_errors(tiny(completion=4096, tokens=8192))
-    op.few_errors(tiny())
+    for case in (tiny(completion=4096, tokens=8192), tiny()):
+        op.few_errors(case, problems.make(case.problem))
     assert budgets == [op.LONG_BUDGET * problems.ERROR_ROWS // 8192, None]
 
 
