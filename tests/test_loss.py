@@ -150,6 +150,25 @@ def test_budget_decides_what_is_kept_and_what_is_made_again() -> None:
     assert [(c.start, c.stop) for c in chunked.row_chunks(17, 36, 5)] == [(17, 21), (21, 26), (26, 31), (31, 36)]
 
 
+@pytest.mark.parametrize("lengths", [[17, 30], [17, 30, 9, 31, 3, 2]], ids=["one-pair", "three-pairs"])
+def test_pairs_beyond_the_budget_are_not_made_again(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "MAX_ROWS", 8)
+    passes = []
+    exponentials = chunked.exponentials
+    monkeypatch.setattr(chunked, "exponentials", lambda *args: passes.append(len(args[1])) or exponentials(*args))
+    made = problem(lengths, 2, 5, 131, bias=True)
+    for loss_type in LOSS_TYPES:
+        want, _ = linear_group_loss(**made, loss_type=loss_type, backend="reference")
+        passes.clear()
+        got, _ = linear_group_loss(**made, loss_type=loss_type, backend="torch", memory_budget=30 * 131 * 8)
+        assert sum(passes) == sum(lengths)
+        assert_same(torch.autograd.grad(got, leaves(made)), torch.autograd.grad(want, leaves(made)))
+    # A budget without room for a second dW: the rows of three pairs are made again, a single pair's still not.
+    passes.clear()
+    got, _ = linear_group_loss(**made, loss_type="exo-rw", backend="torch", memory_budget=12 * 131 * 8)
+    assert (sum(passes) > sum(lengths)) == (len(lengths) > 2)
+
+
 @pytest.mark.parametrize("budget", [None, 4000, 1], ids=["kept", "partly-kept", "blocks"])
 @pytest.mark.parametrize("frozen", ["weight", "hidden", "bias", "weight+bias", "hidden+bias"])
 def test_frozen_parts_get_no_gradient_and_the_others_the_same(frozen: str, budget: int | None) -> None:

@@ -6,11 +6,26 @@ widened in blocks: the same numbers, more slowly.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 BLOCK = 8192  # columns widened at a time
+
+
+@contextmanager
+def bf16_products(operands: torch.dtype) -> Iterator[None]:
+    """On CPU a float32 view of bf16 operands loses nothing when oneDNN multiplies it in bf16 and sums in float32."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if operands == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

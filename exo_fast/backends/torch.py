@@ -23,13 +23,14 @@ A backend is three functions of plain tensors, `logprobs_forward`, `logprobs_bac
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from exo_fast.backends import scratch_budget
+from exo_fast.backends import head_attention, scratch_budget
+from exo_fast.backends.products import bf16_products
+from exo_fast.backends.rows import Rows, group_units, kept_chunks, kept_rows, row_chunks
 from exo_fast.groups import losses_and_coefficients
 from exo_fast.head import Head
 
@@ -38,7 +39,6 @@ MIN_ROWS = 192  # fewer whole rows than this in the budget make the products too
 MAX_ROWS = 1024  # more rows than this make no product faster, and fresh pages cost time
 THIN = 256  # oneDNN's bf16 (n, V) x (V, D) runs half again as fast on up to about 400 rows
 OVERFLOW = 1e26  # a row sum beyond this says that the shift was too small
-Rows = slice | Tensor  # some of the N rows: a range of them, or their indices
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,6 @@ def accumulator(hidden: Tensor) -> torch.dtype:
 def storage(hidden: Tensor) -> torch.dtype:
     """The dtype U is kept in. float16 has no range for unnormalised exponentials: its rows are kept in float32."""
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-
-
-@contextmanager
-def bf16_products(operands: torch.dtype) -> Iterator[None]:
-    """On CPU a float32 view of bf16 operands loses nothing when oneDNN multiplies it in bf16 and sums in float32."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if operands == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 class LogitBlocks:
@@ -241,6 +228,17 @@ class Gradients:
             for columns, u in widened_blocks(keep, scratch):
                 self.bias[columns].addmv_(u.T, factor)
 
+    def join_head(self, other: "Gradients", factor: float) -> None:
+        """Adds another run's dW and db times a factor, and clears them; of the same run: multiplies them."""
+        for mine, added in ((self.weight, other.weight), (self.bias, other.bias)):
+            if mine is None:
+                continue
+            if other is self:
+                mine.mul_(factor)
+            else:
+                mine.add_(added, alpha=factor)
+                added.zero_()
+
     def add_by_blocks(
         self, blocks: LogitBlocks, rows: Rows, hidden: Tensor, targets: Tensor, stats: Statistics, c: Tensor
     ) -> None:
@@ -273,24 +271,6 @@ class Gradients:
         return self.hidden, self.weight, self.bias
 
 
-def row_chunks(start: int, stop: int, size: int) -> list[slice]:
-    """[start, stop) in pieces of nearly equal length, at most `size` each."""
-    pieces = -(-(stop - start) // size)
-    bounds = [start + (stop - start) * i // pieces for i in range(pieces + 1)] if pieces else []
-    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
-
-
-def kept_rows(targets: Tensor) -> Tensor | None:
-    """Indices of the rows that are not ignored (target −1), or None when none is."""
-    keep = targets >= 0
-    return None if bool(keep.all()) else keep.nonzero().squeeze(1)
-
-
-def kept_chunks(kept: Tensor | None, n: int, size: int) -> list[Rows]:
-    """The n rows to work on, `size` at a time: gathered chunk by chunk where others between them are ignored."""
-    return [chunk if kept is None else kept[chunk] for chunk in row_chunks(0, n, size)]
-
-
 def logprobs_forward(
     hidden: Tensor,  # (N, D)
     head: Head,
@@ -303,6 +283,8 @@ def logprobs_forward(
 
     2·N·D·V flops, and as much again for the last. Ignored rows get 0 and no work.
     """
+    if unit_hidden and head_attention.applies(len(hidden), hidden, head):
+        return head_attention.logprobs_forward(hidden, head, targets, memory_budget)
     kept = kept_rows(targets)
     n = len(hidden) if kept is None else len(kept)
     plan = Plan.of(n, hidden, head, memory_budget)
@@ -334,6 +316,8 @@ def logprobs_backward(
     memory_budget: int | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW."""
+    if head_attention.applies(len(hidden), hidden, head):
+        return head_attention.logprobs_backward(hidden, head, targets, stats, grad, need, memory_budget)
     kept = kept_rows(targets)
     n = len(hidden) if kept is None else len(kept)
     plan = Plan.of(n, hidden, head, memory_budget)
@@ -359,19 +343,14 @@ def keep_buffer(hidden: Tensor, head: Head, plan: Plan) -> Tensor | None:
     return torch.empty(plan.rows, len(head.weight), dtype=storage(hidden), device=hidden.device)
 
 
-def group_units(bounds: list[int], rows: int) -> list[tuple[int, int]]:
-    """Groups [first, last) that are finished together: as many whole groups as `rows` hold, at least one.
-
-    `bounds` are the G + 1 token boundaries of the groups. Small groups share a unit so that products stay large.
-    """
-    units, first = [], 0
-    for group in range(1, len(bounds)):
-        if bounds[group] - bounds[first] > rows and group - 1 > first:
-            units.append((first, group - 1))
-            first = group - 1
-    if first < len(bounds) - 1:
-        units.append((first, len(bounds) - 1))
-    return units
+def pair_gradients(
+    hidden: Tensor, head: Head, need: tuple[bool, bool, bool], memory_budget: int | None, plan: Plan
+) -> Gradients | None:
+    """A second dW and db for pairs that are longer than the plan's rows; None where the budget does not hold them."""
+    spare = scratch_budget(memory_budget, hidden.device) - plan.rows * len(head.weight) * storage(hidden).itemsize
+    if head.weight.numel() * accumulator(hidden).itemsize > spare:
+        return None
+    return Gradients(hidden, head, (False, *need[1:]))
 
 
 def group_loss_forward(
@@ -388,13 +367,23 @@ def group_loss_forward(
     """Losses (G,), policy log-probs (G, K) and the gradients of the *mean* loss, in one pass where the budget allows.
 
     A group's loss depends on that group alone: when its last row is done its coefficients are known, and what was
-    kept becomes dW at once. Rows of a group beyond the budget are made again: 2·D·V flops more for each.
+    kept becomes dW at once. A pair's coefficients are c and −c, so a pair beyond the budget becomes dW without its c,
+    which is multiplied in at its end. Rows of other groups beyond the budget are made again: 2·D·V flops more for each.
     """
+    if need[0] and head_attention.applies(len(hidden), hidden, head):
+        return head_attention.group_loss_forward(
+            hidden, head, targets, cu_seqlens, ref_logps, rewards, loss, need, memory_budget
+        )
     groups, candidates = ref_logps.shape
     bounds = cu_seqlens[::candidates].tolist()
     together = max(b - a for a, b in itertools.pairwise(bounds))
     plan = Plan.of(len(hidden), hidden, head, memory_budget, together)
-    blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need)
+    grads, pair_grads = Gradients(hidden, head, need), None
+    if candidates == 2 and grads.head_needed and 0 < plan.rows < together:
+        pair_plan = Plan.of(len(hidden), hidden, head, memory_budget)
+        pair_grads = grads if groups == 1 else pair_gradients(hidden, head, need, memory_budget, pair_plan)
+        plan = plan if pair_grads is None else pair_plan
+    blocks = LogitBlocks(head, plan, hidden)
     keep = keep_buffer(hidden, head, plan) if any(need) else None
     lengths = cu_seqlens.diff()
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths).to(hidden.device)
@@ -404,6 +393,7 @@ def group_loss_forward(
     for first, last in group_units(bounds, plan.block_rows):
         pieces = row_chunks(bounds[first], bounds[last], plan.block_rows)
         stats, unit = [], None
+        without_c = pair_grads if len(pieces) > 1 else None
         for rows in pieces:
             u = None if keep is None else keep[: rows.stop - rows.start]
             part = exponentials(blocks, hidden[rows], targets[rows], u)
@@ -413,6 +403,9 @@ def group_loss_forward(
                 unit = grads.unit_hidden(u, part)
                 if len(pieces) > 1:
                     grads.hidden[rows] = unit.to(hidden.dtype)
+            if without_c is not None:
+                sign = 1 - 2 * (owner[rows] % 2).to(blocks.acc)
+                without_c.add_head(u, hidden[rows], part, sign, blocks.scratch)
         sequences = slice(first * candidates, last * candidates)
         losses[first:last], coefficients = losses_and_coefficients(
             policy_logps[sequences].view(last - first, candidates),
@@ -423,6 +416,8 @@ def group_loss_forward(
         if not any(need):
             continue
         c = (coefficients.flatten() / groups).to(blocks.acc)
+        if without_c is not None:
+            grads.join_head(without_c, float(c[0] - c[1]) / 2)
         # The last piece is still kept; the ones before it, if any, are made again.
         for rows, part in zip(reversed(pieces), reversed(stats), strict=True):
             c_rows = c[owner[rows] - sequences.start]
@@ -432,7 +427,7 @@ def group_loss_forward(
             if grads.hidden is not None:
                 unit = unit if len(pieces) == 1 else grads.hidden[rows].to(blocks.acc)
                 grads.hidden[rows] = unit.mul_(c_rows.unsqueeze(1)).to(hidden.dtype)
-            if grads.head_needed:
+            if grads.head_needed and without_c is None:
                 u = keep[: rows.stop - rows.start]
                 if rows != pieces[-1]:
                     exponentials(blocks, hidden[rows], targets[rows], u, part.shift)
