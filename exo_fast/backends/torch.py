@@ -14,6 +14,8 @@ again with the exact maximum.
 Logits leave every product in float32, whatever the operands (rounding them to bf16 costs 0.6 nats on a sequence of
 2,048 tokens). Where U is stored in bf16 it has the 2⁻⁹ relative error of any operand of a bf16 product.
 
+bf16 products on a CPU with AMX have a schedule of their own (`exo_fast.backends.head_attention`).
+
 Cost for N rows: log-probs 2·N·D·V flops; with the gradients of the one-pass schedule 6·N·D·V; of the two-pass
 schedule 8·N·D·V. Scratch is bounded by the memory budget (`Plan`).
 
