@@ -91,10 +91,11 @@ def operation(results: dict, path: Path) -> None:
 
 def step(results: dict, path: Path) -> None:
     """Completion tokens a second and peak memory over prompt : completion, a column for each K."""
-    rows = [row for row in results["rows"] if "seconds" in row and row["precision"] == "bf16"]
+    measured = grouped((row for row in results["rows"] if "seconds" in row), lambda row: row["precision"])
+    precision, rows = max(measured, key=lambda found: len(found[1]))
     by_k = sorted(grouped(rows, lambda row: row["candidates"]))
     styles = {"original": (GREY, "original"), "full-logits": (ORANGE, "full logits"), OURS: (BLUE, "exo_fast")}
-    title = "A training step, 135M model, 8 × 256 tokens, bf16: over prompt + completion tokens"
+    title = f"A training step, 135M model, 8 × 256 tokens, {precision}: over prompt + completion tokens"
     with _figure(path, results, title, (2, len(by_k)), (3.2 * len(by_k) + 0.6, 5.2)) as panels:
         for column, (candidates, same) in enumerate(by_k):
             lengths = sorted({(row["prompt"], row["completion"]) for row in same}, reverse=True)
@@ -166,21 +167,23 @@ def ablation(results: dict, path: Path) -> None:
 
 def scaling(results: dict, path: Path) -> None:
     """Time and scratch over N, V and K, each with the exponent of its curve."""
-    axes = {"N": ("tokens", "tokens N"), "V": ("vocab", "vocabulary V"), "K": ("candidates", "candidates K")}
+    sizes_of = {"N": ("tokens", "tokens N"), "V": ("vocab", "vocabulary V"), "K": ("candidates", "candidates K")}
+    timed = [row for row in results["rows"] if "seconds" in row]
+    axes = grouped(timed, lambda row: row["axis"])
     fits = {_curve(fit): fit for fit in results["summary"]["fits"]}
     title = "Loss, dH and dW: how time and scratch memory grow, with the exponents of the curves"
-    with _figure(path, results, title, (2, 3), (11, 6.2)) as panels:
+    with _figure(path, results, title, (2, len(axes)), (3.6 * len(axes) + 0.3, 6.2)) as panels:
         from matplotlib.ticker import FuncFormatter, LogLocator
 
-        for column, (axis, (name, label)) in enumerate(axes.items()):
-            timed = [row for row in results["rows"] if row["axis"] == axis and "seconds" in row]
-            sizes = sorted({row[name] for row in timed})
+        for column, (axis, points) in enumerate(axes):
+            name, label = sizes_of[axis]
+            sizes = sorted({row[name] for row in points})
             for line, (quantity, unit, fit) in enumerate(
                 (("seconds", "seconds", "time"), ("scratch_mb", "scratch, MB", "memory"))
             ):
                 panel = panels[line][column]
                 shown = []
-                for key, rows in grouped(timed, _curve):
+                for key, rows in grouped(points, _curve):
                     rows = sorted(rows, key=lambda row: row[name])
                     method, precision = rows[0]["method"], rows[0]["precision"]
                     colour = {"fp32": SKY, "bf16": BLUE}[precision] if method == OURS else PEERS[method]

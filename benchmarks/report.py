@@ -45,11 +45,16 @@ def sections(results: dict[str, dict], images: str) -> dict[str, str]:
     """{name of the section: its text}, of the suites that have results. `images`: where the page finds its plots."""
     made = {}
     for name, section in SECTIONS.items():
-        table = section.make(results[section.suite]) if section.suite in results else ""
+        found = results.get(section.suite)
+        table = section.make(found) if found else ""
         if table:
-            plot = [f"![{section.title}]({images}{_png(name)})"] if section.plot else []
-            made[name] = "\n\n".join([*plot, section.note, table, provenance(results[section.suite])])
+            plot = [f"![{section.title}]({images}{_png(name)})"] if _has_plot(section, found) else []
+            made[name] = "\n\n".join([*plot, section.note, table, provenance(found)])
     return made
+
+
+def _has_plot(section: Section, results: dict) -> bool:
+    return bool(section.plot) and any("seconds" in row for row in results["rows"])
 
 
 def draw(results: dict[str, dict], names: Iterable[str], folder: Path) -> list[Path]:
@@ -57,7 +62,7 @@ def draw(results: dict[str, dict], names: Iterable[str], folder: Path) -> list[P
     drawn = []
     for name in names:
         section = SECTIONS[name]
-        if section.plot:
+        if _has_plot(section, results[section.suite]):
             path = folder / _png(name)
             section.plot(results[section.suite], path)
             drawn.append(path)
@@ -128,7 +133,7 @@ def _op_claims(results: dict) -> str:
             ]
         )
     header = ["head", "dtype", "problem", "of floor", "fastest peer", "ours / it", "with float32 logits", "ours / it"]
-    return markdown(header, lines, left=3)
+    return markdown(header, lines, left=3) if lines else ""
 
 
 # How it grows
@@ -202,7 +207,7 @@ def _step(results: dict) -> str:
 def _ablation(results: dict) -> str:
     rungs, without = results["summary"]["ladder"], results["summary"]["without"]
     if not rungs:
-        return "The steps from the original to ours were not all measured."
+        return ""
     first = rungs[0]["seconds"]
     lines = [
         [

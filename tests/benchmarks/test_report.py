@@ -14,10 +14,10 @@ from exo_fast.training.errors import InputError
 SPEED = {"exo_fast": 1.0, "cce": 1.25, "full-logits": 2.0, "original": 9.0}
 
 
-def results(suite, measured) -> dict:
+def results(suite, measured, quick: bool = False) -> dict:
     """What a run of all cases of a suite writes, with made-up measurements."""
-    rows = [{"name": str(case), **asdict(case), **measured(case)} for case in suite.cases()]
-    return {**machine.describe(), "suite": suite.NAME, "quick": False, "rows": rows, "summary": suite.summary(rows)}
+    rows = [{"name": str(case), **asdict(case), **measured(case)} for case in suite.cases(quick)]
+    return {**machine.describe(), "suite": suite.NAME, "quick": quick, "rows": rows, "summary": suite.summary(rows)}
 
 
 def op_row(case: op.Case) -> dict:
@@ -64,10 +64,12 @@ def data_row(case: data.Case) -> dict:
     return {"seconds": 2.0, "baseline_seconds": 1.8, "run_seconds": 9.0, "steps": 16, "stages": stages}
 
 
+SUITES = ((op, op_row), (scaling, scaling_row), (step, step_row), (data, data_row))
+
+
 @pytest.fixture(scope="module")
 def made() -> dict[str, dict]:
-    suites = ((op, op_row), (scaling, scaling_row), (step, step_row), (data, data_row))
-    return {suite.NAME: results(suite, row) for suite, row in suites}
+    return {suite.NAME: results(suite, row) for suite, row in SUITES}
 
 
 @pytest.fixture
@@ -133,6 +135,22 @@ def test_report_is_a_page_with_plots(folder: Path, capsys: pytest.CaptureFixture
     assert len(pictures) == sum(bool(section.plot) for section in report.SECTIONS.values())
     for picture in pictures:
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_quick_run_and_one_that_failed_are_reported_too(tmp_path: Path) -> None:
+    for suite, row in SUITES:
+        found = results(suite, row, quick=True)
+        del found["rows"][1:]
+        runner.write(tmp_path / f"{suite.NAME}.json", {**found, "summary": suite.summary(found["rows"])})
+    page = tmp_path / "report.md"
+    report.write(tmp_path, page, tmp_path)
+    assert "original" not in page.read_text().split("<!-- bench: step -->")[1].splitlines()[-3]
+    for suite, _ in SUITES:
+        found = results(suite, lambda case: {"failed": "KeyError: 'x'"})
+        runner.write(tmp_path / f"{suite.NAME}.json", found)
+    page.unlink()
+    report.write(tmp_path, page, tmp_path)
+    assert "KeyError: 'x'" in page.read_text()
 
 
 def test_command_rewrites_what_lies_between_the_marks(folder: Path) -> None:
