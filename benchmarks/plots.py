@@ -37,7 +37,7 @@ def _figure(
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(length=2, color="#777777")
         yield panels
-        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+        figure.suptitle(textwrap.fill(title, width=int(size[0] * 13)), fontsize=11, x=0.01, ha="left")
         foot = textwrap.fill(provenance(results).replace("`", ""), width=int(size[0] * 19))
         figure.supxlabel(foot, fontsize=6, color="#777777", x=0.01, ha="left")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def epoch(results: dict, path: Path) -> None:
             for place, name in enumerate(names):
                 value = 100 * (shares.get(name) or 0)
                 panel.barh(place, value, height=0.7, color=BLUE if name in MODEL else ORANGE)
-                panel.text(value + 1, place, f"{value:.1f}", va="center", fontsize=7, color=DARK)
+                panel.text(max(value, 5) + 1, place, f"{value:.1f}", va="center", fontsize=7, color=DARK)
             panel.axvline(5, color=DARK, linewidth=0.8, linestyle=":")
             panel.set_yticks(range(len(names)), names)
             panel.set_xlim(0, 100)
