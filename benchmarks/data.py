@@ -126,50 +126,77 @@ def write_rows(path: Path, words: list[str], rows: int, prompt_words: int, compl
             file.write(json.dumps({"prompt": prompt, "completions": completions, "rewards": rewards}) + "\n")
 
 
+class Rows:
+    """ROWS rows and what is done with them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: list[str], folder: Path):
+        from exo_fast.training.data.groups import GroupCollator
+
+        self.tokenizer, self.path = tokenizer, folder / "rows.jsonl"
+        write_rows(self.path, words, ROWS, prompt_words=12, completion_words=20)
+        self.examples = self.read()
+        self.dataset = self.tokenise()
+        self.collate = GroupCollator(tokenizer.eos_token_id)
+
+    def work(self, part: str) -> tuple[Callable, Callable]:
+        """What `part` does, and the least that it could."""
+        return {
+            "read": (self.read, self.parse),
+            "tokenise": (self.tokenise, self.encode),
+            "pack": (self.pack, self.to_tensors),
+        }[part]
+
+    def read(self) -> list:
+        """The rows, checked."""
+        from exo_fast.training.data.examples import load_examples
+        from exo_fast.training.data.records import find_source
+
+        return load_examples(find_source(str(self.path), "train"), loss_type="exo-rw", num_contrastive=None)
+
+    def parse(self) -> list:
+        """The rows as JSON has them."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def tokenise(self) -> GroupDataset:
+        """The examples as groups of ids."""
+        from exo_fast.training.data.groups import tokenize
+
+        limits = {"max_seq_len": 512, "max_gen_len": 256}
+        return tokenize(self.examples, self.tokenizer, num_contrastive=None, progress=False, **limits)
+
+    def encode(self) -> list[list[int]]:
+        """All texts by one call of the tokenizer."""
+        from exo_fast.training.data.groups import encode
+
+        return encode(self.tokenizer, [text for e in self.examples for text in (e.prompt, *e.completions)])
+
+    def pack(self) -> list[dict]:
+        """The groups as batches of BATCH."""
+        return [self.collate([self.dataset[i] for i in range(at, at + BATCH)]) for at in range(0, ROWS, BATCH)]
+
+    def to_tensors(self) -> list:
+        """All ids as two tensors."""
+        import torch
+
+        return [torch.from_numpy(ids).long() for ids in (self.dataset.prompt_ids, self.dataset.completion_ids)]
+
+
 def measure_rows(part: str, tokenizer: PreTrainedTokenizerBase, words: list[str], workdir: Path) -> dict:
     """Seconds of ROWS rows, and of the least that they need."""
-    import torch
-
-    from exo_fast.training.data.examples import load_examples
-    from exo_fast.training.data.groups import GroupCollator, encode, tokenize
-    from exo_fast.training.data.records import find_source
-
-    path = workdir / "rows.jsonl"
-    write_rows(path, words, ROWS, prompt_words=12, completion_words=20)
-
-    def read() -> list:
-        return load_examples(find_source(str(path), "train"), loss_type="exo-rw", num_contrastive=None)
-
-    def tokenise() -> GroupDataset:
-        limits = {"max_seq_len": 512, "max_gen_len": 256}
-        return tokenize(examples, tokenizer, num_contrastive=None, progress=False, **limits)
-
-    def pack() -> list[dict]:
-        return [collate([dataset[i] for i in range(at, at + BATCH)]) for at in range(0, ROWS, BATCH)]
-
-    def parse() -> list:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    def encode_all() -> list:
-        return encode(tokenizer, [text for e in examples for text in (e.prompt, *e.completions)])
-
-    def to_tensors() -> list:
-        return [torch.from_numpy(ids).long() for ids in (dataset.prompt_ids, dataset.completion_ids)]
-
-    examples, collate = read(), GroupCollator(tokenizer.eos_token_id)
-    dataset = tokenise()
-    work, least = {"read": (read, parse), "tokenise": (tokenise, encode_all), "pack": (pack, to_tensors)}[part]
-    seconds, floor = _timed(work), _timed(least)
+    rows = Rows(tokenizer, words, workdir)
+    work, least = rows.work(part)
+    seconds, floor = timed(work), timed(least)
     return {
         "seconds": statistics.median(seconds),
         "all_seconds": [round(value, 5) for value in seconds],
         "baseline_seconds": statistics.median(floor),
         "examples_per_second": round(ROWS / statistics.median(seconds)),
-        "tokens_per_second": round(dataset.counts.shared_tokens / statistics.median(seconds)),
+        "tokens_per_second": round(rows.dataset.counts.shared_tokens / statistics.median(seconds)),
     }
 
 
-def _timed(function: Callable) -> list[float]:
+def timed(function: Callable) -> list[float]:
+    """Seconds of REPEATS calls."""
     seconds = []
     for _ in range(REPEATS):
         begun = time.perf_counter()

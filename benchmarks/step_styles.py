@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -294,11 +295,30 @@ def run_trl(
     *,
     before_training: Callable[[], None] = lambda: None,
 ) -> Measured:
-    """The same by TRL's DPOTrainer on a data set of exactly this batch, which it trains for one step an epoch.
+    """The same by TRL's DPOTrainer, which trains for one step an epoch.
 
-    `reference` None means the policy as it is, which is what TRL then precomputes log-probs with. A step is timed from
-    the trainer's step-begin to its step-end callback: forward, backward, update and schedule, no data loading. The
-    first one is not timed: it warms up.
+    A step is timed from the trainer's step-begin to its step-end callback: forward, backward, update and schedule, no
+    data loading. The first one is not timed: it warms up.
+    """
+    trainer = trl_trainer(style, policy, reference, tokenizer, task, 1 + steps, folder)
+    before_training()
+    trainer.train()
+    return Measured(trainer.losses[0], trainer.gradients[0], trainer.seconds[1:])
+
+
+def trl_trainer(
+    style: str,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    epochs: int,
+    folder: Path,
+) -> Any:
+    """A DPOTrainer of this style on a data set of exactly this batch, which notes the `losses` and `seconds` of its
+    steps and the first of its `gradients`.
+
+    `reference` None means the policy as it is, which is what TRL then precomputes log-probs with.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -311,17 +331,18 @@ def run_trl(
         {"prompt_ids": g.prompt, "chosen_ids": g.completions[b], "rejected_ids": g.completions[1 - b]}
         for g, b in zip(task.groups, best, strict=True)
     ]
-    losses: list[float] = []
-    gradients: list[Gradient] = []
-    seconds: list[float] = []
 
     class Trainer(DPOTrainer):
+        def __init__(self, *args, **kwargs):
+            self.losses, self.gradients, self.seconds = [], [], []
+            super().__init__(*args, **kwargs)
+
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset  # token ids already: every style must see the same ones
 
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            losses.append(loss.item())
+            self.losses.append(loss.item())
             return loss
 
     class Watch(TrainerCallback):
@@ -330,10 +351,10 @@ def run_trl(
 
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             if state.global_step == 0:
-                gradients.append(gradient_of(model))
+                trainer.gradients.append(gradient_of(model))
 
         def on_step_end(self, args, state, control, **kwargs):
-            seconds.append(time.perf_counter() - self.begun)
+            trainer.seconds.append(time.perf_counter() - self.begun)
 
     config = DPOConfig(
         output_dir=str(folder),
@@ -344,7 +365,7 @@ def run_trl(
         disable_dropout=False,
         per_device_train_batch_size=len(rows),
         precompute_ref_batch_size=len(rows),
-        num_train_epochs=1 + steps,
+        num_train_epochs=epochs,
         optim="sgd",
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
@@ -365,6 +386,4 @@ def run_trl(
         processing_class=tokenizer,
         callbacks=[Watch()],
     )
-    before_training()
-    trainer.train()
-    return Measured(losses[0], gradients[0], seconds[1:])
+    return trainer
