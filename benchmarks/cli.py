@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     choices = [*SUITES, "all"]
     parser.add_argument("suites", nargs="*", metavar="SUITE", type=_suite, help=f"of {', '.join(choices)}")
-    parser.add_argument("--only", action="append", metavar="TEXT", help="cases whose name begins so; may be repeated")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="TEXT",
+        help="cases whose name begins so (with or without its suite); may be repeated",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, for a first look")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"), metavar="DIR", help="[%(default)s]")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -109,7 +114,8 @@ def _choose(names: Sequence[str], options: argparse.Namespace) -> list[tuple[Mod
     for name in names:
         suite = load(name)
         among = suite.cases(options.quick)
-        cases = [case for case in among if not options.only or str(case).startswith(tuple(options.only))]
+        beginnings = [text.removeprefix(f"{name}/") for text in options.only or [""]]
+        cases = [case for case in among if str(case).removeprefix(f"{name}/").startswith(tuple(beginnings))]
         if options.carry_on:
             there = runner.done(options.output_dir / f"{name}.json")
             cases = [case for case in cases if str(case) not in there]

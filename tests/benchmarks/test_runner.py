@@ -140,8 +140,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_list_shows_what_would_run_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["all", "--list", "--only", "tiny/noisy/2", "--output_dir", str(tmp_path / "none")]) == 0
+@pytest.mark.parametrize("only", ["tiny/noisy/2", "noisy/2"])
+def test_list_shows_what_would_run_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture, only: str) -> None:
+    assert cli.main(["all", "--list", "--only", only, "--output_dir", str(tmp_path / "none")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["tiny/plain/2", "tiny/noisy/2"]
     assert "skipped: too noisy for two" in lines[1]
