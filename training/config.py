@@ -17,7 +17,12 @@ from transformers import TrainingArguments
 
 from exo_fast.backends import choose
 from exo_fast.reference import default_label_smoothing
-from exo_fast.training.deepspeed import announce_cpu, deepspeed_config, ensure_launcher_environment
+from exo_fast.training.deepspeed import (
+    announce_cpu,
+    deepspeed_config,
+    default_zero_stage,
+    ensure_launcher_environment,
+)
 from exo_fast.training.errors import InputError
 from exo_fast.training.precision import PRECISION_HELP, resolve
 
@@ -94,7 +99,11 @@ class TrainConfig(TrainingArguments):
     # Speed and memory
     matmul_precision: Literal["ieee", "tf32", "bf16", "fast"] = _field("ieee", PRECISION_HELP)
     engine: Literal["deepspeed", "torch"] = _field("deepspeed", "torch: plain PyTorch (DDP) without DeepSpeed.")
-    zero_stage: int = _field(2, "DeepSpeed ZeRO stage, 0 to 3; --deepspeed FILE.json replaces it.")
+    zero_stage: int | None = _field(
+        None,
+        "DeepSpeed ZeRO stage, 0 to 3; --deepspeed FILE.json replaces it. Default: 2, and 0 for one process on CPU in "
+        "float32, which has nobody to share with.",
+    )
     offload: bool = _field(False, "Keep the optimizer's state (at stage 3 also parameters) in CPU memory.")
 
     # Other defaults for fields of TrainingArguments
@@ -137,6 +146,8 @@ class TrainConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.started = time.time()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.zero_stage is None:
+            self.zero_stage = default_zero_stage(on_cpu=self.use_cpu, bf16=self.bf16, offload=self.offload)
         self._check_fields()
         for name in self.model_fields:
             path = getattr(self, name)

@@ -14,6 +14,16 @@ import torch
 LAUNCHER_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
+def default_zero_stage(*, on_cpu: bool, bf16: bool, offload: bool) -> int:
+    """2, and 0 for a single process on CPU in float32.
+
+    ZeRO shards nothing there, and copies every gradient into a bucket and on into its partition, and every weight
+    back. (In bf16 stage 0 would keep float32 gradients that stage 2 does not.)
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return 0 if alone and on_cpu and not bf16 and not offload else 2
+
+
 def deepspeed_config(zero_stage: int, *, offload: bool, on_accelerator: bool) -> dict[str, Any]:
     """DeepSpeed's configuration for `zero_stage` 0–3.
 

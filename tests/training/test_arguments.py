@@ -10,6 +10,7 @@ import pytest
 from exo_fast.training.arguments import parse_config
 from exo_fast.training.cli import main
 from exo_fast.training.config import AlignConfig, parse_size
+from exo_fast.training.deepspeed import default_zero_stage
 from exo_fast.training.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -120,6 +121,23 @@ BAD_VALUES = {
 def test_bad_values(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         AlignConfig(**{"model_name_or_path": "m", "data": "d", "output_dir": str(tmp_path), **values})
+
+
+def test_default_zero_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {"on_cpu": True, "bf16": False, "offload": False}
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert default_zero_stage(**alone) == 0
+    for name, value in (("on_cpu", False), ("bf16", True), ("offload", True)):
+        assert default_zero_stage(**{**alone, name: value}) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert default_zero_stage(**alone) == 2
+
+
+def test_zero_stage_is_settled_by_the_configuration(tmp_path: Path) -> None:
+    values = {"model_name_or_path": "m", "data": "d", "output_dir": str(tmp_path), "use_cpu": True, "engine": "torch"}
+    assert AlignConfig(**values).zero_stage == 0
+    assert AlignConfig(**values, bf16=True).zero_stage == 2
+    assert AlignConfig(**values, zero_stage=3).zero_stage == 3
 
 
 def test_sizes() -> None:
