@@ -240,3 +240,28 @@ def epoch(results: dict, path: Path) -> None:
             "blue: the model, attention, head and loss\norange: what surrounds them", (1, 0.03), ha="right",
             xycoords="axes fraction", fontsize=7, color=DARK,
         )  # fmt: skip
+
+
+def memory(results: dict, path: Path) -> None:
+    """Measured peaks as bars, predictions as marks."""
+    rows = [row for row in results["rows"] if "seconds" in row]
+    with _figure(
+        path, results, "Peak memory of a step, 135M model: measured (bars) and predicted (marks)",
+        (1, 1), (8, 0.9 + 0.27 * len(rows)),
+    ) as panels:  # fmt: skip
+        panel = panels[0][0]
+        labels = []
+        for place, row in enumerate(rows):
+            measured, predicted = row["peak_mb"] / 1e3, row["predicted_mb"] / 1e3
+            panel.barh(place, measured, height=0.66, color=_of(row["method"]))
+            panel.plot([predicted] * 2, [place - 0.42, place + 0.42], color=ORANGE, linewidth=2.2)
+            text = f"{measured:.2f}, predicted {predicted:.2f}"
+            panel.text(max(measured, predicted) * 1.01 + 0.05, place, text, va="center", fontsize=7, color=DARK)
+            extras = [row["precision"], row["optimizer"], *["checkpointed"] * row["gradient_checkpointing"]]
+            size = f"{row['sequences']} × ({row['prompt']} + {row['completion']})"
+            labels.append(f"{row['method']}, K = {row['candidates']}, {size}, {', '.join(extras)}")
+        panel.set_yticks(range(len(rows)), labels)
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.3 * max(max(row["peak_mb"], row["predicted_mb"]) for row in rows) / 1e3)
+        panel.set_xlabel("GB")
+        panel.tick_params(axis="y", length=0)

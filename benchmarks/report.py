@@ -266,6 +266,37 @@ def _seconds(stage: dict | None) -> str:
     return "" if stage is None else f"{stage['seconds']:.3f}"
 
 
+# Memory
+
+
+def _memory(results: dict) -> str:
+    lines = [
+        [
+            f"K = {row['candidates']}, {row['prompt']} + {row['completion']}, {row['sequences']} sequences",
+            ", ".join([row["precision"], row["optimizer"], *["checkpointed"] * row["gradient_checkpointing"]]),
+            _strong(row["method"], row["method"] == OURS),
+            f"{row['peak_mb']:,.0f}",
+            f"{row['predicted_mb']:,.0f}",
+            f"{row['predicted_mb'] / row['peak_mb']:.2f}",
+            ", ".join(f"{name} {size:,.0f}" for name, size in _largest(row["parts_mb"])),
+            f"{row['seconds']:.2f}",
+        ]
+        for row in results["rows"]
+        if "seconds" in row
+    ]
+    if not lines:
+        return "\n\n".join(_left_out(results["rows"]))
+    header = ["prompt + completion", "step", "method", "measured, MB", "predicted, MB", "predicted / measured"]
+    table = markdown([*header, "of which mostly, MB", "s/step"], lines, left=3)
+    found = results["summary"]
+    error = f"Largest error of a prediction {found['largest_error']:.0%}, mean {found['mean_error']:.0%}."
+    return "\n\n".join([table, error, *_left_out(results["rows"])])
+
+
+def _largest(parts: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(parts.items(), key=lambda part: part[1], reverse=True)[:3]
+
+
 # What every table has in common
 
 
@@ -383,6 +414,16 @@ SECTIONS = {
         """),
         _epoch,
         plots.epoch,
+    ),
+    "memory": Section(
+        "memory",
+        "Memory, predicted and measured",
+        _text("""
+            Steps of a model of SmolLM2-135M's shape, a process each: the peak of resident memory, models and optimizer
+            included, beside what `exo-fast memory` works out from the configuration alone.
+        """),
+        _memory,
+        plots.memory,
     ),
 }
 

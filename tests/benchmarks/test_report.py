@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.benchmarks import cli, compare, data, machine, op, report, runner, scaling, step
+from exo_fast.benchmarks import cli, compare, data, machine, memory, op, report, runner, scaling, step
 from exo_fast.benchmarks.tables import block
 from exo_fast.training.errors import InputError
 
@@ -64,7 +64,13 @@ def data_row(case: data.Case) -> dict:
     return {"seconds": 2.0, "baseline_seconds": 1.8, "run_seconds": 9.0, "steps": 16, "stages": stages}
 
 
-SUITES = ((op, op_row), (scaling, scaling_row), (step, step_row), (data, data_row))
+def memory_row(case: memory.Case) -> dict:
+    parts = {"weights": 270.0, "activations": 900.0, "head": 350.0, "mask": 2.0}
+    measured = {"peak_mb": 1500.0, "predicted_mb": 1522.0, "parts_mb": parts, "errors": {"prediction": 0.0147}}
+    return {"seconds": 2.0, "all_seconds": [2.1, 2.0], **measured}
+
+
+SUITES = ((op, op_row), (scaling, scaling_row), (step, step_row), (data, data_row), (memory, memory_row))
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +112,14 @@ def test_ratios_are_time_over_the_peers(made: dict[str, dict]) -> None:
     assert "| + shared prompt | 1.28 | 1.50 | 9.00 | 1,000 |" in report.sections(made, "")["ablation"]
 
 
-def test_growth_and_epochs_are_in_tables(made: dict[str, dict]) -> None:
+def test_growth_epochs_and_memory_are_in_tables(made: dict[str, dict]) -> None:
     found = report.sections(made, "")
     assert "| N | **exo_fast** | 576 × 49,152, bf16 | 2,048 – 131,072 | 1.000 | +0.000 | +0.0" in found["scaling"]
     assert "| tokenise | 5,000 | 90,000 | 0.400 | 2.00 |" in found["data"]
     assert "| collate | 1.000 | 10.0% | 1.000 | 10.0% | 1.000 | 10.0% |" in found["epoch"]
     assert "| once a run | demo, s | of the run |" in found["epoch"]
+    assert "| 1,500 | 1,522 | 1.01 | activations 900, head 350, weights 270 | 2.00 |" in found["memory"]
+    assert "Largest error of a prediction 1%, mean 1%." in found["memory"]
 
 
 def test_sections_say_what_they_are_from(made: dict[str, dict]) -> None:
