@@ -23,6 +23,11 @@ METHOD_TEXT = {
     "trl": "TRL's DPOTrainer (head in tiles, reference model)",
     "exo_fast": "exo_fast",
 }
+EXAMPLES = """examples:
+  exo-fast memory --model models/base --tokens 512 --k 4
+  exo-fast memory --model config.json --tokens 16384 --prompt 1024 --k 8 --device cuda --memory 80GB \\
+      --gradient_checkpointing --processes 8 --zero_stage 3
+"""
 MARGIN = 1.15  # estimates were within 15% of what was measured
 
 
@@ -207,10 +212,7 @@ def parser() -> argparse.ArgumentParser:
         prog="exo-fast memory",
         description="Estimate the memory of a training step, with exo_fast and without. Needs no weights and no data: "
         "a model's configuration is enough, and the step is run on tensors without values.",
-        epilog="examples:\n"
-        "  exo-fast memory --model models/my-model --tokens 4096 --k 4\n"
-        "  exo-fast memory --model config.json --tokens 16384 --prompt 1024 --k 8 --device cuda --memory 80GB \\\n"
-        "      --gradient_checkpointing --processes 8 --zero_stage 3\n",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

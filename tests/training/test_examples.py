@@ -27,6 +27,7 @@ MADE = {
     "logprobs": "data/logprobs/test.json",
     "evaluate": "runs/evaluation/report.md",
     "run": "runs/mine/.run/pref-to-rw.json",
+    "memory": None,
 }
 NEEDS_DOWNLOADS = {"demo", "bench"}  # `make demo` and `make bench` run their examples
 
