@@ -40,7 +40,7 @@ TEMPERATURE = 1.0
 PADDED_LENGTH = 512
 LEARNING_RATE = 1e-6
 SAMPLES = 4096  # gradient entries of each parameter that are compared
-STEPS = ((6.0, 3), (20.0, 2), (float("inf"), 1))  # a step of less than so many seconds is timed so often
+STEPS = ((3.0, 3), (8.0, 2), (float("inf"), 1))  # a step of less than so many seconds is timed so often
 SHORT = 8  # tokens of prompts and completions in the batch that warms up
 
 

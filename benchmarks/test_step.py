@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from exo_fast.benchmarks import machine, step, step_styles, step_truth
+from exo_fast.training.deepspeed import LAUNCHER_ENVIRONMENT
 
 ROUNDS = 3
 WORDS = 4096
@@ -74,6 +75,17 @@ def test_step(case: step.Case, benchmark) -> None:
     benchmark.pedantic(lambda: step_styles.run(forward, policy, steps=1), rounds=ROUNDS)
 
 
+@pytest.fixture
+def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on DeepSpeed in this process leaves accelerate set to it, and TRL's trainer would follow."""
+    from accelerate.state import AcceleratorState
+
+    for name in ("ACCELERATE_USE_DEEPSPEED", *LAUNCHER_ENVIRONMENT, "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("without_deepspeed")
 @pytest.mark.parametrize("case", TRL_CASES, ids=str)
 def test_step_of_trl(case: step.Case, benchmark, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed: pip install trl")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from exo_fast.benchmarks import machine, step, step_truth
 from exo_fast.benchmarks import step_styles as styles
 from exo_fast.layout import Group
+from exo_fast.training.deepspeed import LAUNCHER_ENVIRONMENT
 
 
 def make_models(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -71,6 +72,17 @@ def test_float64_goes_through_no_float32() -> None:
         step_truth.truth(*make_models(), task)
 
 
+@pytest.fixture
+def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on DeepSpeed in this process leaves accelerate set to it, and TRL's trainer would follow."""
+    from accelerate.state import AcceleratorState
+
+    for name in ("ACCELERATE_USE_DEEPSPEED", *LAUNCHER_ENVIRONMENT, "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("without_deepspeed")
 @pytest.mark.parametrize("name", styles.TRL_STYLES)
 def test_trl_computes_the_same(name: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
@@ -112,7 +124,7 @@ def test_error_of_a_gradient_counts_every_parameter_by_its_size() -> None:
     assert other.error(truth) == pytest.approx((100 * 0.01 / 10100) ** 0.5)
 
 
-@pytest.mark.parametrize(("slow", "steps"), [(0.1, 3), (7.0, 2), (30.0, 1)])
+@pytest.mark.parametrize(("slow", "steps"), [(0.1, 3), (4.0, 2), (9.0, 1)])
 def test_long_steps_are_timed_less_often(monkeypatch: pytest.MonkeyPatch, slow: float, steps: int) -> None:
     clock = [0.0]
     monkeypatch.setattr(styles.time, "perf_counter", lambda: clock[0])
@@ -130,9 +142,8 @@ def test_cases_are_the_grid_with_its_yardsticks() -> None:
     names = [str(case) for case in found]
     assert len(set(names)) == len(names)
     assert {step.baseline(case) for case in found} <= set(names)
-    assert {
-        (case.candidates, case.prompt) for case in found if case.style == "exo_fast" and case.precision == "bf16"
-    } == {(k, prompt) for k in (2, 4, 8) for prompt in (205, 128, 51)}
+    ours = {(case.candidates, case.prompt) for case in found if (case.style, case.precision) == ("exo_fast", "bf16")}
+    assert ours == {(2, 205), (2, 128), (2, 51), (4, 128), (8, 205), (8, 128), (8, 51)}
     assert all(case.candidates == 2 for case in found if case.style in styles.TRL_STYLES)
     assert {case.style for case in found} == {*styles.STYLES, *styles.TRL_STYLES}
     assert set(step.cases(quick=True)) < set(found)
@@ -188,6 +199,7 @@ def test_truth_is_computed_once_for_all_styles_and_precisions_of_the_same_weight
     ]
 
 
+@pytest.mark.usefixtures("without_deepspeed")
 @pytest.mark.parametrize("style", ["original", "exo_fast", "trl-cached"])
 def test_a_case_is_measured(
     style: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
