@@ -13,7 +13,7 @@ were measured, stage by stage, with one process and with two).
 Three methods are compared, those of `exo_fast.benchmarks.step_styles` of these names:
 
     full-logits   a row per candidate, logits of all positions, policy and reference model in every step
-    trl           a row per candidate, the head in tiles over the completion tokens, policy and reference model
+    trl           a row per candidate, the head in tiles of the logits, policy and reference model
     exo_fast      a row per group with one prompt, the fused head, cached reference log-probs
 
 On a CPU the order of allocations is then played to a model of the C library's heap, which says what it holds in holes
@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from exo_fast.backends import scratch_budget
+from exo_fast.attention import Span, packed_attention
+from exo_fast.backends import head_attention, scratch_budget
 from exo_fast.backends.torch import Plan
 from exo_fast.benchmarks.heap import Heap
 from exo_fast.benchmarks.meter import Meter
@@ -143,7 +144,7 @@ def estimate(config: Any, setting: Setting) -> Estimate:
         engine = Engine(setting, trained, sum(p.numel() for p in parameters))
         meter = _StepMeter(engine.shares())
         step = _Step(policy, reference, setting, meter)
-        with meter, _as_with_values():
+        with meter, step.as_with_values():
             for label, model in (("weights", policy), ("reference", reference)):
                 if model is not None:
                     with meter.labelled(label):
@@ -384,9 +385,11 @@ class _Step:
     def _tiled(self, model: nn.Module) -> Tensor:
         hidden = self._hidden(model).flatten(0, 1)
         with self.meter.labelled("head"):
-            hidden = hidden[torch.zeros(self.setting.targets, dtype=torch.long)]
-            weight = read_head(model).weight
-            return _FormsNoLogits.apply(hidden, weight, tiled_scratch(self.setting, len(weight)), False)
+            # All positions but the last of a row, those of the prompt too.
+            hidden = hidden[torch.zeros(self.shape[0] * (self.shape[1] - 1), dtype=torch.long)]
+            return _FormsNoLogits.apply(
+                hidden, read_head(model).weight, tiled_scratch(self.setting, len(hidden)), False
+            )
 
     def _fused(self, model: nn.Module) -> Tensor:
         hidden = self._hidden(model, **self._shared_inputs() if self.shared else {}).flatten(0, 1)
@@ -411,6 +414,35 @@ class _Step:
         with self.meter.labelled("mask"):
             return {"position_ids": positions, "attention_mask": by_layer(self.plan, mask)}
 
+    @contextlib.contextmanager
+    def as_with_values(self) -> Iterator[None]:
+        """Inside, two functions that look at values do what they would with those of this step.
+
+        Attention with the mask of `_shared_inputs` is that of `exo_fast.attention` over this step's rows, which reads
+        them from the packed ids otherwise. And transformers takes rows without a mask for what they are, one text
+        each, and makes no mask for them.
+        """
+        from transformers import masking_utils
+
+        functional = nn.functional
+        plain, find = functional.scaled_dot_product_attention, masking_utils.find_packed_sequence_indices
+        lengths = (self.setting.completion,) * self.setting.candidates
+        spans = tuple(Span(row, 0, self.setting.prompt, lengths) for row in range(self.setting.groups))
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any):
+            if attn_mask is not None and not any(attn_mask.stride()):
+                return packed_attention(query, key, value, spans, options.get("scale"))
+            return plain(query, key, value, attn_mask=attn_mask, **options)
+
+        # Not by a mode of torch, which would be off in a backward pass that runs layers again.
+        functional.scaled_dot_product_attention = attention
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        try:
+            yield
+        finally:
+            functional.scaled_dot_product_attention = plain
+            masking_utils.find_packed_sequence_indices = find
+
     def _in_parts(self, window: int | None) -> bool:
         longest = self.setting.prompt + self.setting.completion
         in_parts = self.setting.device == "cpu" and self.policy.config._attn_implementation == "sdpa"
@@ -422,34 +454,6 @@ def by_layer(plan: MaskPlan, mask: Callable[[int | None], Any]) -> Any:
     if plan.kind != "by_layer":
         return mask(plan.window)
     return {name: mask(plan.window if name == "sliding_attention" else None) for name in plan.layer_types}
-
-
-@contextlib.contextmanager
-def _as_with_values() -> Iterator[None]:
-    """Inside, two functions that would look at values do without, and what they do is what they would have done.
-
-    Attention with the mask of `_Step._shared_inputs` is causal attention without one: over shared prompts,
-    `exo_fast.attention` keeps the same tensors for backward. And transformers takes rows without a mask for what they
-    are, one text each, so that no mask is made for them.
-    """
-    from transformers import masking_utils
-
-    functional = nn.functional
-    plain, find = functional.scaled_dot_product_attention, masking_utils.find_packed_sequence_indices
-
-    def attention(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if attn_mask is not None and not any(attn_mask.stride()):
-            attn_mask, kwargs = None, {**kwargs, "is_causal": True}
-        return plain(*args, attn_mask=attn_mask, **kwargs)
-
-    # Not by a mode of torch, which would be off in a backward pass that runs layers again.
-    functional.scaled_dot_product_attention = attention
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = plain
-        masking_utils.find_packed_sequence_indices = find
 
 
 class _FormsNoLogits(torch.autograd.Function):
@@ -489,12 +493,15 @@ def fused_scratch(setting: Setting, hidden: Tensor, head: Head) -> int:
     if setting.device != "cpu":
         budget = scratch_budget(setting.memory_budget, torch.device(setting.device))
         return min(budget, 6 * setting.targets * vocab)
+    if head_attention.applies(setting.targets, hidden, head):
+        sizes = head_attention.Sizes(setting.targets, width, setting.memory_budget, hidden.device)
+        return (sizes.rows + sizes.columns) * 12 * width
     plan = Plan.of(setting.targets, hidden, head, setting.memory_budget, setting.candidates * setting.completion)
     wide = 0 if hidden.dtype == torch.float32 else plan.block * width * 4
     return plan.rows * vocab * hidden.itemsize + plan.block_rows * plan.block * 4 + wide
 
 
-def tiled_scratch(setting: Setting, vocab: int) -> int:
+def tiled_scratch(setting: Setting, tokens: int) -> int:
     """Bytes of a tile of TRL's head, and of what its backward pass makes of one without Triton."""
-    tile = min(setting.targets, TILE_TOKENS) * TILE_VOCAB
+    tile = min(tokens, TILE_TOKENS) * TILE_VOCAB
     return int(tile * (setting.compute_dtype.itemsize + (4 * TILE_COPIES if setting.device == "cpu" else 0)))
