@@ -30,7 +30,7 @@ from exo_fast.groups import losses_and_coefficients
 from exo_fast.head import Head
 
 COLUMNS = 8192  # of the vocabulary at a time, for each of the parts that threads work on
-ROWS = 4096  # of hidden states at a time
+ROWS = 8192  # of hidden states at a time
 MIN_ROWS = 1024  # for fewer the kernel's blocks are too few and small, and keeping U is faster
 QUERIES = 256  # the kernel's block of queries, and so what one thread does
 
@@ -93,25 +93,30 @@ def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, 
 
 
 def add_to_weight(
-    total: Tensor,  # (V, D) float32, is added to
+    total: Tensor | None,  # (V, D) float32, is added to
     hidden: Tensor,  # (n, D)
     head: Head,
     targets: Tensor,  # (n,)
     lse: Tensor,  # (n,) float32
     coefficients: Tensor,  # (n,) float32, ∂L/∂ℓ
     sizes: Sizes,
-) -> None:
-    """total += ∂L/∂W of these rows."""
+) -> Tensor:
+    """`total` and ∂L/∂W of these rows, in place where there is a total."""
     # Both halves of ∂L/∂W take the rounded c ⊙ H: where p_ty is near 1 they nearly cancel.
     scaled = (hidden.float() * (coefficients * head.scale).unsqueeze(1)).bfloat16()
     keys, values = _one_head(hidden.bfloat16()), _one_head(scaled)
     bias = -lse.view(1, 1, 1, -1)
+    first, total = total is None, torch.empty(head.weight.shape) if total is None else total
     for start in range(0, len(total), sizes.columns):
         columns = slice(start, start + sizes.columns)
         queries = _one_head(head.weight[columns].bfloat16())
         mean, mass = flash(queries, keys, values, attn_mask=bias.expand(1, 1, queries.shape[2], -1), scale=head.scale)
-        total[columns].addcmul_(mean[0, 0], mass[0, 0].exp_().unsqueeze(1), value=-1)
-    total.index_add_(0, targets, scaled.float())
+        mass = -mass[0, 0].exp().unsqueeze(1)
+        if first:
+            torch.mul(mean[0, 0], mass, out=total[columns])
+        else:
+            total[columns].addcmul_(mean[0, 0], mass)
+    return total.index_add_(0, targets, scaled.float())
 
 
 def _one_head(rows: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ def logprobs_backward(
     sizes = Sizes(n, hidden.shape[1], memory_budget, hidden.device)
     lse = stats[0] + stats[1].log()
     grad_hidden = torch.zeros_like(hidden) if need[0] else None
-    total = torch.zeros(head.weight.shape) if need[1] else None
+    total = torch.zeros(head.weight.shape) if need[1] and n == 0 else None
     for rows in kept_chunks(kept, n, sizes.rows):
         h, y, c = hidden[rows], targets[rows], grad[rows].float()
         if need[0]:
@@ -159,7 +164,7 @@ def logprobs_backward(
             unit = head.weight[y].float().sub_(mean)
             grad_hidden[rows] = unit.mul_((c * head.scale).unsqueeze(1)).to(hidden.dtype)
         if need[1]:
-            add_to_weight(total, h, head, y, lse[rows], c, sizes)
+            total = add_to_weight(total, h, head, y, lse[rows], c, sizes)
     return grad_hidden, total, None
 
 
@@ -205,8 +210,7 @@ def group_loss_forward(
 
     total = None
     if need[1]:
-        total = torch.zeros(head.weight.shape)
         for rows in row_chunks(0, len(hidden), sizes.rows):
             c = coefficients[owner[rows]]
-            add_to_weight(total, hidden[rows], head, targets[rows], lse[rows], c, sizes)
+            total = add_to_weight(total, hidden[rows], head, targets[rows], lse[rows], c, sizes)
     return losses, policy_logps.view(groups, candidates), (grad_hidden, total, None)
