@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   exo-fast memory --model config.json --tokens 16384 --prompt 1024 --k 8 --device cuda --memory 80GB \\
       --gradient_checkpointing --processes 8 --zero_stage 3
 """
-MARGIN = 1.15  # estimates were within 15% of what was measured
+MARGIN = 1.25  # measured steps took up to 1.2 times the estimate
 
 
 # The suite

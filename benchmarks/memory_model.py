@@ -7,8 +7,7 @@ is: gradient checkpointing, LoRA, autocast, tied embeddings, mixtures of experts
 and next to no memory, and needs no weights.
 
 Three parts are formulas, because they are no torch operations of the step: the scratch of heads that form no logits
-(`fused_scratch`, `tiled_scratch`), Adam's state, and what an engine keeps beside the model (`Engine`, whose numbers
-were measured, stage by stage, with one process and with two).
+(`fused_scratch`, `tiled_scratch`), Adam's state, and what an engine keeps beside the model (`Engine`).
 
 Three methods are compared, those of `exo_fast.benchmarks.step_styles` of these names:
 
@@ -231,7 +230,8 @@ class _StepMeter(Meter):
 class Engine:
     """What DeepSpeed, or DDP, keeps beside the model, in bytes for each of `trained` parameters.
 
-    Measured on DeepSpeed 0.19 with a fused Adam: stages 0 to 3, one process and two, float32 and bf16 weights.
+    Read off DeepSpeed 0.19 on a CPU with a fused Adam, float32 and bf16 weights: stages 0 to 3 with one process, 1 to 3
+    with two. Not measured: a GPU's buckets, offloading and DDP, which follow DeepSpeed's and PyTorch's defaults.
     With w bytes a weight and P processes:
 
         stage          kept                       at the end of backward    in the update
