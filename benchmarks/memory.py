@@ -225,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--lora_r", type=int, default=0, help="rank of LoRA adapters; 0 trains the whole model [0]")
     add("--engine", choices=("deepspeed", "torch"), default="deepspeed", help="as in exo-fast align [deepspeed]")
-    add("--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="DeepSpeed ZeRO stage [2]")
+    add("--zero_stage", type=int, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage [as in exo-fast align]")
     add("--offload", action="store_true", help="the optimizer's state in CPU memory")
     add("--processes", type=int, default=1, help="processes that share the work, one a device [1]")
     add("--memory_budget", metavar="SIZE", help="scratch of the fused head, such as 512MB")
@@ -251,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(options.model, trust_remote_code=options.trust_remote_code)
     torch_engine = options.engine == "torch"
+    alone = device == "cpu" and options.fp32 and options.processes == 1 and not options.offload
+    default_stage = 0 if alone else 2  # that of exo_fast.training.deepspeed
     try:
         setting = memory_model.Setting(
             "exo_fast",
@@ -263,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             gradient_checkpointing=options.gradient_checkpointing,
             lora_r=options.lora_r,
             engine=options.engine,
-            zero_stage=options.zero_stage,
+            zero_stage=default_stage if options.zero_stage is None else options.zero_stage,
             offload=options.offload,
             processes=options.processes,
             device=device,
