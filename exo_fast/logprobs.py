@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from exo_fast import ops, reference
-from exo_fast.backends import choose
-from exo_fast.validate import check_budget, check_projection, check_targets
+from exo_fast.backends import choose, head_attention
+from exo_fast.head import Head
+from exo_fast.validate import check_budget, check_projection, check_targets, traced
 
 
 def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +80,13 @@ def linear_logprobs(
             )
     wanted = targets.reshape(-1).long()
     wanted = wanted.masked_fill(wanted == ignore_index, -1)
-    unit_hidden = needs_gradient(hidden, weight, bias) == (True, False, False)
-    logps, _, _ = ops.linear_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, wanted, scale, softcap, memory_budget, unit_hidden, chosen
+    need, rows = needs_gradient(hidden, weight, bias), hidden.reshape(-1, hidden.shape[-1])
+    # ∂ℓ/∂h beside the log-probs: all there is to do with a frozen head, and where attention gives both at once.
+    unit_hidden = need == (True, False, False) or (
+        need[0]
+        and chosen == "torch"
+        and not traced(hidden)
+        and head_attention.applies(len(rows), rows, Head(weight, bias, scale, softcap))
     )
+    logps, _, _ = ops.linear_logprobs(rows, weight, bias, wanted, scale, softcap, memory_budget, unit_hidden, chosen)
     return logps.view(targets.shape)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from exo_fast.attention import SharedPromptMask, spans, worthwhile
+from exo_fast.validate import readable
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -199,7 +200,7 @@ def model_inputs(
     position_ids = packed.position_ids.to(device, non_blocking=True)
     segments = (packed.group_ids.to(device), packed.candidate_ids.to(device), position_ids)
 
-    in_parts = attn_implementation == "sdpa" and input_ids.device.type == "cpu"
+    in_parts = attn_implementation == "sdpa" and readable(input_ids)
     rows = spans(*segments[:2]) if in_parts else None
     if rows is not None and not worthwhile(rows, input_ids.shape):
         rows = None

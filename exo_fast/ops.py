@@ -124,24 +124,29 @@ def _save_logprobs(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     _, stats, unit = output
     ctx.mark_non_differentiable(stats, unit)
     ctx.set_materialize_grads(False)
-    ctx.unit_only = unit_hidden and ctx.needs_input_grad[:3] == (True, False, False)
-    ctx.options = (scale, softcap, memory_budget, ctx.needs_input_grad[:3], backend)
-    ctx.save_for_backward(*((unit,) if ctx.unit_only else (hidden, weight, bias, targets, stats)))
+    need = ctx.needs_input_grad[:3]
+    ctx.unit = unit_hidden and need[0]
+    ctx.options = (scale, softcap, memory_budget, (need[0] and not ctx.unit, *need[1:]), backend)
+    ctx.unit_only = ctx.unit and not any(need[1:])
+    rest = () if ctx.unit_only else (hidden, weight, bias, targets, stats)
+    ctx.save_for_backward(unit if ctx.unit else None, *rest)
 
 
 @once_differentiable
 def _backward_logprobs(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
+    unit, *rest = ctx.saved_tensors
+    grad_hidden = (unit * grad.unsqueeze(1)).to(unit.dtype) if ctx.unit else None
     if ctx.unit_only:
-        (unit,) = ctx.saved_tensors
-        return (unit * grad.unsqueeze(1)).to(unit.dtype), *[None] * 8
-    hidden, weight, bias, targets, stats = ctx.saved_tensors
+        return grad_hidden, *[None] * 8
+    hidden, weight, bias, targets, stats = rest
     grad = grad.contiguous()  # of a sum it comes as one number seen N times
     gradients = linear_logprobs_backward(hidden, weight, bias, targets, stats, grad, *ctx.options)
     dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    needed = ctx.needs_input_grad[:3]
-    return *(g.to(d) if need else None for g, d, need in zip(gradients, dtypes, needed, strict=True)), *[None] * 6
+    needed = ctx.options[3]
+    found = [g.to(d) if need else None for g, d, need in zip(gradients, dtypes, needed, strict=True)]
+    return grad_hidden if ctx.unit else found[0], *found[1:], *[None] * 6
 
 
 torch.library.register_autograd("exo_fast::linear_logprobs", _backward_logprobs, setup_context=_save_logprobs)

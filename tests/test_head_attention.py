@@ -89,14 +89,109 @@ def test_against_float64_of_the_same_inputs(shape: str, schedule, monkeypatch: p
 def test_parts_of_a_slice_for_idle_threads() -> None:
     made = problem([7, 31, 2, 5], 2, 32, 1000)
     sizes = head_attention.Sizes(45, 32, None, made["hidden"].device)
-    assert sizes.parts == 6
-    assert 300 % sizes.parts == 0  # and the last slice, of 100, is not cut
+    assert (sizes.parts, sizes.columns) == (2, 288)
     exact = exactly(made)
     lse, mean = head_attention.softmax_mean(made["hidden"].detach(), Head(made["weight"].detach()), sizes)
     logits = exact["hidden"] @ exact["weight"].T
     torch.testing.assert_close(lse.double(), logits.logsumexp(1), atol=1e-5, rtol=0)
     want = logits.softmax(1) @ exact["weight"]
     assert (mean - want).norm() < 2e-3 * want.norm()
+
+
+def test_sizes_of_real_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    cpu = torch.device("cpu")
+    for threads in (2, 24, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for width in (576, 1024, 4096):
+            for n in (1024, 2048, 100_000):
+                sizes = head_attention.Sizes(n, width, None, cpu)
+                assert sizes.columns % (sizes.parts * 256) == 0
+                blocks = -(-min(n, 8192) // 256)
+                assert sizes.parts * blocks * 2 > threads or sizes.parts == 8
+                row, kernel = (16 + 4 * sizes.parts) * width, 4 * threads * 256 * (512 + width)
+                assert sizes.rows == 256 or sizes.rows * row + kernel <= 320 * 2**20
+                assert sizes.columns * 12 * width <= 320 * 2**20
+
+
+@pytest.mark.parametrize("budget", [1, 60_000], ids=["least", "some"])
+@pytest.mark.parametrize("schedule", [one_pass, two_pass])
+def test_budget_cuts_rows_and_columns(schedule, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_attention, "COLUMNS", 8192)
+    monkeypatch.setattr(head_attention, "ROWS", 8192)
+    made = problem([60, 41, 3, 3], 2, 16, 601)
+    exact = exactly(made)
+    sizes = head_attention.Sizes(107, 16, budget, made["hidden"].device)
+    assert (sizes.rows, sizes.columns) == ((16, 16) if budget == 1 else (84, 144))
+    loss, _ = schedule(made, memory_budget=budget)
+    want, _ = linear_group_loss(**exact, loss_type="exo-rw", beta_r=1.0, backend="reference")
+    got = torch.autograd.grad(loss, [made["hidden"], made["weight"]])
+    for a, b in zip(got, torch.autograd.grad(want, [exact["hidden"], exact["weight"]]), strict=True):
+        assert (a.double() - b).norm() < 4e-3 * b.norm()
+
+
+@pytest.mark.parametrize("need", ["hidden", "weight"])
+def test_one_gradient_alone(need: str) -> None:
+    made = problem([7, 31, 2, 5], 2, 37, 1009)
+    other = "weight" if need == "hidden" else "hidden"
+    made[other] = made[other].detach()
+    exact = exactly(made)
+    want, _ = linear_group_loss(**exact, loss_type="exo-rw", beta_r=1.0, backend="reference")
+    (b,) = torch.autograd.grad(want, exact[need])
+    for schedule in (one_pass, two_pass):
+        (a,) = torch.autograd.grad(schedule(made)[0], made[need])
+        assert (a.double() - b).norm() < 4e-3 * b.norm()
+
+
+def test_operands_of_any_layout() -> None:
+    made = problem([20, 11, 9, 30], 2, 24, 700)
+    odd = dict(made)
+    for name in ("hidden", "weight"):
+        odd[name] = made[name].detach().T.contiguous().T.requires_grad_()
+        assert odd[name].stride(0) == 1
+    for schedule in (one_pass, two_pass):
+        grads = [torch.autograd.grad(schedule(m)[0], [m["hidden"], m["weight"]]) for m in (made, odd)]
+        for a, b in zip(*grads, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_all_ignored() -> None:
+    made = problem([20, 11, 9, 30], 2, 24, 700)
+    for frozen in (False, True):
+        weight = made["weight"].detach().requires_grad_(not frozen)
+        logps = linear_logprobs(made["hidden"], weight, torch.full((70,), -100))
+        assert not logps.any()
+        for gradient in torch.autograd.grad(logps.sum(), [made["hidden"]] if frozen else [made["hidden"], weight]):
+            assert not gradient.any()
+
+
+def test_certain_tokens_have_log_prob_zero_and_no_gradient() -> None:
+    """Of weights that bf16 does not hold, in float32 with bf16 products: W[y] is rounded as the mean is."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 32, generator=g).requires_grad_()
+    hidden = (weight.detach()[:64] * 8).requires_grad_()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        logps = linear_logprobs(hidden, weight.detach(), torch.arange(64))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert (logps <= 0).all()
+    assert (logps > -1e-4).all()
+    (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+    assert gradient.norm() < 1e-4 * weight.norm()
+
+
+def test_float32_whatever_the_default_dtype() -> None:
+    made = problem([20, 11, 9, 30], 2, 24, 700)
+    want = [one_pass(made)[1], linear_logprobs(made["hidden"], made["weight"], made["targets"])]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = [one_pass(made)[1], linear_logprobs(made["hidden"], made["weight"], made["targets"])]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_ignored_rows_and_a_frozen_head() -> None:
@@ -117,8 +212,10 @@ def test_ignored_rows_and_a_frozen_head() -> None:
             assert (a.double() - b).norm() < 4e-3 * b.norm()
 
 
-def test_extreme_logits() -> None:
+@pytest.mark.parametrize("columns", [300, 32], ids=["one-slice", "slices"])
+def test_extreme_logits(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of ±1e4: certain, certain, impossible and ordinary tokens."""
+    monkeypatch.setattr(head_attention, "COLUMNS", columns)
     weight, hidden = torch.zeros(101, 4, dtype=torch.bfloat16), torch.zeros(4, 4, dtype=torch.bfloat16)
     weight[:, 0] = torch.linspace(-100, 100, 101)
     hidden[:, 0] = torch.tensor([100.0, -100.0, 100.0, 1.0])
@@ -164,6 +261,7 @@ def test_float32_where_the_user_allows_bf16_products() -> None:
         assert (a - b).norm() < 3e-3 * b.norm()
 
 
+@pytest.mark.usefixtures("many_threads")
 def test_same_input_same_bits() -> None:
     made = problem([60, 41, 3, 3], 2, 16, 601)
     runs = []

@@ -112,6 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         status = 130
+    except SystemExit as end:  # of argparse or a library, which say the status
+        if argv is not None:
+            raise
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
     except Exception as error:
         if options.debug:
             traceback.print_exc()
@@ -132,12 +138,17 @@ def _leave_processes(status: int) -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_initialized():
         return
-    torch.distributed.destroy_process_group()
-    threading._shutdown()  # as the interpreter does: threads that must finish, then what is registered for the exit
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        torch.distributed.destroy_process_group()
+        threading._shutdown()  # as the interpreter does: threads that must finish, then what is registered for the exit
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except Exception:  # such as a pipe that nobody reads any more
+        status = status or 1
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def _explain(error: Exception) -> str:

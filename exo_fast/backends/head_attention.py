@@ -23,7 +23,7 @@ its operands, and there the bf16 kernel is used.
 import torch
 from torch import Tensor
 
-from exo_fast.backends import scratch_budget
+from exo_fast.backends import products, scratch_budget
 from exo_fast.backends.products import bf16_products
 from exo_fast.backends.rows import group_units, kept_chunks, kept_rows, row_chunks
 from exo_fast.groups import losses_and_coefficients
@@ -42,35 +42,36 @@ def applies(rows: int, hidden: Tensor, head: Head) -> bool:
     return (
         rows >= MIN_ROWS
         and hidden.device.type == "cpu"
-        and (hidden.dtype == torch.bfloat16 or (hidden.dtype == torch.float32 and fp32_products() == "bf16"))
+        and (hidden.dtype == torch.bfloat16 or (hidden.dtype == torch.float32 and products.fp32_precision() == "bf16"))
         and head.bias is None
         and head.softcap is None
         and torch.cpu._is_amx_tile_supported()
     )
 
 
-def fp32_products() -> str:
-    """How oneDNN multiplies float32 operands on this CPU: "bf16" where the user allows it, else "ieee" or "none"."""
-    return torch.backends.mkldnn.matmul.fp32_precision
-
-
 class Sizes:
     """How many rows and columns the budget holds at once, and in how many parts a slice of the vocabulary is run."""
 
     def __init__(self, n: int, width: int, memory_budget: int | None, device: torch.device):
-        budget = scratch_budget(memory_budget, device)
-        # Bytes of a row: in float32 itself, its mean, and a part's result. Of a column: float32 and bf16 copies.
-        self.rows = min(n, ROWS, max(QUERIES, budget // 2 // (12 * width)))
-        self.columns = min(COLUMNS, max(QUERIES, budget // 2 // (12 * width)))
-        # A chunk of few rows leaves threads idle: they share it by columns.
-        self.parts = max(1, min(8, torch.get_num_threads() // max(1, self.rows // QUERIES), self.columns // QUERIES))
+        half, threads = scratch_budget(memory_budget, device) // 2, torch.get_num_threads()
+        # Bytes of a column: its float32 and bf16 copies, and its share of dW. In whole blocks, so that parts divide it.
+        columns = min(COLUMNS, half // (12 * width)) // QUERIES
+        # Rows of one chunk that are few leave threads idle: they share it by columns.
+        self.parts = 1
+        while 2 * self.parts * -(-min(n, ROWS) // QUERIES) <= threads and 2 * self.parts <= min(8, columns):
+            self.parts *= 2
+        self.columns = max(1, columns // self.parts) * self.parts * QUERIES
+        # Of a row, in float32: itself, its mean, this chunk's and the last one's gradient, and the result of each part;
+        # and the kernel's own block of scores and results for each thread.
+        kernel = 4 * threads * QUERIES * (2 * QUERIES + width)
+        self.rows = max(1, min(n, ROWS, max(QUERIES, (half - kernel) // ((16 + 4 * self.parts) * width))))
 
 
 def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """logsumexp_v z_tv (n,) and Σ_v p_tv W_v (n, D), both float32, of hidden (n, D)."""
-    queries, parts, lse, mean = hidden.float(), sizes.parts, None, None
+    queries, parts, lse, mean = hidden.float().contiguous(), sizes.parts, None, None
     for start in range(0, len(head.weight), sizes.columns):
-        rows = head.weight[start : start + sizes.columns].float()
+        rows = head.weight[start : start + sizes.columns].float().contiguous()
         split = parts if len(rows) % parts == 0 else 1
         keys = rows.view(1, split, -1, rows.shape[1])
         with bf16_products(torch.bfloat16):
@@ -85,11 +86,20 @@ def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tens
     return lse, mean
 
 
-def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """z[y] (n,), of operands rounded as the products round them, and W[y] (n, D), float32."""
-    rows = head.weight[targets]
-    product = torch.linalg.vecdot(hidden.bfloat16().float(), rows.bfloat16().float())
-    return product.mul_(head.scale), rows.float()
+def token_gradients(hidden: Tensor, head: Head, targets: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """logsumexp_v z_tv (n,), z[y] (n,) and W[y] − Σ_v p_tv W_v (n, D), float32, of hidden (n, D).
+
+    z[y] and W[y] are of operands rounded as the products round them: p_ty near 1 makes small differences of them.
+    """
+    lse, mean = softmax_mean(hidden, head, sizes)
+    rows = head.weight[targets].bfloat16().float()
+    target = torch.linalg.vecdot(hidden.bfloat16().float(), rows).mul_(head.scale)
+    return lse, target, rows.sub_(mean)
+
+
+def token_logps(target: Tensor, lse: Tensor) -> Tensor:
+    """z[y] − lse, which are of two summations: at most 0 all the same."""
+    return (target - lse).clamp_(max=0)
 
 
 def add_to_weight(
@@ -106,7 +116,9 @@ def add_to_weight(
     scaled = (hidden.float() * (coefficients * head.scale).unsqueeze(1)).bfloat16()
     keys, values = _one_head(hidden.bfloat16()), _one_head(scaled)
     bias = -lse.view(1, 1, 1, -1)
-    first, total = total is None, torch.empty(head.weight.shape) if total is None else total
+    first = total is None
+    if first:
+        total = _float32(head.weight, head.weight.shape)
     for start in range(0, len(total), sizes.columns):
         columns = slice(start, start + sizes.columns)
         queries = _one_head(head.weight[columns].bfloat16())
@@ -120,7 +132,12 @@ def add_to_weight(
 
 
 def _one_head(rows: Tensor) -> Tensor:
-    return rows.view(1, 1, *rows.shape)
+    """(n, D) as attention takes it. The kernel reads rows, whatever the strides say."""
+    return rows.contiguous().view(1, 1, *rows.shape)
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(*shape, dtype=torch.float32)
 
 
 def logprobs_forward(
@@ -130,15 +147,12 @@ def logprobs_forward(
     kept = kept_rows(targets)
     n = len(hidden) if kept is None else len(kept)
     sizes = Sizes(n, hidden.shape[1], memory_budget, hidden.device)
-    stats = torch.zeros(3, len(hidden))
-    stats[1] = 1
-    unit = torch.zeros_like(hidden)
+    stats = _float32(hidden, 3, len(hidden)).copy_(hidden.new_tensor([[0], [1], [0]]))  # log-prob 0 where ignored
+    unit = hidden.new_zeros(hidden.shape)
     for rows in kept_chunks(kept, n, sizes.rows):
-        h, y = hidden[rows], targets[rows]
-        stats[0, rows], mean = softmax_mean(h, head, sizes)
-        stats[2, rows], target = target_logits(h, head, y)
-        unit[rows] = target.sub_(mean).mul_(head.scale).to(unit.dtype)
-    return stats[2] - stats[0], stats, unit
+        stats[0, rows], stats[2, rows], part = token_gradients(hidden[rows], head, targets[rows], sizes)
+        unit[rows] = part.mul_(head.scale).to(unit.dtype)
+    return token_logps(stats[2], stats[0]), stats, unit
 
 
 def logprobs_backward(
@@ -155,14 +169,13 @@ def logprobs_backward(
     n = len(hidden) if kept is None else len(kept)
     sizes = Sizes(n, hidden.shape[1], memory_budget, hidden.device)
     lse = stats[0] + stats[1].log()
-    grad_hidden = torch.zeros_like(hidden) if need[0] else None
-    total = torch.zeros(head.weight.shape) if need[1] and n == 0 else None
+    grad_hidden = hidden.new_zeros(hidden.shape) if need[0] else None
+    total = _float32(head.weight, head.weight.shape).zero_() if need[1] and n == 0 else None
     for rows in kept_chunks(kept, n, sizes.rows):
         h, y, c = hidden[rows], targets[rows], grad[rows].float()
         if need[0]:
-            _, mean = softmax_mean(h, head, sizes)
-            unit = head.weight[y].float().sub_(mean)
-            grad_hidden[rows] = unit.mul_((c * head.scale).unsqueeze(1)).to(hidden.dtype)
+            part = token_gradients(h, head, y, sizes)[2]
+            grad_hidden[rows] = part.mul_((c * head.scale).unsqueeze(1)).to(hidden.dtype)
         if need[1]:
             total = add_to_weight(total, h, head, y, lse[rows], c, sizes)
     return grad_hidden, total, None
@@ -183,20 +196,17 @@ def group_loss_forward(
     groups, candidates = ref_logps.shape
     bounds = cu_seqlens[::candidates].tolist()
     lengths = cu_seqlens.diff()
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     sizes = Sizes(len(hidden), hidden.shape[1], memory_budget, hidden.device)
-    lse, policy_logps = torch.empty(len(hidden)), torch.zeros(groups * candidates)
-    losses, coefficients = torch.empty(groups), torch.empty(groups * candidates)
-    grad_hidden = torch.empty_like(hidden)
+    lse, policy_logps = _float32(hidden, len(hidden)), _float32(hidden, groups * candidates).zero_()
+    losses, coefficients = _float32(hidden, groups), _float32(hidden, groups * candidates)
+    grad_hidden = hidden.new_empty(hidden.shape)
 
     for first, last in group_units(bounds, sizes.rows):
-        whole, unit = slice(bounds[first], bounds[last]), None
-        pieces = row_chunks(whole.start, whole.stop, sizes.rows)
+        pieces = row_chunks(bounds[first], bounds[last], sizes.rows)
         for rows in pieces:
-            lse[rows], mean = softmax_mean(hidden[rows], head, sizes)
-            target, unit = target_logits(hidden[rows], head, targets[rows])
-            policy_logps.index_add_(0, owner[rows], target - lse[rows])
-            unit.sub_(mean)
+            lse[rows], target, unit = token_gradients(hidden[rows], head, targets[rows], sizes)
+            policy_logps.index_add_(0, owner[rows], token_logps(target, lse[rows]))
             if len(pieces) > 1:
                 grad_hidden[rows] = unit.to(hidden.dtype)
         sequences = slice(first * candidates, last * candidates)

@@ -6,6 +6,7 @@ widened in blocks: the same numbers, more slowly.
 """
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,17 +16,37 @@ from torch import Tensor
 BLOCK = 8192  # columns widened at a time
 
 
+_lock = threading.Lock()
+_inside = 0  # calls of bf16_products that are under way, in all threads: the setting is the process's
+_users_setting = ""
+
+
 @contextmanager
 def bf16_products(operands: torch.dtype) -> Iterator[None]:
     """On CPU a float32 view of bf16 operands loses nothing when oneDNN multiplies it in bf16 and sums in float32."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if operands == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
+    global _inside, _users_setting
+    if operands != torch.bfloat16:
+        yield
+        return
+    setting = torch.backends.mkldnn.matmul
+    with _lock:
+        if _inside == 0:
+            _users_setting = setting.fp32_precision
+            setting.fp32_precision = "bf16"
+        _inside += 1
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                setting.fp32_precision = _users_setting
+
+
+def fp32_precision() -> str:
+    """How oneDNN multiplies float32 operands on this CPU by the user's setting: "bf16", or "ieee" and others."""
+    with _lock:
+        return _users_setting if _inside else torch.backends.mkldnn.matmul.fp32_precision
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

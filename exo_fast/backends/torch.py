@@ -50,6 +50,7 @@ class Plan:
     rows: int
     block_rows: int
     block: int
+    bytes: int  # that whole rows take, all scratch counted
 
     @classmethod
     def of(cls, n: int, hidden: Tensor, head: Head, memory_budget: int | None, together: int = 0) -> "Plan":
@@ -65,7 +66,7 @@ class Plan:
         if rows < min(MIN_ROWS, n):
             rows = 0
         block_rows = max(1, min(n, 2 * MAX_ROWS, budget // (planes * block * acc)))
-        return cls(rows=rows, block_rows=rows or block_rows, block=block)
+        return cls(rows=rows, block_rows=rows or block_rows, block=block, bytes=rows * per_row + block_copy)
 
 
 def accumulator(hidden: Tensor) -> torch.dtype:
@@ -349,7 +350,7 @@ def pair_gradients(
     hidden: Tensor, head: Head, need: tuple[bool, bool, bool], memory_budget: int | None, plan: Plan
 ) -> Gradients | None:
     """A second dW and db for pairs that are longer than the plan's rows; None where the budget does not hold them."""
-    spare = scratch_budget(memory_budget, hidden.device) - plan.rows * len(head.weight) * storage(hidden).itemsize
+    spare = scratch_budget(memory_budget, hidden.device) - plan.bytes
     if head.weight.numel() * accumulator(hidden).itemsize > spare:
         return None
     return Gradients(hidden, head, (False, *need[1:]))
