@@ -10,12 +10,13 @@ chunked loss takes no others). Two operations are defined on it:
 
 and three kinds of work: `forward`, where nothing needs a gradient, `frozen`, dH alone, and `both`, dH and dW.
 
-Errors are against float64 of the same numbers on few rows of the same head, with the vocabulary in blocks, so that no
-float64 copy of the head and no (N, V) matrix is ever made.
+Errors are against float64 of the same numbers on the first rows of the same head (1,024, or all of them), with the
+vocabulary in blocks, so that no float64 copy of the head and no (N, V) matrix is ever made. So many that a method takes
+the way there that it takes when it is timed.
 
 The floor of a case is the time of its products alone at the rates of the machine's own matrix product on operands of
-the same dtype: 2·N·D·V flops for the logits, as many for dH, as many for dW. Rates are measured in the process of the
-case just before and just after it, because machines are shared and rates drift.
+the same dtype: 2·N·D·V flops for the logits, as many for dH, as many for dW, on 1,024 rows. Rates are measured in the
+process of the case just before and just after it, because machines are shared and rates drift; the best counts.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ PRODUCTS = {"forward": ("logits",), "frozen": ("logits", "dH"), "both": ("logits
 # A small beta_pi: with 0.1 two sequences of thousands of tokens of random log-probs would have no gradient.
 LOSS = {"loss_type": "exo-pref", "beta_pi": 0.01, "label_smoothing": 1e-3}
 LOGIT_STD, TARGET_LOGIT = 3.5, 13.0
-ERROR_ROWS = 128
+ERROR_ROWS, FEW_ROWS = 1024, 256  # the latter for heads of more than LARGE numbers, in float64 a matter of minutes
+LARGE = 3e8
 # Errors that still count as computing the same: of the loss, dH and dW relative, of log-probs in nats a token. In bf16
 # operands are rounded to 8 bits, and most peers round logits of up to 10 as well.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 FLOOR_ROWS = 1024  # more rows make no product faster
 COPY_BYTES = 2**29
-SECONDS, CALLS = 10.0, 3  # a case is called until one of them is spent
+SECONDS, CALLS = 10.0, 3  # a case is called, after a call that does not count, until one of them is spent
+LONG = 20.0  # seconds of a call that counts though it is the first: the next would not be another number
 
 
 @dataclass(frozen=True)
@@ -123,18 +126,19 @@ def make(problem: Problem, on: str = "cpu") -> Inputs:
     )
 
 
-def few_rows(inputs: Inputs, rows: int = ERROR_ROWS) -> Inputs:
-    """The first rows of a problem as two groups, on which errors are measured: the same head, dtype and K."""
+def few_rows(inputs: Inputs, rows: int | None = None, groups: int = 2) -> Inputs:
+    """The first rows of a problem as so many groups, on which errors are measured: the same head, dtype and K."""
     candidates = inputs.ref_logps.shape[1]
-    completion = max(1, rows // (2 * candidates))
-    rows = 2 * candidates * completion
+    rows = rows or (FEW_ROWS if inputs.weight.numel() > LARGE else ERROR_ROWS)
+    completion = max(1, min(rows, len(inputs.hidden)) // (groups * candidates))
+    rows = groups * candidates * completion
     return replace(
         inputs,
         hidden=inputs.hidden[:rows],
         targets=inputs.targets[:rows],
         cu_seqlens=torch.arange(0, rows + 1, completion),
-        ref_logps=inputs.ref_logps[:1].repeat(2, 1),
-        rewards=inputs.rewards[:1].repeat(2, 1),
+        ref_logps=inputs.ref_logps[:1].repeat(groups, 1),
+        rewards=inputs.rewards[:1].repeat(groups, 1),
         coefficients=inputs.coefficients[:rows],
     )
 
@@ -227,12 +231,21 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def all_seconds(call: Callable[[], object]) -> list[float]:
-    """Times of calls until `SECONDS` would be passed or `CALLS` are made; at least one."""
+def all_seconds(call: Callable[[], object], clear: Callable[[], object]) -> tuple[list[float], float]:
+    """Times of calls until `SECONDS` would be passed or `CALLS` are made, at least one, and the peak memory in MB.
+
+    A first call compiles and warms up, and counts only if it takes longer than `LONG`. `clear` lets go of what a call
+    leaves behind, so that it is not taken for memory that was held before.
+    """
+    peak = Peak()
     found = [seconds_of(call)]
+    if found[0] > LONG:
+        return found, peak.mb()
+    clear()
+    peak, found = Peak(), [seconds_of(call)]
     while len(found) < CALLS and sum(found) + found[-1] <= SECONDS:
         found.append(seconds_of(call))
-    return found
+    return found, peak.mb()
 
 
 class Peak:
@@ -277,19 +290,18 @@ class Floor:
             "dW": lambda: torch.mm(logits.T, hidden, out=grads[1]),
         }
         for name in PRODUCTS[work]:
-            first = seconds_of(products[name])
-            # The first call prepares the product for its shape; where it is long that does not show.
-            again = 3 if first < 0.1 else 1 if first < 0.5 else 0
-            self.times[name] += [seconds_of(products[name]) for _ in range(again)] or [first]
+            first = seconds_of(products[name])  # prepares the product for its shape
+            again = 4 if first < 0.2 else 2 if first < 1 else 1
+            self.times[name] += [seconds_of(products[name]) for _ in range(again)]
 
     @property
     def gflops(self) -> dict[str, float]:
         flops = 2 * FLOOR_ROWS * self.weight.numel()
-        return {name: round(flops / statistics.median(times) / 1e9, 1) for name, times in self.times.items() if times}
+        return {name: round(flops / min(times) / 1e9, 1) for name, times in self.times.items() if times}
 
     def seconds(self, tokens: int, work: str) -> float:
         """Time of the products of a case at these rates."""
-        return sum(statistics.median(self.times[name]) for name in PRODUCTS[work]) * tokens / FLOOR_ROWS
+        return sum(min(self.times[name]) for name in PRODUCTS[work]) * tokens / FLOOR_ROWS
 
 
 def copy_gbps() -> float:

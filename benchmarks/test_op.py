@@ -46,8 +46,9 @@ def test_op(case: op.Case, shared: dict, benchmark) -> None:
     with peers.settings(case.method, case.precision, problems.device()):
         found = op.few_errors(case, inputs)
         problems.prove(case.method, case.precision, found)
-        call = op.step(case, inputs)
+        call, clear = op.step(case, inputs)
         call()
+        clear()
         peak = problems.Peak()
         call()
         peak_mb = peak.mb()

@@ -21,8 +21,9 @@ def test_scaling(case: scaling.Case, benchmark) -> None:
     with peers.settings(case.method, case.precision, problems.device()):
         found = op.few_errors(case.op, inputs)
         problems.prove(case.method, case.precision, found)
-        call = op.step(case.op, inputs)
+        call, clear = op.step(case.op, inputs)
         call()
+        clear()
         floor = problems.Floor(inputs)
         floor.measure(case.op.work)
         peak = problems.Peak()

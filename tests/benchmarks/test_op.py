@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from exo_fast.backends import head_attention
+from exo_fast.backends import torch as chunked
 from exo_fast.benchmarks import op, peers, problems
+from exo_fast.head import Head
 
 
 def tiny(**changes) -> op.Case:
@@ -39,7 +42,8 @@ def test_every_method_is_timed_in_both_dtypes() -> None:
     for precision in ("fp32", "bf16"):
         timed = {c.method for c in op.cases() if c.precision == precision and c.tokens >= 8192 and c.work == "both"}
         known = {m for m in peers.METHODS if peers.unavailable(m, precision, "cpu") is None}
-        assert timed == known - {"exo_fast-chunked", "exo_fast-two-pass"}
+        left_out = {"exo_fast-chunked", "exo_fast-two-pass", *(op.FULL_LOGITS_TOO if precision == "fp32" else ())}
+        assert timed == known - left_out
 
 
 def test_names() -> None:
@@ -66,19 +70,34 @@ def test_only_what_the_work_needs_gets_a_gradient() -> None:
     for work, expected in (("forward", (False, False)), ("frozen", (True, False)), ("both", (True, True))):
         case = tiny(work=work)
         inputs = problems.make(case.problem).require(work)
-        call = op.step(case, inputs)
+        call, clear = op.step(case, inputs)
         call()
+        clear()
         assert tuple(t.grad is not None for t in (inputs.hidden, inputs.weight)) == (False, False)  # not the caller's
         found = problems.errors("full-logits", "group_loss", work, inputs)
         assert tuple(name in found for name in ("dH", "dW")) == expected
 
 
-def test_errors_of_a_long_group_are_of_one_that_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    budgets = []
-    monkeypatch.setattr(problems, "errors", lambda *args: budgets.append(args[-1]) or {})
-    for case in (tiny(completion=4096, tokens=8192), tiny()):
+def test_errors_are_measured_on_the_way_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long group is one group that exceeds its budget, and rows are as many as head attention needs."""
+    calls = []
+    monkeypatch.setattr(problems, "errors", lambda *args: calls.append(args[-2:]) or {})
+    for completion in (4096, op.COMPLETION):
+        case = tiny(vocab=49152, tokens=8192, completion=completion)
         op.few_errors(case, problems.make(case.problem))
-    assert budgets == [op.LONG_BUDGET * problems.ERROR_ROWS // 8192, None]
+    (long, budget), (short, none) = calls
+    plan = chunked.Plan.of(1024, long.hidden, Head(long.weight), budget, together=1024)
+    assert long.ref_logps.shape == (1, 2)
+    assert 0 < plan.rows < 1024
+    assert none is None
+    assert len(short.hidden) >= head_attention.MIN_ROWS
+
+
+def test_a_method_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    exact = peers.token_logps_of("full-logits")
+    monkeypatch.setattr(peers, "full_logits", lambda *args: exact(*args) * 1.01)
+    with pytest.raises(AssertionError, match="full-logits in fp32: error"):
+        op.measure(tiny(method="full-logits"), tmp_path)
 
 
 def test_full_logits_that_do_not_fit_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +136,7 @@ def test_the_floor_is_of_the_products_that_are_needed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(problems, "FLOOR_ROWS", 10)
     floor = problems.Floor(problems.make(tiny().problem))
     floor.times = {"logits": [1.0, 3.0, 2.0], "dH": [1.0], "dW": [4.0]}
-    assert [floor.seconds(20, work) for work in problems.WORK] == [4.0, 6.0, 14.0]
+    assert [floor.seconds(20, work) for work in problems.WORK] == [2.0, 4.0, 12.0]
     assert floor.gflops["dW"] == pytest.approx(2 * 10 * 16 * 512 / 4e9, abs=0.1)
 
 
