@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -34,27 +36,20 @@ def main(argv: Sequence[str]) -> int:
     old = compare.read_results(options.compare) if options.compare else {}  # before it may be written over
     chosen = _choose(names, options)
     if options.list:
-        for suite, cases in chosen:
+        for suite, _, cases in chosen:
             for case in cases:
                 why = suite.impossible(case)
                 print(case, f"  (skipped: {why})" if why else "")
         return 0
-    status, ran = 0, {}
-    for suite, cases in chosen:
-        begun = time.perf_counter()
-        keep = bool(options.only or options.carry_on)
-        results = runner.run_suite(suite, cases, options.output_dir, quick=options.quick, keep=keep)
-        ran[suite.NAME] = {str(case) for case in cases}
-        rows = [row for row in results["rows"] if row["name"] in ran[suite.NAME]]
-        failed = [row["name"] for row in rows if "failed" in row]
-        status = status or int(bool(failed))
-        print(runner.table(rows))
-        minutes = (time.perf_counter() - begun) / 60
-        print(
-            f"\n{suite.NAME}: {len(rows)} cases in {minutes:.1f} min"
-            + (f", {len(failed)} failed ({', '.join(failed)})" if failed else "")
-            + f"; written to {options.output_dir / suite.NAME}.json\n"
-        )
+    keep = bool(options.only or options.carry_on)
+    for suite, _, _ in chosen if keep else ():  # of all suites, before hours are spent on the first
+        runner.refuse_mixture(options.output_dir / f"{suite.NAME}.json", options.quick)
+    status, asked = 0, {}
+    for suite, names_asked, cases in chosen:
+        failed = _run(suite, cases, options, keep)
+        status = status or int(failed is None or failed > 0)
+        if failed is not None:
+            asked[suite.NAME] = names_asked
     if options.report:
         from exo_fast.benchmarks import report
 
@@ -62,9 +57,38 @@ def main(argv: Sequence[str]) -> int:
         page.unlink(missing_ok=True)
         report.write(options.output_dir, page, options.output_dir)
         print(f"report in {page}")
-    if options.compare:
-        status = max(status, _compare(old, options, ran))
+    if options.compare and (asked or not chosen):
+        status = max(status, _compare(old, options, asked))
     return status
+
+
+def _run(suite: ModuleType, cases: Sequence[Any], options: argparse.Namespace, keep: bool) -> int | None:
+    """Run cases of a suite and print what they gave. Returns how many failed; None where the suite was stopped by what
+    is told here and not raised, because the next suite is to run.
+    """
+    path = options.output_dir / f"{suite.NAME}.json"
+    if keep and not cases:
+        print(f"{suite.NAME}: nothing is left to run; {path} holds it\n")
+        return 0
+    begun = time.perf_counter()
+    try:
+        results = runner.run_suite(suite, cases, options.output_dir, quick=options.quick, keep=keep)
+    except Exception as error:
+        if not isinstance(error, (InputError, runner.CaseFailed)):
+            traceback.print_exc()
+        print(f"{suite.NAME} was stopped: {error}\n", file=sys.stderr)
+        return None
+    ran = {str(case) for case in cases}
+    rows = [row for row in results["rows"] if row["name"] in ran]
+    failed = [row["name"] for row in rows if "failed" in row]
+    print(runner.table(rows))
+    minutes = (time.perf_counter() - begun) / 60
+    print(
+        f"\n{suite.NAME}: {len(rows)} cases in {minutes:.1f} min"
+        + (f", {len(failed)} failed ({', '.join(failed)})" if failed else "")
+        + f"; written to {path}\n"
+    )
+    return len(failed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,33 +132,51 @@ def _ratio(text: str) -> float:
     return value
 
 
-def _choose(names: Sequence[str], options: argparse.Namespace) -> list[tuple[ModuleType, list[Any]]]:
-    """The suites and cases that are asked for. Raises InputError when --only matches none."""
+def _choose(names: Sequence[str], options: argparse.Namespace) -> list[tuple[ModuleType, set[str] | None, list[Any]]]:
+    """(suite, names of the cases that are asked for, cases to run): with --continue some of these are there already.
+
+    Names are None for all that a suite has. Raises InputError when --only matches none.
+    """
     chosen = []
     for name in names:
         suite = load(name)
         among = suite.cases(options.quick)
         beginnings = [text.removeprefix(f"{name}/") for text in options.only or [""]]
         cases = [case for case in among if str(case).removeprefix(f"{name}/").startswith(tuple(beginnings))]
+        if not cases:
+            continue
+        if options.only:
+            cases = runner.with_baselines(suite, cases, among)
+        asked = {str(case) for case in cases} if options.only or options.quick else None
         if options.carry_on:
-            there = runner.done(options.output_dir / f"{name}.json")
-            cases = [case for case in cases if str(case) not in there]
-        cases = runner.with_baselines(suite, cases, among) if options.only or options.carry_on else cases
-        if cases or not options.only:
-            chosen.append((suite, cases))
-    if options.only and not options.carry_on and not chosen:
+            cases = runner.left(suite, cases, options.output_dir / f"{name}.json")
+            cases = runner.with_baselines(suite, cases, among)
+        chosen.append((suite, asked, cases))
+    if options.only and not chosen:
         raise InputError(f"--only {' '.join(options.only)}: no case begins so; --list shows them")
     return chosen
 
 
-def _compare(old: dict[str, dict], options: argparse.Namespace, ran: dict[str, set[str]]) -> int:
-    """Print what differs from `old`: of the cases that ran, or of all results there are when nothing ran."""
+def _compare(old: dict[str, dict], options: argparse.Namespace, asked: dict[str, set[str] | None]) -> int:
+    """Print what differs from `old`: of what was asked for, or of all results there are when nothing ran.
+
+    Raises InputError where a suite has no case in common with the old results.
+    """
     new = compare.read_results(options.output_dir)
-    common = [name for name in old if name in new and (not ran or name in ran)]
-    if not common:
-        raise InputError(f"--compare {options.compare} has {', '.join(old)}; what is new is {', '.join(ran or new)}")
-    found = compare.Comparison()
-    for name in common:
-        found.extend(compare.compare(old[name], new[name], options.tolerance, ran.get(name)))
+    found, apart = compare.Comparison(), []
+    for name in (name for name in old if not asked or name in asked):
+        if name not in new:
+            apart.append(name)
+            continue
+        print(compare.heads(old[name], new[name]) + "\n")
+        of_suite = compare.compare(old[name], new[name], options.tolerance, asked.get(name))
+        found.extend(of_suite)
+        if of_suite.nothing_in_common:
+            apart.append(name)
     print(compare.table(found))
+    if apart or not found.compared:
+        raise InputError(
+            f"--compare {options.compare}: of {', '.join(apart or old)}, no case that was measured there is in the new "
+            f"results; run the same suites, --quick and --only as they were, or give the old results of what was run"
+        )
     return int(found.regressed)

@@ -4,26 +4,32 @@ Rows are matched by name. Time is compared as a share of the same run's yardstic
 products alone, or plain full logits) where both runs have it, because the load of a machine and its model cancel in it;
 else in seconds, and then only between runs of one machine. A difference counts from a ratio of
 
-    time    the tolerance (1.1 unless told)
+    time    the tolerance (1.1 unless told), where one of the two took 0.05 s or more
     memory  1.1, and more than 20 MB
-    errors  1.5, each by its name
+    errors  1.5, each by its name, where one of the two is above 1e-5: below it, rounding decides which is larger.
+            A prediction's relative error is no error of a computation: it counts from a change of 0.05
 
-A case that ran before and fails now is a regression too.
+What was a number and is none now (NaN, infinite) is worse. A case that was measured before and fails, is skipped or is
+absent now is a regression too, if it belongs to what the new run was asked for.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from exo_fast.benchmarks import provenance, runner
 from exo_fast.benchmarks.suites import SUITES
 from exo_fast.training.errors import InputError
 
 TOLERANCE = 1.1
 MEMORY_RATIO, MEMORY_MB = 1.1, 20
-ERROR_RATIO = 1.5
+ERROR_RATIO, ERROR_FLOOR = 1.5, 1e-5
+PREDICTION, PREDICTION_CHANGE = "error, prediction", 0.05
+LEAST_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Difference:
 
     @property
     def ratio(self) -> float:
-        return self.new / self.old if self.old else float("inf")
+        return self.new / self.old if self.old and math.isfinite(self.new) else math.inf
 
 
 @dataclass
@@ -48,15 +54,21 @@ class Comparison:
     better: list[Difference] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)  # (name, last words) of what ran before and fails now
     missing: list[tuple[str, str]] = field(default_factory=list)  # (name, why) of what was measured before and not now
+    absent: list[str] = field(default_factory=list)  # of these, what the new results do not name at all
     compared: int = 0  # cases
 
     @property
     def regressed(self) -> bool:
-        return bool(self.worse or self.broken)
+        return bool(self.worse or self.broken or self.missing)
+
+    @property
+    def nothing_in_common(self) -> bool:
+        """No case that was measured is in the new results, not even as one that failed: they are of something else."""
+        return not self.compared and not self.broken and len(self.missing) == len(self.absent)
 
     def extend(self, other: Comparison) -> None:
         """Take the findings of another suite in."""
-        for name in ("worse", "better", "broken", "missing"):
+        for name in ("worse", "better", "broken", "missing", "absent"):
             getattr(self, name).extend(getattr(other, name))
         self.compared += other.compared
 
@@ -73,6 +85,7 @@ def compare(old: dict, new: dict, tolerance: float = TOLERANCE, only: Container[
         other = now.get(name)
         if other is None:
             found.missing.append((name, "not in the new results"))
+            found.absent.append(name)
         elif "failed" in other:
             found.broken.append((name, other["failed"]))
         elif "skipped" in other:
@@ -80,20 +93,33 @@ def compare(old: dict, new: dict, tolerance: float = TOLERANCE, only: Container[
         else:
             found.compared += 1
             for difference, limit in _quantities(row, other, tolerance, same_machine):
-                least_mb = MEMORY_MB if difference.what == "memory, MB" else 0
-                if abs(difference.new - difference.old) <= least_mb:
+                if math.isfinite(difference.old) and not math.isfinite(difference.new):
+                    found.worse.append(difference)
+                elif not _counts(difference):
                     continue
-                if difference.ratio > limit:
+                elif difference.ratio > limit:
                     found.worse.append(difference)
                 elif difference.ratio < 1 / limit:
                     found.better.append(difference)
     return found
 
 
+def _counts(difference: Difference) -> bool:
+    """Whether two finite values differ by more than noise, whatever their ratio."""
+    if difference.what == PREDICTION:
+        return abs(difference.new - difference.old) > PREDICTION_CHANGE
+    if difference.what == "memory, MB":
+        return abs(difference.new - difference.old) > MEMORY_MB
+    if difference.what.startswith("error, "):
+        return max(difference.old, difference.new) > ERROR_FLOOR
+    return True
+
+
 def _quantities(old: dict, new: dict, tolerance: float, same_machine: bool) -> list[tuple[Difference, float]]:
     """(what can be compared of a case, from which ratio it counts)."""
     name, found = old["name"], []
-    if old.get("seconds") and new.get("seconds"):
+    short = all((row.get("seconds") or 0) < LEAST_SECONDS for row in (old, new))  # NaN is not short
+    if old.get("seconds") and new.get("seconds") and not short:
         if old.get("baseline_seconds") and new.get("baseline_seconds"):
             shares = (row["seconds"] / row["baseline_seconds"] for row in (old, new))
             found.append((Difference(name, "time / baseline", *shares), tolerance))
@@ -104,7 +130,8 @@ def _quantities(old: dict, new: dict, tolerance: float, same_machine: bool) -> l
     errors = old.get("errors") or {}, new.get("errors") or {}
     for error in errors[0].keys() & errors[1].keys():
         if errors[0][error] is not None and errors[1][error] is not None:
-            found.append((Difference(name, f"error, {error}", errors[0][error], errors[1][error]), ERROR_RATIO))
+            difference = Difference(name, f"error, {error}", errors[0][error], errors[1][error])
+            found.append((difference, 1.0 if difference.what == PREDICTION else ERROR_RATIO))
     return found
 
 
@@ -126,6 +153,30 @@ def read_results(path: Path) -> dict[str, dict]:
     return found
 
 
+def heads(old: dict, new: dict) -> str:
+    """What two result files of a suite are from, and in what they differ: to be read before their table."""
+    lines = [f"{kind}  {_head(results)}" for kind, results in (("old", old), ("new", new))]
+    versions = [
+        f"{name} {old['versions'].get(name)} → {new['versions'].get(name)}"
+        for name in dict.fromkeys([*old["versions"], *new["versions"]])
+        if old["versions"].get(name) != new["versions"].get(name)
+    ]
+    if versions:
+        lines.append("versions that differ: " + ", ".join(versions))
+    if old["machine"] != new["machine"]:
+        lines.append(
+            "WARNING: the machines differ. Seconds are compared only as multiples of a yardstick of the same run, "
+            "memory and errors as they are: repeat on one machine what matters."
+        )
+    return "\n".join([f"{new['suite']}:", *lines])
+
+
+def _head(results: dict) -> str:
+    commit = f"commit {results['commit']}" if results["commit"] else "no commit"
+    parts = [results["date"][:16].replace("T", " "), commit, runner.machine_line(results)]
+    return " · ".join([*parts, *provenance.earlier(results)])
+
+
 def table(found: Comparison) -> str:
     """The findings as aligned text."""
     lines = []
@@ -142,5 +193,6 @@ def table(found: Comparison) -> str:
     for title, named in (("BROKEN", found.broken), ("not measured now", found.missing)):
         if named:
             lines += ["", title, *(f"{name}  {why}" for name, why in named)]
-    verdict = f"{len(found.worse) + len(found.broken)} worse" if found.regressed else "nothing worse"
+    counts = ((len(found.worse) + len(found.broken), "worse"), (len(found.missing), "not measured now"))
+    verdict = ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing worse"
     return "\n".join([*lines, "", f"{found.compared} cases compared: {verdict}, {len(found.better)} better."]).lstrip()

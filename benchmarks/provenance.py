@@ -32,11 +32,26 @@ def provenance(results: dict) -> str:
     if results["commit"]:
         parts.append(f"commit {results['commit']}")
     parts += [runner.machine_line(results), ", ".join(versions)]
-    earlier = sorted({row["run"]["date"][:10] for row in results["rows"] if "run" in row})
-    if earlier:
-        count = sum("run" in row for row in results["rows"])
-        parts.append(f"{count} rows of earlier runs ({', '.join(earlier)})")
-    return " · ".join(parts)
+    return " · ".join([*parts, *earlier(results)])
+
+
+def earlier(results: dict) -> list[str]:
+    """The rows that a result file keeps of other runs: how many, from when, of which commit, with which other versions.
+
+    Nothing where it keeps none.
+    """
+    runs = [row["run"] for row in results["rows"] if "run" in row]
+    if not runs:
+        return []
+    names = ("python", "exo_fast", *VERSIONS.get(results["suite"], ()))
+    told = []
+    for run in runs:
+        then = run.get("versions", {})
+        other = [
+            f"{name} {then[name]}" for name in names if name in then and then[name] != results["versions"].get(name)
+        ]
+        told.append(", ".join([run["date"][:10], f"commit {run['commit']}" if run["commit"] else "no commit", *other]))
+    return [f"{len(runs)} row{'s' * (len(runs) > 1)} of earlier runs ({'; '.join(sorted(set(told)))})"]
 
 
 def grouped(rows: Iterable[dict], key: Callable[[dict], object]) -> list[tuple]:

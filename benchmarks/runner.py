@@ -1,7 +1,7 @@
 """Runs the cases of a suite, each in a process of its own, and keeps the result file whole after every one.
 
 A process of its own: the peak of its memory is the case's, no case inherits another's warm caches or compiled code, and
-a crash costs one row.
+a crash, or a case that does not end, costs one row.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from exo_fast.benchmarks import machine, worker
 from exo_fast.training.errors import InputError
 
 LAST_WORDS = 12  # lines of a failed case that are shown
+LIMIT_SECONDS = 1800  # of a case: far above the longest, so that only one that hangs is ended
 
 
 class CaseFailed(RuntimeError):
@@ -36,20 +37,21 @@ def run_suite(
 ) -> dict:
     """Measure `cases` of `suite` into `<output_dir>/<NAME>.json`, and return what the file holds.
 
-    Rows of other cases are dropped, or with `keep` kept: each then names the run that it is from ("run"). Raises
-    InputError where rows of another machine would have to be kept.
+    Rows of other cases are dropped, or with `keep` kept, those too that the suite has no longer: each then names the
+    run that it is from ("run"). Raises InputError as `refuse_mixture`, CaseFailed where the suite's extras fail.
     """
     path = output_dir / f"{suite.NAME}.json"
     here = machine.describe()
     order = {str(case): case for case in suite.cases(quick)}
-    kept = _kept_rows(path, here) if keep else {}
-    rows = {name: row for name, row in kept.items() if name in order}
-    fresh: set[str] = set()
+    if keep:
+        refuse_mixture(path, quick, here)
+    fields = suite.Case.__dataclass_fields__.keys()  # what suites of another commit wrote may have others
+    rows = {name: row for name, row in _kept_rows(path).items() if fields <= row.keys()} if keep else {}
 
     def save(extras: dict) -> dict:
-        for name in fresh:
+        for name in rows.keys() & order.keys():
             _add_baseline(suite, order[name], rows)
-        ordered = [rows[name] for name in order if name in rows]
+        ordered = [rows[name] for name in [*order, *(name for name in rows if name not in order)] if name in rows]
         results = {**here, "suite": suite.NAME, "quick": quick, **extras, "rows": ordered}
         if hasattr(suite, "summary"):
             results["summary"] = suite.summary(ordered)
@@ -67,7 +69,6 @@ def run_suite(
         with tqdm(cases, desc=suite.NAME, unit="case") as bar:
             for case in bar:
                 bar.set_postfix_str(str(case))
-                fresh.add(str(case))
                 rows[str(case)] = {"name": str(case), **asdict(case), **_row(suite, case, workdir, bar.write)}
                 results = save(extras)
     return results
@@ -94,7 +95,9 @@ def in_process(suite: ModuleType, case: str, workdir: str) -> dict:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )
     try:
-        output, said = process.communicate()
+        output, said = process.communicate(timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise CaseFailed(f"ended after {LIMIT_SECONDS / 60:.0f} minutes without a row") from error
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -108,40 +111,86 @@ def in_process(suite: ModuleType, case: str, workdir: str) -> dict:
     return json.loads(output)
 
 
-def _kept_rows(path: Path, here: dict) -> dict[str, dict]:
-    """Rows of the result file by name, each with the run that it is from."""
-    if not path.exists():
-        return {}
-    old = json.loads(path.read_text())
-    if old["machine"] != here["machine"]:
+def refuse_mixture(path: Path, quick: bool, here: dict | None = None) -> None:
+    """Raises InputError where rows of a result file cannot stand beside new ones: those of another machine, or of quick
+    cases beside full ones. `here` is `machine.describe()`.
+    """
+    old = _read(path)
+    if old is None:
+        return
+    if old["machine"] != (here or machine.describe())["machine"]:
         raise InputError(
             f"{path} holds results of another machine ({machine_line(old)}); run the whole suite, "
             f"or give another --output_dir"
         )
-    run = {name: old[name] for name in ("date", "commit", "command")}
+    if old["quick"] != quick:
+        kinds = ("the full cases", "those of --quick")
+        raise InputError(
+            f"{path} holds results of {kinds[old['quick']]}, and this run is of {kinds[quick]}: "
+            f"give another --output_dir{'' if quick else ', or --quick'}"
+        )
+
+
+def _read(path: Path) -> dict | None:
+    """A result file, None when there is none. Raises InputError for a file that is no such."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is no result file ({error}); move it away or give another --output_dir") from error
+    if "suite" not in found or "quick" not in found:
+        raise InputError(f"{path} was not written by `exo-fast bench`; move it away or give another --output_dir")
+    return found
+
+
+def _kept_rows(path: Path) -> dict[str, dict]:
+    """Rows of the result file by name, each with the run that it is from."""
+    old = _read(path)
+    if old is None:
+        return {}
+    run = {name: old[name] for name in ("date", "commit", "command", "versions")}
     return {row["name"]: {"run": run, **row} for row in old["rows"]}
 
 
-def done(path: Path) -> set[str]:
-    """Names of the cases that a result file has and that did not fail."""
-    if not path.exists():
-        return set()
-    return {row["name"] for row in json.loads(path.read_text())["rows"] if "failed" not in row}
+def left(suite: ModuleType, cases: Sequence[Any], path: Path) -> list[Any]:
+    """Those of `cases` that a result file lacks: not in it, failed, skipped for a reason that is gone, or in need of a
+    yardstick that it lacks (both are measured again then: a ratio is of one run).
+    """
+    rows = {row["name"]: row for row in (_read(path) or {"rows": []})["rows"]}
+
+    def is_left(case: Any) -> bool:
+        row = rows.get(str(case))
+        if row is None or "failed" in row:
+            return True
+        if "skipped" in row:
+            return suite.impossible(case) is None
+        yardstick = _baseline(suite, case)
+        if yardstick is None or "baseline_seconds" in row:
+            return False
+        return "skipped" not in rows.get(yardstick, {}) and "seconds" not in rows.get(yardstick, {})
+
+    return [case for case in cases if is_left(case)]
 
 
 def with_baselines(suite: ModuleType, cases: Sequence[Any], among: Sequence[Any]) -> list[Any]:
     """`cases` and those of `among` that are their yardsticks, in the order of `among`: a ratio is of one run."""
     wanted = {str(case) for case in cases}
-    if hasattr(suite, "baseline"):
-        wanted |= {suite.baseline(case) for case in cases}
+    wanted |= {_baseline(suite, case) for case in cases}
     return [case for case in among if str(case) in wanted]
 
 
-def _add_baseline(suite: ModuleType, case: Any, rows: dict[str, dict]) -> None:
+def _baseline(suite: ModuleType, case: Any) -> str | None:
+    """The name of the case that is the yardstick of another; None of itself, and of a case that has none."""
     name = suite.baseline(case) if hasattr(suite, "baseline") else None
-    row = rows[str(case)]
-    if name != str(case) and "seconds" in rows.get(name, {}) and "seconds" in row:
-        row["baseline_seconds"] = rows[name]["seconds"]
+    return None if name == str(case) else name
+
+
+def _add_baseline(suite: ModuleType, case: Any, rows: dict[str, dict]) -> None:
+    """The yardstick's time into a row of the same run."""
+    row, yardstick = rows[str(case)], rows.get(_baseline(suite, case), {})
+    if "seconds" in row and "seconds" in yardstick and row.get("run") == yardstick.get("run"):
+        row["baseline_seconds"] = yardstick["seconds"]
 
 
 def write(path: Path, results: dict) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,47 @@ def test_a_failed_case_is_a_row_and_the_exit_status(
     status, results = bench(tmp_path, "tiny", "--quick", "--continue")
     assert status == 0
     assert "failed" not in by_name(results)["tiny/plain/1"]
-    assert capsys.readouterr().out.count("tiny/noisy/1") == 1  # what was done was not run again
+    assert by_name(results)["tiny/ours/1"]["baseline_seconds"] == 2.0  # run again with its yardstick
+    capsys.readouterr()
+    before = (tmp_path / "tiny.json").read_text()
+    assert bench(tmp_path, "tiny", "--quick", "--continue")[0] == 0
+    assert "nothing is left to run" in capsys.readouterr().out  # what was done was not run again
+    assert (tmp_path / "tiny.json").read_text() == before
+
+
+def test_continue_runs_what_can_run_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = bench(tmp_path, "tiny", "--only", "noisy/2", "--only", "ours/2")
+    assert "skipped" in by_name(first)["tiny/noisy/2"]
+    monkeypatch.setenv("TINY_QUIET", "1")
+    _, second = bench(tmp_path, "tiny", "--continue", "--only", "noisy/2")
+    rows = by_name(second)
+    assert rows["tiny/noisy/2"]["baseline_seconds"] == 4.0
+    assert "run" in rows["tiny/ours/2"]
+
+
+def test_a_case_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = tmp_path / "pid"
+    monkeypatch.setenv("TINY_HANGS", "tiny/plain/1")
+    monkeypatch.setenv("TINY_PID", str(pid))
+    monkeypatch.setattr(runner, "LIMIT_SECONDS", 3)
+    status, results = bench(tmp_path, "tiny", "--only", "plain/1")
+    assert (status, results["rows"][0]["failed"]) == (1, "ended after 0 minutes without a row")
+    wait_for(lambda: not alive(int(pid.read_text())))
+
+
+@pytest.mark.parametrize(("part", "words"), [("prepare", "nothing to fetch"), ("extras", "no bandwidth")])
+def test_a_suite_that_cannot_start_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tiny, part: str, words: str
+) -> None:
+    other = types.ModuleType("other_suite")
+    other.__dict__.update({name: value for name, value in vars(tiny).items() if name not in ("prepare", "extras")})
+    other.NAME, other.__name__ = "other", "tiny_suite"
+    monkeypatch.setitem(sys.modules, "other_suite", other)
+    monkeypatch.setitem(suites.SUITES, "other", "other_suite")
+    monkeypatch.setenv("TINY_FAILS", part)
+    assert cli.main(["tiny", "other", "--only", "tiny/plain/1", "--output_dir", str(tmp_path)]) == 1
+    assert words in capsys.readouterr().err
+    assert json.loads((tmp_path / "other.json").read_text())["rows"][0]["seconds"] == 2.0
 
 
 def test_only_keeps_other_rows_and_runs_the_baseline_too(tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,12 +130,42 @@ def test_only_keeps_other_rows_and_runs_the_baseline_too(tmp_path: Path, tiny, m
     rows = by_name(second)
     assert "failed" in rows["tiny/plain/2"]  # the yardstick of the case that was asked for, in the same run
     assert "run" not in rows["tiny/ours/2"]
-    old = {**by_name(first)["tiny/ours/1"], "run": {name: first[name] for name in ("date", "commit", "command")}}
+    old = {
+        **by_name(first)["tiny/ours/1"],
+        "run": {name: first[name] for name in ("date", "commit", "command", "versions")},
+    }
     assert rows["tiny/ours/1"] == old
     monkeypatch.delenv("TINY_FAILS")
     _, third = bench(tmp_path, "tiny", "--quick")
     assert list(by_name(third)) == [str(case) for case in tiny.cases(quick=True)]  # a full run keeps nothing
     assert third["quick"] is True
+
+
+def test_rows_that_the_suite_has_no_longer_are_kept(tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = bench(tmp_path, "tiny")
+    fewer = [case for case in tiny.cases() if case.method != "noisy"]
+    monkeypatch.setattr(tiny, "cases", lambda quick=False: fewer)
+    _, second = bench(tmp_path, "tiny", "--only", "ours/1")
+    assert by_name(first).keys() == by_name(second).keys()
+
+
+def test_quick_and_full_rows_are_not_mixed(tmp_path: Path) -> None:
+    _, before = bench(tmp_path, "tiny", "--only", "plain/1")
+    for words in (["--only", "plain/1"], ["--continue"]):
+        with pytest.raises(InputError, match=r"of the full cases, .* of those of --quick: give another --output_dir"):
+            bench(tmp_path, "tiny", "--quick", *words)
+    assert json.loads((tmp_path / "tiny.json").read_text()) == before
+
+
+def test_what_was_asked_for_and_not_measured_is_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    bench(old, "tiny", "--quick")
+    compared = ["--quick", "--compare", str(old), "--tolerance", "9"]
+    assert bench(new, "tiny", *compared, "--only", "ours/1")[0] == 0  # others were not asked for
+    monkeypatch.setattr("tiny_suite.impossible", lambda case: "not today" if case.method == "noisy" else None)
+    assert bench(new, "tiny", *compared)[0] == 1
+    assert bench(new, "tiny", *compared, "--continue")[0] == 1  # all rows of the file, though none was run
+    assert bench(new, "tiny", *compared, "--only", "ours/1")[0] == 0
 
 
 def test_rows_of_another_machine_are_not_mixed_in(tmp_path: Path, tiny) -> None:

@@ -24,7 +24,12 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def impossible(case: Case) -> str | None:
-    return "too noisy for two" if case == Case("noisy", 2) else None
+    return "too noisy for two" if case == Case("noisy", 2) and "TINY_QUIET" not in os.environ else None
+
+
+def prepare() -> None:
+    if os.environ.get("TINY_FAILS") == "prepare":
+        raise OSError("nothing to fetch")
 
 
 def measure(case: Case, workdir: Path) -> dict:
@@ -53,6 +58,8 @@ def baseline(case: Case) -> str | None:
 
 
 def extras(workdir: Path) -> dict:
+    if os.environ.get("TINY_FAILS") == "extras":
+        raise ValueError("no bandwidth")
     return {"bandwidth_gbs": 20.0}
 
 
