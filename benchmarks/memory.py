@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,7 @@ def measure(case: Case, workdir: Path) -> dict:
     step = _prepare(case, demo_config(), workdir)
     for _ in range(1 if case.method == "trl" else STEPS):
         machine.reset_peak()
-        start = time.perf_counter()
-        step()
-        seconds.append(round(time.perf_counter() - start, 4))
+        seconds.append(round(step(), 4))
     peak = machine.peak_mb() - before
     torch.set_grad_enabled(True)
     return {
@@ -153,8 +151,10 @@ def setting_of(case: Case) -> Any:
     )
 
 
-def _prepare(case: Case, config: Any, workdir: Path) -> Any:
-    """A function that runs one step (of TRL: a training of STEPS) of a model with random weights."""
+def _prepare(case: Case, config: Any, workdir: Path) -> Callable[[], float]:
+    """A function that runs one step (of TRL: a training of STEPS) of a model with random weights, and returns the
+    seconds of its last step.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -178,17 +178,20 @@ def _prepare(case: Case, config: Any, workdir: Path) -> Any:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if case.method == "trl":
         style = "trl" if case.gradient_checkpointing else "trl-plain"
-        return lambda: step_styles.run_trl(style, policy, reference, _tokenizer(), task, STEPS - 1, workdir)
+        run = step_styles.run_trl
+        return lambda: run(style, policy, reference, _tokenizer(), task, STEPS - 1, workdir).seconds[-1]
     forward = step_styles.STYLES[case.method](policy, reference, task)
     if case.method not in step_styles.WITH_REFERENCE:
         del reference
     optimizers = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     optimizer = optimizers[case.optimizer](policy.parameters(), lr=LEARNING_RATE, fused=case.optimizer == "adamw")
 
-    def step() -> None:
+    def step() -> float:
+        begun = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         forward().backward()
         optimizer.step()
+        return time.perf_counter() - begun
 
     return step
 

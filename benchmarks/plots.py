@@ -18,6 +18,7 @@ from exo_fast.benchmarks.step import CENTRE, LENGTH
 
 BLUE, ORANGE, GREEN, SKY, GREY, DARK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#B3B3B3", "#333333"
 PEERS = {"full-logits": ORANGE, "cce": GREEN}
+STEP_STYLES = {"original": (GREY, "original"), "full-logits": (ORANGE, "full logits"), OURS: (BLUE, "exo_fast")}
 SIZE = 8
 
 
@@ -49,11 +50,16 @@ def _of(style: str) -> str:
     return BLUE if style.startswith(OURS) else GREY
 
 
+def in_operation(row: dict) -> bool:
+    """Whether `operation` may show a row."""
+    return "seconds" in row and row["work"] == "both"
+
+
 def operation(results: dict, path: Path) -> None:
     """Time over that of the matrix products alone, every method of one problem of each head and dtype."""
     chosen = []
     for head, rows in grouped(results["rows"], lambda row: (row["width"], row["vocab"], row["precision"])):
-        timed = [row for row in rows if "seconds" in row and row["work"] == "both"]
+        timed = [row for row in rows if in_operation(row)]
         problems = grouped(timed, lambda row: (row["operation"], row["candidates"], row["completion"], row["tokens"]))
         if problems:
             chosen.append((head, max(problems, key=lambda found: (len(found[1]), found[0][-1]))[1]))
@@ -89,12 +95,16 @@ def operation(results: dict, path: Path) -> None:
             )
 
 
+def in_step(row: dict) -> bool:
+    """Whether `step` may show a row."""
+    return "seconds" in row and row["style"] in STEP_STYLES
+
+
 def step(results: dict, path: Path) -> None:
     """Completion tokens a second and peak memory over prompt : completion, a column for each K."""
-    measured = grouped((row for row in results["rows"] if "seconds" in row), lambda row: row["precision"])
+    measured = grouped((row for row in results["rows"] if in_step(row)), lambda row: row["precision"])
     precision, rows = max(measured, key=lambda found: len(found[1]))
     by_k = sorted(grouped(rows, lambda row: row["candidates"]))
-    styles = {"original": (GREY, "original"), "full-logits": (ORANGE, "full logits"), OURS: (BLUE, "exo_fast")}
     title = f"A training step, 135M model, 8 × 256 tokens, {precision}: over prompt + completion tokens"
     with _figure(path, results, title, (2, len(by_k)), (3.2 * len(by_k) + 0.6, 5.2)) as panels:
         for column, (candidates, same) in enumerate(by_k):
@@ -104,12 +114,10 @@ def step(results: dict, path: Path) -> None:
             ):
                 panel = panels[line][column]
                 for row in same:
-                    if row["style"] not in styles:
-                        continue
                     place = lengths.index((row["prompt"], row["completion"]))
-                    place += (list(styles).index(row["style"]) - 1) * 0.27
+                    place += (list(STEP_STYLES).index(row["style"]) - 1) * 0.27
                     value = row[name] * scale
-                    panel.bar(place, value, width=0.25, color=styles[row["style"]][0])
+                    panel.bar(place, value, width=0.25, color=STEP_STYLES[row["style"]][0])
                     text = f"{value:,.0f}" if scale == 1 else f"{value:.1f}"
                     panel.text(place, value, text, ha="center", va="bottom", fontsize=6.5, color=DARK)
                 panel.set_xticks(range(len(lengths)), [f"{prompt} + {completion}" for prompt, completion in lengths])
@@ -126,7 +134,7 @@ def step(results: dict, path: Path) -> None:
                 panel.set_ylim(0, top)
         from matplotlib.patches import Patch
 
-        handles = [Patch(color=colour, label=label) for colour, label in styles.values()]
+        handles = [Patch(color=colour, label=label) for colour, label in STEP_STYLES.values()]
         panels[0][0].legend(handles=handles, frameon=False, loc="upper left", fontsize=7.5)
 
 

@@ -4,7 +4,8 @@
     python -m exo_fast.benchmarks.report --results runs/bench --page runs/bench/report.md --images runs/bench
 
 A section stands between `<!-- bench: NAME -->` and `<!-- end -->`: its plot, how to read it, its table, and the
-command, machine, versions and date that it is from. A page that does not exist is made with all sections.
+command, machine, versions and date that it is from. What the results have nothing for is "Not measured yet.", not what
+another run left there. A page that does not exist is made with the sections that there are.
 `tests/benchmarks/test_report.py` holds the docs to the results that lie in the repository.
 """
 
@@ -22,12 +23,14 @@ from exo_fast.benchmarks import compare, plots
 from exo_fast.benchmarks.data import CANDIDATES, ROWS
 from exo_fast.benchmarks.machine import REPOSITORY
 from exo_fast.benchmarks.provenance import MODELS, OURS, WORK, grouped, provenance
-from exo_fast.benchmarks.step import CENTRE, LENGTH
+from exo_fast.benchmarks.step import CENTRE, GRID, LENGTH
 from exo_fast.benchmarks.tables import markdown, rewrite
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = REPOSITORY / "docs" / "performance.md"
 IMAGES = REPOSITORY / "docs" / "images"
+NOT_YET = "Not measured yet."
+EXTREMES = (max(GRID), min(GRID))  # of (K, tokens of the prompt): what the step gains most, and least
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Section:
     note: str  # how to read it
     make: Callable[[dict], str]  # results of the suite → the table; "" when they have nothing for it
     plot: Callable[[dict, Path], None] | None = None  # results of the suite, PNG to write
+    plotted: Callable[[dict], bool] = lambda row: "seconds" in row  # the rows that the plot shows
 
 
 def sections(results: dict[str, dict], images: str) -> dict[str, str]:
@@ -54,7 +58,7 @@ def sections(results: dict[str, dict], images: str) -> dict[str, str]:
 
 
 def _has_plot(section: Section, results: dict) -> bool:
-    return bool(section.plot) and any("seconds" in row for row in results["rows"])
+    return bool(section.plot) and any(section.plotted(row) for row in results["rows"])
 
 
 def draw(results: dict[str, dict], names: Iterable[str], folder: Path) -> list[Path]:
@@ -89,7 +93,7 @@ def _op(results: dict) -> str:
         header += ["scratch, MB", "log-prob, nats", "loss", "dH", "dW"]
         if lines:
             blocks.append(f"{title}\n\n{markdown(header, lines, left=3 if head[2] == 'bf16' else 2)}")
-    return "\n\n".join(blocks + _left_out(results["rows"]))
+    return "\n\n".join(blocks + _left_out(results["rows"]) + _bandwidth(results))
 
 
 def _op_line(row: dict, cce: dict | None, narrow: bool) -> list[str]:
@@ -169,7 +173,7 @@ def _scaling(results: dict) -> str:
     header = ["grows", "method", "head", "from – to", "time", "time over floor", "scratch"]
     below = ["grows", "method", "head", "problem", "seconds", "of floor", "scratch, MB", "log-prob, nats", "loss", "dH"]
     tables = [markdown(header, fits, left=4), "The points:", markdown([*below, "dW"], points, left=4)]
-    return "\n\n".join(tables + _left_out(results["rows"]))
+    return "\n\n".join(tables + _left_out(results["rows"]) + _bandwidth(results))
 
 
 # The step
@@ -201,7 +205,25 @@ def _step(results: dict) -> str:
         if lines:
             table = markdown([*header, "error, loss", "error, gradient"], lines, left=2)
             blocks.append(f"**{precision}**\n\n{table}")
-    return "\n\n".join(blocks + _left_out(results["rows"]))
+    return "\n\n".join(_step_claims(results) + blocks + _left_out(results["rows"]))
+
+
+def _step_claims(results: dict) -> list[str]:
+    """Long and short prompts: what the step gains most and least, in a table; or nothing."""
+    ratios = results["summary"]["ratios"]
+    lines = []
+    for candidates, prompt in EXTREMES:
+        where = f"K{candidates}/{prompt}+{LENGTH - prompt}"
+        for found in ratios:
+            precision, _, at = found["problem"].partition("/")
+            if at == where and found["other"] in ("original", "full-logits"):
+                problem = f"K = {candidates}, {prompt} + {LENGTH - prompt}"
+                times = f"{found['time']:.2f}", f"{found['memory']:.2f}"
+                lines.append(
+                    [problem, precision, found["other"], _strong(found["ours"], found["ours"] == OURS), *times]
+                )
+    header = ["prompt + completion", "dtype", "theirs", "ours", "their time / ours", "their memory / ours"]
+    return [markdown(header, lines, left=4)] if lines else []
 
 
 def _ablation(results: dict) -> str:
@@ -259,7 +281,15 @@ def _epoch(results: dict) -> str:
         share = "of the steps" if key == "share_of_steps" else "of the run"
         header = [kind, *itertools.chain(*((f"{row['part'].removeprefix('epoch/')}, s", share) for row in epochs))]
         blocks.append(markdown(header, lines))
+    over = results["summary"]["over_5_percent"]
+    if over:
+        told = [f"{part.removeprefix('epoch/')}: {_stages(stages)}" for part, stages in over.items()]
+        blocks.append(f"Over 5% of the steps, besides the model, attention, head and loss: {'; '.join(told)}.")
     return "\n\n".join(blocks)
+
+
+def _stages(shares: dict[str, float]) -> str:
+    return ", ".join(f"{stage} {share:.1%}" for stage, share in shares.items()) or "none"
 
 
 def _seconds(stage: dict | None) -> str:
@@ -320,6 +350,11 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
+def _bandwidth(results: dict) -> list[str]:
+    """The rate of memory in a sentence, where the suite measured it."""
+    return [f"A large copy moves {results['copy_gbps']:.1f} GB/s here."] if "copy_gbps" in results else []
+
+
 def _left_out(rows: Iterable[dict]) -> list[str]:
     """A paragraph that names the cases without a measurement, by the reason, or none."""
 
@@ -347,6 +382,7 @@ SECTIONS = {
         """),
         _op_claims,
         plots.operation,
+        plots.in_operation,
     ),
     "op": Section(
         "op",
@@ -380,10 +416,12 @@ SECTIONS = {
             *trl-cached* with reference log-probs computed beforehand; *exo_fast*: shared prompt, fused head, reference
             log-probs known; *exo_fast-reference*: with the reference in the step; *-unshared*, *-unfused*: without
             that part. *tokens/s*: of completions. *peak*: above the loaded models. Errors of the first step's loss and
-            gradient against float64 of the same weights, relative.
+            gradient against float64 of the same weights, relative. First the two ends of the grid: many candidates of
+            a long prompt, and a pair of long completions.
         """),
         _step,
         plots.step,
+        plots.in_step,
     ),
     "ablation": Section(
         "step",
@@ -441,15 +479,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path, page: Path, images: Path) -> list[Path]:
-    """Results of a folder → sections of a page (made when there is none) and plots. Returns what was written."""
+    """Results of a folder → sections of a page (made when there is none) and plots. Returns what was written.
+
+    Plots that the results have nothing for are removed from the folder.
+    """
     results = compare.read_results(folder)
     where = Path(os.path.relpath(images, page.parent)).as_posix()
     made = sections(results, "" if where == "." else f"{where}/")
     if not page.exists():
         page.write_text(_empty_page(made))
-    rewrite(page, "bench", made)
+    rewrite(page, "bench", dict.fromkeys(SECTIONS, NOT_YET) | made)
     images.mkdir(parents=True, exist_ok=True)
-    return [page, *draw(results, made, images)]
+    drawn = draw(results, made, images)
+    for path in (images / _png(name) for name in SECTIONS):
+        if path not in drawn:
+            path.unlink(missing_ok=True)
+    return [page, *drawn]
 
 
 def _empty_page(names: Iterable[str]) -> str:

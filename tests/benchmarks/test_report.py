@@ -75,7 +75,9 @@ SUITES = ((op, op_row), (scaling, scaling_row), (step, step_row), (data, data_ro
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, dict]:
-    return {suite.NAME: results(suite, row) for suite, row in SUITES}
+    found = {suite.NAME: results(suite, row) for suite, row in SUITES}
+    found["op"]["copy_gbps"] = 25.8
+    return found
 
 
 @pytest.fixture
@@ -112,12 +114,22 @@ def test_ratios_are_time_over_the_peers(made: dict[str, dict]) -> None:
     assert "| + shared prompt | 1.28 | 1.50 | 9.00 | 1,000 |" in report.sections(made, "")["ablation"]
 
 
+def test_the_ends_of_the_grid_come_first(made: dict[str, dict]) -> None:
+    table = report.sections(made, "")["step"].split("\n\n")[2].splitlines()
+    assert "| K = 8, 205 + 51 | bf16 | original | **exo_fast** | 9.00 | 9.00 |" in table
+    assert "| K = 2, 51 + 205 | bf16 | full-logits | **exo_fast** | 2.00 | 2.00 |" in table
+    assert {line.split("|")[1].strip() for line in table[2:]} == {"K = 8, 205 + 51", "K = 2, 51 + 205"}
+
+
 def test_growth_epochs_and_memory_are_in_tables(made: dict[str, dict]) -> None:
     found = report.sections(made, "")
     assert "| N | **exo_fast** | 576 × 49,152, bf16 | 2,048 – 131,072 | 1.000 | +0.000 | +0.0" in found["scaling"]
     assert "| tokenise | 5,000 | 90,000 | 0.400 | 2.00 |" in found["data"]
     assert "| collate | 1.000 | 10.0% | 1.000 | 10.0% | 1.000 | 10.0% |" in found["epoch"]
     assert "| once a run | demo, s | of the run |" in found["epoch"]
+    assert "head and loss: demo: collate 10.0%; long: collate 10.0%." in found["epoch"]
+    assert "A large copy moves 25.8 GB/s here." in found["op"]
+    assert "GB/s" not in found["scaling"]
     assert "| 1,500 | 1,522 | 1.01 | activations 900, head 350, weights 270 | 2.00 |" in found["memory"]
     assert "Largest error of a prediction 1%, mean 1%." in found["memory"]
 
@@ -125,11 +137,12 @@ def test_growth_epochs_and_memory_are_in_tables(made: dict[str, dict]) -> None:
 def test_sections_say_what_they_are_from(made: dict[str, dict]) -> None:
     old = json.loads(json.dumps(made["step"]))
     old["rows"][0]["run"] = {"date": "2025-01-02T03:04:05+00:00", "commit": "abc", "command": "x"}
+    old["rows"][0]["run"]["versions"] = {**old["versions"], "torch": "2.0"}
     for text in report.sections({"step": old}, "").values():
         last = text.splitlines()[-1]
         assert f"`{old['command']}` · {old['date'][:10]} · commit {old['commit']} · " in last
         assert f"torch {old['versions']['torch']}, transformers" in last
-        assert last.endswith("1 rows of earlier runs (2025-01-02)")
+        assert last.endswith("1 row of earlier runs (2025-01-02, commit abc, torch 2.0)")
 
 
 def test_report_is_a_page_with_plots(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -152,13 +165,32 @@ def test_a_quick_run_and_one_that_failed_are_reported_too(tmp_path: Path) -> Non
         runner.write(tmp_path / f"{suite.NAME}.json", {**found, "summary": suite.summary(found["rows"])})
     page = tmp_path / "report.md"
     report.write(tmp_path, page, tmp_path)
-    assert "original" not in page.read_text().split("<!-- bench: step -->")[1].splitlines()[-3]
+    steps = block("bench", "step").search(page.read_text())[2]
+    assert "full-logits" in steps
+    assert not [line for line in steps.splitlines() if line.startswith("|") and "original" in line]
     for suite, _ in SUITES:
         found = results(suite, lambda case: {"failed": "KeyError: 'x'"})
         runner.write(tmp_path / f"{suite.NAME}.json", found)
     page.unlink()
     report.write(tmp_path, page, tmp_path)
     assert "KeyError: 'x'" in page.read_text()
+
+
+def test_what_was_not_measured_keeps_nothing_of_another_run(tmp_path: Path) -> None:
+    """The operation's forward alone, as `--only` leaves it in an empty folder: no plot has data, and none breaks."""
+    page = tmp_path / "page.md"
+    marks = ("op-claims", "op", "step")
+    page.write_text("".join(f"<!-- bench: {name} -->\nold\n<!-- end -->\n" for name in marks))
+    (tmp_path / "bench-op-claims.png").write_text("old")
+    found = results(op, op_row)
+    found["rows"] = [row for row in found["rows"] if row["work"] == "forward"]
+    runner.write(tmp_path / "op.json", {**found, "summary": op.summary(found["rows"])})
+    assert report.write(tmp_path, page, tmp_path) == [page]
+    shown = {name: block("bench", name).search(page.read_text())[2] for name in marks}
+    assert shown["step"] == "Not measured yet.\n"
+    assert "forward" in shown["op-claims"]
+    assert "png" not in page.read_text()
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_command_rewrites_what_lies_between_the_marks(folder: Path) -> None:
