@@ -6,6 +6,7 @@ Every plot is a function of one suite's results and the PNG to write. Its foot s
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,7 +196,7 @@ def scaling(results: dict, path: Path) -> None:
                     rows = sorted(rows, key=lambda row: row[name])
                     method, precision = rows[0]["method"], rows[0]["precision"]
                     colour = {"fp32": SKY, "bf16": BLUE}[precision] if method == OURS else PEERS[method]
-                    exponent = f": {fits[key][fit]:.2f}".replace("-", "−") if key in fits else ""
+                    exponent = f": {round(fits[key][fit], 2) + 0:.2f}".replace("-", "−") if key in fits else ""
                     text = f"{method}, {precision}, D = {rows[0]['width']}{exponent}"
                     values = [max(row[quantity], 0.01) for row in rows]
                     panel.plot(
@@ -205,8 +206,10 @@ def scaling(results: dict, path: Path) -> None:
                     shown += values
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log")
-                room = max(30.0, (max(shown) / min(shown)) ** 1.4) / (max(shown) / min(shown))  # for the names above
-                panel.set_ylim(min(shown) / room**0.2, max(shown) * room**0.8)
+                height = math.log(max(6.0, max(shown) / min(shown)))
+                names = 0.05 + 0.07 * len(grouped(points, _curve))  # share of the panel that they take, above
+                height /= 0.95 - names
+                panel.set_ylim(min(shown) * math.exp(-0.05 * height), min(shown) * math.exp(0.95 * height))
                 panel.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
                 panel.yaxis.set_major_locator(LogLocator(10, (1, 3)))
                 panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
