@@ -4,7 +4,7 @@ Rows are matched by name. Time is compared as a share of the same run's yardstic
 products alone, or plain full logits) where both runs have it, because the load of a machine and its model cancel in it;
 else in seconds, and then only between runs of one machine. A difference counts from a ratio of
 
-    time    the tolerance (1.1 unless told), where one of the two took 0.05 s or more
+    time    the tolerance (1.1 unless told), where one of the two took 0.05 s or more; a yardstick below that is none
     memory  1.1, and more than 20 MB
     errors  1.5, each by its name, where one of the two is above 1e-5: below it, rounding decides which is larger.
             A prediction's relative error is no error of a computation: it counts from a change of 0.05
@@ -120,7 +120,7 @@ def _quantities(old: dict, new: dict, tolerance: float, same_machine: bool) -> l
     name, found = old["name"], []
     short = all((row.get("seconds") or 0) < LEAST_SECONDS for row in (old, new))  # NaN is not short
     if old.get("seconds") and new.get("seconds") and not short:
-        if old.get("baseline_seconds") and new.get("baseline_seconds"):
+        if all((row.get("baseline_seconds") or 0) >= LEAST_SECONDS for row in (old, new)):
             shares = (row["seconds"] / row["baseline_seconds"] for row in (old, new))
             found.append((Difference(name, "time / baseline", *shares), tolerance))
         elif same_machine:

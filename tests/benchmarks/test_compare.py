@@ -60,9 +60,12 @@ def test_a_small_difference_in_memory_is_none() -> None:
 
 
 def test_times_too_short_to_compare_are_not() -> None:
-    short = {**ROW, "seconds": 0.01, "baseline_seconds": 0.01}
+    short = {**ROW, "seconds": 0.01, "baseline_seconds": 0.06}
     assert found({**short, "seconds": 0.04}, old=short) == {}
     assert found({**short, "seconds": 0.06}, old=short) == {"worse": ["time / baseline"]}
+    long = {**ROW, "baseline_seconds": 1e-4}
+    assert found({**long, "baseline_seconds": 1e-5}, old=long) == {}
+    assert found({**long, "seconds": 3.0}, old=long) == {"worse": ["seconds"]}
 
 
 def test_predictions_are_compared_by_what_they_are_off() -> None:
