@@ -107,7 +107,7 @@ def test_sizes_of_real_heads(monkeypatch: pytest.MonkeyPatch) -> None:
             for n in (1024, 2048, 100_000):
                 sizes = head_attention.Sizes(n, width, None, cpu)
                 assert sizes.columns % (sizes.parts * 256) == 0
-                blocks = -(-min(n, 8192) // 256)
+                blocks = -(-min(n, 4096) // 256)
                 assert sizes.parts * blocks * 2 > threads or sizes.parts == 8
                 row, kernel = (16 + 4 * sizes.parts) * width, 4 * threads * 256 * (512 + width)
                 assert sizes.rows == 256 or sizes.rows * row + kernel <= 320 * 2**20
@@ -288,6 +288,9 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not head_attention.applies(8, hidden, Head(weight, bias=weight[:, 0]))
     assert not head_attention.applies(8, hidden, Head(weight, softcap=3.0))
     assert not head_attention.applies(8, hidden.half(), Head(weight.half()))
+    monkeypatch.setattr(head_attention, "MAX_WIDTH", 3)
+    assert not head_attention.applies(8, hidden, Head(weight))
+    monkeypatch.setattr(head_attention, "MAX_WIDTH", 4)
     monkeypatch.setattr(head_attention, "MIN_ROWS", 9)
     assert not head_attention.applies(8, hidden, Head(weight))
     monkeypatch.setattr(head_attention, "MIN_ROWS", 1)

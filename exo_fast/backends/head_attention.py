@@ -30,7 +30,8 @@ from exo_fast.groups import losses_and_coefficients
 from exo_fast.head import Head
 
 COLUMNS = 8192  # of the vocabulary at a time, for each of the parts that threads work on
-ROWS = 8192  # of hidden states at a time
+ROWS = 4096  # of hidden states at a time: with 8,192 2% faster, and twice the scratch
+MAX_WIDTH = 960  # for more the kernel's blocks of 256 and 512 rows leave the cache, and keeping U is as fast
 MIN_ROWS = 1024  # for fewer the kernel's blocks are too few and small, and keeping U is faster
 QUERIES = 256  # the kernel's block of queries, and so what one thread does
 
@@ -41,6 +42,7 @@ def applies(rows: int, hidden: Tensor, head: Head) -> bool:
     """Whether this schedule is the one for so many rows: bf16 products on a CPU with AMX, logits h Wᵀ · scale."""
     return (
         rows >= MIN_ROWS
+        and hidden.shape[-1] <= MAX_WIDTH
         and hidden.device.type == "cpu"
         and (hidden.dtype == torch.bfloat16 or (hidden.dtype == torch.float32 and products.fp32_precision() == "bf16"))
         and head.bias is None
