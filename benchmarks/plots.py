@@ -248,7 +248,7 @@ def epoch(results: dict, path: Path) -> None:
             panel.tick_params(axis="y", length=0)
         panels[0][0].invert_yaxis()
         panels[0][-1].annotate(
-            "blue: the model, attention, head and loss\norange: what surrounds them", (1, 0.03), ha="right",
+            "blue: the model, attention, head and loss\norange: what surrounds them", (1, 0.42), ha="right",
             xycoords="axes fraction", fontsize=7, color=DARK,
         )  # fmt: skip
 
