@@ -208,11 +208,35 @@ def _model(config: Any, setting: Setting) -> nn.Module:
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if setting.lora_r:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=setting.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+        _add_lora(model, setting.lora_r)
     return model.train()
+
+
+class _Adapted(nn.Module):
+    """A frozen linear layer with a float32 LoRA adapter beside it, computed as PEFT computes it.
+
+    PEFT itself moves its adapters to a device, which tensors without values refuse.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.in_features, rank, bias=False, dtype=torch.float32)
+        self.up = nn.Linear(rank, linear.out_features, bias=False, dtype=torch.float32)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        out = self.linear(inputs)
+        return out + self.up(self.down(inputs.float())).to(out.dtype)
+
+
+def _add_lora(model: nn.Module, rank: int) -> None:
+    """Freezes the model and adapts every linear layer but the lm_head."""
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and child is not model.get_output_embeddings():
+                setattr(parent, name, _Adapted(child, rank))
 
 
 class _StepMeter(Meter):
@@ -361,8 +385,7 @@ class _Step:
     def _of_reference(self, logps: Callable[[nn.Module], Tensor]) -> Tensor:
         if self.reference is not None:
             return logps(self.reference)
-        with self.policy.disable_adapter():
-            return logps(self.policy)
+        return logps(self.policy)  # with its adapters off, which take next to nothing
 
     def _hidden(self, model: nn.Module, **inputs: Tensor) -> Tensor:
         ids = torch.zeros(self.shape, dtype=torch.long)
