@@ -39,6 +39,7 @@ ALL = (
     OURS, "cce", "cce-fp32", "liger-compiled", "liger", "checkpoint", "full-logits-compiled", "full-logits",
     "full-logits-fp32", "trl", "original",
 )  # fmt: skip
+PEER_ROWS = 256  # whose errors are measured where the method takes one way, however many rows there are
 FULL_LOGITS_TOO = ("trl", "original")  # in fp32 they are full-logits with other words: timed in bf16, where they round
 # Copies of the (N, V) logits, in float32, that a method holds at its peak.
 COPIES = {
@@ -136,10 +137,12 @@ def impossible(case: Case) -> str | None:
 def few_errors(case: Case, inputs: problems.Inputs) -> dict[str, float]:
     """Errors against float64 on few rows of the case's inputs.
 
-    A group too long for the memory budget is one there too: the budget is cut to what U of half its rows takes.
+    Ours takes another way for few rows than for many, so its rows are many. A group too long for the memory budget is
+    one there too: the budget is cut to what U of half its rows takes.
     """
     long = case.completion != COMPLETION
-    few = problems.few_rows(inputs, groups=1 if long else 2)
+    rows = None if case.method == OURS else PEER_ROWS
+    few = problems.few_rows(inputs, rows, groups=1 if long else 2)
     budget = len(few.hidden) // 2 * case.vocab * inputs.weight.itemsize if long and case.method == OURS else None
     return problems.errors(case.method, case.operation, case.work, few, budget)
 

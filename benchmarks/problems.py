@@ -46,8 +46,9 @@ LOGIT_STD, TARGET_LOGIT = 3.5, 13.0
 ERROR_ROWS, FEW_ROWS = 1024, 256  # the latter for heads of more than LARGE numbers, in float64 a matter of minutes
 LARGE = 3e8
 # Errors that still count as computing the same: of the loss, dH and dW relative, of log-probs in nats a token. In bf16
-# operands are rounded to 8 bits, and most peers round logits of up to 10 as well.
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+# operands are rounded to 8 bits, and most peers round logits of up to 10 as well; in fp32 the rounding of a sum over
+# 262,144 words can be 1e-4 nats.
+TOLERANCE = {"fp32": 5e-4, "fp16": 1e-2, "bf16": 5e-2}
 FLOOR_ROWS = 1024  # more rows make no product faster
 COPY_BYTES = 2**29
 SECONDS, CALLS = 10.0, 3  # a case is called, after a call that does not count, until one of them is spent
