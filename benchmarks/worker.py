@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     module, case, workdir = argv
     answer = os.dup(1)
     os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)  # or what is said before an error comes after it
     suite = importlib.import_module(module)
     if case == EXTRAS:
         found = suite.extras(Path(workdir))
