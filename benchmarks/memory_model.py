@@ -517,11 +517,10 @@ def fused_scratch(setting: Setting, hidden: Tensor, head: Head) -> int:
         budget = scratch_budget(setting.memory_budget, torch.device(setting.device))
         return min(budget, 6 * setting.targets * vocab)
     if head_attention.applies(setting.targets, hidden, head):
-        sizes = head_attention.Sizes(setting.targets, width, setting.memory_budget, hidden.device)
-        return (sizes.rows + sizes.columns) * 12 * width
+        return head_attention.Sizes(setting.targets, width, setting.memory_budget, hidden.device).bytes
     plan = Plan.of(setting.targets, hidden, head, setting.memory_budget, setting.candidates * setting.completion)
     wide = 0 if hidden.dtype == torch.float32 else plan.block * width * 4
-    return plan.rows * vocab * hidden.itemsize + plan.block_rows * plan.block * 4 + wide
+    return plan.bytes if plan.rows else plan.block_rows * plan.block * 4 + wide
 
 
 def tiled_scratch(setting: Setting, tokens: int) -> int:

@@ -19,8 +19,10 @@ beta_pi = 0.1 and a target of 1 − 1e-3 on the best candidate. All of it is on 
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from exo_fast.head import read_head
 from exo_fast.layout import Group, Packed, pack, plan_mask
 from exo_fast.reference import sequence_logps
+from exo_fast.training.deepspeed import LAUNCHER_ENVIRONMENT
 from exo_fast.training.module import AlignModule, packed_batch
 
 BETA_PI = 0.1
@@ -304,6 +307,22 @@ def run_trl(
     before_training()
     trainer.train()
     return Measured(trainer.losses[0], trainer.gradients[0], trainer.seconds[1:])
+
+
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """For TRL's trainer in a process that has run on DeepSpeed: accelerate is still set to it, and TRL would follow."""
+    from accelerate.state import AcceleratorState
+
+    before = dict(os.environ)
+    for name in ("ACCELERATE_USE_DEEPSPEED", *LAUNCHER_ENVIRONMENT, "MASTER_PORT"):
+        os.environ.pop(name, None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def trl_trainer(

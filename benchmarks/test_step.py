@@ -7,6 +7,7 @@ its steps are timed in float32. Nothing is downloaded: the demo model's numbers 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from exo_fast.benchmarks import machine, step, step_styles, step_truth
-from exo_fast.training.deepspeed import LAUNCHER_ENVIRONMENT
 
 ROUNDS = 3
 WORDS = 4096
@@ -76,13 +76,9 @@ def test_step(case: step.Case, benchmark) -> None:
 
 
 @pytest.fixture
-def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run on DeepSpeed in this process leaves accelerate set to it, and TRL's trainer would follow."""
-    from accelerate.state import AcceleratorState
-
-    for name in ("ACCELERATE_USE_DEEPSPEED", *LAUNCHER_ENVIRONMENT, "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def without_deepspeed() -> Iterator[None]:
+    with step_styles.without_deepspeed():
+        yield
 
 
 @pytest.mark.usefixtures("without_deepspeed")

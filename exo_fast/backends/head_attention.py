@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from exo_fast.backends import products, scratch_budget
-from exo_fast.backends.products import bf16_products
 from exo_fast.backends.rows import group_units, kept_chunks, kept_rows, row_chunks
 from exo_fast.groups import losses_and_coefficients
 from exo_fast.head import Head
@@ -66,7 +65,9 @@ class Sizes:
         # Of a row, in float32: itself, its mean, this chunk's and the last one's gradient, and the result of each part;
         # and the kernel's own block of scores and results for each thread.
         kernel = 4 * threads * QUERIES * (2 * QUERIES + width)
-        self.rows = max(1, min(n, ROWS, max(QUERIES, (half - kernel) // ((16 + 4 * self.parts) * width))))
+        row = (16 + 4 * self.parts) * width
+        self.rows = max(1, min(n, ROWS, max(QUERIES, (half - kernel) // row)))
+        self.bytes = self.rows * row + kernel + self.columns * 12 * width
 
 
 def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,7 @@ def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tens
         rows = head.weight[start : start + sizes.columns].float().contiguous()
         split = parts if len(rows) % parts == 0 else 1
         keys = rows.view(1, split, -1, rows.shape[1])
-        with bf16_products(torch.bfloat16):
+        with products.bf16_products(torch.bfloat16):
             out, part_lse = flash(queries.expand(1, split, -1, -1), keys, keys, scale=head.scale)
         for part, value in zip(out[0], part_lse[0], strict=True):
             if lse is None:

@@ -1,6 +1,7 @@
 """The styles that the suite `step` compares compute one loss and gradient; its cases and ratios are what they say."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from exo_fast.benchmarks import machine, step, step_truth
 from exo_fast.benchmarks import step_styles as styles
 from exo_fast.layout import Group
-from exo_fast.training.deepspeed import LAUNCHER_ENVIRONMENT
 
 
 def make_models(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -73,13 +73,9 @@ def test_float64_goes_through_no_float32() -> None:
 
 
 @pytest.fixture
-def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run on DeepSpeed in this process leaves accelerate set to it, and TRL's trainer would follow."""
-    from accelerate.state import AcceleratorState
-
-    for name in ("ACCELERATE_USE_DEEPSPEED", *LAUNCHER_ENVIRONMENT, "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def without_deepspeed() -> Iterator[None]:
+    with styles.without_deepspeed():
+        yield
 
 
 @pytest.mark.usefixtures("without_deepspeed")
