@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 import traceback
@@ -12,11 +13,11 @@ from types import ModuleType
 from typing import Any
 
 from exo_fast.benchmarks import compare, runner
-from exo_fast.benchmarks.suites import SUITES, load
+from exo_fast.benchmarks.suites import SHARES, SUITES, load
 from exo_fast.training.errors import InputError
 
 EXAMPLES = """examples:
-  exo-fast bench all                              # every suite, to runs/bench: 40 minutes on 2 cores
+  exo-fast bench all --minutes 40                 # every suite, to runs/bench; what finds no time is left out
   exo-fast bench op --quick                       # a first look at the operation, a few minutes
   exo-fast bench op --only op/exo_fast/576x49152  # cases whose name begins so; other rows are kept
   exo-fast bench step --list                      # the cases, and why some cannot run here
@@ -45,8 +46,9 @@ def main(argv: Sequence[str]) -> int:
     for suite, _, _ in chosen if keep else ():  # of all suites, before hours are spent on the first
         runner.refuse_mixture(options.output_dir / f"{suite.NAME}.json", options.quick)
     status, asked = 0, {}
-    for suite, names_asked, cases in chosen:
-        failed = _run(suite, cases, options, keep)
+    ends = _ends([suite.NAME for suite, _, _ in chosen], options.minutes)
+    for (suite, names_asked, cases), until in zip(chosen, ends, strict=True):
+        failed = _run(suite, cases, options, keep, until)
         status = status or int(failed is None or failed > 0)
         if failed is not None:
             asked[suite.NAME] = names_asked
@@ -62,7 +64,19 @@ def main(argv: Sequence[str]) -> int:
     return status
 
 
-def _run(suite: ModuleType, cases: Sequence[Any], options: argparse.Namespace, keep: bool) -> int | None:
+def _ends(names: Sequence[str], minutes: float | None) -> list[float | None]:
+    """When each suite begins its last case, so that all take about `minutes`; what one leaves is the next one's."""
+    if minutes is None:
+        return [None] * len(names)
+    total = sum(SHARES[name] for name in names)
+    shares = itertools.accumulate(SHARES[name] / total for name in names)
+    now = time.perf_counter()
+    return [now + 60 * minutes * share for share in shares]
+
+
+def _run(
+    suite: ModuleType, cases: Sequence[Any], options: argparse.Namespace, keep: bool, until: float | None
+) -> int | None:
     """Run cases of a suite and print what they gave. Returns how many failed; None where the suite was stopped by what
     is told here and not raised, because the next suite is to run.
     """
@@ -72,7 +86,7 @@ def _run(suite: ModuleType, cases: Sequence[Any], options: argparse.Namespace, k
         return 0
     begun = time.perf_counter()
     try:
-        results = runner.run_suite(suite, cases, options.output_dir, quick=options.quick, keep=keep)
+        results = runner.run_suite(suite, cases, options.output_dir, quick=options.quick, keep=keep, until=until)
     except Exception as error:
         if not isinstance(error, (InputError, runner.CaseFailed)):
             traceback.print_exc()
@@ -115,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance", type=_ratio, default=compare.TOLERANCE, help="ratio of times that counts [%(default)s]"
     )
+    parser.add_argument(
+        "--minutes",
+        type=_minutes,
+        metavar="M",
+        help="begin no case after about so long; --continue runs what was left out",
+    )
     parser.add_argument("--report", action="store_true", help="write DIR/report.md and plots")
     return parser
 
@@ -123,6 +143,13 @@ def _suite(text: str) -> str:
     if text not in (*SUITES, "all"):
         raise argparse.ArgumentTypeError(f"no suite is called {text!r}; there are {', '.join(SUITES)} and all")
     return text
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: a positive number of minutes is needed")
+    return value
 
 
 def _ratio(text: str) -> float:

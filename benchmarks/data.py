@@ -50,7 +50,7 @@ class Epoch:
     completion: int
 
 
-EPOCHS = {"demo": Epoch("demo", 16, 8, 24), "long": Epoch("demo", 5, 192, 64), "tiny": Epoch("tiny", 16, 8, 24)}
+EPOCHS = {"demo": Epoch("demo", 10, 8, 24), "long": Epoch("demo", 4, 192, 64), "tiny": Epoch("tiny", 16, 8, 24)}
 
 
 @dataclass(frozen=True)

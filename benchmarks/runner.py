@@ -27,16 +27,25 @@ from exo_fast.training.errors import InputError
 LAST_WORDS = 12  # lines of a failed case that are shown
 LIMIT_SECONDS = 1800  # of a case: far above the longest, so that only one that hangs is ended
 
+NO_TIME = {"skipped": "the time given by --minutes was up; --continue runs it"}
+
 
 class CaseFailed(RuntimeError):
     """A case's process ended without a row. The message is the end of what it said."""
 
 
 def run_suite(
-    suite: ModuleType, cases: Sequence[Any], output_dir: Path, *, quick: bool = False, keep: bool = False
+    suite: ModuleType,
+    cases: Sequence[Any],
+    output_dir: Path,
+    *,
+    quick: bool = False,
+    keep: bool = False,
+    until: float | None = None,
 ) -> dict:
     """Measure `cases` of `suite` into `<output_dir>/<NAME>.json`, and return what the file holds.
 
+    No case is begun after the time `until` (of time.perf_counter); those that are left say so in their rows.
     Rows of other cases are dropped, or with `keep` kept, those too that the suite has no longer: each then names the
     run that it is from ("run"). Raises InputError as `refuse_mixture`, CaseFailed where the suite's extras fail.
     """
@@ -69,9 +78,14 @@ def run_suite(
         with tqdm(cases, desc=suite.NAME, unit="case") as bar:
             for case in bar:
                 bar.set_postfix_str(str(case))
-                rows[str(case)] = {"name": str(case), **asdict(case), **_row(suite, case, workdir, bar.write)}
+                found = NO_TIME if _is_past(until) else _row(suite, case, workdir, bar.write)
+                rows[str(case)] = {"name": str(case), **asdict(case), **found}
                 results = save(extras)
     return results
+
+
+def _is_past(until: float | None) -> bool:
+    return until is not None and time.perf_counter() > until
 
 
 def _row(suite: ModuleType, case: Any, workdir: str, say: Any) -> dict:

@@ -5,7 +5,8 @@ A suite is a module with
     NAME: str                             as in SUITES, and the first part of every case's name
     Case                                  a frozen dataclass of JSON values; str(case) is its name, unique, such as
                                           "op/exo_fast/576x49152/bf16/K4/N8192/both"
-    cases(quick=False) -> list[Case]      in the order they run; quick: a few minutes at most, for a first look
+    cases(quick=False) -> list[Case]      in the order they run, for the last may find no time (--minutes); quick: a few
+                                          minutes at most, for a first look
     impossible(case) -> str | None        why it cannot run on this machine, None when it can
     measure(case, workdir: Path) -> dict  runs the case in a process of its own; returns its row
 
@@ -27,7 +28,7 @@ A row is {"name": str(case), **fields of the case, **what measure returned}. Key
     peak_mb            peak resident memory above what was held before, MB (1e6 bytes); on CUDA torch's counters
     errors             {name: relative or absolute error against float64}
     baseline_seconds   seconds of the yardstick in the same run: put there by measure, or by the runner from `baseline`
-    skipped            why the case could not run (then none of the others)
+    skipped            why the case was not run (then none of the others)
     failed             the last words of a case that crashed (likewise)
     took               seconds of the whole process, set-up included (put there by the runner)
 
@@ -47,6 +48,8 @@ SUITES = {
     "data": "exo_fast.benchmarks.data",
     "memory": "exo_fast.benchmarks.memory",
 }
+# Of the time that a run may take (--minutes), by what the whole suites take.
+SHARES = {"op": 0.44, "scaling": 0.13, "step": 0.31, "data": 0.07, "memory": 0.05}
 
 
 def load(name: str) -> ModuleType:

@@ -180,6 +180,9 @@ class StageTrainer(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_deepspeed_enabled and self.args.world_size == 1 and not self.deepspeed.zero_optimization():
+            # Nobody to share gradients with, and DeepSpeed would copy them all into one bucket and back in every step.
+            self.deepspeed.enable_backward_allreduce = False
         self.model.register_head()
         self._before_start()
         self._before_resume = False

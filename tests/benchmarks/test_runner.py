@@ -25,6 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(suites, "SUITES", {"tiny": "tiny_suite"})
     for module in (cli, cli.compare):
         monkeypatch.setattr(module, "SUITES", suites.SUITES)
+    monkeypatch.setattr(cli, "SHARES", {"tiny": 1.0})
     import tiny_suite
 
     return tiny_suite
@@ -241,3 +242,24 @@ def test_every_suite_of_the_package_is_one() -> None:
             assert all(text.startswith(f"{name}/") for text in names)
             if hasattr(suite, "baseline"):
                 assert {suite.baseline(case) for case in suite.cases(quick)} - {None} <= set(names)
+
+
+def test_no_case_begins_when_the_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    status, results = bench(tmp_path, "tiny", "--minutes", "1e-4")
+    assert status == 0  # nothing failed
+    rows = by_name(results)
+    assert not any("seconds" in row for row in rows.values())
+    assert "--continue" in rows["tiny/ours/2"]["skipped"]
+    assert "--minutes was up" in capsys.readouterr().out
+    status, results = bench(tmp_path, "tiny", "--continue")
+    assert by_name(results)["tiny/ours/2"]["seconds"] == 1.0
+
+
+def test_time_is_shared_by_what_whole_suites_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(suites.SHARES) == set(PACKAGED)
+    assert sum(suites.SHARES.values()) == pytest.approx(1)
+    monkeypatch.setattr(cli, "SHARES", {"a": 0.2, "b": 0.2, "c": 0.6})
+    begun = time.perf_counter()
+    ends = [end - begun for end in cli._ends(["a", "b"], 2.0)]
+    assert ends == pytest.approx([60, 120], abs=1)
+    assert cli._ends(["a", "b"], None) == [None, None]
