@@ -1,17 +1,20 @@
-# make demo | reviews | test | certify | bench | roofline | lint: each creates .venv when it is missing, and can be run again.
+# make demo | reviews | test | faults | consistency | fuzz | certify | bench | roofline | lint: each creates .venv when it is missing, and can be run again.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo reviews test certify bench bench-op bench-step roofline lint format clean
+.PHONY: help demo reviews test faults consistency fuzz certify bench bench-op bench-step roofline lint format clean
 
 help:
 	@echo "make demo        align a real 135M model on real text, with a report in runs/demo/report.md"
 	@echo "make reviews     the whole pipeline on real reviews, four losses compared, in runs/reviews/evaluation/report.md"
 	@echo "make test        all tests"
+	@echo "make faults      kill and damage trainings, and see that nothing is lost (docs/reliability.md)"
+	@echo "make consistency the same training on 1, 2 and 4 processes and every ZeRO stage (docs/reliability.md)"
+	@echo "make fuzz        20,000 hostile inputs"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
-	@echo "make bench       all benchmarks, 45 minutes: results in benchmarks/results, tables in docs/performance.md"
+	@echo "make bench       all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
 	@echo "make lint        ruff, check only;  make format rewrites"
 
@@ -31,6 +34,12 @@ reviews: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -n 2 --dist worksteal
+
+faults: $(VENV)/.ready
+	$(BIN)/python -m exo_fast.benchmarks.faults --markdown docs/reliability.md
+
+consistency: $(VENV)/.ready
+	$(BIN)/python -m exo_fast.benchmarks.consistency --markdown docs/reliability.md
 
 certify: $(VENV)/.ready
 	env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certify --markdown docs/certification.md

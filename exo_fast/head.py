@@ -25,7 +25,9 @@ class Head:
     """An lm_head: `logits = softcap(hidden @ weight.T + bias) * scale`, V the vocabulary, D the hidden size.
 
     `weight` and `bias` are the model's parameters themselves, so gradients of the loss reach them. `scale`
-    is the model's own; a sampling temperature is the caller's to multiply in.
+    is the model's own; a sampling temperature is the caller's to multiply in. Under tensor parallelism they are
+    this rank's rows of the head: DTensors, which say so themselves, or plain tensors with the `process_group`
+    that the fused losses take.
     """
 
     weight: Tensor  # (V, D)
@@ -33,6 +35,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     tied: bool = False  # the weight is also the input embedding
+    process_group: Any = None  # whose ranks hold a slice of the vocabulary each
 
 
 # What a model does to `lm_head(hidden)`, by model type: nothing …
@@ -56,6 +59,8 @@ _SOFTCAP: dict[str, Callable[[Any], float | None]] = {
     "gemma2": lambda config: config.final_logit_softcapping,
     "gemma3_text": lambda config: config.final_logit_softcapping,
 }
+# Layers of DeepSpeed's AutoTP that hold some rows of an nn.Linear, and have the process group of all of them.
+_AUTOTP_SLICES = ("deepspeed.module_inject.layers.LinearLayer", "deepspeed.module_inject.layers.VocabParallelLinear")
 KNOWN_HEADS = tuple(sorted({*_PLAIN, *_SCALE, *_SOFTCAP}))  # the model types `read_head` can read
 
 
@@ -65,8 +70,11 @@ def read_head(model: nn.Module) -> Head:
     A head that PEFT trains in full (`modules_to_save`) is read as it is now: the trained copy, or the
     original inside `disable_adapter()`; read it again after switching.
 
-    Raises ValueError for a model type that is not listed, a head that is not a plain linear layer, and a
-    head under a LoRA adapter.
+    A head in slices of the vocabulary, as the tensor parallelism of PyTorch and transformers leaves it (a
+    DTensor) or DeepSpeed's AutoTP (a layer of its own), is read as this rank's slice.
+
+    Raises ValueError for a model type that is not listed, a head that is not a plain linear layer or a slice of
+    one, and a head under a LoRA adapter.
     """
     causal_lm = unwrap(model)
     model_type = causal_lm.config.model_type
@@ -85,6 +93,7 @@ def read_head(model: nn.Module) -> Head:
         scale=float(scale(causal_lm.config)) if scale else 1.0,
         softcap=softcap(causal_lm.config) if softcap else None,
         tied=linear.weight is getattr(embedding, "weight", None),
+        process_group=getattr(linear, "mp_group", None),
     )
 
 
@@ -126,8 +135,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _output_layer(causal_lm: nn.Module) -> nn.Linear:
-    """The linear layer behind `get_output_embeddings()`, seen through PEFT's wrappers."""
+def _output_layer(causal_lm: nn.Module) -> nn.Module:
+    """The linear layer, or AutoTP's slice of it, behind `get_output_embeddings()`, seen through PEFT's wrappers."""
     layer = causal_lm.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):
         use_original = layer.disable_adapters or not layer.active_adapters
@@ -139,7 +148,13 @@ def _output_layer(causal_lm: nn.Module) -> nn.Linear:
             "Take 'lm_head' out of target_modules, or train it in full with "
             "modules_to_save=['lm_head'], or merge the adapter first (merge_and_unload)."
         )
-    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
+    if kind.startswith("deepspeed.module_inject.") and kind not in _AUTOTP_SLICES:
+        raise ValueError(
+            f"the lm_head is a {kind}, not a slice of the vocabulary: DeepSpeed cuts it along the hidden size (or in "
+            "a way of its own), so no rank has the logits of any token. Cut it along the vocabulary, with "
+            '"vocab_parallel_lm_head": true in the tensor_parallel section of the DeepSpeed config, or keep it whole.'
+        )
+    if not (isinstance(layer, nn.Linear) or kind in _AUTOTP_SLICES) or not layer.weight.is_floating_point():
         raise ValueError(
             f"the lm_head is a {kind}; a linear layer with an unquantised (V, D) weight is needed. "
             "Leave the lm_head out of quantisation, or pass a Head of your own."

@@ -2,7 +2,7 @@
 
 The base of any loss that is a function of log-probs. Two-pass schedule: log-probs now (2·N·D·V flops), logits again
 in the backward pass (6·N·D·V). A frozen head needs no second pass: ∂ℓ_t/∂h_t is formed beside the log-probs and only
-scaled later (4·N·D·V in all).
+scaled later (4·N·D·V in all). A head in slices of the vocabulary: `exo_fast.vocab_parallel`.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exo_fast import ops, reference
+from exo_fast import ops, reference, vocab_parallel
 from exo_fast.backends import choose, head_attention
 from exo_fast.head import Head
 from exo_fast.validate import check_budget, check_projection, check_targets, traced
@@ -57,21 +57,29 @@ def linear_logprobs(
             never correctness.
         backend: reference (full logits), torch (chunked), triton (fused kernels), or auto: triton on a GPU (torch for
             float64), torch elsewhere.
-        process_group: vocabulary parallelism; None.
+        process_group: the torch.distributed group whose ranks hold the head, a slice of the vocabulary each, in the
+            order of the ranks. `weight` and `bias` are then this rank's V_r rows (of any number, also none), hidden
+            and targets (ids in the whole vocabulary) are the same on all ranks, and so must be the loss made of the
+            log-probs. The gradient of hidden is the whole one, on all ranks. A weight that is a DTensor sharded on
+            dim 0 of a 1-D mesh (the tensor parallelism of PyTorch and transformers) is taken as it is, with None here.
+            Costs and communication: `exo_fast.vocab_parallel`. Not for torch.compile(fullgraph=True).
 
     Returns:
         Log-probs in float32 (float64 for float64 inputs), of the shape of `targets`. Logits are float32 whatever the
         inputs, and the same input gives the same bits.
 
     Raises:
-        ValueError: a wrong shape, dtype, device, target or number; the message names it. On a GPU, and in a compiled
-            graph, a target out of range is a failed assertion (RuntimeError) where the values are: nothing waits.
+        ValueError: a wrong shape, dtype, device, target or number, or ranks that do not agree; the message names it.
+            On a GPU, and in a compiled graph, a target out of range, as what ranks do not agree in, is a failed
+            assertion (RuntimeError) where the values are: nothing waits.
     """
-    check_budget(memory_budget, process_group)
+    check_budget(memory_budget)
+    hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
     if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
         hidden, weight = autocast_operands(hidden, weight)
-    check_projection(hidden, weight, targets, bias, scale, softcap)
-    check_targets(targets, weight.shape[0], ignore_index)
+    part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
+    check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
+    check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
     chosen = choose(backend, hidden)
     if chosen == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
@@ -81,6 +89,9 @@ def linear_logprobs(
     wanted = targets.reshape(-1).long()
     wanted = wanted.masked_fill(wanted == ignore_index, -1)
     need, rows = needs_gradient(hidden, weight, bias), hidden.reshape(-1, hidden.shape[-1])
+    if part is not None:
+        logps = vocab_parallel.linear_logprobs(rows, weight, bias, wanted, scale, softcap, memory_budget, chosen, part)
+        return logps.view(targets.shape)
     # ∂ℓ/∂h beside the log-probs: all there is to do with a frozen head, and where attention gives both at once.
     unit_hidden = need == (True, False, False) or (
         need[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exo_fast import ops, reference
+from exo_fast import ops, reference, vocab_parallel
 from exo_fast.backends import choose
 from exo_fast.logprobs import autocast_operands, needs_gradient
 from exo_fast.validate import (
@@ -100,7 +100,10 @@ def linear_group_loss(
         bias: (V,) or None. scale, softcap: see `exo_fast.logprobs.linear_logprobs`.
         memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU). A group whose
             rows do not fit makes the ones beyond it again; less memory costs time, never correctness.
-        backend: see `exo_fast.logprobs.linear_logprobs`. process_group: vocabulary parallelism; None.
+        backend: see `exo_fast.logprobs.linear_logprobs`.
+        process_group: see there. The ranks of a head in slices of the vocabulary get the same loss and policy_logps,
+            from the same ref_logps and rewards. Their gradients are formed in the backward pass, in a second pass over
+            the slice: 8·N·D·V_r flops instead of 6·N·D·V_r.
 
     Returns:
         The mean loss over groups (scalar; differentiable in hidden, weight and bias, not twice) and the detached policy
@@ -110,14 +113,16 @@ def linear_group_loss(
         ValueError: before any work, naming the argument, what came and what is needed. On a GPU, and in a compiled
             graph, wrong values in a tensor are a failed assertion (RuntimeError) where they are: nothing waits.
     """
-    check_budget(memory_budget, process_group)
-    smoothing = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
+    check_budget(memory_budget)
+    hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
     if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
         hidden, weight = autocast_operands(hidden, weight)
-    check_projection(hidden, weight, targets, bias, scale, softcap)
+    part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
+    smoothing = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
+    check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}")
-    check_targets(targets, weight.shape[0], None)
+    check_targets(targets, weight.shape[0] if part is None else part.vocab, None)
     check_boundaries(cu_seqlens, *ref_logps.shape, len(hidden), hidden.device)
     for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
         if value.device != hidden.device:
@@ -140,6 +145,12 @@ def linear_group_loss(
                 scale=scale,
                 softcap=softcap,
             )
+    if part is not None:
+        token_logps = vocab_parallel.linear_logprobs(
+            hidden, weight, bias, targets.long(), scale, softcap, memory_budget, chosen, part
+        )
+        options = {"loss_type": loss_type, "beta_pi": beta_pi, "beta_r": beta_r, "label_smoothing": smoothing}
+        return vocab_parallel.group_loss(token_logps, cu_seqlens, ref_logps, rewards, **options)
     if cu_seqlens.device == hidden.device:
         cu_seqlens = cu_seqlens.long()  # on the host it stays as it came: a copy of pinned memory would not be pinned
     loss, policy_logps, *_ = ops.linear_group_loss(
@@ -189,6 +200,7 @@ class LinearGroupLoss(nn.Module):
         softcap: float | None = None,
         memory_budget: int | None = None,
         backend: str = "auto",
+        process_group: Any = None,
     ):
         super().__init__()
         self.options = {
@@ -200,6 +212,7 @@ class LinearGroupLoss(nn.Module):
             "softcap": softcap,
             "memory_budget": memory_budget,
             "backend": backend,
+            "process_group": process_group,
         }
 
     def forward(

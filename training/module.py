@@ -16,16 +16,29 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from exo_fast.head import final_hidden, read_head, unwrap
-from exo_fast.layout import Group, MaskPlan, Packed, SharingReport, check_sharing, model_inputs
+from exo_fast.head import Head, final_hidden, read_head, unwrap
+from exo_fast.layout import (
+    Group,
+    MaskPlan,
+    Packed,
+    SharingReport,
+    _eval_mode,
+    _true_float32,
+    check_sharing,
+    model_inputs,
+    pack,
+)
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
 from exo_fast.reference import sequence_logps
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
+from exo_fast.training.errors import InputError
 from exo_fast.training.metrics import GROUP_METRICS, group_metrics
+from exo_fast.training.sequence_parallel import SequenceParallel
 
 logger = logging.get_logger(__name__)
 CHECKED_GROUPS = 4
+CHECKED_TOKENS = 1024  # of a prompt and of a completion, or as many as the model's window has
 
 
 class TrainedModule(nn.Module):
@@ -114,7 +127,11 @@ def packed_batch(batch: dict[str, Any]) -> Packed:
 
 
 class AlignModule(CausalModule):
-    """A policy (a transformers causal LM, or a PeftModel around one) whose forward is the loss of a packed batch."""
+    """A policy (a transformers causal LM, or a PeftModel around one) whose forward is the loss of a packed batch.
+
+    With `sequence` (made for this policy) each rank of its group is given the same batches and runs its part of their
+    rows; what the forward returns is of the whole batch, and the same in all of them.
+    """
 
     metric_names = GROUP_METRICS
 
@@ -130,8 +147,10 @@ class AlignModule(CausalModule):
         temperature: float,
         memory_budget: int | None,
         backend: str,
+        sequence: SequenceParallel | None = None,
     ):
         super().__init__(policy, plan, memory_budget=memory_budget, backend=backend)
+        self.sequence = sequence
         self.beta_pi = beta_pi
         self.temperature = temperature
         self.loss_options = {
@@ -146,41 +165,93 @@ class AlignModule(CausalModule):
         return self.model
 
     def forward(
-        self, *, check: list[Group] | None = None, reference: bool = False, **batch: Tensor
+        self,
+        *,
+        check: list[Group] | None = None,
+        check_shared: bool = True,
+        reference: bool = False,
+        **batch: Tensor,
     ) -> tuple[Tensor, ...] | tuple[SharingReport]:
         """`batch` as GroupCollator makes it, G groups of K candidates.
 
         Returns (mean loss over the G groups, group metrics (G, M)) in training, (losses (G,), group metrics
         (G, M)) in evaluation, and (sequence log-probs (G, K) float32,) with `reference`, of the policy with
-        its adapters off. With `check`, and no batch, the report of `check_sharing` on those groups: a
-        forward, because only inside one does ZeRO-3 have the head in one piece.
+        its adapters off. With `check`, and no batch, the report of `check_sharing` on those groups, or with
+        `sequence` of `check_parts`, to which `check_shared` goes: a forward, because only inside one does ZeRO-3
+        have the head in one piece.
         """
         if check is not None:
-            return (check_sharing(self.policy, check, self.plan),)
+            if self.sequence is None:
+                return (check_sharing(self.policy, check, self.plan),)
+            return (self.check_parts(check, check_shared),)
         packed = packed_batch(batch)
-        with self.adapters_off() if reference else nullcontext():
+        ref_logps, rewards = batch["ref_logps"], batch["rewards"]
+        if self.training and not reference and self.sequence is None:
             head = read_head(self.policy)
-            hidden = self.predicting_hidden(packed)
-        logits = {"bias": head.bias, "scale": head.scale / self.temperature, "softcap": head.softcap}
-        if self.training and not reference:
             loss, policy_logps = linear_group_loss(
-                hidden,
+                self.predicting_hidden(packed),
                 head.weight,
                 packed.targets,
                 packed.cu_seqlens,
-                batch["ref_logps"],
-                batch["rewards"],
+                ref_logps,
+                rewards,
                 **self.loss_options,
-                **logits,
-                **self.kernel_options,
+                **self.projection(head),
             )
-            return loss, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
-        token_logps = linear_logprobs(hidden, head.weight, packed.targets, **logits, **self.kernel_options)
-        policy_logps = sequence_logps(token_logps, packed.cu_seqlens.to(token_logps.device)).view_as(batch["rewards"])
+            return loss, group_metrics(policy_logps, ref_logps, rewards, self.beta_pi)
+        with self.adapters_off() if reference else nullcontext():
+            token_logps = self.token_logps(packed)
+        policy_logps = sequence_logps(token_logps, packed.cu_seqlens.to(token_logps.device)).view_as(rewards)
         if reference:
             return (policy_logps,)
-        losses = group_loss(policy_logps, batch["ref_logps"], batch["rewards"], **self.loss_options, reduction="none")
-        return losses, group_metrics(policy_logps, batch["ref_logps"], batch["rewards"], self.beta_pi)
+        reduction = "mean" if self.training else "none"
+        loss = group_loss(policy_logps, ref_logps, rewards, **self.loss_options, reduction=reduction)
+        return loss, group_metrics(policy_logps.detach(), ref_logps, rewards, self.beta_pi)
+
+    def projection(self, head: Head) -> dict[str, Any]:
+        """What the fused losses need to know of `head` beside its weight, and how they are to work."""
+        scale = head.scale / self.temperature
+        return {"bias": head.bias, "scale": scale, "softcap": head.softcap, **self.kernel_options}
+
+    def token_logps(self, packed: Packed, *, whole_rows: bool = False) -> Tensor:
+        """(N,) float32, the log-prob of each completion token. With `whole_rows` this rank runs all of them, where it
+        would share them out by `sequence`."""
+        if self.sequence is None:
+            return self._logps(self.predicting_hidden(packed), packed.targets)
+        device = self.model.device
+        options = {"dtype": self.compute_dtype, "device": device}
+        targets = packed.targets.to(device)
+        if whole_rows:
+            hidden = final_hidden(self.model, **self.sequence.whole(packed, self.plan, **options))
+            return self._logps(hidden.flatten(0, 1)[packed.source.to(device)], targets)
+        inputs, rows, tokens = self.sequence.part(packed, self.plan, **options)
+        hidden = final_hidden(self.model, **inputs).flatten(0, 1)
+        return self.sequence.gather(self._logps(hidden[rows], targets[tokens]), tokens, len(targets))
+
+    def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head = read_head(self.policy)
+        return linear_logprobs(hidden, head.weight, targets, **self.projection(head))
+
+    def check_parts(self, groups: list[Group], shared: bool) -> SharingReport:
+        """Run `groups` in rows of which each rank has a part, and in unshared ones that each runs alone, and compare
+        the log-probs: with `shared` what `check_sharing` does, and in any case whether the parts make the row.
+        Tolerances are those of `check_sharing`."""
+        unshared = pack(groups, share_prompt=False)
+        rows = pack(groups, row_length=2 * max(group.tokens() for group in groups)) if shared else unshared
+        device = self.model.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False), _eval_mode(self.policy), _true_float32():
+            expected = self.token_logps(unshared, whole_rows=True)
+            found = self.token_logps(rows)
+        difference = (found - expected).double()
+        token_rms = difference.square().mean().sqrt().item()
+        sequence_max = sequence_logps(difference, unshared.cu_seqlens.to(difference.device)).abs().max().item()
+        atol = 0.15 if self.policy.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        ok = token_rms <= atol  # False for NaN
+        problem = (
+            f"rows in {self.sequence.size} parts give other log-probs than whole, unshared ones: rms {token_rms:.1e} "
+            f"nats a token where {atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
+        )
+        return SharingReport(ok, "" if ok else problem, token_rms, sequence_max, atol)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -196,20 +267,33 @@ def settle_layout(
     """Set `collate.share_prompt`: by the caller's wish, by the model's plan, and by numbers on the first groups.
 
     Warns where candidates are to share their prompt and cannot. Returns the decision, its reason, and what
-    `check_sharing` measured (nats), for the summary.
+    was measured (nats, `SharingReport`), for the summary. Raises InputError where sequence parallelism gives other
+    log-probs than rows in one piece.
     """
+    shared = share_prompt and module.plan.share
+    reason = "" if shared else module.plan.reason if share_prompt else "switched off"
     measured = {}
-    if not share_prompt:
-        shared, reason = False, "switched off"
-    elif not module.plan.share:
-        shared, reason = False, module.plan.reason
-    else:
-        groups = [dataset.group(index) for index in range(min(CHECKED_GROUPS, len(dataset)))]
-        (report,) = module.eval()(check=groups)
-        shared, reason = report.ok, report.reason
+    if shared or module.sequence is not None:
+        longest = max(CHECKED_TOKENS, module.plan.window or 0)
+        groups = [shortened(dataset.group(index), longest) for index in range(min(CHECKED_GROUPS, len(dataset)))]
+        (report,) = module.eval()(check=groups, check_shared=shared)
+        if shared and not report.ok:
+            shared, reason = False, report.reason
+            if module.sequence is not None:
+                (report,) = module(check=groups, check_shared=False)
+        if module.sequence is not None and not report.ok:
+            raise InputError(
+                f"sequence_parallel={module.sequence.size}: this model cannot be run on parts of rows: {report.reason}."
+            )
         measured = {"token_rms": report.token_rms, "sequence_max": report.sequence_max}
     if share_prompt and not shared:
         candidates = dataset.counts.candidates
         logger.warning(f"Candidates cannot share their prompt, which is run {candidates} times instead: {reason}")
     collate.share_prompt = shared
     return {"share_prompt": shared, "reason": reason, "mask": module.plan.kind, **measured}
+
+
+def shortened(group: Group, tokens: int) -> Group:
+    """At most `tokens` of each segment, around where the completions begin: a check needs no more, and long rows of
+    several groups may not fit where one does."""
+    return Group(group.prompt[-tokens:], [completion[:tokens] for completion in group.completions])

@@ -130,8 +130,9 @@ def fill_reference_logps(
             collate,
             lambda batch: module(reference=True, **batch)[0],
             batch_size=config.per_device_eval_batch_size,
-            process_index=config.process_index,
-            num_processes=config.world_size,
+            process_index=config.data_parallel_rank,
+            num_processes=config.data_parallel_size,
+            copies=config.world_size // config.data_parallel_size,
             device=device,
             description=f"reference log-probs ({name})",
             progress=main and not config.disable_tqdm,
@@ -155,6 +156,7 @@ def compute(
     batch_size: int,
     process_index: int = 0,
     num_processes: int = 1,
+    copies: int = 1,
     device: torch.device | str = "cpu",
     description: str = "reference log-probs",
     progress: bool = True,
@@ -163,7 +165,8 @@ def compute(
 
     `sequence_logps` maps a batch to (groups of the batch, K). Groups are sorted by length, so that rows are
     full, and dealt out to the processes; each makes the same number of calls (ZeRO-3 gathers parameters in
-    every one), some perhaps on a batch that another process has too.
+    every one), some perhaps on a batch that another process has too. `process_index` and `num_processes` count
+    data-parallel ones, each of which is `copies` processes that are given the same batches.
     """
     order = np.argsort(-dataset.lengths(), kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -179,7 +182,9 @@ def compute(
             logps[torch.from_numpy(indices.copy()).to(device)] = values.float()
         bar.update(min(num_processes * len(indices), len(dataset) - bar.n))
     bar.close()
-    if num_processes > 1:
+    if num_processes * copies > 1:
         # Every group is non-zero on one process only, so the sum is exact.
+        if torch.distributed.get_rank() % copies > 0:
+            logps.zero_()
         torch.distributed.all_reduce(logps)
     return logps.cpu()

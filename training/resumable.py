@@ -22,6 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from exo_fast.training import locks
 from exo_fast.training.assets import write_file
 from exo_fast.training.errors import InputError
 
@@ -56,8 +57,10 @@ class ResumableRun:
         """The summary of a finished run with this identity; None where there is work to do.
 
         `files` are the names that the run will write. Raises InputError where the directory holds another run,
-        naming what differs, or files of those names that no run of this identity was writing.
+        naming what differs, or files of those names that no run of this identity was writing; and where another
+        process is writing there (exo_fast.training.locks), which this run keeps others from until it is finished.
         """
+        locks.hold(self.directory)
         path = self.directory / SUMMARY
         if path.is_file():
             summary = _read_summary(path)
@@ -71,6 +74,7 @@ class ResumableRun:
                 if self.state.is_main_process:
                     shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
                     print(f"reusing {self.directory}: finished earlier with the same settings and data", flush=True)
+                locks.release(self.directory)
                 return summary
         elif not any(self._stored_files("*")):
             for name in files:
@@ -136,6 +140,7 @@ class ResumableRun:
             write_file(self.directory, SUMMARY, to_json(whole))
             shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
         self.state.wait_for_everyone()
+        locks.release(self.directory)
         return whole
 
     def _path(self, split: str, rank: int | str) -> Path:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -34,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from exo_fast.training import assets
+from exo_fast.training import assets, locks
 from exo_fast.training.errors import InputError
 from exo_fast.training.pipeline import SMOLLM2, PlannedStage, Recipe, fill, read_recipe, strings
 from exo_fast.version import __version__
@@ -260,19 +259,13 @@ class Records:
     def lock(self) -> Iterator[int]:
         """A lock that no two runs hold at once. Who inherits the descriptor it gives, as stages do, holds it too."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a+") as file:
-            deadline = time.monotonic() + 5  # what a killed run left behind is on its way out
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise InputError(
-                            f"{self.folder.parent}: a run of this recipe, or a stage of one that was stopped, is "
-                            "still under way; wait for it or end it."
-                        ) from None
-                    time.sleep(0.2)
+        file = locks.acquire(self.folder / "lock")
+        if file is None:
+            raise InputError(
+                f"{self.folder.parent}: a run of this recipe, or a stage of one that was stopped, is still under way; "
+                "wait for it or end it."
+            )
+        with file:
             yield file.fileno()
 
 

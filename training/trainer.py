@@ -5,34 +5,69 @@ What differs from the Trainer's own loop, and why:
   checkpoints carry the model's plain names.
 - The loss is a mean over the rows (groups, pairs, tokens: what the batch's `weights` count) of the *global*
   batch: each micro-batch is weighted by its share of all micro-batches and processes, so that it does not
-  matter how the batch was cut. (Several processes fill an epoch's last batch up with rows of its first.)
+  matter how the batch was cut. What each process runs is said in exo_fast.training.data.sampler.
 - Metrics are sums and weights until they are logged.
+- A checkpoint is whole or not there (exo_fast.training.checkpoints). SIGTERM saves one and ends the run; a loss or
+  gradient that is not finite ends it before the weights see it, or has its step left out
+  (exo_fast.training.non_finite).
+- Training continues on another number of processes, with the same global batch: DeepSpeed's optimizer shards are then
+  converted by its universal checkpoints.
 - In alignment, once the engine stands and before it loads a checkpoint, the policy is still the reference:
   there the prompt-sharing layout is checked and reference log-probs are computed, through the forward
   (ZeRO-3, autocast, precision) of training.
 """
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from exo_fast.training import checkpoints, elastic, non_finite, processes
 from exo_fast.training.config import AlignConfig, TrainConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
-from exo_fast.training.data.sampler import GroupedByLength
+from exo_fast.training.data.sampler import EvaluationBatches, GlobalBatches, Repeated, order_by_length, random_order
+from exo_fast.training.errors import RunError
 from exo_fast.training.metrics import peak_memory_mb
 from exo_fast.training.module import AlignModule, TrainedModule, settle_layout
 from exo_fast.training.reference_logps import fill_reference_logps
+from exo_fast.training.run_watch import RunWatch
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CountedRows(Dataset):
+    """A data set's rows, each with whether it counts: not where the sampler calls it `Repeated`."""
+
+    rows: Dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        return self.rows[index], not isinstance(index, Repeated)
+
+
+@dataclass
+class CountedCollator:
+    """A stage's collator, and `counted` (R,) float32: 1 for rows that count, 0 for others."""
+
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+    def __call__(self, items: list[tuple[Any, bool]]) -> dict[str, Any]:
+        rows, counted = zip(*items, strict=True)
+        return {**self.collate(list(rows)), "counted": torch.tensor(counted, dtype=torch.float32)}
 
 
 class StageTrainer(Trainer):
@@ -51,6 +86,7 @@ class StageTrainer(Trainer):
     ):
         self._run_tokens = self._run_seconds = 0.0
         self._before_resume = True
+        self._writing_to: str | None = None  # in place of the output directory, while a checkpoint is written
         use_cache = getattr(module.config, "use_cache", None)
         super().__init__(
             module,
@@ -65,16 +101,57 @@ class StageTrainer(Trainer):
             module.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
         # num_items_in_batch (weights, see below) reaches compute_loss, and the loss it returns is already normalised.
         self.model_accepts_loss_kwargs = True
+        self.step_batches: list[non_finite.MicroBatch] = []  # of the optimizer step that is under way
+        self._guard = non_finite.GradientGuard()
+        self.watch = RunWatch(self)
+        self.add_callback(self.watch)
         self._reset_interval()
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        lengths, epoch = self.train_dataset.lengths(), lambda: int(self.state.epoch)
-        return GroupedByLength(lengths, self.args.train_batch_size, self.args.seed, epoch)
+    # Data
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        return SequentialSampler(eval_dataset)  # the Trainer would group these by length too, in random order
+    def get_train_dataloader(self) -> DataLoader:
+        sampler = GlobalBatches(
+            self._epoch_order,
+            len(self.train_dataset),
+            per_process=self.args.train_batch_size,
+            process=self.args.data_parallel_rank,
+            processes=self.args.data_parallel_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        self._global_batch = sampler.global_batch
+        return self._loader(self.train_dataset, sampler)
+
+    def _epoch_order(self) -> list[int]:
+        """The rows of the epoch that begins."""
+        rows, epoch = len(self.train_dataset), int(self.state.epoch)
+        if self.args.train_sampling_strategy == "sequential":
+            return list(range(rows))
+        if self.args.train_sampling_strategy == "group_by_length":
+            return order_by_length(self.train_dataset.lengths(), self._global_batch, self.args.seed, epoch)
+        return random_order(rows, self.args.seed if self.args.data_seed is None else self.args.data_seed, epoch)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        sampler = EvaluationBatches(
+            len(dataset),
+            per_process=self.args.eval_batch_size,
+            process=self.args.data_parallel_rank,
+            processes=self.args.data_parallel_size,
+        )
+        return self._loader(dataset, sampler)
+
+    def _loader(self, dataset: Dataset, sampler: GlobalBatches | EvaluationBatches) -> DataLoader:
+        """Not prepared by accelerate, which would divide the batches over the processes once more."""
+        return DataLoader(
+            CountedRows(dataset),
+            batch_sampler=sampler,
+            collate_fn=CountedCollator(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
 
     # Loss and metrics
 
@@ -83,8 +160,13 @@ class StageTrainer(Trainer):
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        weights = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
-        return self.accelerator.reduce(weights)
+        weights = torch.stack([(batch["weights"] * batch["counted"]).sum() for batch in batch_samples]).sum()
+        return self.accelerator.reduce(weights.to(device)) / self._copies
+
+    @property
+    def _copies(self) -> int:
+        """Processes that run one micro-batch together, each a part of its tokens."""
+        return self.args.world_size // self.args.data_parallel_size
 
     def compute_loss(
         self,
@@ -93,20 +175,23 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """This micro-batch's share of the mean over the global batch's rows, times the number of processes.
+        """This micro-batch's share of the mean over the global batch's rows, times the data-parallel processes.
 
         (Engines average gradients over processes, and the Trainer averages logged losses over them.)
         """
+        counted = inputs.pop("counted")
         loss, metrics = model(**inputs)
-        weights = inputs["weights"]
+        self.step_batches.append(non_finite.MicroBatch(inputs, loss.detach(), metrics.detach()))
+        weights = inputs["weights"] * counted
         self._interval_metrics += (metrics * weights.unsqueeze(-1)).sum(0)
         self._interval_weight += weights.sum()
-        self._interval_tokens += inputs["num_tokens"]
+        self._interval_tokens += inputs["num_tokens"] * counted.amax() / self._copies
         self._interval_is_empty = False
-        return loss * (weights.sum() * self.accelerator.num_processes / num_items_in_batch)
+        return loss * (weights.sum() * self.args.data_parallel_size / num_items_in_batch)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._step_start = time.perf_counter()  # the first thing of an optimizer step
+        self.step_batches = []
         return super().get_batch_samples(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -124,7 +209,7 @@ class StageTrainer(Trainer):
         self._interval_metrics = torch.zeros(len(self.model.metric_names), device=self.args.device)
         self._interval_weight = torch.zeros((), device=self.args.device)
         self._interval_is_empty = True
-        self._interval_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._interval_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._interval_seconds = 0.0
         self._step_start: float | None = None
 
@@ -162,9 +247,10 @@ class StageTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """No batch mean: weight, loss and metrics of each row, so that the average is over rows."""
         inputs = self._prepare_inputs(inputs)
+        counted = inputs.pop("counted")
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, metrics = model(**inputs)
-        columns = torch.stack([inputs["weights"], losses.float()], dim=-1)
+        columns = torch.stack([inputs["weights"] * counted, losses.float()], dim=-1)
         return None, torch.cat([columns, metrics.float()], dim=-1), inputs["index"]
 
     def _average(self, predictions: EvalPrediction) -> dict[str, float]:
@@ -183,14 +269,15 @@ class StageTrainer(Trainer):
         if self.is_deepspeed_enabled and self.args.world_size == 1 and not self.deepspeed.zero_optimization():
             # Nobody to share gradients with, and DeepSpeed would copy them all into one bucket and back in every step.
             self.deepspeed.enable_backward_allreduce = False
+        optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else self.optimizer.optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO's are not, and look for themselves
+            self._guard.watch(optimizer)
         self.model.register_head()
         self._before_start()
         self._before_resume = False
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
-                deepspeed_load_checkpoint(
-                    self.model_wrapped, resume_from_checkpoint, load_module_strict=not self.model.is_peft
-                )
+                elastic.load(self.deepspeed, Path(resume_from_checkpoint), strict=not self.model.is_peft)
             else:
                 self._load_from_checkpoint(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -200,7 +287,78 @@ class StageTrainer(Trainer):
     def _before_start(self) -> None:
         """What a stage computes with the engine that stands and the model as it was given; here nothing."""
 
+    # During the run
+
+    def left_out_step(self) -> bool:
+        """Whether the optimizer left the last step out, because gradients were not finite; the same everywhere."""
+        optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else None
+        return bool(getattr(optimizer, "overflow", False)) or self._guard.overflow
+
+    def describe_rows(self, indices: list[int]) -> str:
+        """Rows of the training data, for a message."""
+        return f"rows {non_finite.shown(indices)} of the training data (counted from 0)"
+
     # Saving and resuming the model inside the module
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, written aside and published whole (exo_fast.training.checkpoints)."""
+        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self._check_space(output)
+        try:
+            with checkpoints.unfinished(output, name) as folder:
+                self._writing_to = str(folder)
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._writing_to = None
+                if self.args.should_save:
+                    best = self.state.best_global_step and output / f"checkpoint-{self.state.best_global_step}"
+                    if best and (best.name == name or best.exists()):
+                        self.state.best_model_checkpoint = str(best)  # not where it was just written
+                    self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+                facts = checkpoints.Facts(
+                    step=self.state.global_step,
+                    processes=self.args.world_size,
+                    engine=self.args.engine,
+                    zero_stage=self.deepspeed.zero_optimization_stage() if self.is_deepspeed_enabled else None,
+                    resumable=not self.args.save_only_model,
+                )
+                checkpoints.publish(folder / name, output / name, facts)
+                if self.args.should_save:
+                    checkpoints.rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(output).free
+            problem = f"{str(error).splitlines()[0]}; {free / 1e6:,.1f} MB are free"
+            raise RunError(self._unwritten(output, name, problem)) from error
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._writing_to or super()._get_output_dir(trial)
+
+    def _check_space(self, output: Path) -> None:
+        """Raises RunError, in every process and before anything is written, where a checkpoint has no room."""
+        before = checkpoints.numbered(output)
+        needed = checkpoints.size(before[0]) if before else self._estimated_bytes()
+        free = shutil.disk_usage(output).free
+        if processes.from_first(free < needed):
+            problem = f"it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            raise RunError(self._unwritten(output, f"checkpoint-{self.state.global_step}", problem))
+
+    def _estimated_bytes(self) -> int:
+        """Of a checkpoint: the model, and for what is trained float32 weights and two moments."""
+        total = trained = 0
+        for parameter in self.model.parameters():
+            count = getattr(parameter, "ds_numel", parameter.numel())
+            total += count * parameter.element_size()
+            trained += count * parameter.requires_grad
+        return (0 if self.model.is_peft else total) + 12 * trained
+
+    def _unwritten(self, output: Path, name: str, problem: str) -> str:
+        whole = checkpoints.numbered(output)
+        last = f"{whole[0].name} is whole" if whole else "there is none before it"
+        return (
+            f"{name} could not be written below output_dir={str(output)!r} ({problem}); {last}. Make room, or give "
+            "save_total_limit, and the same command continues from the last one."
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         state_dict = None  # the model's own
@@ -209,7 +367,14 @@ class StageTrainer(Trainer):
             state_dict = self.deepspeed._zero3_consolidated_16bit_state_dict(
                 exclude_frozen_parameters=self.model.is_peft
             )
-        self._save(output_dir, state_dict)
+        if output_dir is None:  # the end of the run: files that others read are replaced in one step each
+            output = Path(self.args.output_dir)
+            with checkpoints.unfinished(output, "model") as folder:
+                self._save(str(folder / "model"), state_dict)
+                if self.args.should_save:
+                    checkpoints.replace_files(folder / "model", output)
+        else:
+            self._save(output_dir, state_dict)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -232,6 +397,10 @@ class StageTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        try:
+            checkpoints.read(Path(self.state.best_model_checkpoint))
+        except checkpoints.Damaged as error:
+            raise RunError(f"load_best_model_at_end: {self.state.best_model_checkpoint}: {error}.") from error
         with self._inner_model():
             super()._load_best_model()
 
@@ -262,6 +431,13 @@ class AlignTrainer(StageTrainer):
         self.reference_cache_hits: dict[str, bool] = {}
         self.layout: dict[str, Any] = {}
         super().__init__(module, config, datasets, tokenizer, GroupCollator(tokenizer.eos_token_id))
+
+    def describe_rows(self, indices: list[int]) -> str:
+        """As the data's examples, each of which may give several groups."""
+        counts = self.train_dataset.counts
+        each = max(1, counts.groups // counts.examples)
+        examples = sorted({index // each for index in indices})
+        return f"examples {non_finite.shown(examples)} of the training data (counted from 0)"
 
     def _before_start(self) -> None:
         self.layout = settle_layout(

@@ -24,13 +24,14 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.trainer_utils import IntervalStrategy
 
 from exo_fast.head import read_head
+from exo_fast.training import checkpoints, locks, processes
 from exo_fast.training.assets import write_file
 from exo_fast.training.config import CausalConfig, TrainConfig
 from exo_fast.training.data.examples import Example
 from exo_fast.training.data.groups import GroupDataset, tokenize
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import start_on_cpu
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, Stopped
 from exo_fast.training.loading import check_fits_model, from_pretrained, refuse_adapter
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.trainer import StageTrainer
@@ -47,7 +48,11 @@ INCIDENTAL |= {
     "deepspeed",
     "project",
     "run_name",
+    "non_finite",
+    "save_total_limit",
 }
+# In whose place the settings have their product, the global batch: how it is cut decides nothing.
+CUT = {"per_device_train_batch_size", "gradient_accumulation_steps", "sequence_parallel"}
 INCIDENTAL_PREFIXES = ("hub_", "push_to_hub", "dataloader_", "logging_", "trackio_")
 DECISIVE = {"dataloader_drop_last"}  # for all that
 
@@ -61,55 +66,76 @@ def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     Both None: start anew. Raises InputError, before any work, for a directory that another run's results are in.
     """
     set_seed(config.seed)
+    output = Path(config.output_dir)
+    locks.hold(output)
     checkpoint, summary = _found(config)
     if config.process_index == 0:
         if summary is not None:
             print(f"{config.output_dir}: this run is finished; nothing to do", flush=True)
         elif checkpoint is not None:
             print(f"continuing from {checkpoint}", flush=True)
-    if config.world_size > 1:
-        torch.distributed.barrier()  # before the first process writes what the others look for
-    if summary is None and config.process_index == 0:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(config.output_dir, "summary.json").unlink(missing_ok=True)
-        write_file(Path(config.output_dir), SETTINGS, (json.dumps(settings_of(config), indent=1) + "\n").encode())
+    processes.wait()  # before the first process writes what the others look for
+    if summary is not None:
+        locks.release(output)
+    elif config.process_index == 0:
+        (output / "summary.json").unlink(missing_ok=True)
+        write_file(output, SETTINGS, (json.dumps(settings_of(config), indent=1) + "\n").encode())
     return checkpoint, summary
 
 
 def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     output = Path(config.output_dir)
     wish = (config.resume_from_checkpoint or "same").lower()
-    last = last_checkpoint(output, config.world_size)
     if wish in ("auto", "true"):
+        last = checkpoints.newest(output)
         if wish == "true" and last is None:
             raise InputError(
                 f"resume_from_checkpoint={config.resume_from_checkpoint!r}: no checkpoint in output_dir="
-                f"{config.output_dir!r}; use auto to start anew where there is none."
+                f"{config.output_dir!r} can be continued from; use auto to start anew where there is none."
             )
-        return last, None
+        return _as_text(last), None
     if wish not in ("same", "false"):
-        if not Path(config.resume_from_checkpoint, "trainer_state.json").is_file():
-            raise InputError(
-                f"resume_from_checkpoint={config.resume_from_checkpoint!r}: no trainer_state.json there; "
-                "name a checkpoint-N directory, or use true or auto."
-            )
+        _check_named(config.resume_from_checkpoint)
         return config.resume_from_checkpoint, None
-    finished = (output / "summary.json").is_file()
-    # Those that cannot be continued count too (models alone, or of another number of processes): beside the new ones
-    # they would pass for checkpoints of this run.
-    if not finished and not any(output.glob("checkpoint-*")):
+    finished, there = (output / "summary.json").is_file(), checkpoints.numbered(output)
+    if not finished and not there:
         return None, None
     if wish == "same" and (output / SETTINGS).is_file():
         differences = _differences(json.loads((output / SETTINGS).read_text()), settings_of(config))
         if not differences:
-            return (None, json.loads((output / "summary.json").read_text())) if finished else (last, None)
+            if finished:
+                return None, json.loads((output / "summary.json").read_text())
+            last = checkpoints.newest(output)
+            if last is None and not config.save_only_model:  # such a run begins anew
+                raise InputError(
+                    f"output_dir={config.output_dir!r}: not one of its {len(there)} checkpoints can be continued from "
+                    "(see the warnings); remove them to start anew, or choose another output_dir."
+                )
+            return _as_text(last), None
         problem = f"holds an earlier run with other settings ({differences})"
     else:
         problem = "holds an earlier run"
     advice = "choose another output_dir, or remove this one"
-    if last is not None:
+    if there:
         advice += "; or continue from its last checkpoint with these settings: --resume_from_checkpoint auto"
     raise InputError(f"output_dir={config.output_dir!r}: {problem}; {advice}.")
+
+
+def _as_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _check_named(checkpoint: str) -> None:
+    """Raises InputError for a checkpoint that the user named and that cannot be continued from."""
+    fix = "name a whole checkpoint-N directory, or use true or auto."
+    if not Path(checkpoint).is_dir():
+        raise InputError(f"resume_from_checkpoint={checkpoint!r}: no such directory; {fix}")
+    try:
+        facts = checkpoints.read(Path(checkpoint))
+    except checkpoints.Damaged as error:
+        raise InputError(f"resume_from_checkpoint={checkpoint!r}: {error}; {fix}") from error
+    if not facts.resumable:
+        raise InputError(f"resume_from_checkpoint={checkpoint!r}: it holds a model alone (save_only_model); {fix}")
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -117,12 +143,14 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     values = {
         name: value
         for name, value in config.to_dict().items()
-        if name in DECISIVE or not (name in INCIDENTAL or name.startswith(INCIDENTAL_PREFIXES))
+        if name in DECISIVE or not (name in INCIDENTAL | CUT or name.startswith(INCIDENTAL_PREFIXES))
     }
     for name in ("data", "eval_data"):  # one file, by whatever path
         if values[name] is not None and Path(values[name]).expanduser().exists():
             values[name] = str(Path(values[name]).expanduser().resolve())
-    values["processes"] = config.world_size  # so many micro-batches make a step
+    values["global batch"] = (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * config.data_parallel_size
+    )
     for name in ("data", "eval_data", *config.model_fields):
         values[f"files of {name}"] = _files_digest(values[name])
     return json.loads(json.dumps(values, default=str))
@@ -143,21 +171,6 @@ def _files_digest(path: str | None) -> str | None:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     return ", ".join(f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names[:5])
-
-
-def last_checkpoint(output_dir: Path, world_size: int) -> str | None:
-    """The checkpoint-N of the highest N that was written to its end and can be continued from; None without one."""
-    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for path in sorted(numbered, key=lambda path: -int(path.name.split("-")[-1])):
-        # trainer_state.json is the last file that the first process writes; each process writes its random state.
-        states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        if all((path / name).is_file() for name in states):
-            return str(path)
-    return None
 
 
 # Data
@@ -283,9 +296,13 @@ def add_lora(config: TrainConfig, model: nn.Module, task_type: str) -> nn.Module
 
 @contextmanager
 def training_scope(config: TrainConfig) -> Iterator[None]:
-    """The precision of products and DeepSpeed's global configuration, for this run and no later one."""
-    with matmul_precision(config.matmul_precision, config.device.type), _deepspeed_scope(config):
-        yield
+    """The precision of products and DeepSpeed's global configuration, for this run and no later one; at its end the
+    output directory is given back."""
+    try:
+        with matmul_precision(config.matmul_precision, config.device.type), _deepspeed_scope(config):
+            yield
+    finally:
+        locks.release(Path(config.output_dir))
 
 
 @contextmanager
@@ -318,8 +335,14 @@ def train(
     """Train (from `checkpoint`), save, evaluate, and write summary.json; returns the summary.
 
     `about()` gives the stage's own entries of the summary, and `closing(summary)` a line or more for the terminal.
+    Raises Stopped after a SIGTERM, when a checkpoint is saved, and RunError where training cannot go on.
     """
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    with trainer.watch.signals():
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.watch.stopping:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        place = Path(config.output_dir, f"checkpoint-{step}")
+        raise Stopped(f"stopped by SIGTERM after step {step} of {steps}; {place} is saved; the same command continues.")
     trainer.save_model()
     # The model that is saved, which with load_best_model_at_end is not the one that was evaluated last.
     evaluated = _evaluated_at(trainer.state.log_history, trainer.state.global_step)
@@ -334,15 +357,15 @@ def train(
         **about(),
         "resumed_from": checkpoint,
         "steps": trainer.state.global_step,
+        "steps_left_out": trainer.watch.skipped,
         "metrics": _first_and_last(trainer.state.log_history),
         "train_seconds": round(output.metrics["train_runtime"], 3),
         "total_seconds": round(time.time() - config.started, 3),
         **trainer.throughput(),
     }
     if config.process_index == 0:
-        target = Path(config.output_dir, "summary.json")
-        target.with_name(".summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
-        target.with_name(".summary.json").replace(target)  # its presence says that the run is finished
+        content = json.dumps(summary, indent=2, default=str) + "\n"
+        write_file(Path(config.output_dir), "summary.json", content.encode())  # it says that the run is finished
         seconds = summary["train_seconds"]
         print(f"{summary['steps']} steps in {seconds:.0f} s; the model is in {config.output_dir}", flush=True)
         print(closing(summary), flush=True)

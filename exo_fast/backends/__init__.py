@@ -3,9 +3,11 @@
 The names `torch` and `triton` in here are the submodules of this package: the libraries are not imported under them.
 """
 
+import importlib
 import importlib.util
 import os
 import warnings
+from types import ModuleType
 
 from torch import Tensor, compiler, device, float64
 
@@ -42,6 +44,11 @@ def choose(backend: str, hidden: Tensor) -> str:
                 "or set TRITON_INTERPRET=1 before Python starts to debug the kernels on the CPU"
             )
     return backend
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module of a backend that `choose` has chosen, imported when it is first needed."""
+    return importlib.import_module(f"{__name__}.{backend}")
 
 
 def interpreted() -> bool:

@@ -5,6 +5,7 @@ import itertools
 from torch import Tensor
 
 Rows = slice | Tensor  # some of the N rows: a range of them, or their indices
+ELSEWHERE = 2**31 - 1  # a target in another slice of the vocabulary: the number of no column, in the kernels' int32 too
 
 
 def row_chunks(start: int, stop: int, size: int) -> list[slice]:

@@ -133,12 +133,22 @@ class Statistics:
         return self.target - self.shift - self.sum.log()
 
 
+def places(z: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """(n, 1) columns of the targets in this block, clamped to it, and (n, 1) whether they lie in it."""
+    column = (targets - start).unsqueeze(1)
+    return column.clamp(0, z.shape[1] - 1), (column >= 0) & (column < z.shape[1])
+
+
 def pick(z: Tensor, targets: Tensor, start: int, into: Tensor) -> None:
     """into[i] = z[i, targets[i] − start] for the rows whose target lies in this block."""
-    column = targets - start
-    inside = (column >= 0) & (column < z.shape[1])
-    value = z.gather(1, column.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    torch.where(inside, value, into, out=into)
+    column, inside = places(z, targets, start)
+    torch.where(inside.squeeze(1), z.gather(1, column).squeeze(1), into, out=into)
+
+
+def put(z: Tensor, targets: Tensor, start: int, values: Tensor) -> None:
+    """z[i, targets[i] − start] = values[i] for the rows whose target lies in this block."""
+    column, inside = places(z, targets, start)
+    z.scatter_(1, column, torch.where(inside, values.unsqueeze(1).to(z.dtype), z.gather(1, column)))
 
 
 def softcap_slope(z: Tensor, head: Head) -> Tensor:
@@ -151,10 +161,23 @@ def exponentials(
     hidden: Tensor,  # (n, D)
     targets: Tensor,  # (n,)
     keep: Tensor | None = None,  # (n, V), receives U
-    shift: Tensor | None = None,
+    known: Statistics | None = None,  # of a pass before this one, and of all slices of the vocabulary
 ) -> Statistics:
-    """One walk over the vocabulary: row statistics, and U into `keep` (times the softcap's slope) when asked."""
-    head, given = blocks.head, shift
+    """Row statistics, and U into `keep` (times the softcap's slope) when asked."""
+    stats = walk(blocks, hidden, targets, keep, None if known is None else known.shift)
+    if known is None and not bool((stats.sum < OVERFLOW).all()):
+        exact = torch.stack([z.amax(dim=1) for _, _, z in blocks(hidden)]).amax(dim=0)
+        # Finite where a bias rules all tokens out (of a slice of the vocabulary): −inf − (−inf) would be nan.
+        stats = walk(blocks, hidden, targets, keep, exact.clamp_(min=torch.finfo(exact.dtype).min))
+    stats = stats if known is None else known
+    if keep is not None:
+        put(keep, targets, 0, target_entry(stats, blocks.head))
+    return stats
+
+
+def walk(blocks: LogitBlocks, hidden: Tensor, targets: Tensor, keep: Tensor | None, shift: Tensor | None) -> Statistics:
+    """One walk over the vocabulary: row statistics, and E into `keep` (times the softcap's slope) when asked."""
+    head = blocks.head
     total = torch.zeros(len(hidden), dtype=blocks.acc, device=hidden.device)
     target = torch.zeros_like(total)
     for start, stop, z in blocks(hidden):
@@ -170,13 +193,7 @@ def exponentials(
         total += z.exp_().sum(dim=1)
         if keep is not None:
             keep[:, start:stop] = z if slope is None else z.mul_(slope)
-    if given is None and not bool((total < OVERFLOW).all()):
-        exact = torch.stack([z.amax(dim=1) for _, _, z in blocks(hidden)]).amax(dim=0)
-        return exponentials(blocks, hidden, targets, keep, exact)
-    stats = Statistics(shift, total, target)
-    if keep is not None:
-        keep[torch.arange(len(keep), device=keep.device), targets] = target_entry(stats, head).to(keep.dtype)
-    return stats
+    return Statistics(shift, total, target)
 
 
 def target_entry(stats: Statistics, head: Head) -> Tensor:
@@ -194,26 +211,28 @@ def widened_blocks(keep: Tensor, scratch: Tensor) -> Iterator[tuple[slice, Tenso
 
 
 class Gradients:
-    """dH, dW and db of a run over N rows; those nobody needs stay None and cost nothing."""
+    """dH, dW and db of a run over N rows; those nobody needs stay None and cost nothing. dH of a head that is a slice
+    of the vocabulary is a share of a sum, and stays in the accumulator dtype."""
 
-    def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool]):
+    def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool], sliced: bool = False):
         acc = accumulator(hidden)
         self.head = head
-        self.hidden = hidden.new_zeros(hidden.shape) if need[0] else None
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=acc if sliced else hidden.dtype) if need[0] else None
         self.weight = head.weight.new_zeros(head.weight.shape, dtype=acc) if need[1] else None
         self.bias = head.bias.new_zeros(head.bias.shape, dtype=acc) if need[2] and head.bias is not None else None
         self.head_needed = self.weight is not None or self.bias is not None
 
-    def unit_hidden(self, keep: Tensor, stats: Statistics) -> Tensor:
-        """∂ℓ_t/∂h_t for each kept row, (n, D) in the accumulator dtype."""
-        weight = self.head.weight
-        if weight.dtype == keep.dtype:
+    def unit_hidden(self, keep: Tensor, stats: Statistics, blocks: LogitBlocks) -> Tensor:
+        """∂ℓ_t/∂h_t for each kept row, (n, D) in the accumulator dtype; `blocks` has scratch for a widened block."""
+        weight, acc = self.head.weight, stats.sum.dtype
+        if weight.dtype == keep.dtype == self.hidden.dtype:
             size = THIN if keep.dtype == torch.bfloat16 and keep.device.type == "cpu" else len(keep)
-            product = torch.cat([part @ weight for part in keep.split(size)]).to(stats.sum.dtype)
-        else:  # a float16 head is widened a block at a time: a whole copy of it would pass the budget
-            product = keep.new_zeros(len(keep), weight.shape[1])
-            for start in range(0, len(weight), BLOCK):
-                product.addmm_(keep[:, start : start + BLOCK], weight[start : start + BLOCK].to(keep.dtype))
+            product = torch.cat([part @ weight for part in keep.split(size)]).to(acc)
+        else:  # a float16 head, or a slice's share: a block at a time, as a whole copy in float32 would pass the budget
+            product = keep.new_zeros(len(keep), weight.shape[1], dtype=acc)
+            with bf16_products(weight.dtype):
+                for columns, u in widened_blocks(keep, blocks.scratch):
+                    product.addmm_(u, blocks.widened(weight[columns]).to(acc))
         return product.mul_((-self.head.scale / stats.sum).unsqueeze(1))
 
     def add_head(self, keep: Tensor, hidden: Tensor, stats: Statistics, coefficients: Tensor, scratch: Tensor) -> None:
@@ -248,7 +267,7 @@ class Gradients:
         """All gradients of some rows (of N) when not one chunk of whole rows fits: U lives a block at a time."""
         head = self.head
         factor = (c * (-head.scale / stats.sum)).unsqueeze(1)
-        entry = target_entry(stats, head).unsqueeze(1)
+        entry = target_entry(stats, head)
         wide = hidden.to(blocks.acc)
         grad_hidden = torch.zeros_like(wide)
         for start, stop, z in blocks(hidden):
@@ -256,9 +275,7 @@ class Gradients:
             z.sub_(stats.shift.unsqueeze(1)).exp_()
             if slope is not None:
                 z *= slope
-            column = (targets - start).clamp(0, stop - start - 1).unsqueeze(1)
-            inside = ((targets >= start) & (targets < stop)).unsqueeze(1)
-            z.scatter_(1, column, torch.where(inside, entry, z.gather(1, column)))
+            put(z, targets, start, entry)
             z *= factor  # ∂L/∂(logits before scale and softcap): either product rounds it once
             with bf16_products(head.weight.dtype):
                 if self.hidden is not None:
@@ -268,7 +285,7 @@ class Gradients:
             if self.bias is not None:
                 self.bias[start:stop] += z.sum(dim=0)
         if self.hidden is not None:
-            self.hidden[rows] = grad_hidden.to(hidden.dtype)
+            self.hidden[rows] = grad_hidden.to(self.hidden.dtype)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.hidden, self.weight, self.bias
@@ -277,7 +294,7 @@ class Gradients:
 def logprobs_forward(
     hidden: Tensor,  # (N, D)
     head: Head,
-    targets: Tensor,  # (N,) int64, −1 where ignored
+    targets: Tensor,  # (N,) int64, −1 where ignored, `rows.ELSEWHERE` where the target logit is not of this head
     memory_budget: int | None,
     unit_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -303,7 +320,7 @@ def logprobs_forward(
         part = exponentials(blocks, h, y, u)
         stats[0, rows], stats[1, rows], stats[2, rows] = part.shift, part.sum, part.target
         if u is not None:
-            grads.hidden[rows] = grads.unit_hidden(u, part).to(hidden.dtype)
+            grads.hidden[rows] = grads.unit_hidden(u, part, blocks).to(hidden.dtype)
         elif unit_hidden:
             grads.add_by_blocks(blocks, rows, h, y, part, torch.ones_like(part.sum))
     return Statistics(*stats.unbind()).logps, stats, grads.hidden
@@ -317,14 +334,19 @@ def logprobs_backward(
     grad: Tensor,  # (N,) upstream gradient of the log-probs
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
+    sliced: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW."""
-    if head_attention.applies(len(hidden), hidden, head):
+    """dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW.
+
+    `sliced`: the head is a slice of the vocabulary, the statistics are those of all of it, a target may be
+    `rows.ELSEWHERE`, and dH is this slice's share, in the accumulator dtype (`exo_fast.vocab_parallel`).
+    """
+    if not sliced and head_attention.applies(len(hidden), hidden, head):
         return head_attention.logprobs_backward(hidden, head, targets, stats, grad, need, memory_budget)
     kept = kept_rows(targets)
     n = len(hidden) if kept is None else len(kept)
     plan = Plan.of(n, hidden, head, memory_budget)
-    blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need)
+    blocks, grads = LogitBlocks(head, plan, hidden), Gradients(hidden, head, need, sliced)
     keep = keep_buffer(hidden, head, plan)
     for rows in kept_chunks(kept, n, plan.block_rows):
         h, y, part, c = hidden[rows], targets[rows], Statistics(*stats[:, rows].unbind()), grad[rows]
@@ -332,9 +354,10 @@ def logprobs_backward(
             grads.add_by_blocks(blocks, rows, h, y, part, c)
             continue
         u = keep[: len(h)]
-        exponentials(blocks, h, y, u, part.shift)
+        exponentials(blocks, h, y, u, part)
         if grads.hidden is not None:
-            grads.hidden[rows] = grads.unit_hidden(u, part).mul_(c.unsqueeze(1)).to(h.dtype)
+            unit = grads.unit_hidden(u, part, blocks)
+            grads.hidden[rows] = unit.mul_(c.unsqueeze(1)).to(grads.hidden.dtype)
         if grads.head_needed:
             grads.add_head(u, h, part, c, blocks.scratch)
     return grads.result()
@@ -403,7 +426,7 @@ def group_loss_forward(
             stats.append(part)
             policy_logps.index_add_(0, owner[rows], part.logps)
             if grads.hidden is not None and u is not None:
-                unit = grads.unit_hidden(u, part)
+                unit = grads.unit_hidden(u, part, blocks)
                 if len(pieces) > 1:
                     grads.hidden[rows] = unit.to(hidden.dtype)
             if without_c is not None:
@@ -433,6 +456,6 @@ def group_loss_forward(
             if grads.head_needed and without_c is None:
                 u = keep[: rows.stop - rows.start]
                 if rows != pieces[-1]:
-                    exponentials(blocks, hidden[rows], targets[rows], u, part.shift)
+                    exponentials(blocks, hidden[rows], targets[rows], u, part)
                 grads.add_head(u, hidden[rows], part, c_rows, blocks.scratch)
     return losses, policy_logps.view(groups, candidates), grads.result()

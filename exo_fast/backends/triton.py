@@ -81,11 +81,16 @@ class Rows:
         return Rows(self.hidden[rows], self.head, self.targets[rows], self.stats[:, rows])
 
     @property
+    def here(self) -> Tensor:
+        """(n,) whether the row has a target in this head: it is not ignored, nor in another slice of the vocabulary."""
+        return (self.targets >= 0) & (self.targets < self.vocab)
+
+    @property
     def places(self) -> Tensor:
-        """(n,) the target's column. Ignored rows, which add zeros, get columns of their own: `index_put_` adds what
+        """(n,) the target's column. Rows without one, which add zeros, get columns of their own: `index_put_` adds what
         shares one in sequence."""
         spread = torch.arange(self.n, device=self.device) % self.vocab
-        return torch.where(self.targets >= 0, self.targets, spread)
+        return torch.where(self.here, self.targets, spread)
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
@@ -113,7 +118,7 @@ class Rows:
         entry = coefficients * self.head.scale * (1 - (target - shift).exp() / total)
         if self.head.softcap is not None:
             entry = entry * (1 - (target / (self.head.softcap * self.head.scale)).square())
-        entry = torch.where(self.targets >= 0, entry, 0.0)
+        entry = torch.where(self.here, entry, 0.0)
         return (entry - entry.to(self.hidden.dtype)).unsqueeze(1)
 
 
@@ -314,10 +319,12 @@ class Chunked:
 
 
 class Gradients:
-    """dH, dW and db of a run; those nobody needs stay None and cost nothing. dW and db are float32."""
+    """dH, dW and db of a run; those nobody needs stay None and cost nothing. dW and db are float32, and so is dH of a
+    head that is a slice of the vocabulary: a share of a sum."""
 
-    def __init__(self, rows: Rows, need: tuple[bool, bool, bool], chunk_rows: int):
-        self.hidden = rows.hidden.new_empty(rows.hidden.shape) if need[0] else None
+    def __init__(self, rows: Rows, need: tuple[bool, bool, bool], chunk_rows: int, sliced: bool = False):
+        like = rows.stats if sliced else rows.hidden
+        self.hidden = like.new_empty(rows.hidden.shape) if need[0] else None
         self.weight = rows.floats(*rows.weight.shape) if need[1] else None
         self.bias = rows.floats(rows.vocab).zero_() if need[2] and rows.head.bias is not None else None
         self.scratch = rows.floats(chunk_rows, rows.width) if need[0] else None
@@ -361,9 +368,11 @@ def chunk_rows(kind: type[Kept] | type[Chunked], rows: Rows, memory_budget: int 
     return fit if fit >= min(MIN_ROWS, rows.n) else 0
 
 
-def fused_gradients(rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool]) -> Gradients3:
+def fused_gradients(
+    rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool], sliced: bool = False
+) -> Gradients3:
     """dH, dW and db by `linear_logprobs_backward`, with no chunk at all."""
-    into = Gradients(rows, need, 0)
+    into = Gradients(rows, need, 0, sliced)
     if not rows.n:
         return tuple(None if g is None else g.zero_() for g in (into.hidden, into.weight, into.bias))
     if rows.dtype == "fp16":
@@ -430,23 +439,25 @@ def logprobs_forward(
 
 def logprobs_backward(
     hidden: Tensor, head: Head, targets: Tensor, stats: Tensor, grad: Tensor, need: tuple[bool, bool, bool],
-    memory_budget: int | None,
+    memory_budget: int | None, sliced: bool = False,
 ) -> Gradients3:  # fmt: skip
-    """dH, dW, db from logits made again: 2·N·D·V flops, and as much again for each of dH and dW."""
+    """dH, dW, db from logits made again: 2·N·D·V flops, and as much again for each of dH and dW. `sliced`: see
+    `exo_fast.backends.torch.logprobs_backward`."""
     with on(hidden.device):
         rows = Rows(hidden, head, targets, stats)
-        return second_pass(rows, torch.where(rows.targets >= 0, grad, 0.0), need, memory_budget)
+        return second_pass(rows, torch.where(rows.targets >= 0, grad, 0.0), need, memory_budget, sliced)
 
 
 def second_pass(
-    rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool], memory_budget: int | None
+    rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool], memory_budget: int | None, sliced: bool = False
 ) -> Gradients3:
     """The gradients, once the coefficients of all rows are known."""
-    kind = chunk_kind(rows)
+    # U is finished with the sums of the head it is made of, which are not those of the whole vocabulary.
+    kind = Chunked if sliced else chunk_kind(rows)
     size = chunk_rows(kind, rows, memory_budget)
     if not size:
-        return fused_gradients(rows, coefficients, need)
-    chunk, into = kind(rows, size), Gradients(rows, need, size)
+        return fused_gradients(rows, coefficients, need, sliced)
+    chunk, into = kind(rows, size), Gradients(rows, need, size, sliced)
     if rows.dtype == "fp16":
         coefficients = into.boost(coefficients, rows.head.scale)
     for place in row_chunks(0, rows.n, size):

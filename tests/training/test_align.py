@@ -334,7 +334,7 @@ def test_what_resuming_may_mean(settings: Settings) -> None:
     longer = run({**options, "resume_from_checkpoint": "true", "num_train_epochs": 2})
     assert longer["resumed_from"].endswith("checkpoint-4")
     assert longer["steps"] == 8
-    with pytest.raises(InputError, match=r"no trainer_state\.json there"):
+    with pytest.raises(InputError, match=r"it has no manifest\.json: it was not written to its end"):
         run({**options, "resume_from_checkpoint": options["data"]})
 
 

@@ -8,6 +8,7 @@ completion goes on with that message instead of beginning another.
 """
 
 import os
+from inspect import signature
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from exo_fast.training.data.faults import BadField
 from exo_fast.training.errors import InputError
 
+RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
 SINGLE = ("chosen", "rejected", "completion")  # fields that hold one completion; `completions` holds a list of them
 Messages = list[dict[str, Any]]
 
@@ -44,7 +46,7 @@ def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
             "template; name a model that was made for conversations, or set tokenizer.chat_template and save it."
         )
     prompt, candidates = _split(record)
-    options = {"tools": record.get("tools") or None, **(record.get("chat_template_kwargs") or {})}
+    options = {"tools": record.get("tools") or None, **_template_options(record)}
 
     def text(name: str, messages: Messages, **how: bool) -> str:
         try:
@@ -64,6 +66,17 @@ def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
     if "completions" in record:
         rendered["completions"] = [value for key, value in texts.items() if key not in SINGLE]
     return rendered
+
+
+def _template_options(record: dict[str, Any]) -> dict[str, Any]:
+    """`chat_template_kwargs`, which are for the template: not for the function that runs it, nor another template."""
+    options = record.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise BadField("chat_template_kwargs", options, "an object of names and values is needed.")
+    for name in options:
+        if name in RESERVED:
+            raise BadField("chat_template_kwargs", options, f"`{name}` is not the template's to take; remove it.")
+    return options
 
 
 def _holds_messages(value: Any) -> bool:
@@ -114,8 +127,9 @@ def _messages(name: str, value: Any) -> Messages:
 
 def _join(prompt: Messages, completion: Messages) -> Messages:
     last, first = prompt[-1], completion[0]
-    if last["role"] == first["role"] == "assistant" and isinstance(last["content"], str):
-        merged = {**last, **first, "content": last["content"] + (first["content"] or "")}
+    contents = last["content"], first["content"] or ""
+    if last["role"] == first["role"] == "assistant" and all(isinstance(content, str) for content in contents):
+        merged = {**last, **first, "content": "".join(contents)}
         return [*prompt[:-1], merged, *completion[1:]]
     return [*prompt, *completion]
 

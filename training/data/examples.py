@@ -21,11 +21,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from exo_fast.training.data.conversations import conversation_field, render
-from exo_fast.training.data.faults import BadField, Missing, collect
+from exo_fast.training.data.faults import BadField, Missing, collect, field_names
 from exo_fast.training.data.records import Place, Source, read_records
 from exo_fast.training.errors import InputError
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_ID = 2**31 - 1  # ids are kept in 32 bits
+MAX_CANDIDATES = 4096  # of a group, which is one row of a batch
 FIELDS = ("prompt", "completions", "rewards", "chosen", "rejected", "completion_ids", "text", "label")
 LABELS = {"pos": 1, "neg": 0, 1: 1, 0: 0}  # True and False equal 1 and 0
 Tokenizer = PreTrainedTokenizerBase | None
@@ -210,7 +212,7 @@ def _completions(record: dict[str, Any], may_be_empty: bool = False) -> tuple[li
         if not isinstance(ids, list) or len(ids) != len(completions):
             raise BadField("completion_ids", ids, f"a list of token ids per completion is needed: {len(completions)}.")
         for index, drawn in enumerate(ids):
-            if not isinstance(drawn, list) or not drawn or not all(type(i) is int and i >= 0 for i in drawn):
+            if not isinstance(drawn, list) or not drawn or not all(type(i) is int and 0 <= i <= MAX_ID for i in drawn):
                 raise BadField(f"completion_ids[{index}]", drawn, "a list of token ids is needed, one at least.")
     return completions, ids
 
@@ -231,7 +233,7 @@ def _field(record: dict[str, Any], name: str) -> Any:
     unknown = [key for key in record if key not in FIELDS]
     near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.7)
     hint = f" (rename `{near[0]}`?)" if near else ""
-    raise BadField(name, Missing(), f"the row has {', '.join(map(str, record)) or 'no fields'}{hint}; add `{name}`.")
+    raise BadField(name, Missing(), f"the row has {field_names(record)}{hint}; add `{name}`.")
 
 
 def _text(record: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
@@ -280,6 +282,13 @@ def _check_candidates(example: Example, group_size: int | None, num_contrastive:
             example.completions,
             f"{count} candidates where the rows before have {group_size}; give every prompt the same, or "
             "set num_contrastive to a number that divides each.",
+        )
+    if group_size > MAX_CANDIDATES:
+        raise BadField(
+            "completions",
+            example.completions,
+            f"groups of {group_size} candidates are too large, at most {MAX_CANDIDATES} can be compared at once; set "
+            "num_contrastive to a smaller number that divides them.",
         )
     if count % group_size:
         fitting = [k for k in range(2, count + 1) if count % k == 0]

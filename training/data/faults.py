@@ -33,21 +33,23 @@ def collect(
     that `what` has no rows.
     """
     converted: list[Row] = []
-    faults: list[str] = []
-    count = 0
+    shown: list[str] = []
+    faults = count = 0
     for place, record in rows:
         count += 1
         try:
             row = convert(place, record)
         except BadField as fault:
-            faults.append(f"{place}, {fault}")
+            faults += 1
+            if faults <= MAX_SHOWN:
+                shown.append(f"{place}, {fault}")
         else:
             if row is not None:
                 converted.append(row)
     if faults:
-        shown = "\n  ".join(faults[:MAX_SHOWN])
-        more = f"\n  … and {len(faults) - MAX_SHOWN} more." if len(faults) > MAX_SHOWN else ""
-        raise InputError(f"{what}: {len(faults)} of {count} rows cannot be used:\n  {shown}{more}{advice}")
+        listed = "\n  ".join(shown)
+        more = f"\n  … and {faults - MAX_SHOWN} more." if faults > MAX_SHOWN else ""
+        raise InputError(f"{what}: {faults} of {count} rows cannot be used:\n  {listed}{more}{advice}")
     if not count:
         raise InputError(f"{what}: no rows; at least one is needed.")
     return converted
@@ -55,5 +57,14 @@ def collect(
 
 def short(value: Any, width: int = 80) -> str:
     """`repr(value)`, cut to `width` characters."""
-    text = repr(value)
+    try:
+        text = repr(value[:width] if isinstance(value, (str, bytes)) else value)
+    except (RecursionError, ValueError):  # lists in lists in lists, a number of thousands of digits
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def field_names(row: dict[str, Any]) -> str:
+    """The names of a row's fields, the first ten of them, for an error's text."""
+    names = [short(name)[1:-1] for name in list(row)[:MAX_SHOWN]]
+    return ", ".join(names + ["…"] * (len(row) > MAX_SHOWN)) or "no fields"

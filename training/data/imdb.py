@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from exo_fast.training.data.faults import BadField
-from exo_fast.training.data.records import Place
+from exo_fast.training.data.records import MAX_ROW_BYTES, Place
 from exo_fast.training.data.registry import Drop, RawDataset, register
 from exo_fast.training.errors import InputError
 
@@ -71,9 +71,13 @@ class Imdb(RawDataset):
         if not isinstance(row, Path):
             raise BadField("(the whole row)", row, f"neither a review nor a record of imdb/{self.kind}.")
         try:
+            if not row.is_file() or row.stat().st_size > MAX_ROW_BYTES:
+                raise BadField("text", row.name, f"no file, or one of more than {MAX_ROW_BYTES >> 20} MiB; remove it.")
             text = row.read_text(encoding="utf-8").rstrip().replace("<br />", "\n")
         except UnicodeDecodeError as error:
             raise BadField("text", row.read_bytes(), f"not UTF-8 text (byte {error.start}).") from error
+        except OSError as error:
+            raise BadField("text", row.name, f"the file cannot be read: {error.strerror}.") from error
         if not text:
             raise BadField("text", text, "the review is empty; remove the file.")
         if self.kind == "class":

@@ -29,9 +29,10 @@ from typing import Any, ClassVar, TypeVar
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from exo_fast.training.data.faults import BadField, Missing, collect
+from exo_fast.training.data.faults import BadField, Missing, collect, field_names
 from exo_fast.training.data.records import DATASET_NAME, JsonLine, Place, find_source, read_rows
 from exo_fast.training.errors import InputError
+from exo_fast.training.paths import user_path
 
 # What a record holds, and the fields by which one is known to be there already.
 KINDS = {
@@ -116,7 +117,7 @@ class RawDataset:
     def _convert(self, place: Place, row: Any) -> tuple[Place, dict[str, Any]] | None:
         try:
             if isinstance(row, JsonLine):
-                row = _decode(row)
+                row = _decoded(row)
             if isinstance(row, dict) and all(field in row for field in KINDS[self.kind]):
                 return place, row
             return place, self.to_record(row)
@@ -129,9 +130,9 @@ class RawDataset:
         return None
 
 
-def _decode(line: JsonLine) -> Any:
+def _decoded(line: JsonLine) -> Any:
     try:
-        return json.loads(line)
+        return line.decoded()
     except json.JSONDecodeError as error:
         raise BadField("(the whole row)", str(line), f"not valid JSON: {error}; mend or remove the line.") from error
 
@@ -152,9 +153,7 @@ def field_value(row: Any, *path: str | int) -> Any:
         if isinstance(key, int) and not (isinstance(row, list) and len(row) > key):
             raise BadField(_dotted(path[:depth]), row, f"a list of at least {key + 1} is needed.")
         if isinstance(key, str) and key not in row:
-            raise BadField(
-                _dotted(path[: depth + 1]), Missing(), f"the row has {', '.join(map(str, row))}; add `{key}`."
-            )
+            raise BadField(_dotted(path[: depth + 1]), Missing(), f"the row has {field_names(row)}; add `{key}`.")
         row = row[key]
     return row
 
@@ -210,7 +209,7 @@ def open_dataset(name: str, path: str | None, **options: Any) -> RawDataset:
     for a path that is missing.
     """
     dataset = _find_class(name)
-    folder = Path(path).expanduser() if path else None
+    folder = user_path(path) if path else None
     if folder is None and dataset.needs_path:
         raise InputError(f"{name}: where is its data? Write {name}:PATH.")
     if folder is not None and not folder.exists():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from exo_fast.training.assets import Snippet, cache_dir, get_reviews
+from exo_fast.training.data.faults import BadField
 from exo_fast.training.data.records import Place
 from exo_fast.training.data.registry import Drop, RawDataset, register
 from exo_fast.training.errors import InputError
@@ -47,8 +48,10 @@ class Reviews(RawDataset):
         rows = [(Place("movieReviewSnippets_GroundTruth.txt", row), snippet) for row, snippet in enumerate(snippets)]
         return [(place, snippet) for place, snippet in rows if split_of(snippet.text) == split]
 
-    def to_record(self, row: Snippet) -> dict[str, Any]:
+    def to_record(self, row: Any) -> dict[str, Any]:
         """The record of a snippet."""
+        if not isinstance(row, Snippet):
+            raise BadField("(the whole row)", row, f"neither a snippet nor a record of reviews/{self.kind}.")
         if self.kind == "class":
             if row.rating == 0:
                 raise Drop("rating 0")

@@ -1,38 +1,116 @@
-"""Batches of rows of about one length, in random order: what `train_sampling_strategy: group_by_length` asks for.
+"""Which rows each process runs, and in which order.
 
-Rows are padded to the longest of their batch, so short ones beside a long one are mostly padding. transformers' own
-sampler draws from a generator that a resumed run does not have; here an epoch's order is a function of seed and epoch.
+Training is defined by its global batches: the order of an epoch is a function of seed and epoch alone, every
+`global_batch` rows of it in turn are one optimizer step, and only then are they divided over processes and
+micro-batches (`GlobalBatches`). So the number of processes, and how many rows one takes at a time, change nothing but
+the order of sums. The last step of an epoch has the rows that are left, divided as evenly as they go; a process that
+gets none runs a row that is `Repeated` and counts nothing, because ZeRO gathers parameters in every forward of every
+process. (accelerate would fill the last batch up with rows of the first, which then count twice.)
+
+`order_by_length` is what `train_sampling_strategy: group_by_length` asks for: rows are padded to the longest of their
+batch, so short ones beside a long one are mostly padding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 
 BATCHES_SORTED_TOGETHER = 16  # enough that lengths in a batch are close, few enough that it stays random
 
 
-class GroupedByLength(Sampler):
-    """Indices of `lengths` (rows,), each once an epoch; every `batch_size` of them in turn are of similar length."""
+class Repeated(int):
+    """The index of a row that is run so that a process has something to run, and counts nothing."""
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, epoch: Callable[[], int]):
-        """`epoch()` is asked for when an epoch begins: not every wrapper of a sampler passes `set_epoch` on."""
-        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, epoch
+
+class GlobalBatches(Sampler[list[int]]):
+    """The micro-batches of one process: lists of row indices, `accumulation` of them to an optimizer step.
+
+    Args:
+        order: an epoch's row indices; asked for when an epoch begins.
+        rows: how many there are.
+        per_process: rows of a whole micro-batch.
+        process, processes: which of how many data-parallel processes this is.
+        accumulation: micro-batches of a whole step.
+        drop_last: leave out the rows at the end of an epoch that make no whole step.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[], Sequence[int]],
+        rows: int,
+        *,
+        per_process: int,
+        process: int,
+        processes: int,
+        accumulation: int = 1,
+        drop_last: bool = False,
+    ):
+        self.order, self.rows, self.per_process = order, rows, per_process
+        self.process, self.processes, self.accumulation = process, processes, accumulation
+        self.drop_last = drop_last
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of a whole optimizer step."""
+        return self.per_process * self.processes * self.accumulation
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        whole, rest = divmod(self.rows, self.global_batch)
+        return whole * self.accumulation + (0 if self.drop_last else self._micro_batches(rest))
 
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng((self.seed, self.epoch()))
-        order = generator.permutation(len(self.lengths))
-        batches = []
-        for start in range(0, len(order), BATCHES_SORTED_TOGETHER * self.batch_size):
-            part = order[start : start + BATCHES_SORTED_TOGETHER * self.batch_size]
-            part = part[np.argsort(-self.lengths[part], kind="stable")]
-            batches += [part[begin : begin + self.batch_size] for begin in range(0, len(part), self.batch_size)]
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        rest = [batch for batch in batches if len(batch) < self.batch_size]  # at most one, which must come last
-        for index in generator.permutation(len(whole)):
-            yield from whole[index].tolist()
-        for batch in rest:
-            yield from batch.tolist()
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.order())
+        for start in range(0, self.rows, self.global_batch):
+            batch = order[start : start + self.global_batch]
+            if self.drop_last and len(batch) < self.global_batch:
+                return
+            count = self._micro_batches(len(batch))
+            pieces = np.array_split(np.asarray(batch), count * self.processes)
+            for piece in pieces[self.process :: self.processes]:
+                yield piece.tolist() or [Repeated(batch[0])]
+
+    def _micro_batches(self, rows: int) -> int:
+        return -(-rows // (self.per_process * self.processes))
+
+
+class EvaluationBatches(Sampler[list[int]]):
+    """The batches of one process in evaluation: every row once, as many in each process, filled up with `Repeated`."""
+
+    def __init__(self, rows: int, *, per_process: int, process: int, processes: int):
+        self.rows, self.per_process, self.process, self.processes = rows, per_process, process, processes
+
+    def __len__(self) -> int:
+        return -(-self.rows // (self.per_process * self.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        together = self.per_process * self.processes
+        for start in range(0, self.rows, together):
+            batch = list(range(start, min(start + together, self.rows)))
+            each = -(-len(batch) // self.processes)
+            batch += [Repeated(start)] * (each * self.processes - len(batch))
+            yield batch[self.process * each : (self.process + 1) * each]
+
+
+def random_order(rows: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of the rows, a function of seed and epoch (the one that accelerate's seedable sampler draws)."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+def order_by_length(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[int]:
+    """Indices of `lengths` (rows,), each once; every `batch_size` of them in turn are of similar length, the batches in
+    random order. A function of its arguments, where transformers' sampler draws from a generator that a resumed run
+    does not have.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    order = generator.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), BATCHES_SORTED_TOGETHER * batch_size):
+        part = order[start : start + BATCHES_SORTED_TOGETHER * batch_size]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        batches += [part[begin : begin + batch_size] for begin in range(0, len(part), batch_size)]
+    whole = [batch for batch in batches if len(batch) == batch_size]
+    rest = [batch for batch in batches if len(batch) < batch_size]  # at most one, which must come last
+    shuffled = [whole[index] for index in generator.permutation(len(whole))]
+    return [int(index) for batch in (*shuffled, *rest) for index in batch]

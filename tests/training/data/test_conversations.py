@@ -178,6 +178,16 @@ def test_every_loader_takes_conversations(tmp_path: Path, tokenizer: PreTrainedT
 BAD = {
     "not the assistant's": ({"messages": [user("a")]}, load_sft, "the last message must be the assistant's"),
     "no prompt": ({"messages": [assistant("a")]}, load_sft, "there is no message before the answer"),
+    "options that are none": (
+        {"messages": [user("a"), assistant("b")], "chat_template_kwargs": [1]},
+        load_sft,
+        "field `chat_template_kwargs`, value [1]: an object of names and values is needed",
+    ),
+    "a template of its own": (
+        {"messages": [user("a"), assistant("b")], "chat_template_kwargs": {"chat_template": "x"}},
+        load_sft,
+        "`chat_template` is not the template's to take",
+    ),
     "no role": ({"prompt": [{"content": "a"}], "chosen": [assistant("a")]}, load_sft, "field `prompt[0]`, value {'con"),
     "text beside a conversation": (
         {"prompt": [user("a")], "chosen": "b", "rejected": "c"},
@@ -202,6 +212,13 @@ def test_bad_conversations(
         load(source(tmp_path, record), tokenizer=with_template(tokenizer))
     assert message in str(error.value)
     assert "train.jsonl, line 1 (row 0)" in str(error.value)
+
+
+def test_an_answer_in_parts_is_no_continuation(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "good"}]}
+    record = {"prompt": [user("the film"), assistant("was")], "completion": [parts]}
+    (example,) = load_sft(source(tmp_path, record), tokenizer=with_template(tokenizer))
+    assert "good" in example.completions[0]
 
 
 def test_templates_that_refuse_or_are_not_there(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

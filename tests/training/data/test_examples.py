@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
+from exo_fast.training.data import records
 from exo_fast.training.data.examples import (
     load_examples,
     load_pairs,
@@ -16,7 +17,7 @@ from exo_fast.training.data.examples import (
     load_sft,
     load_texts,
 )
-from exo_fast.training.data.records import Source, find_source
+from exo_fast.training.data.records import Source, find_source, read_records
 from exo_fast.training.errors import InputError
 
 GOOD = {"prompt": "a", "completions": ["b", "c", "d", "e"], "rewards": [0.0, 1, 2, 3]}
@@ -84,6 +85,10 @@ BAD_ROWS = {
     "ids not a list": ({**GOOD, "completion_ids": 3}, "field `completion_ids`, value 3: a list of token ids per"),
     "too few ids": ({**GOOD, "completion_ids": [[1]]}, "a list of token ids per completion is needed: 4"),
     "an id not a number": ({**GOOD, "completion_ids": [[1], [2], [True], [4]]}, "field `completion_ids[2]`, value [Tr"),
+    "an id of 32 bits": (
+        {**GOOD, "completion_ids": [[1], [2**31], [3], [4]]},
+        "field `completion_ids[1]`, value [2147",
+    ),
     "no ids": ({**GOOD, "completion_ids": [[1], [], [3], [4]]}, "field `completion_ids[1]`, value []: a list of token"),
     "one candidate": ({**GOOD, "completions": ["b"], "rewards": [1]}, "at least 2 candidates are needed, not 1"),
     "other number of candidates": (
@@ -102,6 +107,14 @@ def test_a_bad_row_names_file_line_field_value_and_fix(tmp_path: Path, row: Any,
     assert message in str(error.value)
     assert f"{path}, line 2 (row 1), field" in str(error.value)
     assert "1 of 3 rows" in str(error.value)
+
+
+def test_a_group_has_a_limit(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completions": ["b"] * 5000, "rewards": list(range(5000))}
+    path = write(tmp_path, [row])
+    with pytest.raises(InputError, match="groups of 5000 candidates are too large, at most 4096"):
+        load(path)
+    assert len(load(path, num_contrastive=1000)[0].completions) == 5000
 
 
 def test_ids_that_were_drawn_are_kept(tmp_path: Path) -> None:
@@ -256,6 +269,114 @@ def test_unreadable_files(tmp_path: Path) -> None:
         find_source(tmp_path / "missing", "train")
     with pytest.raises(InputError, match=r"unknown kind of file; one of \.json"):
         find_source(write(tmp_path, "a,b", "x.csv"), "train")
+
+
+DEEP = 101 * "[" + 101 * "]"
+BAD_LINES = {
+    "half a surrogate pair": (r'{"prompt": "\ud83d"}', "half a surrogate pair"),
+    "half of one in a name": (r'{"\uDE00": 1}', "half a surrogate pair"),
+    "nested": ('{"prompt": ' + DEEP + "}", "nested deeper than 100 levels"),
+    "nested without end": (100_000 * "[", "nested deeper than 100 levels"),
+    "digits": ('{"rewards": [' + 5000 * "9" + "]}", "a number of thousands of digits"),
+    "two rows": ("{} {}", "Extra data"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_LINES.values(), ids=BAD_LINES.keys())
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_json_that_python_cannot_use(tmp_path: Path, row: str, message: str, form: str) -> None:
+    good = json.dumps({"prompt": "\N{SLEEPING FACE}"})  # a whole surrogate pair
+    assert load_prompts(Source(write(tmp_path, good))) == ["\N{SLEEPING FACE}"]
+    if form == "list":
+        message = "a comma or ] is needed" if message == "Extra data" else message
+    path = write(tmp_path, f"[{good},\n{row}]" if form == "list" else f"{good}\n{row}\n", "x.json")
+    with pytest.raises(InputError, match="not valid JSON: ") as error:
+        load_prompts(Source(path))
+    assert f"{path}, line 2" in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("block", [3, 4, 5, 64])
+def test_a_list_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    hard = '\N{SLEEPING FACE} \\ "\u2028'
+    rows = [{"é": [-12.5e-3, None, True]}, 1234567890, hard, [[], {}], -0.5, "", {"a": [[1]]}]
+    monkeypatch.setattr(records, "BLOCK_BYTES", block)
+    for ascii_only in (True, False):
+        text = json.dumps(rows, indent=1, ensure_ascii=ascii_only) + " \n"
+        path = write(tmp_path, "\ufeff" + text)
+        found = list(read_records(Source(path)))
+        assert [record for _, record in found] == rows
+        assert [place.line for place, _ in found[:3]] == [2, 9, 10]
+    path.write_bytes(text.encode() + b"\xff")
+    with pytest.raises(InputError, match=r"line \d+: not UTF-8 text \(byte") as error:
+        list(read_records(Source(path)))
+    assert f"byte {len(text.encode())}" in str(error.value)
+
+
+ENDLESS = {
+    "string": b'["' + 10_000 * b"a",
+    "line": 10_000 * b"a",
+    "list": b" \n[[" + 5_000 * b"1,",
+    "number": b"[" + 4_000 * b"1",
+}
+
+
+@pytest.mark.parametrize("content", ENDLESS.values(), ids=ENDLESS.keys())
+def test_a_row_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """A few bytes of gzip can stand for any number of bytes."""
+    monkeypatch.setattr(records, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(records, "BLOCK_BYTES", 100)
+    path = tmp_path / "train.json.gz"
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(InputError, match=r"train\.json\.gz, line \d: a row of more than"):
+        list(read_records(Source(path)))
+
+
+def test_what_a_saved_dataset_names_lies_in_its_folder(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([GOOD])
+    for name in ("mine", "other"):
+        datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / name)
+    other = tmp_path / "other" / "train"
+    assert load_prompts(find_source(tmp_path / "mine", "train")) == ["a"]
+    state = tmp_path / "mine" / "train" / "state.json"
+    settings = json.loads(state.read_text())
+    for name in ("../../other/train/data-00000-of-00001.arrow", str(other / "data-00000-of-00001.arrow"), ".."):
+        state.write_text(json.dumps({**settings, "_data_files": [{"filename": name}]}))
+        with pytest.raises(InputError, match=r"state\.json: `_data_files` names .*, which is not inside the folder"):
+            load_prompts(find_source(tmp_path / "mine", "train"))
+    splits = tmp_path / "mine" / "dataset_dict.json"
+    for content, message in (
+        ('{"splits": ["../other/train"]}', "`splits` names '../other/train', which is not inside"),
+        ('{"splits": 3}', "`splits` must be a list of names"),
+        ("{", r"dataset_dict\.json, line 1: not valid JSON"),
+    ):
+        splits.write_text(content)
+        with pytest.raises(InputError, match=message):
+            find_source(tmp_path / "mine", "train")
+
+
+def test_columns_of_files_are_not_opened(tmp_path: Path) -> None:
+    features = datasets.Features({"prompt": datasets.Value("string"), "pictures": datasets.List(datasets.Image())})
+    rows = [{"prompt": "a", "pictures": [{"path": "/etc/hostname", "bytes": None}]}]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    assert [record for _, record in read_records(Source(tmp_path / "saved"))] == [{"prompt": "a"}]
+
+
+def test_a_file_of_too_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_ROWS", 1)
+    table = datasets.Dataset.from_list([GOOD, GOOD])
+    table.to_parquet(tmp_path / "train.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for name in ("train.parquet", "saved"):
+        with pytest.raises(InputError, match=f"{name}: says that it has 2 rows; at most 1"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "loop", "a\0b"])
+def test_what_cannot_be_a_path(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="cannot be a path"):
+        find_source(name if name.startswith("~") else tmp_path / name, "train")
 
 
 def test_splits_of_a_directory(tmp_path: Path) -> None:

@@ -230,9 +230,19 @@ def test_imdb_says_what_it_needs(tmp_path: Path) -> None:
         read(f"imdb/class:{tmp_path}")
     assert "pos/0_1.txt, line 1 (row 0), field `text`, value b'caf\\xe9': not UTF-8 text (byte 3)" in str(error.value)
     assert "neg/0_1.txt, line 1 (row 1), field `text`, value '': the review is empty" in str(error.value)
+    (tmp_path / "train" / "neg" / "1_1.txt").mkdir()
+    (tmp_path / "train" / "neg" / "2_1.txt").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"neg/1_1\.txt, .*no file, or one of more than 64 MiB(.|\n)*neg/2_1\.txt"):
+        read(f"imdb/class:{tmp_path}")
 
 
 # Reviews
+
+
+def test_reviews_at_a_path_are_records(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [{"text": "a"}])
+    with pytest.raises(InputError, match="neither a snippet nor a record of reviews/class"):
+        read(f"reviews/class:{tmp_path}")
 
 
 @pytest.fixture

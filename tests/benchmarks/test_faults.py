@@ -1,0 +1,38 @@
+"""A slice of what `make faults` does, and that it would notice if something did not hold."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from exo_fast.benchmarks import faults
+
+SOME = ("optimizer shard, a bit flipped", "manifest, missing", "random state, a pickle that runs a command", "filling")
+
+
+@pytest.mark.slow
+def test_trainings_survive(tmp_path: Path) -> None:
+    with tqdm(disable=True) as bar:
+        found = faults.measure(tmp_path, 4, 0, bar, kinds=["ZeRO 2"], cases=[*SOME, "occupied", "stopped"])
+    rows = [row for name in ("kills", "resized", "damages") for row in found[name]]
+    assert not [row for row in rows if "broken" in row], rows
+    assert found["kills"][0]["kills"] == 4
+    assert len(rows) == 2 + 6
+    for table in (faults.kills_table, faults.resized_table, faults.damages_table):
+        assert "ZeRO 2" in table(found) or "bit flipped" in table(found)
+
+
+def test_other_bits_are_told() -> None:
+    right = {"weight": torch.tensor([0.0, 1.0])}
+    faults.check_same({"weight": torch.tensor([0.0, 1.0])}, right)
+    with pytest.raises(faults.Broken, match="weight has other bits, the largest difference is"):
+        faults.check_same({"weight": torch.tensor([-0.0, 1.0])}, right)
+    with pytest.raises(faults.Broken, match="other tensors were saved"):
+        faults.check_same({}, right)
+
+
+def test_continuing_from_an_older_checkpoint_is_told() -> None:
+    faults._check_resumed("continuing from run/checkpoint-4\n", Path("run/checkpoint-4"))
+    with pytest.raises(faults.Broken, match="checkpoint-4 was there"):
+        faults._check_resumed("continuing from run/checkpoint-2\n", Path("run/checkpoint-4"))

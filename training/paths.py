@@ -1,0 +1,31 @@
+"""Paths as people write them: ~ is the home directory, and what cannot be a path here is an InputError.
+
+`Path.expanduser` raises for a user who is not there, and `Path.exists` for a name that is too long or a folder that may
+not be entered.
+"""
+
+from pathlib import Path
+
+from exo_fast.training.errors import InputError
+
+
+def user_path(text: str | Path, field: str | None = None) -> Path:
+    """`text` as a path with ~ expanded; nothing need be there.
+
+    Raises InputError for ~name where there is no such user, and where whether something is there cannot even be asked;
+    it names `field` if that is given.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not permitted, a loop; a NUL byte; no such user
+        name = f"{field}={str(text)!r}" if field else repr(str(text))
+        raise InputError(f"{name}: cannot be a path: {getattr(error, 'strerror', None) or error}.") from error
+    return path
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is that of a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
