@@ -275,6 +275,7 @@ def check_sharing(
             bias=None if head.bias is None else head.bias.to(hidden.dtype),
             scale=head.scale,
             softcap=head.softcap,
+            process_group=head.process_group,
         )
 
     two_to_a_row = 2 * max(group.tokens() for group in groups)

@@ -13,16 +13,15 @@ A gradient that nobody needs is an empty tensor (0,). dW and db are sums over ro
 float64 inputs) and rounded once, to the dtype of the parameter, after the upstream gradient has been multiplied in.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from exo_fast.backends import implementation
 from exo_fast.head import Head
 from exo_fast.reference import compute_dtype
 from exo_fast.validate import traced
@@ -39,10 +38,6 @@ def operator(function: Callable) -> Callable:
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", function)
     return getattr(torch.ops.exo_fast, function.__name__).default
-
-
-def _implementation(backend: str) -> ModuleType:
-    return importlib.import_module(f"exo_fast.backends.{backend}")
 
 
 def _without_autocast(like: Tensor) -> AbstractContextManager:
@@ -79,7 +74,7 @@ def linear_logprobs(
     """Log-probs (N,), row statistics (3, N) (shift, Σ exp(z − shift), target logit), and ∂ℓ_t/∂h_t (N, D), the whole
     derivative where only hidden needs one, or (0,)."""
     with _without_autocast(hidden):
-        logps, stats, unit = _implementation(backend).logprobs_forward(
+        logps, stats, unit = implementation(backend).logprobs_forward(
             hidden, Head(weight, bias, scale, softcap), targets, memory_budget, unit_hidden
         )
     return logps, stats, *_filled(hidden, unit)
@@ -108,7 +103,7 @@ def linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dH, dW, db by making the logits again."""
     with _without_autocast(hidden):
-        gradients = _implementation(backend).logprobs_backward(
+        gradients = implementation(backend).logprobs_backward(
             hidden, Head(weight, bias, scale, softcap), targets, stats, grad, tuple(need), memory_budget
         )
     return _filled(hidden, *gradients)
@@ -177,7 +172,7 @@ def linear_group_loss(
     """
     loss = {"loss_type": loss_type, "beta_pi": beta_pi, "beta_r": beta_r, "label_smoothing": label_smoothing}
     with _without_autocast(hidden):
-        losses, policy_logps, gradients = _implementation(backend).group_loss_forward(
+        losses, policy_logps, gradients = implementation(backend).group_loss_forward(
             hidden, Head(weight, bias, scale, softcap), targets, cu_seqlens, ref_logps, rewards, loss,
             tuple(need), memory_budget,
         )  # fmt: skip

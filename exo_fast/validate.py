@@ -221,7 +221,8 @@ def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: i
         )
     if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and hidden on {device}: move it there or to the CPU")
-    first, last, starts, ends = cu_seqlens.select(0, 0), cu_seqlens.select(0, -1), cu_seqlens[:-1], cu_seqlens[1:]
+    first, last = cu_seqlens.select(0, 0), cu_seqlens.select(0, -1)
+    starts, ends = (cu_seqlens.narrow(0, begin, groups * candidates) for begin in (0, 1))
     require(
         (first == 0) & (last == tokens),
         "cu_seqlens must run from 0 to N, the rows of hidden",

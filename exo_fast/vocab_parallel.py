@@ -58,7 +58,7 @@ class Slice:
         }
         ids = targets.flatten().long()
         checksum = (ids * torch.arange(1, len(ids) + 1, device=ids.device)).sum()
-        own = torch.tensor([*facts.values(), 0], device=hidden.device)
+        own = torch.tensor([*facts.values(), 0]).to(hidden.device, non_blocking=True)
         own[-1] = checksum
         table = gathered(own, group)
 
@@ -96,8 +96,8 @@ def operands(
 
     A weight that is a DTensor sharded on dim 0, as tensor parallelism of PyTorch and of transformers leaves it, gives
     its local rows and its mesh's group, a replicated one itself and no group; gradients come back as DTensors of the
-    same placements. Raises ValueError where a placement is another, for what is no group of this rank, and for the
-    reference backend, whose logits are those of a whole head.
+    same placements. Raises ValueError where a placement is another, for what is no group of this rank, for a slice
+    whose group is missing, and for the reference backend, whose logits are those of a whole head.
     """
     if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise ValueError(
@@ -113,6 +113,11 @@ def operands(
             raise ValueError("weight is a DTensor, which has its own process group: leave process_group=None")
         process_group = _group(weight)
         weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+    elif process_group is None and getattr(weight, "tensor_model_parallel", False):
+        raise ValueError(
+            "weight is marked tensor_model_parallel, as DeepSpeed and Megatron mark a slice: pass the process_group of "
+            "the ranks that hold the others (exo_fast.head.read_head finds DeepSpeed's)"
+        )
     if process_group is not None and backend == "reference":
         raise ValueError("backend='reference' needs the whole weight, not a slice: use backend='torch' or 'triton'")
     return hidden, weight, bias, process_group

@@ -310,6 +310,9 @@ def on_models(folder: Path) -> dict[str, Any]:
     rows = {"layer_specs": [{"patterns": [".*lm_head\\.weight$"], "partition_type": "row"}]}
     engine = autotp(llama(), partition_config=rows)
     found["autotp-rows"] = raised(lambda: read_head(engine.module))
+    slice_only = read_head(autotp(llama()).module).weight
+    rest = torch.randn(2, 16), torch.tensor([1, 2])
+    found["autotp-slice"] = raised(lambda: linear_logprobs(rest[0], slice_only, rest[1]))
     return found
 
 
@@ -420,15 +423,18 @@ def test_equals_the_whole_head(name: str, ranks: list[dict[str, Any]], monkeypat
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_shares_of_dh_are_not_rounded_before_they_are_added(dtype: torch.dtype, ranks: list[dict[str, Any]]) -> None:
-    """In four slices, two of them empty, dH is at least as near to float64 as that of the whole head."""
+@pytest.mark.parametrize("budget", ["kept", "blocks"])
+def test_shares_of_dh_are_not_rounded_before_they_are_added(
+    budget: str, dtype: torch.dtype, ranks: list[dict[str, Any]]
+) -> None:
+    """dH is as near to float64 as that of the whole head; rounded shares would be 1.2 to 1.5 times as far."""
     for slices in (FOUR, UNEVEN):
-        name = f"kept-{'x'.join(map(str, slices))}-{str(dtype)[6:]}"
+        name = f"{budget}-{'x'.join(map(str, slices))}-{str(dtype)[6:]}"
         case = CASES[name]
         made = problem(case)
         exact = run(case, exactly(case, made))["hidden"]
         whole = relative(run(case, made)["hidden"], exact)
-        assert relative(ranks[0][name]["hidden"], exact) <= 1.02 * whole
+        assert relative(ranks[0][name]["hidden"], exact) <= 1.1 * whole
 
 
 ERRORS = {
@@ -438,7 +444,7 @@ ERRORS = {
     "bytes": r"process_group: its ranks differ in the bytes of a value of hidden: \[4, 8\]",
     "gradient": r"process_group: its ranks differ in whether hidden needs a gradient: \[1, 0\]",
     "range": r"targets\[4\] \(flattened\) is 75; ids must lie in \[0, 75\)",
-    "bias": r"bias must be \(V,\) = \((40|35),\), got \(75,\)",
+    "bias": r"bias must be \(V,\) = \((40|35),\).* got \(75,\)",
     "reference": "backend='reference' needs the whole weight, not a slice",
     "foreign": "process_group must be a torch.distributed.ProcessGroup, in which this rank is, or None",
     "loss-rows": r"process_group: its ranks differ in the number of values in hidden",
@@ -451,6 +457,16 @@ def test_errors_are_those_of_all_ranks(name: str, ranks: list[dict[str, Any]]) -
     """Of all: a rank that alone said no would leave the others waiting."""
     for rank in ranks:
         assert re.search(ERRORS[name], rank["errors"][name])
+
+
+def test_a_slice_without_its_group_is_refused() -> None:
+    """As Megatron and DeepSpeed mark it; its own softmax would be a wrong number, and no error."""
+    made = problem(PLAIN)
+    weight = torch.nn.Parameter(made.pop("weight"))
+    linear_logprobs(weight=weight, **made)
+    weight.tensor_model_parallel = True
+    with pytest.raises(ValueError, match=r"weight is marked tensor_model_parallel, .* pass the process_group"):
+        linear_logprobs(weight=weight, **made)
 
 
 DTENSOR_ERRORS = {
@@ -493,6 +509,7 @@ def test_real_models_under_tensor_parallelism(tmp_path: Path) -> None:
             worst = max(found[name]["difference"].items(), key=lambda item: item[1])
             assert worst[1] <= 2e-6, (name, worst)
         assert re.search(r"the lm_head is a deepspeed\.\S+Allreduce\S*, not a slice of the voc", found["autotp-rows"])
+        assert "weight is marked tensor_model_parallel" in found["autotp-slice"]
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.data.records import Source
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import from_pretrained, refuse_adapter
+from exo_fast.training.long_sequence import preset_line, tile_mlps
 from exo_fast.training.module import AlignModule, settle_layout
 from exo_fast.training.reference_logps import fill_reference_logps
+from exo_fast.training.sequence_parallel import SequenceParallel, check_models
 from exo_fast.training.trainer import AlignTrainer
 from exo_fast.training.training_stage import (
     add_lora,
@@ -44,10 +46,13 @@ def align(config: AlignConfig) -> dict[str, Any]:
         return finished
     sources = find_splits(config)
     tokenizer = load_tokenizer(config)
+    check_models(config)
     examples = read_data(config, sources, tokenizer)
     datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=config.num_contrastive)
     if config.process_index == 0:
         print(data_table(datasets, config.max_seq_len, config.max_gen_len), flush=True)
+        if config.preset:
+            print(preset_line(config.preset), flush=True)
 
     with training_scope(config):
         cache_hits = {}
@@ -104,10 +109,13 @@ def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len:
 
 
 def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:
-    """The module around `policy` whose forward is the configured loss."""
+    """The module around `policy` whose forward is the configured loss; with sequence_parallel, a collective call."""
+    plan = plan_mask(policy.config)
+    if config.tiled_mlp:
+        tile_mlps(policy, max_seq_len=config.max_seq_len)
     return AlignModule(
         policy,
-        plan_mask(policy.config),
+        plan,
         loss_type=config.loss_type,
         beta_pi=config.beta_pi,
         beta_r=config.beta_r,
@@ -115,6 +123,7 @@ def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:
         temperature=config.temperature,
         memory_budget=config.memory_budget_bytes,
         backend=config.backend,
+        sequence=SequenceParallel(policy, config.sequence_parallel) if config.sequence_parallel > 1 else None,
     )
 
 

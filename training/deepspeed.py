@@ -92,3 +92,18 @@ def start_on_cpu() -> None:
     # A dict that DeepSpeed fills by running the compiler when it is first looked at, for this one question.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
+
+
+def undo_first_step(optimizer: Any) -> None:
+    """Take back the step that DeepSpeed's optimizer of stage 0 in bf16 makes on gradients of zero as it is created.
+
+    It leaves Adam's count at 1, so that the first real step would move weights 0.73 times as far as it should, and has
+    weights decayed once already. Of other optimizers nothing is changed.
+    """
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer.optimizer.state.clear()
+        for copies, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for copy, weight in zip(copies, weights, strict=True):
+                copy.data.copy_(weight.data)

@@ -130,8 +130,9 @@ def adapter_base(path: str) -> str:
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
     except Exception as error:  # as above
         raise InputError(f"{Path(path, ADAPTER)}: not a readable PEFT adapter: {first_line(error)}") from error
+    field = f"{Path(path, ADAPTER)}: base_model_name_or_path"
     is_name = isinstance(base, str) and base
-    if not is_name or (base.startswith(("/", ".", "~")) and not user_path(base).is_dir()):
+    if not is_name or (base.startswith(("/", ".", "~")) and not user_path(base, field).is_dir()):
         raise InputError(
             f"{path!r}: its base model {base!r} is not there; put it back, or correct base_model_name_or_path in "
             f"{Path(path, ADAPTER)}."

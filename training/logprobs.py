@@ -104,6 +104,7 @@ def sequence_log_probs(
                 bias=head.bias,
                 scale=head.scale / temperature,
                 softcap=head.softcap,
+                process_group=head.process_group,
             )
             sums = sequence_logps(token_logps, packed.cu_seqlens.to(model.device)).float().cpu().numpy()
             values += np.split(sums, np.cumsum([len(group.completions) for group in batch])[:-1])

@@ -211,7 +211,8 @@ class AlignModule(CausalModule):
     def projection(self, head: Head) -> dict[str, Any]:
         """What the fused losses need to know of `head` beside its weight, and how they are to work."""
         scale = head.scale / self.temperature
-        return {"bias": head.bias, "scale": scale, "softcap": head.softcap, **self.kernel_options}
+        options = {"bias": head.bias, "scale": scale, "softcap": head.softcap, "process_group": head.process_group}
+        return options | self.kernel_options
 
     def token_logps(self, packed: Packed, *, whole_rows: bool = False) -> Tensor:
         """(N,) float32, the log-prob of each completion token. With `whole_rows` this rank runs all of them, where it

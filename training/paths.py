@@ -22,7 +22,8 @@ def user_path(text: str | Path, field: str | None = None) -> Path:
         pass
     except (OSError, ValueError, RuntimeError) as error:  # too long, not permitted, a loop; a NUL byte; no such user
         name = f"{field}={str(text)!r}" if field else repr(str(text))
-        raise InputError(f"{name}: cannot be a path: {getattr(error, 'strerror', None) or error}.") from error
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        raise InputError(f"{name}: cannot be a path: {reason}.") from error
     return path
 
 

@@ -72,6 +72,7 @@ class SftModule(CausalModule):
             bias=head.bias,
             scale=head.scale,
             softcap=head.softcap,
+            process_group=head.process_group,
             **self.kernel_options,
         )
         no_metrics = token_logps.new_empty(len(batch["weights"]), 0)

@@ -37,6 +37,7 @@ from exo_fast.training import checkpoints, elastic, non_finite, processes
 from exo_fast.training.config import AlignConfig, TrainConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.data.sampler import EvaluationBatches, GlobalBatches, Repeated, order_by_length, random_order
+from exo_fast.training.deepspeed import undo_first_step
 from exo_fast.training.errors import RunError
 from exo_fast.training.metrics import peak_memory_mb
 from exo_fast.training.module import AlignModule, TrainedModule, settle_layout
@@ -272,6 +273,8 @@ class StageTrainer(Trainer):
         optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else self.optimizer.optimizer
         if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO's are not, and look for themselves
             self._guard.watch(optimizer)
+        elif self.is_deepspeed_enabled:
+            undo_first_step(optimizer)
         self.model.register_head()
         self._before_start()
         self._before_resume = False

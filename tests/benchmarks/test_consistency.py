@@ -42,9 +42,9 @@ def test_the_answer_does_not_depend_on_the_cut(results: dict[str, Any]) -> None:
     (answer,) = results["answers"]
     assert len(answer["loss"]) == consistency.STEPS
     assert 1 <= answer["clipped_steps"] < consistency.STEPS
-    assert min(answer["moved"]) > 1000 * consistency.LIMITS["fp32"]
+    assert min(answer["moved"]) > 100 * consistency.LIMITS["fp32"]
     rows = [row for row in results["rows"] if row["name"] != str(REFUSED)]
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(consistency.within_limits(row) for row in rows), rows
 
 

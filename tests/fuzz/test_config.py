@@ -97,7 +97,7 @@ def test_what_is_required_is_enough(stage: str) -> None:
     assert parse(stage, words, []) is not REFUSED
 
 
-@fuzzed(100)
+@fuzzed(60)
 @given(data=st.data(), stage=st.sampled_from(CONFIGURED))
 def test_command_lines(data: st.DataObject, stage: str) -> None:
     fields = [name for name in field_names(stage) if name not in LEFT_OUT]
@@ -113,7 +113,7 @@ def test_command_lines(data: st.DataObject, stage: str) -> None:
     parse(stage, words, [*fields, "option"])
 
 
-@fuzzed(100)
+@fuzzed(60)
 @given(data=st.data(), stage=st.sampled_from(CONFIGURED))
 def test_recipes(data: st.DataObject, stage: str) -> None:
     fields = [name for name in field_names(stage) if name not in LEFT_OUT]
@@ -150,7 +150,7 @@ def test_recipes_of_another_kind(content: bytes, message: str) -> None:
         parse_config(config_class("align"), ["--config", "recipe.yaml"])
 
 
-@fuzzed(100)
+@fuzzed(60)
 @given(text=WORDS | st.from_regex(r"\A\s*\d{0,400}(\.\d*)?\s?[kKMGTib]{0,3}\Z"))
 def test_sizes(text: str) -> None:
     size = judge(lambda: parse_size(text), InputError, ["memory_budget"])

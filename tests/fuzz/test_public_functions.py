@@ -125,7 +125,7 @@ def as_double(arguments: dict[str, Any], leaves: tuple[str, ...]) -> dict[str, A
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             doubles[name] = value.detach().double().requires_grad_(name in leaves)
-    return {**doubles, **({"targets": doubles["targets"].long()} if "targets" in doubles else {})}
+    return doubles
 
 
 @st.composite

@@ -20,7 +20,10 @@ LAUNCHERS = ("exo-fast", "torchrun", "deepspeed", "srun")
 def commands() -> list[str]:
     """Lines of the page's bash blocks that start a stage, with their continuations."""
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    text = "\n".join(blocks).replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="(.*)"$', text, flags=re.M):
+        text = text.replace(f"${name} ", f"{value} ")
+    lines = text.splitlines()
     return [" ".join(line.split()) for line in lines if line.split(" ")[0] in LAUNCHERS]
 
 

@@ -162,7 +162,9 @@ def read_rows(source: Source) -> Iterator[tuple[Place, Any]]:
 LONGEST_TOKEN = 16  # more than -Infinity or an escape: an error so near to the end may be for want of the rest
 _BLANK = re.compile(f"[{JSON_SPACE}]*")
 _DECODER = json.JSONDecoder()
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# Halves of surrogate pairs; and what is none: an escaped backslash, and both halves of one.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_WHOLE = re.compile(r"\\\\|\\u[dD][89aAbB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 def decode_json(text: str, position: int = 0) -> tuple[Any, int]:
@@ -182,11 +184,8 @@ def decode_json(text: str, position: int = 0) -> tuple[Any, int]:
     # Counting brackets costs little, and few rows have so many.
     if text.count("[", position, end) + text.count("{", position, end) > MAX_NESTING and _is_deep(value):
         raise json.JSONDecodeError(f"nested deeper than {MAX_NESTING} levels", text, position)
-    if escape := _SURROGATE.search(text, position, end):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise json.JSONDecodeError("half a surrogate pair, which is no character", text, escape.start()) from error
+    if _HALF.search(text, position, end) and _HALF.search(_WHOLE.sub(" ", text[position:end])):
+        raise json.JSONDecodeError("half a surrogate pair, which is no character", text, position)
     return value, end
 
 

@@ -209,7 +209,7 @@ def open_dataset(name: str, path: str | None, **options: Any) -> RawDataset:
     for a path that is missing.
     """
     dataset = _find_class(name)
-    folder = user_path(path) if path else None
+    folder = user_path(path, name) if path else None
     if folder is None and dataset.needs_path:
         raise InputError(f"{name}: where is its data? Write {name}:PATH.")
     if folder is not None and not folder.exists():

@@ -275,6 +275,8 @@ DEEP = 101 * "[" + 101 * "]"
 BAD_LINES = {
     "half a surrogate pair": (r'{"prompt": "\ud83d"}', "half a surrogate pair"),
     "half of one in a name": (r'{"\uDE00": 1}', "half a surrogate pair"),
+    "half of one after a backslash": (r'{"prompt": "\\ud83d\ude00"}', "half a surrogate pair"),
+    "two first halves": (r'{"prompt": "\ud83d\ud83d\ude00"}', "half a surrogate pair"),
     "nested": ('{"prompt": ' + DEEP + "}", "nested deeper than 100 levels"),
     "nested without end": (100_000 * "[", "nested deeper than 100 levels"),
     "digits": ('{"rewards": [' + 5000 * "9" + "]}", "a number of thousands of digits"),
@@ -285,8 +287,9 @@ BAD_LINES = {
 @pytest.mark.parametrize(("row", "message"), BAD_LINES.values(), ids=BAD_LINES.keys())
 @pytest.mark.parametrize("form", ["lines", "list"])
 def test_json_that_python_cannot_use(tmp_path: Path, row: str, message: str, form: str) -> None:
-    good = json.dumps({"prompt": "\N{SLEEPING FACE}"})  # a whole surrogate pair
-    assert load_prompts(Source(write(tmp_path, good))) == ["\N{SLEEPING FACE}"]
+    prompt = "\N{SLEEPING FACE}\\ud83d"  # a whole surrogate pair, and a backslash that begins no escape
+    good = json.dumps({"prompt": prompt})
+    assert load_prompts(Source(write(tmp_path, good))) == [prompt]
     if form == "list":
         message = "a comma or ] is needed" if message == "Extra data" else message
     path = write(tmp_path, f"[{good},\n{row}]" if form == "list" else f"{good}\n{row}\n", "x.json")
