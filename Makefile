@@ -38,6 +38,11 @@ test: $(VENV)/.ready
 faults: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.faults --markdown docs/reliability.md
 
+# 800 cases of each property are 20,000 and more in all, other ones every time.
+CASES ?= 800
+fuzz: $(VENV)/.ready
+	EXO_FAST_FUZZ=$(CASES) $(BIN)/pytest tests/fuzz -n 2 --dist worksteal
+
 consistency: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.consistency --markdown docs/reliability.md
 

@@ -28,7 +28,7 @@ BENCH = [
     "cut-cross-entropy>=25.1",
     "liger-kernel>=0.7",
 ]
-DEV = [*DEMO, "pytest>=8.0", "pytest-xdist>=3.5", "psutil>=5.9", "ruff>=0.9"]
+DEV = [*DEMO, "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "psutil>=5.9", "ruff>=0.9"]
 
 setup(
     name="exo_fast",

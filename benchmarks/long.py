@@ -69,9 +69,7 @@ def command(model: Path, data: Path, output: Path, *, prompt: int, completion: i
 
 def measure(words: Sequence[str], output: Path, *, parts: int, row: int) -> list[str]:
     """Run it and read its summary: the cells of COLUMNS."""
-    # Unless told so, glibc keeps blocks of up to 32 MB in a heap, which falls into pieces and is not given back.
-    memory = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parts)), **memory, **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parts)), **os.environ}
     subprocess.run(words, check=True, env=environment)
     summary = json.loads((output / "summary.json").read_text())
     first = summary["metrics"]["train"]["first"]

@@ -13,6 +13,7 @@ anything else is an error that says how to go on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,7 @@ def read_head(model: nn.Module) -> Head:
     one, and a head under a LoRA adapter.
     """
     causal_lm = unwrap(model)
-    model_type = causal_lm.config.model_type
+    model_type = getattr(causal_lm.config, "model_type", None)
     if model_type not in KNOWN_HEADS:
         raise ValueError(
             f"model type {model_type!r}: how it turns lm_head outputs into logits is not known. Known types: "
@@ -86,15 +87,28 @@ def read_head(model: nn.Module) -> Head:
         )
     linear = _output_layer(causal_lm)
     embedding = causal_lm.get_input_embeddings()
-    scale, softcap = _SCALE.get(model_type), _SOFTCAP.get(model_type)
+    scale, softcap = _numbers(causal_lm.config, model_type)
     return Head(
         weight=linear.weight,
         bias=linear.bias,
-        scale=float(scale(causal_lm.config)) if scale else 1.0,
-        softcap=softcap(causal_lm.config) if softcap else None,
+        scale=scale,
+        softcap=softcap,
         tied=linear.weight is getattr(embedding, "weight", None),
         process_group=getattr(linear, "mp_group", None),
     )
+
+
+def _numbers(config: Any, model_type: str) -> tuple[float, float | None]:
+    """Scale and softcap. Raises ValueError for a config without them, and for numbers that make no logits."""
+    try:
+        scale = float(_SCALE[model_type](config)) if model_type in _SCALE else 1.0
+        softcap = _SOFTCAP[model_type](config) if model_type in _SOFTCAP else None
+        softcap = None if softcap is None else float(softcap)
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"model type {model_type!r}: its config has no logit scale or softcap: {error}") from error
+    if not 0 < abs(scale) < math.inf or not (softcap is None or 0 < softcap < math.inf):
+        raise ValueError(f"model type {model_type!r}: its config has a logit scale of {scale}, a softcap of {softcap}.")
+    return scale, softcap
 
 
 def final_hidden(model: nn.Module, **inputs: Any) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from exo_fast.head import Head, decoder, read_head
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.masks import MaskPlan, model_inputs, plan_mask
+from exo_fast.validate import INTEGERS, check_devices, check_tensor
 
 __all__ = [
     "Group",
@@ -46,6 +47,9 @@ class Group:
     completions: list[list[int]]
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "completions"):
+            if not hasattr(getattr(self, name), "__len__"):
+                raise ValueError(f"Group.{name} must be a list, got {type(getattr(self, name)).__name__}.")
         if len(self.prompt) == 0:
             raise ValueError(
                 "Group.prompt is empty: the first token of a completion is predicted from the last prompt "
@@ -54,6 +58,8 @@ class Group:
         if len(self.completions) == 0:
             raise ValueError("Group.completions is empty: at least one completion is needed.")
         for k, completion in enumerate(self.completions):
+            if not hasattr(completion, "__len__"):
+                raise ValueError(f"Group.completions[{k}] must be a list, got {type(completion).__name__}.")
             if len(completion) == 0:
                 raise ValueError(f"Group.completions[{k}] is empty: at least one token is needed, such as EOS.")
 
@@ -91,8 +97,13 @@ def pack(
     share_prompt=False: one right-padded row `[prompt][candidate]` for each sequence. The order of `source`,
     `targets` and `cu_seqlens` is that of the input.
 
-    Raises ValueError when there is no group, or when one does not fit into `row_length`.
+    Raises ValueError when there is no group, when one does not fit into `row_length`, and for ids that are none.
     """
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Group) for group in groups):
+        raise ValueError("groups must be a list of Group.")
+    for name, number in (("row_length", row_length), ("pad_token_id", pad_token_id)):
+        if not (isinstance(number, int) and abs(number) < 2**63) and not (name == "row_length" and number is None):
+            raise ValueError(f"{name} must be a whole number of 64 bits, got a {type(number).__name__}.")
     if len(groups) == 0:
         raise ValueError("groups is empty: at least one group is needed.")
     # An unshared batch is the same thing with one candidate a group and one group a row.
@@ -127,7 +138,7 @@ def pack(
     segment_of = torch.repeat_interleave(torch.arange(len(segments)), lengths)  # (tokens,)
     within = torch.arange(len(segment_of)) - _starts(lengths)[segment_of]
     at = segment_at[segment_of] + within
-    tokens = torch.tensor(list(chain.from_iterable(segments)))
+    tokens = _as_ids(list(chain.from_iterable(segments)))
     in_completion = candidate[segment_of] > 0
 
     def rows(values: Tensor, fill: int, dtype: torch.dtype) -> Tensor:
@@ -146,6 +157,17 @@ def pack(
         cu_seqlens=_boundaries(lengths[candidate > 0]),
         share_prompt=share_prompt,
     )
+
+
+def _as_ids(tokens: list[int]) -> Tensor:
+    """(tokens,) long. Raises ValueError for what no token id is."""
+    try:
+        ids = torch.tensor(tokens)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"groups: token ids must be whole numbers of 64 bits; {error}.") from error
+    if ids.dtype not in INTEGERS or ids.dim() != 1 or bool((ids < 0).any()):
+        raise ValueError("groups: token ids must be whole numbers of at least 0, in flat lists.")
+    return ids.long()
 
 
 def _first_fit_decreasing(sizes: list[int], row_length: int) -> tuple[list[int], list[int]]:
@@ -186,16 +208,23 @@ def from_padded(
     Put the K candidates of a group in K rows one after another; `hidden.view(-1, D)[source]` then goes to
     the losses.
 
-    Raises ValueError on shapes that do not fit, a mask with a hole, and a row without a prompt or
-    completion token.
+    Raises ValueError on dtypes, devices and shapes that do not fit, a mask with a hole, and a row without a prompt
+    or completion token.
     """
-    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask), ("prompt_lens", prompt_lens)):
+        check_tensor(name, value)
+        if value.dtype not in INTEGERS and (name != "attention_mask" or value.is_complex()):
+            raise ValueError(f"{name} must be int64 or int32 (attention_mask also bool or float), got {value.dtype}.")
+    check_devices("input_ids", input_ids.device, attention_mask=attention_mask)
+    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape or input_ids.numel() == 0:
         raise ValueError(
-            f"input_ids and attention_mask must be (B, T) of one shape; got {tuple(input_ids.shape)} and "
-            f"{tuple(attention_mask.shape)}."
+            f"input_ids and attention_mask must be (B, T) of one shape, each at least 1; got {tuple(input_ids.shape)} "
+            f"and {tuple(attention_mask.shape)}."
         )
     if prompt_lens.shape != input_ids.shape[:1]:
-        raise ValueError(f"prompt_lens must be ({len(input_ids)},), one a row; got {tuple(prompt_lens.shape)}.")
+        raise ValueError(
+            f"prompt_lens must be ({len(input_ids)},), one for each row of input_ids; got {tuple(prompt_lens.shape)}."
+        )
     mask = attention_mask.bool()
     lengths = mask.sum(1)
     prompt_lens = prompt_lens.to(lengths.device)
@@ -208,11 +237,11 @@ def from_padded(
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"row {row} has {int(lengths[row])} tokens and prompt_lens[{row}]={int(prompt_lens[row])}: "
+            f"attention_mask row {row} has {int(lengths[row])} tokens and prompt_lens[{row}]={int(prompt_lens[row])}: "
             "at least one prompt token and one completion token are needed."
         )
     in_completion = mask & (mask.cumsum(1) > prompt_lens[:, None])
-    at = in_completion.view(-1).nonzero().squeeze(1)
+    at = in_completion.reshape(-1).nonzero().squeeze(1)
     return at - 1, input_ids.reshape(-1)[at], _boundaries(lengths - prompt_lens)
 
 

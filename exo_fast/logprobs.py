@@ -13,7 +13,14 @@ from torch import Tensor
 from exo_fast import ops, reference, vocab_parallel
 from exo_fast.backends import choose, head_attention
 from exo_fast.head import Head
-from exo_fast.validate import check_budget, check_projection, check_targets, traced
+from exo_fast.validate import (
+    check_budget,
+    check_ignore_index,
+    check_projection,
+    check_targets,
+    check_tensor,
+    traced,
+)
 
 
 def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +81,11 @@ def linear_logprobs(
             assertion (RuntimeError) where the values are: nothing waits.
     """
     check_budget(memory_budget)
+    check_ignore_index(ignore_index)
     hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
-    if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
-        hidden, weight = autocast_operands(hidden, weight)
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    hidden, weight = autocast_operands(hidden, weight)
     part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
     check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
     check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)

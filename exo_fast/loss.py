@@ -14,6 +14,8 @@ from exo_fast.logprobs import autocast_operands, needs_gradient
 from exo_fast.validate import (
     check_boundaries,
     check_budget,
+    check_devices,
+    check_floating,
     check_groups,
     check_projection,
     check_targets,
@@ -51,9 +53,9 @@ def group_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is not known; choose mean, sum or none")
     check_tensor("policy_logps", policy_logps)
-    if not policy_logps.dtype.is_floating_point:
-        raise ValueError(f"policy_logps must be of a floating-point dtype, got {policy_logps.dtype}")
+    check_floating("policy_logps", policy_logps)
     smoothing = check_groups(tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
+    check_devices("policy_logps", policy_logps.device, ref_logps=ref_logps, rewards=rewards)
     losses = reference.group_loss(
         policy_logps,
         ref_logps,
@@ -115,8 +117,9 @@ def linear_group_loss(
     """
     check_budget(memory_budget)
     hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
-    if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
-        hidden, weight = autocast_operands(hidden, weight)
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    hidden, weight = autocast_operands(hidden, weight)
     part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
     smoothing = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
     check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
@@ -124,9 +127,7 @@ def linear_group_loss(
         raise ValueError(f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}")
     check_targets(targets, weight.shape[0] if part is None else part.vocab, None)
     check_boundaries(cu_seqlens, *ref_logps.shape, len(hidden), hidden.device)
-    for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
-        if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}: move one of them")
+    check_devices("hidden", hidden.device, ref_logps=ref_logps, rewards=rewards)
     chosen = choose(backend, hidden)
     if chosen == "reference":
         with torch.autocast(hidden.device.type, enabled=False):

@@ -123,3 +123,12 @@ def test_a_model_without_a_body_of_its_own_is_refused(families: ModuleType, inpu
             final_hidden(model, input_ids=input_ids)
     finally:
         type(model).base_model_prefix = prefix
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_numbers_that_make_no_logits_are_refused(families: ModuleType, value: float):
+    for family, name in (("cohere", "logit_scale"), ("granite", "logits_scaling")):
+        model = families.tiny_model(family)
+        setattr(model.config, name, value)
+        with pytest.raises(ValueError, match=f"model type '{family}': its config has"):
+            read_head(model)

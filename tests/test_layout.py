@@ -521,3 +521,47 @@ def test_a_config_without_a_class_is_refused():
         model_type = "unheard_of"
 
     assert "no causal LM class" in plan_mask(Unheard()).reason
+
+
+BAD_IDS = {"word": "ab", "fraction": [0.5], "truth": [True], "none": [None], "lists": [[1], [2]], "size": [2**70]}
+
+
+@pytest.mark.parametrize("ids", BAD_IDS.values(), ids=BAD_IDS.keys())
+def test_pack_takes_token_ids_alone(ids: object):
+    with pytest.raises(ValueError, match="groups: token ids must be whole numbers"):
+        pack([Group(ids, [ids])])
+
+
+def test_pack_names_what_is_no_group_or_number():
+    with pytest.raises(ValueError, match=r"Group\.prompt must be a list, got int"):
+        Group(3, [[1]])
+    with pytest.raises(ValueError, match=r"Group.completions\[1\] must be a list, got int"):
+        Group([3], [[1], 2])
+    for groups in (None, "ab", [[1, [2]]]):
+        with pytest.raises(ValueError, match="groups must be a list of Group"):
+            pack(groups)
+    with pytest.raises(ValueError, match="row_length must be a whole number"):
+        pack([Group([1], [[2]])], row_length=8.5)
+    with pytest.raises(ValueError, match="pad_token_id must be a whole number"):
+        pack([Group([1], [[2]])], pad_token_id=None)
+
+
+def test_from_padded_names_what_is_no_tensor_of_ids():
+    good = {
+        "input_ids": torch.arange(6).view(2, 3),
+        "attention_mask": torch.ones(2, 3).T.contiguous().T,  # of other strides
+        "prompt_lens": torch.tensor([1, 2]),
+    }
+    assert from_padded(**good)[1].tolist() == [1, 2, 5]
+    for name, value, message in (
+        ("input_ids", [[1, 2, 3]], "input_ids must be a tensor, got list"),
+        ("input_ids", torch.rand(2, 3), "input_ids must be int64 or int32"),
+        ("attention_mask", torch.ones(2, 3, dtype=torch.complex64), "attention_mask must be int64 or int32"),
+        ("attention_mask", torch.ones(2, 3).to_sparse(), "attention_mask must be a dense tensor"),
+        ("prompt_lens", torch.tensor([1.0, 2.0]), "prompt_lens must be int64 or int32"),
+        ("prompt_lens", torch.ones(2, dtype=torch.int64, device="meta"), "prompt_lens is on the meta device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_padded(**{**good, name: value})
+    with pytest.raises(ValueError, match="each at least 1; got"):
+        from_padded(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0), torch.tensor([1, 2]))

@@ -15,7 +15,7 @@ from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.data.records import Source
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import from_pretrained, refuse_adapter
-from exo_fast.training.long_sequence import preset_line, tile_mlps
+from exo_fast.training.long_sequence import give_back_freed_memory, preset_line, tile_mlps
 from exo_fast.training.module import AlignModule, settle_layout
 from exo_fast.training.reference_logps import fill_reference_logps
 from exo_fast.training.sequence_parallel import SequenceParallel, check_models
@@ -44,6 +44,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
     checkpoint, finished = begin(config)
     if finished is not None:
         return finished
+    if config.long_sequence and config.device.type == "cpu":
+        give_back_freed_memory()
     sources = find_splits(config)
     tokenizer = load_tokenizer(config)
     check_models(config)

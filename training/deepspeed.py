@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+CPU_BUCKET = 50_000_000  # gradients reduced at once: DeepSpeed's 500 million are 2 GB, and on a CPU no faster
 LAUNCHER_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -31,6 +32,8 @@ def deepspeed_config(zero_stage: int, *, offload: bool, on_accelerator: bool) ->
     `--offload` does, and its Adam step runs there.
     """
     zero: dict[str, Any] = {"stage": zero_stage, "contiguous_gradients": True, "overlap_comm": on_accelerator}
+    if zero_stage in (1, 2) and not on_accelerator:
+        zero["reduce_bucket_size"] = CPU_BUCKET
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_accelerator}
     if zero_stage == 3:

@@ -33,6 +33,7 @@ from exo_fast.training.errors import InputError
 from exo_fast.training.generate import GenerateConfig, generate
 from exo_fast.training.inference import InferenceConfig, check_model_name, json_digest, start_processes
 from exo_fast.training.logprobs import LogprobsConfig, logprobs
+from exo_fast.training.paths import user_path
 from exo_fast.training.resumable import to_json
 from exo_fast.training.score import ScoreConfig, ScorerConfig, score
 
@@ -97,7 +98,7 @@ examples:
                     f"policies: {policy!r}: LABEL=DIRECTORY is needed, with a label of letters, digits and . _ + - "
                     f"that is not {REFERENCE_LABEL}."
                 )
-            if not Path(path).expanduser().is_dir():
+            if not user_path(path, "policies").is_dir():
                 raise InputError(f"policies: {policy!r}: no such directory.")
         check_model_name(self, "reference")
         self._need(self.checkpoints == -1 or self.checkpoints >= 1, "checkpoints", "-1 (all) or at least 1 is needed.")

@@ -27,6 +27,7 @@ from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import announce_cpu
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import adapter_base, from_pretrained, is_adapter
+from exo_fast.training.paths import user_path
 from exo_fast.training.precision import PRECISION_HELP, resolve
 from exo_fast.training.reference_logps import model_digest
 
@@ -150,7 +151,7 @@ def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = F
                 # of a name that transformers changed and PEFT still uses
                 warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
                 model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of a file that anyone may have written
             raise InputError(f"{name_or_path!r}: its adapter does not fit its base {base!r}: {error}") from error
     return model.to(PartialState().device).eval()
 
@@ -178,7 +179,7 @@ def check_model_name(config: Any, name: str = "model_name_or_path") -> None:
     value = getattr(config, name)
     if not value:
         raise InputError(f"{name}={value!r}: name a model (a directory or a Hub name).")
-    path = Path(value).expanduser()
+    path = user_path(value, name)
     if path.is_dir():
         setattr(config, name, str(path))
     elif value.startswith(("/", "./", "../", "~")):
@@ -216,7 +217,7 @@ def find_splits(config: InferenceConfig) -> dict[str, Source]:
     A single file is the split it is named after (train or test), else the one asked for, else train. Raises
     InputError where there is none.
     """
-    path = Path(config.data).expanduser()
+    path = user_path(config.data, "data")
     if path.is_file():
         stem = path.name.split(".")[0]
         name = stem if stem in SPLITS and config.split == "all" else config.split

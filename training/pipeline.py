@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 import yaml
 
 from exo_fast.training.errors import InputError
+from exo_fast.training.paths import user_path
 
 RECIPE_KEYS = ("variables", "defaults", "stages")
 STAGE_KEYS = ("name", "stage", "processes", "launcher", "for", "options")
@@ -31,6 +33,8 @@ SMOLLM2_TEXT = "${smollm2}"
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 MERGE = "tag:yaml.org,2002:merge"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+# Aliases and variables can make a few lines grow without end; no recipe holds so much.
+MAX_VALUES, MAX_CHARACTERS, MAX_STAGES = 100_000, 1_000_000, 10_000
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -42,6 +46,8 @@ class _PlainLoader(yaml.SafeLoader):
         """As yaml does, but a key that is set twice is an error."""
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a name is needed before :", key.start_mark)
             if key.tag != MERGE and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
             seen.add(key.value)
@@ -94,17 +100,42 @@ def read_recipe(path: Path, known_stages: Iterable[str], settings: Mapping[str, 
     variables (naming the nearest), names that are used twice, and outputs that are shared or nested.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        raw = _load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read: {error.strerror}. `exo-fast recipes list` shows recipes to copy."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+    except ValueError as error:  # of the file's bytes, or of its YAML
+        raise InputError(f"{path}: {error}") from error
     try:
         return _recipe(path, raw, list(known_stages), settings or {})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _load(text: str) -> Any:
+    """The value of YAML text. Raises InputError for text that is none, and for more than a recipe holds."""
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"more than {MAX_CHARACTERS:,} characters, which no recipe has.")
+    try:
+        return _bounded(yaml.load(text, _PlainLoader), "a recipe")
+    except InputError:
+        raise
+    except Exception as error:  # PyYAML's own, and those that it forgot, such as of chr for an escape
+        raise InputError(f"not valid YAML: {error}") from error
+
+
+def _bounded(value: Any, where: str) -> Any:
+    """`value` itself. Raises InputError where it holds more than MAX_VALUES values, each as often as it is named."""
+    waiting, count = [value], 0
+    while waiting:
+        count += 1
+        if count > MAX_VALUES:
+            raise InputError(f"{where}: more than {MAX_VALUES:,} values, counting those behind aliases and ${{…}}.")
+        item = waiting.pop()
+        if isinstance(item, dict | list):
+            waiting += item.values() if isinstance(item, dict) else item
+    return value
 
 
 def _recipe(path: Path, raw: Any, known_stages: list[str], settings: Mapping[str, str]) -> Recipe:
@@ -117,7 +148,7 @@ def _recipe(path: Path, raw: Any, known_stages: list[str], settings: Mapping[str
     stages = [
         stage for number, entry in enumerate(entries, 1) for stage in _stages(entry, number, variables, known_stages)
     ]
-    output = Path(variables["output"]).expanduser()
+    output = user_path(variables["output"], "output")
     _check_outputs(stages, output)
     for number, stage in enumerate(stages):
         stage.needs = [earlier.name for earlier in stages[:number] if _mentions(_inputs(stage), earlier.output_dir)]
@@ -137,8 +168,12 @@ def _variables(raw: Any, settings: Mapping[str, str]) -> dict[str, Any]:
             raise InputError(f"--set {name}: no such variable{nearest(name, raw)}")
     found: dict[str, Any] = {SMOLLM2: SMOLLM2_TEXT}
     for name, value in raw.items():  # each may use those above it
-        value = yaml.load(settings[name], _PlainLoader) if name in settings else value
-        found[name] = fill(value, found, f"variable {name!r}")
+        where = f"variable {name!r}"
+        try:
+            value = _load(settings[name]) if name in settings else value
+        except InputError as error:
+            raise InputError(f"--set {name}: {error}") from error
+        found[name] = _bounded(fill(value, found, where), where)
     if not isinstance(found.get("output"), str) or not found["output"]:
         raise InputError("variables: output is needed, the directory in which `run` keeps its records.")
     return found
@@ -155,6 +190,8 @@ def _stages(entry: Any, number: int, variables: dict[str, Any], known_stages: li
     for name, values in loops.items():
         if not isinstance(values, list) or not values:
             raise InputError(f"{where}: for: {name} needs a list of values, not {values!r}.")
+    if math.prod(map(len, loops.values())) > MAX_STAGES:
+        raise InputError(f"{where}: for: more than {MAX_STAGES:,} combinations.")
     planned = []
     for combination in itertools.product(*loops.values()):
         scope = {**variables, **dict(zip(loops, combination, strict=True))}
@@ -198,7 +235,7 @@ def _check_outputs(stages: Sequence[PlannedStage], output: Path) -> None:
                 "variables in it)."
             )
         names.add(stage.name)
-        place = Path(stage.output_dir).expanduser().resolve()
+        place = user_path(stage.output_dir, f"stage {stage.name!r}: output_dir").resolve()
         if output.resolve().is_relative_to(place):
             raise InputError(
                 f"stage {stage.name!r}: output_dir={stage.output_dir!r} holds output={str(output)!r}, where `run` "
@@ -239,7 +276,10 @@ def fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
 
     if (whole := REFERENCE.fullmatch(value)) is not None:
         return copy.deepcopy(lookup(whole))
-    return REFERENCE.sub(lambda match: str(lookup(match)), value)
+    filled = REFERENCE.sub(lambda match: str(lookup(match)), value)
+    if len(filled) > MAX_CHARACTERS:
+        raise InputError(f"{where}: a text of more than {MAX_CHARACTERS:,} characters.")
+    return filled
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

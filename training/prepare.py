@@ -18,6 +18,8 @@ from exo_fast.training.assets import write_file
 from exo_fast.training.data.records import Place, split_name
 from exo_fast.training.data.registry import known_names, open_dataset
 from exo_fast.training.errors import InputError
+from exo_fast.training.loading import from_pretrained
+from exo_fast.training.paths import user_path
 from exo_fast.training.resumable import SUMMARY, to_json
 from exo_fast.version import __version__
 
@@ -88,11 +90,11 @@ def load_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a directory or of the Hub; None for None. Raises InputError for what cannot be loaded."""
     if name_or_path is None:
         return None
+    path = user_path(name_or_path, "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(Path(name_or_path).expanduser() if "~" in name_or_path else name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"tokenizer={name_or_path!r}: no tokenizer can be loaded from there: {reason}") from error
+        return from_pretrained(AutoTokenizer, str(path) if path.is_dir() else name_or_path, trust_remote_code=False)
+    except InputError as error:
+        raise InputError(f"tokenizer={name_or_path!r}: no tokenizer can be loaded from there: {error}") from error
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:

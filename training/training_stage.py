@@ -50,6 +50,8 @@ INCIDENTAL |= {
     "run_name",
     "non_finite",
     "save_total_limit",
+    "long_sequence",  # the fields it sets are settings themselves
+    "tiled_mlp",
 }
 # In whose place the settings have their product, the global batch: how it is cut decides nothing.
 CUT = {"per_device_train_batch_size", "gradient_accumulation_steps", "sequence_parallel"}

@@ -1,5 +1,6 @@
 """Recipes of several stages: read, checked before anything runs, run once, stopped and continued."""
 
+import itertools
 import json
 import os
 import signal
@@ -137,6 +138,24 @@ BAD = {
         "stage 'a' reads o/b, which the later stage 'b' makes",
     ),
     "no YAML": ("a: [", "not valid YAML"),
+    "a list as a name": ("? [a]\n: b", "not valid YAML: a name is needed before :"),
+    "an alias bomb": (
+        "a: &a [x, x, x, x, x, x]\n"
+        + "".join(
+            f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n" for before, after in itertools.pairwise("abcdefgh")
+        ),
+        "more than 100,000 values",
+    ),
+    "text that doubles": (
+        "variables: {{output: o, a: xxxxxxxxxx, "
+        + ", ".join(f"{after}: '" + f"${{{{{before}}}}}" * 9 + "'" for before, after in itertools.pairwise("abcdefgh"))
+        + "}}",
+        "a text of more than 1,000,000 characters",
+    ),
+    "a loop without end": (
+        ONE % ("options: {{}}, for: {{" + ", ".join(f"{name}: [1, 2, 3, 4, 5]" for name in "abcdefg") + "}}"),
+        "more than 10,000 combinations",
+    ),
     "no stages": ("variables: {{output: o}}", "stages: a list of stages"),
 }
 
