@@ -97,6 +97,16 @@ def start_on_cpu() -> None:
     deepspeed.init_distributed(dist_backend="gloo")
 
 
+def pickle_plainly() -> None:
+    """Have DeepSpeed's enum of ZeRO stages pickled as a value, as Python does from 3.11.4 on.
+
+    Before, enums were pickled as a call of `getattr`, which no one reading a checkpoint should have to allow.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (type(self), (self.value,))
+
+
 def undo_first_step(optimizer: Any) -> None:
     """Take back the step that DeepSpeed's optimizer of stage 0 in bf16 makes on gradients of zero as it is created.
 

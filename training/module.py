@@ -185,7 +185,7 @@ class AlignModule(CausalModule):
                 return (check_sharing(self.policy, check, self.plan),)
             return (self.check_parts(check, check_shared),)
         packed = packed_batch(batch)
-        ref_logps, rewards = batch["ref_logps"], batch["rewards"]
+        ref_logps, rewards = batch.get("ref_logps"), batch["rewards"]  # the reference's own pass has none yet
         if self.training and not reference and self.sequence is None:
             head = read_head(self.policy)
             loss, policy_logps = linear_group_loss(

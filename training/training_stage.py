@@ -30,7 +30,7 @@ from exo_fast.training.config import CausalConfig, TrainConfig
 from exo_fast.training.data.examples import Example
 from exo_fast.training.data.groups import GroupDataset, tokenize
 from exo_fast.training.data.records import Source, find_source
-from exo_fast.training.deepspeed import start_on_cpu
+from exo_fast.training.deepspeed import pickle_plainly, start_on_cpu
 from exo_fast.training.errors import InputError, Stopped
 from exo_fast.training.loading import check_fits_model, from_pretrained, refuse_adapter
 from exo_fast.training.precision import matmul_precision
@@ -312,6 +312,7 @@ def _deepspeed_scope(config: TrainConfig) -> Iterator[None]:
     """transformers' global DeepSpeed configuration (ZeRO-3 loads weights in shards), for this run and no later one."""
     if config.engine == "deepspeed":
         set_hf_deepspeed_config(config.hf_deepspeed_config)
+        pickle_plainly()
         if config.device.type == "cpu":
             start_on_cpu()
     else:
