@@ -51,7 +51,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "ZeRO 2": {"zero_stage": 2},
     "ZeRO 3": {"zero_stage": 3},
     "ZeRO 1, LoRA with dropout": {"zero_stage": 1, "lora_r": 4, "lora_dropout": 0.2},
-    "ZeRO 2, bf16, accumulation": {"zero_stage": 2, "bf16": True, "gradient_accumulation_steps": 3},
+    "ZeRO 2, bf16, accumulation": {
+        "zero_stage": 2,
+        "bf16": True,
+        "gradient_accumulation_steps": 3,
+        "num_train_epochs": 3,  # of five steps each
+    },
     "no DeepSpeed": {"engine": "torch"},
 }
 WATCH_SECONDS = 60
@@ -214,13 +219,15 @@ def _check_resumed(said: str, before: Path | None) -> None:
 
 def resized(folder: Path, inputs: Path, kind: str) -> dict[str, Any]:
     """Trainings stopped half-way in two processes and continued by one and by four; the row of the table."""
-    training = Training(folder / "undisturbed", inputs, kind)
+    same = {"lora_dropout": 0.0}  # other processes would draw other random numbers
+    training = Training(folder / "undisturbed", inputs, kind, **same)
     training.finish()
-    right, row = training.weights(), {"kind": kind}
-    template = stopped_halfway(folder / "template", inputs, kind)
+    right, row = training.weights(), {"kind": kind.removesuffix(" with dropout")}
+    template = stopped_halfway(folder / "template", inputs, kind, **same)
     for processes in (1, 4):
         place = folder / f"by-{processes}"
-        training = Training(place, inputs, kind, per_device_train_batch_size=2 * PROCESSES // processes)
+        per_process = 2 * PROCESSES // processes
+        training = Training(place, inputs, kind, **same, per_device_train_batch_size=per_process)
         template.copy_to(training)
         newest = training.newest()
         said = training.finish(processes).said()
@@ -318,9 +325,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, random.Random], None]]] = {
 }
 
 
-def stopped_halfway(folder: Path, inputs: Path, kind: str) -> Training:
+def stopped_halfway(folder: Path, inputs: Path, kind: str, **changes: Any) -> Training:
     """A training that was killed when it had three checkpoints."""
-    training = Training(folder, inputs, kind)
+    training = Training(folder, inputs, kind, **changes)
     team = training.start()
     if not _wait_for(team, lambda: len(checkpoints.numbered(training.output)) >= 3):
         raise Broken(f"no three checkpoints: {last_words(team.said())}")

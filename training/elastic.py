@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.utils import logging
 
@@ -38,13 +39,30 @@ def load(engine: Any, checkpoint: Path, *, strict: bool) -> None:
                 f"{checkpoint} was written by {saved_by} processes and cannot be converted for {processes.count()} "
                 f"({problem}); continue with {saved_by}."
             )
-        before = engine._config.load_universal_checkpoint
+        before, optimizer = engine._config.load_universal_checkpoint, engine.optimizer.optimizer
+        options = [_options(group) for group in optimizer.param_groups]
         engine._config.load_universal_checkpoint = True
         try:
             engine.load_checkpoint(str(universal), load_module_strict=strict)
         finally:
             engine._config.load_universal_checkpoint = before
+        _repair(optimizer, options)
         processes.wait()  # before it is removed
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """Of a parameter group what the run's settings decide: all but the parameters and the scheduled learning rate."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
+
+
+def _repair(optimizer: torch.optim.Optimizer, options: list[dict[str, Any]]) -> None:
+    """Undo what ZeRO 3 loads wrong: the first group's weight decay for every group, and one counter of steps for all,
+    which each group would then count up."""
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _convert(checkpoint: Path, universal: Path) -> str | None:

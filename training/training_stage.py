@@ -150,6 +150,8 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     for name in ("data", "eval_data"):  # one file, by whatever path
         if values[name] is not None and Path(values[name]).expanduser().exists():
             values[name] = str(Path(values[name]).expanduser().resolve())
+    if config.engine == "torch":
+        values["zero_stage"] = None  # whose default follows the number of processes
     values["global batch"] = (
         config.per_device_train_batch_size * config.gradient_accumulation_steps * config.data_parallel_size
     )
