@@ -1,5 +1,6 @@
 """Training gives the same answer however it is cut over processes, and the command that shows it would notice."""
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from exo_fast.benchmarks import consistency, machine, trainings
 from exo_fast.benchmarks.consistency import Cell
+from exo_fast.benchmarks.tables import block
 from exo_fast.training.align import align
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.trainer import AlignTrainer
@@ -125,3 +127,9 @@ def test_processes_find_each_other_and_one_is_alone(monkeypatch: pytest.MonkeyPa
     both = trainings.environments(2)
     assert [member["RANK"] for member in both] == ["0", "1"]
     assert both[0]["MASTER_PORT"] == both[1]["MASTER_PORT"]
+
+
+def test_the_page_shows_the_results() -> None:
+    recorded = json.loads(consistency.OUTPUT.read_text())
+    page = (machine.REPOSITORY / "docs" / "reliability.md").read_text()
+    assert block(*consistency.MARK).search(page)[2] == f"{consistency.text(recorded)}\n", "run make consistency"
