@@ -1,12 +1,14 @@
 """A slice of what `make faults` does, and that it would notice if something did not hold."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from exo_fast.benchmarks import faults
+from exo_fast.benchmarks import faults, machine
+from exo_fast.benchmarks.tables import block
 
 SOME = ("optimizer shard, a bit flipped", "manifest, missing", "random state, a pickle that runs a command", "filling")
 
@@ -36,3 +38,14 @@ def test_continuing_from_an_older_checkpoint_is_told() -> None:
     faults._check_resumed("continuing from run/checkpoint-4\n", Path("run/checkpoint-4"))
     with pytest.raises(faults.Broken, match="checkpoint-4 was there"):
         faults._check_resumed("continuing from run/checkpoint-2\n", Path("run/checkpoint-4"))
+
+
+def test_the_page_shows_the_results() -> None:
+    recorded = json.loads(faults.OUTPUT.read_text())
+    page = (machine.REPOSITORY / "docs" / "reliability.md").read_text()
+    for name, made in (
+        ("kills", faults.kills_table),
+        ("resized", faults.resized_table),
+        ("damages", faults.damages_table),
+    ):
+        assert block("faults", name).search(page)[2] == f"{made(recorded)}\n", "run make faults"
