@@ -343,7 +343,7 @@ class StageTrainer(Trainer):
         needed = checkpoints.size(before[0]) if before else self._estimated_bytes()
         free = shutil.disk_usage(output).free
         if processes.from_first(free < needed):
-            problem = f"it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            problem = f"it needs about {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
             raise RunError(self._unwritten(output, f"checkpoint-{self.state.global_step}", problem))
 
     def _estimated_bytes(self) -> int:
