@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,11 @@ __all__ = [
     "model_inputs",
     "pack",
     "plan_mask",
+    "shortened",
 ]
+
+CHECKED_GROUPS = 4  # of a run's first ones, for `check_sharing`
+CHECKED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -336,6 +341,13 @@ def check_sharing(
     return SharingReport(ok=ok, reason=reason, token_rms=token_rms, sequence_max=sequence_max, atol=atol)
 
 
+def shortened(group: Group, plan: MaskPlan) -> Group:
+    """At most CHECKED_TOKENS of each segment, or as many as the model's window has, around where the completions begin:
+    a check needs no more, and long rows of several groups may not fit where one does."""
+    tokens = max(CHECKED_TOKENS, plan.window or 0)
+    return Group(group.prompt[-tokens:], [completion[:tokens] for completion in group.completions])
+
+
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off inside, every module's own mode back after."""
@@ -351,7 +363,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _true_float32() -> Iterator[None]:
     """Float32 products in float32, not in the CPU's bf16 or CUDA's TF32, which would blur the comparison."""
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    # PyTorch puts an object in the place of the first one's module, of which type checkers know nothing.
+    backends: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from exo_fast.head import Head, final_hidden, read_head, unwrap
 from exo_fast.layout import (
+    CHECKED_GROUPS,
     Group,
     MaskPlan,
     Packed,
@@ -27,6 +28,7 @@ from exo_fast.layout import (
     check_sharing,
     model_inputs,
     pack,
+    shortened,
 )
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
@@ -37,8 +39,6 @@ from exo_fast.training.metrics import GROUP_METRICS, group_metrics
 from exo_fast.training.sequence_parallel import SequenceParallel
 
 logger = logging.get_logger(__name__)
-CHECKED_GROUPS = 4
-CHECKED_TOKENS = 1024  # of a prompt and of a completion, or as many as the model's window has
 
 
 class TrainedModule(nn.Module):
@@ -170,13 +170,14 @@ class AlignModule(CausalModule):
         check: list[Group] | None = None,
         check_shared: bool = True,
         reference: bool = False,
+        only_logps: bool = False,
         **batch: Tensor,
     ) -> tuple[Tensor, ...] | tuple[SharingReport]:
         """`batch` as GroupCollator makes it, G groups of K candidates.
 
         Returns (mean loss over the G groups, group metrics (G, M)) in training, (losses (G,), group metrics
-        (G, M)) in evaluation, and (sequence log-probs (G, K) float32,) with `reference`, of the policy with
-        its adapters off. With `check`, and no batch, the report of `check_sharing` on those groups, or with
+        (G, M)) in evaluation, and (sequence log-probs (G, K) float32,) with `only_logps`, and with `reference` of the
+        policy with its adapters off. With `check`, and no batch, the report of `check_sharing` on those groups, or with
         `sequence` of `check_parts`, to which `check_shared` goes: a forward, because only inside one does ZeRO-3
         have the head in one piece.
         """
@@ -186,7 +187,7 @@ class AlignModule(CausalModule):
             return (self.check_parts(check, check_shared),)
         packed = packed_batch(batch)
         ref_logps, rewards = batch.get("ref_logps"), batch["rewards"]  # the reference's own pass has none yet
-        if self.training and not reference and self.sequence is None:
+        if self.training and not (reference or only_logps) and self.sequence is None:
             head = read_head(self.policy)
             loss, policy_logps = linear_group_loss(
                 self.predicting_hidden(packed),
@@ -202,7 +203,7 @@ class AlignModule(CausalModule):
         with self.adapters_off() if reference else nullcontext():
             token_logps = self.token_logps(packed)
         policy_logps = sequence_logps(token_logps, packed.cu_seqlens.to(token_logps.device)).view_as(rewards)
-        if reference:
+        if reference or only_logps:
             return (policy_logps,)
         reduction = "mean" if self.training else "none"
         loss = group_loss(policy_logps, ref_logps, rewards, **self.loss_options, reduction=reduction)
@@ -275,8 +276,7 @@ def settle_layout(
     reason = "" if shared else module.plan.reason if share_prompt else "switched off"
     measured = {}
     if shared or module.sequence is not None:
-        longest = max(CHECKED_TOKENS, module.plan.window or 0)
-        groups = [shortened(dataset.group(index), longest) for index in range(min(CHECKED_GROUPS, len(dataset)))]
+        groups = [shortened(dataset.group(index), module.plan) for index in range(min(CHECKED_GROUPS, len(dataset)))]
         (report,) = module.eval()(check=groups, check_shared=shared)
         if shared and not report.ok:
             shared, reason = False, report.reason
@@ -292,9 +292,3 @@ def settle_layout(
         logger.warning(f"Candidates cannot share their prompt, which is run {candidates} times instead: {reason}")
     collate.share_prompt = shared
     return {"share_prompt": shared, "reason": reason, "mask": module.plan.kind, **measured}
-
-
-def shortened(group: Group, tokens: int) -> Group:
-    """At most `tokens` of each segment, around where the completions begin: a check needs no more, and long rows of
-    several groups may not fit where one does."""
-    return Group(group.prompt[-tokens:], [completion[:tokens] for completion in group.completions])

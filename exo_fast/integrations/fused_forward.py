@@ -1,0 +1,280 @@
+"""What a causal LM's forward becomes in a TRL trainer: log-probs of labels, or the loss of groups, without logits.
+
+TRL asks a model for `model(..., labels=labels, fused_lm_head=True)` and reads per-token numbers off the answer
+(`trl.trainer.utils.add_fused_lm_head`). Here they come from `exo_fast.logprobs`, for the labelled positions alone, and
+rows that have the same prompt share it (`exo_fast.integrations.padded`). All of it is inside the model's forward, where
+DDP, FSDP and DeepSpeed ZeRO-3 expect parameters to be read.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from exo_fast.head import Head, read_head
+from exo_fast.integrations.padded import SharedRows, share_rows
+from exo_fast.layout import CHECKED_GROUPS, MaskPlan, check_sharing, model_inputs, plan_mask, shortened
+from exo_fast.logprobs import linear_logprobs
+from exo_fast.loss import linear_group_loss
+from exo_fast.statistics import TokenStatistics, linear_logprobs_with_statistics
+
+logger = logging.get_logger(__name__)
+SHAREABLE = frozenset({"input_ids", "attention_mask", "use_cache", "output_router_logits"})  # of a forward's arguments
+STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@dataclass
+class GroupOutput(ModelOutput):
+    """The loss of a batch of groups, and the policy's sequence log-probs (G, K), detached."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None  # the name under which a trainer finds what a model gave: here those log-probs
+
+
+@dataclass
+class FusedForward:
+    """The settings of a model's fused forward, and what was found out about it."""
+
+    fallback: Callable[..., Any]  # TRL's own fused forward, for models and inputs that this one does not take
+    output_class: type  # what TRL reads the numbers off
+    plan: MaskPlan
+    temperature: float = 1.0
+    cast_lm_head_to_fp32: bool = False
+    outputs: tuple[str, ...] = ("log_probs",)
+    share_prompts: bool = True
+    options: dict[str, Any] = field(default_factory=dict)  # memory_budget, backend
+    checked: bool = False  # whether shared and ordinary rows have been compared on this model
+
+    def per_token(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        labels: Tensor | None = None,  # (B, T), to be shifted
+        shift_labels: Tensor | None = None,  # (B, T), shifted already
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """TRL's answer: log-probs (B, T − 1), or (B, T) with shift_labels, and the statistics asked for."""
+        kwargs["use_cache"] = False
+        if getattr(model.config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        shared = self.shared_rows(model, args, kwargs, labels) if shift_labels is None else None
+        router: dict[str, Any] = {}
+        if shared is not None:
+            hidden = self.shared_hidden(model, shared)
+            wanted = shared.targets.to(hidden.device)
+            places, shape = shared.places.to(hidden.device), (len(labels), labels.shape[1] - 1)
+            mask = labels[:, 1:] != -100
+        else:
+            outputs = model.base_model(*args, **kwargs)
+            router = {"router_logits": getattr(outputs, "router_logits", None)}
+            hidden = outputs.last_hidden_state if shift_labels is not None else outputs.last_hidden_state[:, :-1]
+            targets = (labels[:, 1:] if shift_labels is None else shift_labels).to(hidden.device)
+            mask, shape = targets != -100, tuple(targets.shape)
+            places = mask.reshape(-1).nonzero().squeeze(1)
+            hidden, wanted = hidden.reshape(-1, hidden.shape[-1])[places], targets.reshape(-1)[places]
+        logps, statistics = self.project(model, hidden, wanted)
+
+        def put(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            return values.new_zeros(shape).view(-1).index_copy(0, places, values.to(places.device)).view(shape)
+
+        log_probs = put(logps)
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = -log_probs.sum() / count
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = load_balancing_loss(model, router["router_logits"], kwargs.get("attention_mask"))
+            loss = loss + getattr(model.config, "router_aux_loss_coef", 0.0) * aux_loss
+        numbers = {name: put(getattr(statistics, name)) for name in STATISTICS}
+        if numbers["entropy"] is not None and log_probs.requires_grad:
+            numbers["entropy"] = EntropyWithoutGradient.apply(numbers["entropy"], log_probs)
+        return self.output_class(loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=aux_loss, **numbers)
+
+    def groups(
+        self,
+        model: PreTrainedModel,
+        *,
+        labels: Tensor,  # (G·K, T), −100 on prompts and padding; rows in the order of groups and candidates
+        ref_logps: Tensor,  # (G, K)
+        rewards: Tensor,  # (G, K)
+        loss: dict[str, Any],  # loss_type, beta_pi, beta_r, label_smoothing
+        **inputs: Tensor,  # input_ids, attention_mask
+    ) -> GroupOutput:
+        """The mean loss over groups, in one pass over the vocabulary."""
+        shared = self.shared_rows(model, (), inputs, labels, candidates=ref_logps.shape[1])
+        if shared is not None:
+            hidden, targets = self.shared_hidden(model, shared), shared.targets
+            bounds = shared.packed.cu_seqlens
+        else:
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+            mask = labels[:, 1:] != -100
+            hidden, targets = hidden[mask], labels[:, 1:][mask]
+            bounds = nn.functional.pad(mask.sum(1).cpu().cumsum(0), (1, 0))
+        head = self.head(model)
+        hidden = hidden.to(head.weight.device)
+        mean, logps = linear_group_loss(
+            hidden, head.weight, targets.to(hidden.device), bounds, ref_logps.to(hidden.device),
+            rewards.to(hidden.device), bias=head.bias, scale=head.scale / self.temperature, softcap=head.softcap,
+            **loss, **self.options,
+        )  # fmt: skip
+        return GroupOutput(loss=mean, logits=logps)
+
+    def shared_rows(
+        self, model: PreTrainedModel, args: tuple, inputs: dict[str, Any], labels: Tensor | None, **options: Any
+    ) -> SharedRows | None:
+        """The batch in rows that share prompts, where it and the model allow it. The first one is checked on numbers:
+        shared against ordinary rows."""
+        if not (self.share_prompts and self.plan.share) or labels is None or args or set(inputs) - SHAREABLE:
+            return None
+        if inputs.get("input_ids") is None or inputs.get("output_router_logits"):
+            return None
+        shared = share_rows(inputs["input_ids"], inputs.get("attention_mask"), labels, **options)
+        if shared is not None and not self.checked:
+            several = [group for group in shared.groups if len(group.completions) > 1][:CHECKED_GROUPS]
+            groups = [shortened(group, self.plan) for group in several]
+            report = check_sharing(model, groups, self.plan, head=whole(read_head(model)))
+            self.checked = True
+            if not report.ok:
+                self.share_prompts = False
+                logger.warning(f"exo_fast: rows of one prompt do not share it: {report.reason}")
+                return None
+        return shared
+
+    def shared_hidden(self, model: PreTrainedModel, shared: SharedRows) -> Tensor:
+        """(N, D): the hidden state that predicts each token."""
+        device = model.get_input_embeddings().weight.device
+        kind = device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+        inputs = model_inputs(
+            shared.packed, self.plan, dtype=dtype, device=device, attn_implementation=model.config._attn_implementation
+        )
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[shared.packed.source.to(hidden.device)]
+
+    def head(self, model: PreTrainedModel) -> Head:
+        """The head as it is in this forward: engines and adapters may have replaced it since the last one."""
+        head = read_head(model)
+        hold(model, head.weight, head.bias)
+        return whole(head)
+
+    def project(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, TokenStatistics]:
+        """(N,) log-probs and statistics of (N, D) hidden states."""
+        head = self.head(model)
+        weight, bias, hidden = head.weight, head.bias, hidden.to(head.weight.device)
+        if len(hidden) == 0:  # a zero that backward can go through, as other ranks wait there
+            zero = hidden.float().sum(1) + 0.0 * weight.float().sum()
+            none = zero.detach()
+            found = {name: none.bool() if name == "is_top1" else none for name in STATISTICS if name in self.outputs}
+            return zero, TokenStatistics(**found)
+        options = {"bias": bias, "scale": head.scale / self.temperature, "softcap": head.softcap, **self.options}
+        names = tuple(name for name in STATISTICS if name in self.outputs)
+        autocast = torch.is_autocast_enabled(hidden.device.type) and not self.cast_lm_head_to_fp32
+        with torch.autocast(hidden.device.type, enabled=autocast):
+            if self.cast_lm_head_to_fp32:
+                hidden, weight = hidden.float(), weight.float()
+                options["bias"] = None if bias is None else bias.float()
+            elif not autocast:
+                weight = weight.to(hidden.dtype)
+            targets = targets.to(hidden.device)
+            if not names:
+                return linear_logprobs(hidden, weight, targets, **options), TokenStatistics()
+            return linear_logprobs_with_statistics(hidden, weight, targets, outputs=names, **options)
+
+
+def fuse(model: PreTrainedModel, fused: FusedForward) -> None:
+    """Gives this one model, not its class, the forward. Called without TRL's words it is the model's own."""
+
+    # The signature is kept: `generate` and the Trainer look at it.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, fused_groups: Any = None, **kw: Any):
+        given = {name: value for name, value in kw.items() if value is not None}  # PEFT names what it was not given
+        if fused_groups is not None:
+            return fused.groups(self, **fused_groups, **given)
+        if fused_lm_head and takes(self, given):
+            return fused.per_token(self, *args, **given)
+        return fused.fallback(*args, fused_lm_head=fused_lm_head, **kw)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def takes(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Text in, and a model whose final hidden states come from `base_model`."""
+    return model.base_model is not model and not any("pixel" in name or "image" in name for name in inputs)
+
+
+def fusible(model: PreTrainedModel) -> str:
+    """Why a model's head cannot be fused; empty if it can."""
+    if model.config.get_text_config() is not model.config:
+        return "a multimodal model"
+    try:
+        read_head(model)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def make_plan(model: PreTrainedModel) -> MaskPlan:
+    """How the model's rows are masked when they share prompts, or why they cannot."""
+    return plan_mask(model.config)
+
+
+def whole(head: Head) -> Head:
+    """FSDP2 leaves parameters as DTensors, shards of which lie with ranks that have other rows: gathered, as one."""
+    parts = {
+        name: getattr(head, name).full_tensor()
+        for name in ("weight", "bias")
+        if hasattr(getattr(head, name), "full_tensor")
+    }
+    if not parts:
+        return head
+    bias = parts.get("bias", head.bias)
+    return Head(parts.get("weight", head.weight), bias, head.scale, head.softcap, head.tied, head.process_group)
+
+
+def hold(model: nn.Module, *parameters: Tensor | None) -> None:
+    """Tells ZeRO-3 that the model's own forward reads these, in backward as well, before they are looked at."""
+    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    known = getattr(model, "_external_params", {})
+    for parameter in partitioned:
+        if id(parameter) in known:
+            continue
+        import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        deepspeed.zero.register_external_parameter(model, parameter)
+        if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:  # this forward began before it was known
+            parameter.all_gather()
+
+
+def load_balancing_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    """The auxiliary loss of a mixture of experts, which transformers' models share."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)
+
+
+class EntropyWithoutGradient(torch.autograd.Function):
+    """The entropy, which a trainer may log but not train on: its gradient would be silently missing."""
+
+    @staticmethod
+    def forward(ctx: Any, entropy: Tensor, log_probs: Tensor) -> Tensor:
+        return entropy.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "exo_fast gives the entropy without a gradient, and the loss asks for one (an entropy bonus: entropy_coef "
+            "or use_adaptive_entropy of GRPO). Switch the bonus off, or call unpatch_trl() before the trainer is made."
+        )

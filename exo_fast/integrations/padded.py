@@ -1,0 +1,74 @@
+"""Ordinary padded batches, of which rows that have the same prompt become one row that shares it.
+
+Trainers of preferences and of sampled groups (TRL's DPO and GRPO, for two) pad every candidate to a row of its own,
+with the prompt in each. What they want back is a number for each of those positions. So the rows are read, those with
+equal prompts packed (`exo_fast.layout`), and the results put where the trainer looks for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exo_fast.layout import Group, Packed, pack
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """A padded batch of B rows of T tokens, packed. N tokens are predicted, up to the last labelled one of each row."""
+
+    groups: list[Group]
+    packed: Packed
+    targets: Tensor  # (N,) the labels of those tokens, −100 among them included
+    places: Tensor  # (N,) where each lies in the flat (B, T − 1) positions that predict
+
+
+def share_rows(
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor | None,  # (B, T), 1 on tokens, padding on one side or both
+    labels: Tensor,  # (B, T), −100 on what is not learned
+    *,
+    candidates: int | None = None,
+) -> SharedRows | None:
+    """Rows of equal prompts in one row each; None where no two rows have one, or where rows cannot be read so.
+
+    A row's prompt is what comes before its first label. With `candidates` only the K rows that follow one another are
+    a group, and `packed` has the sequences in the order of the batch; without, rows of one prompt anywhere in the batch
+    are. Reads the batch on the host: on a GPU it waits for the device.
+    """
+    ids, wanted = input_ids.cpu(), labels.cpu()
+    mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    if ids.dim() != 2 or mask.shape != ids.shape or wanted.shape != ids.shape:
+        return None
+    rows, length = ids.shape
+    labelled = wanted != -100
+    if not bool(labelled.any(1).all()) or bool((labelled & ~mask).any()):
+        return None
+    position = torch.arange(length)
+    begin = torch.where(mask, position, length).amin(1)
+    end = torch.where(mask, position, -1).amax(1) + 1
+    first = torch.where(labelled, position, length).amin(1)
+    stop = torch.where(labelled, position, -1).amax(1) + 1
+    if bool((mask.sum(1) != end - begin).any()) or bool((first <= begin).any()):  # a hole, or no prompt
+        return None
+    begins, firsts, stops, tokens = begin.tolist(), first.tolist(), stop.tolist(), ids.tolist()
+
+    members: dict[tuple, list[int]] = {}
+    for row in range(rows):
+        prompt = tuple(tokens[row][begins[row] : firsts[row]])
+        members.setdefault((prompt,) if candidates is None else (row // candidates, prompt), []).append(row)
+    if len(members) == rows:
+        return None
+    groups = [
+        Group(list(key[-1]), [tokens[row][firsts[row] : stops[row]] for row in found]) for key, found in members.items()
+    ]
+    order = [row for found in members.values() for row in found]
+    at = torch.cat([torch.arange(firsts[row], stops[row]) + row * length for row in order])
+    return SharedRows(
+        groups=groups,
+        packed=pack(groups),
+        targets=wanted.reshape(-1)[at],
+        places=at - at // length - 1,  # rows of T − 1, and the position before
+    )

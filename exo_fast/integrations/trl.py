@@ -1,0 +1,454 @@
+"""TRL's trainers on the fused path: `patch_trl()` for those you have, `ExoDPOTrainer` for K candidates.
+
+    from exo_fast.integrations.trl import patch_trl
+    patch_trl()                       # before DPOTrainer(...) is made; KTO, GRPO, RLOO and SFT too
+    …
+    unpatch_trl()
+
+Trainers made after it compute their per-token log-probs, and the numbers they log beside them, through
+`exo_fast.logprobs`: for the labelled positions alone, and with rows of one prompt (a DPO pair, a GRPO group) in one
+row that runs it once. Losses and gradients are TRL's own to rounding.
+
+`ExoDPOTrainer` is DPOTrainer with the losses of this library beside TRL's, over K candidates:
+
+    ExoDPOTrainer(model, args=ExoDPOConfig("out", loss_type="exo-rw"), train_dataset=data, processing_class=tokenizer)
+
+with rows {"prompt", "completions": [K], "rewards": [K]}, texts or conversations, or TRL's {"prompt", "chosen",
+"rejected"}. Reference log-probs are computed once before training, as TRL's `precompute_ref_log_probs` does.
+
+TRL has no stable interface for any of this. So its version is checked: see TESTED.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from exo_fast.integrations.fused_forward import FusedForward, fuse, fusible, make_plan
+from exo_fast.reference import LOSS_TYPES, default_label_smoothing
+from exo_fast.training.metrics import GROUP_METRICS, group_metrics
+
+try:
+    import trl
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("exo_fast.integrations.trl needs TRL: pip install 'exo_fast[trl]'", name="trl") from error
+
+TESTED = ("1.15", "1.16")  # minor versions whose interface this module knows; the tests run on 1.16.0
+HEAD = "add_fused_lm_head"
+HEAD_PARAMETERS = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
+TRAINERS = ("dpo", "kto", "grpo", "rloo", "sft")
+AS_GROUPS = {"sigmoid": "dpo-pref", "exo_pair": "exo-pref"}  # TRL's losses of pairs that are ours for K = 2
+
+logger = logging.get_logger(__name__)
+
+
+def check_version() -> None:
+    """Raises ImportError where this TRL is not one of the versions that were tested."""
+    found = trl.__version__
+    parameters: tuple[str, ...] = ()
+    if ".".join(found.split(".")[:2]) in TESTED:
+        utils = importlib.import_module("trl.trainer.utils")
+        parameters = tuple(inspect.signature(_original(utils)).parameters)
+    if parameters != HEAD_PARAMETERS:
+        raise ImportError(
+            f"trl {found}: exo_fast.integrations.trl is tested with {', '.join(f'{v}.x' for v in TESTED)}, and other "
+            f"versions compute log-probs in other ways. pip install 'trl>={TESTED[0]},<{_next(TESTED[-1])}'"
+        )
+
+
+def _next(version: str) -> str:
+    major, minor = version.split(".")
+    return f"{major}.{int(minor) + 1}"
+
+
+def _original(module: ModuleType) -> Any:
+    current = getattr(module, HEAD)
+    return getattr(current, "exo_fast_original", current)
+
+
+check_version()
+
+from trl.trainer.dpo_config import DPOConfig  # noqa: E402  only now is it known to be the one that is meant
+from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
+from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
+
+
+def patch_trl(
+    *,
+    trainers: Sequence[str] = TRAINERS,
+    share_prompts: bool = True,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> None:
+    """From now on, TRL trainers that are made use the fused path. Called again, it replaces the settings.
+
+    Args:
+        trainers: which: dpo, kto, grpo, rloo, sft.
+        share_prompts: run a prompt once for the rows of a batch that have it, where the model allows it; the first such
+            batch is computed both ways and compared. False leaves rows as they are.
+        memory_budget: bytes of vocabulary-sized scratch; see `exo_fast.logprobs.linear_logprobs`.
+        backend: auto, triton, torch or reference.
+
+    Models that `exo_fast.head.read_head` does not know and multimodal ones keep TRL's own head, with a warning. GRPO's
+    entropy bonus needs a gradient of the entropy, which is not given: asking for it is an error in backward.
+
+    Raises ValueError for a trainer that is not known.
+    """
+    unknown = sorted(set(trainers) - set(TRAINERS))
+    if unknown:
+        raise ValueError(f"trainers={list(trainers)}: {unknown[0]!r} is not one of {', '.join(TRAINERS)}.")
+    unpatch_trl()
+    for name in trainers:
+        module = importlib.import_module(f"trl.trainer.{name}_trainer")
+        original = getattr(module, HEAD)
+        options = {"memory_budget": memory_budget, "backend": backend}
+        setattr(module, HEAD, _fused_lm_head(original, share_prompts, options))
+
+
+def unpatch_trl() -> None:
+    """Trainers made after this use TRL's own head again. Those that were made under `patch_trl` keep what they have."""
+    for name in TRAINERS:
+        module = importlib.import_module(f"trl.trainer.{name}_trainer")
+        setattr(module, HEAD, _original(module))
+
+
+@contextmanager
+def _patched(**options: Any) -> Iterator[None]:
+    module = importlib.import_module("trl.trainer.dpo_trainer")
+    before = getattr(module, HEAD)
+    setattr(module, HEAD, _fused_lm_head(_original(module), **options))
+    try:
+        yield
+    finally:
+        setattr(module, HEAD, before)
+
+
+def _fused_lm_head(original: Any, share_prompts: bool, options: dict[str, Any]) -> Any:
+    """What stands in for TRL's `add_fused_lm_head`."""
+
+    def add_fused_lm_head(
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        cast_lm_head_to_fp32: bool = False,
+        outputs: tuple[str, ...] = ("log_probs",),
+    ) -> None:
+        original(model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs)
+        why_not = fusible(model)
+        if why_not:
+            logger.warning(f"exo_fast: {type(model).__name__} keeps TRL's head: {why_not}")
+            return
+        fused = FusedForward(
+            fallback=model.forward,
+            output_class=FusedCausalLMOutput,
+            plan=make_plan(model),
+            temperature=temperature,
+            cast_lm_head_to_fp32=cast_lm_head_to_fp32,
+            outputs=tuple(outputs),
+            share_prompts=share_prompts,
+            options=dict(options),
+        )
+        if share_prompts and not fused.plan.share:
+            logger.warning(f"exo_fast: rows of one prompt do not share it: {fused.plan.reason}")
+        fuse(model, fused)
+
+    add_fused_lm_head.exo_fast_original = original  # type: ignore[attr-defined]
+    return add_fused_lm_head
+
+
+@dataclass
+class ExoDPOConfig(DPOConfig):
+    """DPOConfig, with the losses over K candidates. `beta` is beta_pi of the paper."""
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["exo-pref"],
+        metadata={
+            "help": "'exo-pref', 'exo-rw', 'dpo-pref', 'dpo-rw' (K candidates with rewards, or pairs), or any of TRL's "
+            "own losses of pairs; of these 'sigmoid' and 'exo_pair' take K candidates too (as 'dpo-pref', 'exo-pref')."
+        },
+    )
+    beta_r: float = field(
+        default=0.1, metadata={"help": "Temperature of the rewards in '*-rw': the target is softmax(reward / beta_r)."}
+    )
+    label_smoothing: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "ε of '*-pref' and of TRL's losses that have one. Default: 1e-3 for EXO, which needs one, else 0."
+        },
+    )
+    precompute_ref_log_probs: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Default: yes, unless the data is streamed, has images, or the reference follows the policy."
+        },
+    )
+    share_prompts: bool = field(
+        default=True, metadata={"help": "Run a prompt once for all its candidates, where the model allows it."}
+    )
+    memory_budget: int | None = field(default=None, metadata={"help": "Bytes of vocabulary-sized scratch."})
+    backend: str = field(default="auto", metadata={"help": "auto, triton, torch or reference."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if self.label_smoothing is None:
+            exo = any(name.startswith("exo") for name in self.loss_type)
+            self.label_smoothing = default_label_smoothing("exo-pref") if exo else 0.0
+        super().__post_init__()
+        ours = [name for name in self.loss_type if name in LOSS_TYPES]
+        if ours and len(self.loss_type) > 1:
+            raise ValueError(f"loss_type={self.loss_type}: {ours[0]!r} is a loss by itself; give it alone.")
+
+
+class ExoDPOTrainer(DPOTrainer):
+    """DPOTrainer on the fused path, with EXO and DPO over K candidates (Ji et al., ICML 2024).
+
+    Takes what DPOTrainer takes. `args` is an ExoDPOConfig, or a DPOConfig for TRL's own losses. A batch of
+    `per_device_train_batch_size` G holds G prompts with all their candidates; all rows have the same number K of
+    candidates. Logged beside TRL's names: group_accuracy, kl and group_entropy (`exo_fast.training.metrics`).
+
+    Raises ValueError for data without `rewards`, another number of candidates, rewards that are not finite, ties for
+    the highest reward under '*-pref', and options of TRL that are about pairs (ld_alpha, use_weighting, f_divergence).
+    """
+
+    _tag_names = ["trl", "dpo", "exo", "exo_fast"]  # noqa: RUF012  a class attribute of TRL's
+    _name = "EXO"
+    _paper = {  # noqa: RUF012
+        "title": "Towards Efficient Exact Optimization of Language Model Alignment",
+        "id": "2402.00856",
+        "citation": textwrap.dedent("""\
+            @inproceedings{ji2024towards,
+                title     = {{Towards Efficient Exact Optimization of Language Model Alignment}},
+                author    = {Haozhe Ji and Cheng Lu and Yilin Niu and Pei Ke and Hongning Wang and Jun Zhu and Jie Tang and Minlie Huang},
+                booktitle = {International Conference on Machine Learning},
+                year      = 2024
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *positional: Any,
+        **named: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = ExoDPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-EXO")
+        first = None if train_dataset is None else next(iter(train_dataset))
+        if args.precompute_ref_log_probs is None:
+            streamed = not hasattr(train_dataset, "__len__")
+            images = first is not None and ("image" in first or "images" in first)
+            args.precompute_ref_log_probs = not (streamed or images or args.sync_ref_model)
+        self.group_loss = _group_loss(args, first)
+        self._candidates = CandidateCollator()
+        if self.group_loss is not None and data_collator is None:
+            data_collator = self._candidates
+            data_collator.max_length, data_collator.truncation_mode = args.max_length, args.truncation_mode
+            data_collator.pad_to_multiple_of = args.pad_to_multiple_of
+        options = {"memory_budget": getattr(args, "memory_budget", None), "backend": getattr(args, "backend", "auto")}
+        with _patched(share_prompts=getattr(args, "share_prompts", True), options=options):
+            super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **named)
+        if self.group_loss is not None:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            causal_lm = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+            if fusible(causal_lm):
+                raise ValueError(f"{type(causal_lm).__name__}: {fusible(causal_lm)}")
+            if self.aux_loss_enabled:
+                raise ValueError(
+                    f"loss_type={self.loss_types}: the router's auxiliary loss ({self.router_aux_loss_coef}) is not "
+                    "added to the losses over candidates; set router_aux_loss_coef=0.0."
+                )
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
+        if self.group_loss is None:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        self._candidates.pad_token_id = self._tokenizer.pad_token_id
+        first = next(iter(dataset))
+        if "candidate_ids" in first:
+            return dataset
+        described = {} if not hasattr(dataset, "__len__") else {"desc": f"Tokenizing {dataset_name} dataset"}
+        if "completions" not in first:  # pairs
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            return dataset.map(
+                lambda row: {"candidate_ids": [row["chosen_ids"], row["rejected_ids"]], "rewards": [1.0, 0.0]}
+            )
+        check = CandidateCheck(self.group_loss["loss_type"], dataset_name, len(first["completions"]))
+        dataset = dataset.map(
+            lambda row, index: check(row, index) or tokenize_candidates(row, processing_class),
+            with_indices=True,
+            **described,
+        )
+        if args.max_length is not None and args.truncation_mode == "keep_start":
+            dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.group_loss is not None and "candidate_ids" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "candidate_ids", "rewards"]
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """TRL's two columns of reference log-probs, which it computes and keeps: here of the first candidate (G,), and
+        of the others (G, K − 1)."""
+        if self.group_loss is None:
+            return super().compute_ref_log_probs(model, inputs)
+        rewards = inputs["rewards"]
+        halves = super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "rewards"})
+        logps = torch.cat(halves).view(rewards.shape)
+        return logps[:, 0], logps[:, 1:]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self.group_loss is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        mode = "train" if self.model.training else "eval"
+        if self.precompute_ref_logps:
+            first, others = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            first, others = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        ref_logps = torch.cat([first.unsqueeze(1), others], dim=1)
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            fused_groups={
+                "labels": labels,
+                "ref_logps": ref_logps,
+                "rewards": inputs["rewards"],
+                "loss": self.group_loss,
+            },
+        )
+        numbers = group_metrics(outputs.logits, ref_logps, inputs["rewards"].to(ref_logps.device), self.beta)
+        means = self.accelerator.gather_for_metrics(numbers).mean(0).tolist()
+        for name, value in zip(GROUP_METRICS, means, strict=True):
+            self._metrics[mode]["group_entropy" if name == "entropy" else name].append(value)
+        if mode == "train":
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The options of `exo_fast.loss` for this configuration and data; None where TRL computes the loss of pairs."""
+    (name,) = args.loss_type if len(args.loss_type) == 1 else (None,)
+    candidates = first is not None and "completions" in first
+    if name not in LOSS_TYPES and not candidates:
+        return None
+    if name not in LOSS_TYPES and name not in AS_GROUPS:
+        raise ValueError(
+            f"loss_type={args.loss_type} is a loss of pairs, and train_dataset has a column `completions`. Choose one "
+            f"of {', '.join((*LOSS_TYPES, *AS_GROUPS))}."
+        )
+    if args.ld_alpha is not None or args.use_weighting or args.f_divergence_type != "reverse_kl":
+        raise ValueError(
+            "ld_alpha, use_weighting and f_divergence_type are about pairs; leave them out for K candidates."
+        )
+    return {
+        "loss_type": AS_GROUPS.get(name, name),
+        "beta_pi": args.beta,
+        "beta_r": getattr(args, "beta_r", 0.1),
+        "label_smoothing": args.label_smoothing,
+    }
+
+
+@dataclass
+class CandidateCheck:
+    """What a row of candidates must be. Raises ValueError that names the row, its value and the fix."""
+
+    loss_type: str
+    split: str
+    candidates: int
+
+    def __call__(self, row: dict[str, Any], index: int) -> None:
+        place = f"{self.split} dataset, row {index}"
+        completions, rewards = row["completions"], row.get("rewards")
+        if self.candidates < 2 or len(completions) != self.candidates:
+            raise ValueError(
+                f"{place}: {len(completions)} completions; all rows need the same number of candidates, at least 2 "
+                f"(the first row has {self.candidates})."
+            )
+        if rewards is None or len(rewards) != len(completions):
+            raise ValueError(f"{place}: `rewards` is {rewards}; one number for each of the completions is needed.")
+        if not all(isinstance(reward, int | float) and math.isfinite(reward) for reward in rewards):
+            raise ValueError(f"{place}: `rewards` is {rewards}; they must be finite numbers.")
+        if self.loss_type.endswith("-pref") and sorted(rewards)[-1] == sorted(rewards)[-2]:
+            raise ValueError(
+                f"{place}: `rewards` is {rewards}: no candidate has the highest reward alone, which {self.loss_type} "
+                "needs. Drop the row, or use exo-rw or dpo-rw."
+            )
+
+
+def tokenize_candidates(row: dict[str, Any], processing_class: Any) -> dict[str, Any]:
+    """Token ids of a prompt and its candidates, as TRL makes those of a pair: together, and cut where they part."""
+    from trl.data_utils import _tokenize, common_prefix_length, is_conversational
+
+    prompt, texts = row["prompt"], row["completions"]
+    if is_conversational({"prompt": prompt}):
+        options = row.get("chat_template_kwargs") or {}
+        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **options)["input_ids"]
+        answers = [[{"role": "assistant", "content": t}] if isinstance(t, str) else t for t in texts]
+        sequences = [_tokenize(processing_class, prompt + answer, **options)["input_ids"] for answer in answers]
+    else:
+        eos = processing_class.eos_token
+        prompt_ids = _tokenize(processing_class, prompt)["input_ids"]
+        ended = [text if text.endswith(eos) else text + eos for text in texts]
+        sequences = [_tokenize(processing_class, prompt + text)["input_ids"] for text in ended]
+    cut = min(common_prefix_length(prompt_ids, ids) for ids in sequences)
+    return {
+        "prompt_ids": prompt_ids[:cut],
+        "candidate_ids": [ids[cut:] for ids in sequences],
+        "rewards": [float(reward) for reward in row["rewards"]],
+    }
+
+
+@dataclass
+class CandidateCollator:
+    """Rows of `prompt_ids`, `candidate_ids` (K lists) and `rewards` -> input_ids, attention_mask and completion_mask
+    (G·K, T), candidates of a group one after another, rewards (G, K), and reference log-probs where they are known."""
+
+    pad_token_id: int = 0
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows, masks = [], []
+        kept = slice(None)
+        if self.max_length is not None:
+            kept = (
+                slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+            )
+        for example in examples:
+            for ids in example["candidate_ids"]:
+                rows.append(torch.tensor((example["prompt_ids"] + ids)[kept]))
+                masks.append(torch.tensor(([0] * len(example["prompt_ids"]) + [1] * len(ids))[kept]))
+        batch = {
+            "input_ids": self._padded(rows, self.pad_token_id),
+            "attention_mask": self._padded([torch.ones_like(row) for row in rows], 0),
+            "completion_mask": self._padded(masks, 0),
+            "rewards": torch.tensor([example["rewards"] for example in examples]),
+        }
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        extra = -padded.shape[1] % (self.pad_to_multiple_of or 1)
+        return torch.nn.functional.pad(padded, (0, extra), value=value)

@@ -1,0 +1,375 @@
+"""TRL's trainers with and without the fused path: the same losses, metrics and weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
+
+from datasets import Dataset  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from exo_fast import reference  # noqa: E402
+from exo_fast.integrations import trl as integration  # noqa: E402
+from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer, patch_trl, unpatch_trl  # noqa: E402
+
+WORDS = ["the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great"]
+SILENT = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
+
+
+def pairs(n: int = 8) -> Dataset:
+    draw = torch.Generator().manual_seed(0)
+
+    def text(length: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=draw).tolist())
+
+    return Dataset.from_list(
+        [{"prompt": text(3 + i % 4) + " ", "chosen": text(2 + i % 3), "rejected": text(1 + i % 5)} for i in range(n)]
+    )
+
+
+def candidates(n: int = 8, k: int = 3) -> Dataset:
+    rows = pairs(n * k).to_list()
+    return Dataset.from_list(
+        [
+            {
+                "prompt": rows[i * k]["prompt"],
+                "completions": [row["chosen"] for row in rows[i * k : i * k + k]],
+                "rewards": [((i + j) % k) / 2 for j in range(k)],
+            }
+            for i in range(n)
+        ]
+    )
+
+
+def run(trainer_class: type, config: Any, model: str, data: Dataset, **options: Any) -> tuple[list[dict], dict]:
+    """The log of every step, and the weights at the end."""
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    trainer = trainer_class(policy, args=config, train_dataset=data, processing_class=tokenizer, **options)
+    trainer.train()
+    weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    return [entry for entry in trainer.state.log_history if "loss" in entry], weights
+
+
+def difference(found: dict, expected: dict) -> float:
+    """Largest difference of the weights."""
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).abs().max()) for name in found)
+
+
+@pytest.fixture(autouse=True)
+def unpatched() -> Any:
+    yield
+    unpatch_trl()
+
+
+def config(path: Path, kind: type = trl.DPOConfig, **options: Any) -> Any:
+    # SGD: Adam divides by gradients, and makes as much of those that are rounding. TRL's default is bf16.
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "optim": "sgd",
+        "bf16": False,
+        **SILENT,
+        **options,
+    }
+    return kind(str(path), **settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
+        {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5},
+        {"loss_type": ["ipo"], "use_weighting": True},
+        {"precompute_ref_log_probs": True},
+        {"max_length": 14, "gradient_accumulation_steps": 2, "gradient_checkpointing": False},
+        {"bf16": True},
+    ],
+    ids=["sigmoid", "exo_pair", "two losses", "weighted", "precomputed", "truncated", "bf16"],
+)
+def test_patched_dpo_gives_the_same_log_and_weights(tmp_path: Path, tiny_llama: str, options: dict) -> None:
+    expected, weights = run(trl.DPOTrainer, config(tmp_path / "a", **options), tiny_llama, pairs())
+    patch_trl()
+    found, patched = run(trl.DPOTrainer, config(tmp_path / "b", **options), tiny_llama, pairs())
+    tolerance = 2e-2 if options.get("bf16") else 2e-5
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in theirs.keys() - {
+            "epoch",
+            "learning_rate",
+            *(["rewards/accuracies"] if options.get("bf16") else []),
+        }:
+            assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), name
+    assert difference(patched, weights) < (5e-3 if options.get("bf16") else 2e-5)
+
+
+def test_prompts_are_shared_and_the_model_runs_fewer_tokens(tmp_path: Path, tiny_llama: str) -> None:
+    seen = []
+
+    class Counting(trl.DPOTrainer):
+        def __init__(self, model: Any, **named: Any):
+            model.model.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+            )
+            super().__init__(model, **named)
+
+    data = pairs(1)
+    prompt, chosen, rejected = (len(data[0][name].split()) * 2 for name in ("prompt", "chosen", "rejected"))
+    tokens = 1 + prompt + chosen + rejected  # <s>, words with a space after each, the last one's being </s>
+    settings = {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_checkpointing": False}
+    patch_trl()
+    run(Counting, config(tmp_path / "a", **settings), tiny_llama, data)
+    assert seen[-1] == tokens
+    patch_trl(share_prompts=False)
+    run(Counting, config(tmp_path / "b", **settings), tiny_llama, data)
+    assert seen[-1] == 2 * (1 + prompt + max(chosen, rejected))
+
+
+def test_lora(tmp_path: Path, tiny_llama: str) -> None:
+    from peft import LoraConfig
+
+    lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
+    expected, weights = run(trl.DPOTrainer, config(tmp_path / "a"), tiny_llama, pairs(), **lora)
+    patch_trl()
+    found, patched = run(trl.DPOTrainer, config(tmp_path / "b"), tiny_llama, pairs(), **lora)
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+    assert difference(patched, weights) < 2e-5
+
+
+def test_kto(tmp_path: Path, tiny_llama: str) -> None:
+    rows = pairs(8).to_list()
+    data = Dataset.from_list(
+        [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(rows)]
+    )
+    settings = {"kind": trl.KTOConfig, "per_device_train_batch_size": 4}
+    expected, weights = run(trl.KTOTrainer, config(tmp_path / "a", **settings), tiny_llama, data)
+    patch_trl()
+    found, patched = run(trl.KTOTrainer, config(tmp_path / "b", **settings), tiny_llama, data)
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+    assert difference(patched, weights) < 2e-5
+
+
+def grpo(path: Path, model: str, **options: Any) -> tuple[list[dict], dict]:
+    data = Dataset.from_list([{"prompt": row["prompt"]} for row in pairs(8)])
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text) % 7) for text in completions]
+
+    settings = {"num_generations": 4, "max_completion_length": 6, "per_device_train_batch_size": 4, "beta": 0.1}
+    arguments = config(path, trl.GRPOConfig, max_steps=2, **settings, **options)
+    return run(trl.GRPOTrainer, arguments, model, data, reward_funcs=reward)
+
+
+def test_grpo(tmp_path: Path, tiny_llama: str) -> None:
+    expected, weights = grpo(tmp_path / "a", tiny_llama)
+    patch_trl()
+    found, patched = grpo(tmp_path / "b", tiny_llama)
+    for mine, theirs in zip(found, expected, strict=True):
+        for name in ("loss", "entropy", "reward", "kl", "completions/mean_length"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    assert difference(patched, weights) < 1e-4
+
+
+def test_an_entropy_bonus_is_an_error_and_not_silently_left_out(tmp_path: Path, tiny_llama: str) -> None:
+    patch_trl(trainers=["grpo"])
+    with pytest.raises(RuntimeError, match="entropy_coef"):
+        grpo(tmp_path, tiny_llama, entropy_coef=0.1)
+
+
+def test_sft(tmp_path: Path, tiny_llama: str) -> None:
+    data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(8)])
+    expected, weights = run(trl.SFTTrainer, config(tmp_path / "a", trl.SFTConfig), tiny_llama, data)
+    patch_trl()
+    found, patched = run(trl.SFTTrainer, config(tmp_path / "b", trl.SFTConfig), tiny_llama, data)
+    for mine, theirs in zip(found, expected, strict=True):
+        for name in ("loss", "entropy", "mean_token_accuracy"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert difference(patched, weights) < 2e-5
+
+
+def test_undo_and_settings(tiny_llama: str) -> None:
+    from trl.trainer import dpo_trainer, kto_trainer
+
+    before = dpo_trainer.add_fused_lm_head
+    patch_trl(trainers=["dpo"])
+    patch_trl(trainers=["dpo"], share_prompts=False)
+    assert dpo_trainer.add_fused_lm_head is not before
+    assert kto_trainer.add_fused_lm_head is before
+    unpatch_trl()
+    unpatch_trl()
+    assert dpo_trainer.add_fused_lm_head is before
+    with pytest.raises(ValueError, match="'ppo' is not one of dpo, kto, grpo, rloo, sft"):
+        patch_trl(trainers=["ppo"])
+
+
+@pytest.mark.parametrize("version", ["1.14.2", "1.17.0", "2.0.0"])
+def test_another_version_of_trl_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(ImportError, match=rf"trl {version}: .* tested with 1\.15\.x, 1\.16\.x"):
+        integration.check_version()
+
+
+def test_a_model_that_is_not_known_keeps_trls_head(tmp_path: Path, tiny_llama: str, caplog: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.config.model_type = "something_new"
+    patch_trl()
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    trl.DPOTrainer(
+        model,
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
+        args=config(tmp_path),
+        train_dataset=pairs(),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    assert "keeps TRL's head: model type 'something_new'" in caplog.text
+
+
+# ExoDPOTrainer --------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_by_our_loss_are_trls_exo_pair(tmp_path: Path, tiny_llama: str) -> None:
+    theirs = config(tmp_path / "a", loss_type=["exo_pair"], label_smoothing=1e-3)
+    expected, weights = run(trl.DPOTrainer, theirs, tiny_llama, pairs())
+    found, ours = run(ExoDPOTrainer, config(tmp_path / "b", ExoDPOConfig), tiny_llama, pairs())
+    for mine, other in zip(found, expected, strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected", "grad_norm"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    assert difference(ours, weights) < 2e-5
+
+
+def test_pairs_by_trls_loss(tmp_path: Path, tiny_llama: str) -> None:
+    expected, weights = run(trl.DPOTrainer, config(tmp_path / "a", loss_type=["hinge"]), tiny_llama, pairs())
+    ours = config(tmp_path / "b", ExoDPOConfig, loss_type="hinge")
+    assert ours.label_smoothing == 0.0
+    found, weights_of_ours = run(ExoDPOTrainer, ours, tiny_llama, pairs())
+    assert ours.precompute_ref_log_probs is True
+    assert found[-1].keys() == expected[-1].keys()
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+    assert difference(weights_of_ours, weights) < 2e-5
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+@pytest.mark.parametrize("loss_type", ["exo-rw", "dpo-rw", "exo-pref", "sigmoid"])
+def test_candidates(tmp_path: Path, tiny_llama: str, loss_type: str, precomputed: bool) -> None:
+    """The first step's loss, gradient norm and metrics against full logits, and shared against ordinary rows."""
+    data = candidates()
+    settings = {
+        "loss_type": loss_type,
+        "precompute_ref_log_probs": precomputed,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "max_grad_norm": 1e9,
+    }
+    log, weights = run(ExoDPOTrainer, config(tmp_path / "a", ExoDPOConfig, **settings), tiny_llama, data)
+    unshared = config(tmp_path / "b", ExoDPOConfig, share_prompts=False, **settings)
+    plain, plain_weights = run(ExoDPOTrainer, unshared, tiny_llama, data)
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in plain], rel=1e-5)
+    assert difference(weights, plain_weights) < 2e-5
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    logps = []
+    for row in data:
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        for text in row["completions"]:
+            ids = torch.tensor([tokenizer(row["prompt"] + text + "</s>")["input_ids"]])
+            rows = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
+            logps.append(rows.gather(1, ids[0, 1:, None]).sum(1)[start - 1 :].sum())
+    policy = torch.stack(logps).view(8, 3)
+    ours = {"sigmoid": "dpo-pref"}.get(loss_type, loss_type)
+    smoothing = 1e-3 if ours == "exo-pref" else 0.0
+    rewards = torch.tensor(data["rewards"], dtype=torch.float64)
+    loss = reference.group_loss(policy, policy.detach(), rewards, loss_type=ours, label_smoothing=smoothing).mean()
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert log[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert log[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    best = policy.gather(1, rewards.argmax(1, keepdim=True)).mean()
+    assert log[0]["logps/chosen"] == pytest.approx(float(best), rel=1e-5)
+    assert log[1]["kl"] != 0
+
+
+def test_candidates_in_evaluation_and_lora(tmp_path: Path, tiny_llama: str) -> None:
+    from peft import LoraConfig
+
+    arguments = config(tmp_path, ExoDPOConfig, loss_type="exo-rw", eval_strategy="steps", eval_steps=2)
+    policy = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    trainer = ExoDPOTrainer(
+        policy,
+        args=arguments,
+        train_dataset=candidates(),
+        eval_dataset=candidates(4),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    before = trainer.evaluate()
+    assert before["eval_kl"] == pytest.approx(0, abs=1e-5)
+    trainer.train()
+    after = trainer.evaluate(candidates(4))
+    assert after["eval_loss"] != before["eval_loss"]
+    assert {"eval_rewards/margins", "eval_group_accuracy", "eval_group_entropy"} <= after.keys()
+
+
+def test_conversations_of_candidates(tmp_path: Path, tiny_llama: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    text = candidates(2)
+    chat = text.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"].strip()}],
+            "completions": [[{"role": "assistant", "content": c}] for c in row["completions"]],
+        },
+        remove_columns=["prompt", "completions"],
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    arguments = config(tmp_path, ExoDPOConfig, loss_type="exo-rw")
+    trainer = ExoDPOTrainer(model, args=arguments, train_dataset=chat, processing_class=tokenizer)
+    row = trainer.train_dataset[0]
+    assert tokenizer.decode(row["prompt_ids"]).split() == text[0]["prompt"].split()
+    assert [tokenizer.decode(ids).split() for ids in row["candidate_ids"]] == [
+        c.split() for c in text[0]["completions"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": [0.0, 1.0]}, "row 1: `rewards` is \\[0.0, 1.0\\]; one number for each"),
+        ({"rewards": [0.0, float("nan"), 1.0]}, "finite numbers"),
+        ({"rewards": [1.0, 1.0, 0.0]}, "no candidate has the highest reward alone"),
+        ({"completions": ["good", "bad"]}, "row 1: 2 completions; all rows need the same number"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, tiny_llama: str, change: dict, message: str) -> None:
+    rows = candidates(3).to_list()
+    rows[1].update(change)
+    with pytest.raises(ValueError, match=message):
+        run(ExoDPOTrainer, config(tmp_path, ExoDPOConfig), tiny_llama, Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "hinge"}, "is a loss of pairs"),
+        ({"loss_type": ["exo-rw", "sft"]}, "give it alone"),
+        ({"loss_type": "exo-rw", "ld_alpha": 0.5}, "ld_alpha"),
+    ],
+)
+def test_bad_options_are_named(tmp_path: Path, tiny_llama: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(ExoDPOTrainer, config(tmp_path, ExoDPOConfig, **options), tiny_llama, candidates())
+
+
+def test_importing_exo_fast_does_not_import_trl() -> None:
+    code = "import sys, exo_fast.loss, exo_fast.integrations; assert not {'trl', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
