@@ -37,6 +37,38 @@ def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
 
 
+def checked_operands(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    memory_budget: int | None,
+    backend: str,
+    process_group: Any = None,
+) -> tuple[Tensor, Tensor, Tensor | None, vocab_parallel.Slice | None]:
+    """The door of every function of log-probs: hidden, weight and bias as they are computed with, and which slice of
+    the vocabulary weight is, if it is one; or a ValueError."""
+    check_budget(memory_budget)
+    check_ignore_index(ignore_index)
+    hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    hidden, weight = autocast_operands(hidden, weight)
+    part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
+    check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
+    check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
+    return hidden, weight, bias, part
+
+
+def flat_targets(targets: Tensor, ignore_index: int) -> Tensor:
+    """As the operators take them: (N,) int64, −1 where ignored."""
+    wanted = targets.reshape(-1).long()
+    return wanted.masked_fill(wanted == ignore_index, -1)
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -80,23 +112,16 @@ def linear_logprobs(
             On a GPU, and in a compiled graph, a target out of range, as what ranks do not agree in, is a failed
             assertion (RuntimeError) where the values are: nothing waits.
     """
-    check_budget(memory_budget)
-    check_ignore_index(ignore_index)
-    hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
-    check_tensor("hidden", hidden)
-    check_tensor("weight", weight)
-    hidden, weight = autocast_operands(hidden, weight)
-    part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
-    check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
-    check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
+    hidden, weight, bias, part = checked_operands(
+        hidden, weight, targets, bias, scale, softcap, ignore_index, memory_budget, backend, process_group
+    )
     chosen = choose(backend, hidden)
     if chosen == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
             return reference.linear_logprobs(
                 hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, ignore_index=ignore_index
             )
-    wanted = targets.reshape(-1).long()
-    wanted = wanted.masked_fill(wanted == ignore_index, -1)
+    wanted = flat_targets(targets, ignore_index)
     need, rows = needs_gradient(hidden, weight, bias), hidden.reshape(-1, hidden.shape[-1])
     if part is not None:
         logps = vocab_parallel.linear_logprobs(rows, weight, bias, wanted, scale, softcap, memory_budget, chosen, part)

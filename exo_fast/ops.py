@@ -1,16 +1,18 @@
-"""The three operators of the library as `torch.library` knows them, one set for the torch and the triton backend.
+"""The four operators of the library as `torch.library` knows them, one set for the torch and the triton backend.
 
 A backend is plain functions of tensors (`exo_fast.backends.torch`); here they get schemas, fake implementations (the
 shapes, dtypes and devices of what they return, for tracing) and derivatives. So torch.compile, torch.export and
 make_fx see one node for each, and eager mode runs the same operators. The public functions check their inputs; the
 operators trust them.
 
-    linear_logprobs           (N,) log-probs, and what a backward pass needs: row statistics, or ∂ℓ_t/∂h_t itself
-    linear_logprobs_backward  dH, dW, db from those statistics and the upstream gradient
-    linear_group_loss         the mean loss and, in the same pass, its gradients, which backward only scales
+    linear_logprobs                  (N,) log-probs, and what a backward pass needs: row statistics, or ∂ℓ_t/∂h_t itself
+    linear_logprobs_with_statistics  the same, and what else is to be known of each row's distribution
+    linear_logprobs_backward         dH, dW, db from the row statistics of either and the upstream gradient
+    linear_group_loss                the mean loss and, in the same pass, its gradients, which backward only scales
 
-A gradient that nobody needs is an empty tensor (0,). dW and db are sums over rows, returned in float32 (float64 for
-float64 inputs) and rounded once, to the dtype of the parameter, after the upstream gradient has been multiplied in.
+A gradient that nobody needs, and a statistic that nobody asked for, is an empty tensor (0,). dW and db are sums over
+rows, returned in float32 (float64 for float64 inputs) and rounded once, to the dtype of the parameter, after the
+upstream gradient has been multiplied in.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,7 +108,8 @@ def linear_logprobs_backward(
         gradients = implementation(backend).logprobs_backward(
             hidden, Head(weight, bias, scale, softcap), targets, stats, grad, tuple(need), memory_budget
         )
-    return _filled(hidden, *gradients)
+    grad_hidden, grad_weight, grad_bias = _filled(hidden, *gradients)
+    return grad_hidden, grad_weight, grad_bias
 
 
 @torch.library.register_fake("exo_fast::linear_logprobs_backward")
@@ -114,10 +117,14 @@ def _(hidden, weight, bias, targets, stats, grad, scale, softcap, memory_budget,
     return _empty_gradients(hidden, weight, bias, need)
 
 
-def _save_logprobs(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, bias, targets, scale, softcap, memory_budget, unit_hidden, backend = inputs
+def _save_logprobs(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, stats, unit = output
+    _keep_for_backward(ctx, inputs, stats, unit)
     ctx.mark_non_differentiable(stats, unit)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple, stats: Tensor, unit: Tensor | None) -> None:
+    hidden, weight, bias, targets, scale, softcap, memory_budget, unit_hidden, backend = inputs
     ctx.set_materialize_grads(False)
     need = ctx.needs_input_grad[:3]
     ctx.unit = unit_hidden and need[0]
@@ -145,6 +152,49 @@ def _backward_logprobs(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor 
 
 
 torch.library.register_autograd("exo_fast::linear_logprobs", _backward_logprobs, setup_context=_save_logprobs)
+
+
+@operator
+def linear_logprobs_with_statistics(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64, −1 where ignored
+    scale: float,
+    softcap: float | None,
+    memory_budget: int | None,
+    outputs: Sequence[bool],  # of entropy, log Σ p², mean logit and is_top1: which are wanted
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs (N,) and row statistics (3, N) as of `linear_logprobs`, and the four of `outputs`, (N,) or (0,)."""
+    with _without_autocast(hidden):
+        logps, stats, found = implementation(backend).statistics_forward(
+            hidden, Head(weight, bias, scale, softcap), targets, memory_budget, tuple(outputs)
+        )
+    *numbers, top = found
+    return logps, stats, *_filled(logps, *numbers), logps.new_empty(0, dtype=torch.bool) if top is None else top
+
+
+@torch.library.register_fake("exo_fast::linear_logprobs_with_statistics")
+def _(hidden, weight, bias, targets, scale, softcap, memory_budget, outputs, backend):
+    acc, n = compute_dtype(hidden), hidden.shape[0]
+    *numbers, top = (n if wanted else 0 for wanted in outputs)
+    found = (hidden.new_empty(size, dtype=acc) for size in numbers)
+    top1 = hidden.new_empty(top, dtype=torch.bool)
+    return hidden.new_empty(n, dtype=acc), hidden.new_empty(3, n, dtype=acc), *found, top1
+
+
+def _save_logprobs_with_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    """A backward pass is that of `linear_logprobs` without ∂ℓ_t/∂h_t: what else is returned has no gradient."""
+    *tensors_and_numbers, _, backend = inputs
+    _, stats, *found = output
+    _keep_for_backward(ctx, (*tensors_and_numbers, False, backend), stats, None)
+    ctx.mark_non_differentiable(stats, *found)
+
+
+torch.library.register_autograd(
+    "exo_fast::linear_logprobs_with_statistics", _backward_logprobs, setup_context=_save_logprobs_with_statistics
+)
 
 
 @operator
@@ -209,7 +259,7 @@ def _backward_group_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tenso
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         gradients = linear_group_loss(*tensors, *ctx.options)[2:]
-    scaled = [None] * 3
+    scaled: list[Tensor | None] = [None] * 3
     for i, parameter in enumerate(tensors[:3]):
         if ctx.needs_input_grad[i]:
             scaled[i] = _scaled(gradients[i], grad, parameter.dtype)

@@ -61,6 +61,34 @@ def linear_logprobs(
     return chosen.where(keep, torch.zeros_like(chosen))
 
 
+def token_statistics(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> dict[str, Tensor]:
+    """What each row's distribution p = softmax(z) looks like, without a gradient; 0 (False) where the target is
+    `ignore_index`. Shape of `targets`, in the compute dtype.
+
+    entropy: −Σ p log p in nats. log_sum_sq_probs: log Σ p². mean_logits: the mean of z over the vocabulary. is_top1
+    (bool): z[y] is the largest, and of equal ones the first.
+    """
+    keep = targets != ignore_index
+    z = logits(hidden, weight, bias, scale, softcap).detach()
+    log_p = torch.log_softmax(z, dim=-1)
+    found = {
+        "entropy": torch.special.entr(log_p.exp()).sum(-1),  # 0·log 0 = 0
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, dim=-1),
+        "mean_logits": z.mean(-1),
+        "is_top1": z.argmax(-1) == targets,
+    }
+    return {name: value.where(keep, torch.zeros_like(value)) for name, value in found.items()}
+
+
 def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """s_k = Σ_t ℓ_t over each sequence's tokens: (N,) and (S+1,) boundaries -> (S,)."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()

@@ -19,6 +19,7 @@ ELEMENTS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
+    "i8": torch.int8,
     "i32": torch.int32,
     "i64": torch.int64,
 }

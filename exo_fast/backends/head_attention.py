@@ -20,6 +20,8 @@ The first attention is computed in float32 with bf16 products: PyTorch's bf16 ke
 its operands, and there the bf16 kernel is used.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,8 @@ class Sizes:
 
 def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """logsumexp_v z_tv (n,) and Σ_v p_tv W_v (n, D), both float32, of hidden (n, D)."""
-    queries, parts, lse, mean = hidden.float().contiguous(), sizes.parts, None, None
+    queries, parts = hidden.float().contiguous(), sizes.parts
+    lse = mean = hidden.new_empty(0)  # of what has been walked; the first part of the first slice takes their place
     for start in range(0, len(head.weight), sizes.columns):
         rows = head.weight[start : start + sizes.columns].float().contiguous()
         split = parts if len(rows) % parts == 0 else 1
@@ -80,7 +83,7 @@ def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tens
         with products.bf16_products(torch.bfloat16):
             out, part_lse = flash(queries.expand(1, split, -1, -1), keys, keys, scale=head.scale)
         for part, value in zip(out[0], part_lse[0], strict=True):
-            if lse is None:
+            if not len(mean):
                 lse, mean = value, part.contiguous()
             else:
                 together = torch.logaddexp(lse, value)
@@ -120,7 +123,7 @@ def add_to_weight(
     keys, values = _one_head(hidden.bfloat16()), _one_head(scaled)
     bias = -lse.view(1, 1, 1, -1)
     first = total is None
-    if first:
+    if total is None:
         total = _float32(head.weight, head.weight.shape)
     for start in range(0, len(total), sizes.columns):
         columns = slice(start, start + sizes.columns)
@@ -139,8 +142,8 @@ def _one_head(rows: Tensor) -> Tensor:
     return rows.contiguous().view(1, 1, *rows.shape)
 
 
-def _float32(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(*shape, dtype=torch.float32)
+def _float32(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def logprobs_forward(
@@ -150,7 +153,7 @@ def logprobs_forward(
     kept = kept_rows(targets)
     n = len(hidden) if kept is None else len(kept)
     sizes = Sizes(n, hidden.shape[1], memory_budget, hidden.device)
-    stats = _float32(hidden, 3, len(hidden)).copy_(hidden.new_tensor([[0], [1], [0]]))  # log-prob 0 where ignored
+    stats = _float32(hidden, (3, len(hidden))).copy_(hidden.new_tensor([[0], [1], [0]]))  # log-prob 0 where ignored
     unit = hidden.new_zeros(hidden.shape)
     for rows in kept_chunks(kept, n, sizes.rows):
         stats[0, rows], stats[2, rows], part = token_gradients(hidden[rows], head, targets[rows], sizes)
@@ -176,7 +179,7 @@ def logprobs_backward(
     total = _float32(head.weight, head.weight.shape).zero_() if need[1] and n == 0 else None
     for rows in kept_chunks(kept, n, sizes.rows):
         h, y, c = hidden[rows], targets[rows], grad[rows].float()
-        if need[0]:
+        if grad_hidden is not None:
             part = token_gradients(h, head, y, sizes)[2]
             grad_hidden[rows] = part.mul_((c * head.scale).unsqueeze(1)).to(hidden.dtype)
         if need[1]:
@@ -201,8 +204,8 @@ def group_loss_forward(
     lengths = cu_seqlens.diff()
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     sizes = Sizes(len(hidden), hidden.shape[1], memory_budget, hidden.device)
-    lse, policy_logps = _float32(hidden, len(hidden)), _float32(hidden, groups * candidates).zero_()
-    losses, coefficients = _float32(hidden, groups), _float32(hidden, groups * candidates)
+    lse, policy_logps = _float32(hidden, (len(hidden),)), _float32(hidden, (groups * candidates,)).zero_()
+    losses, coefficients = _float32(hidden, (groups,)), _float32(hidden, (groups * candidates,))
     grad_hidden = hidden.new_empty(hidden.shape)
 
     for first, last in group_units(bounds, sizes.rows):

@@ -5,6 +5,8 @@ GPUs round to nearest even. With TRITON_INTERPRET=1 the backend repairs both, so
 tested, in every dtype on a machine without a GPU. Compiled kernels never come here.
 """
 
+from typing import Any
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -28,19 +30,19 @@ def repair() -> None:
     if getattr(convert, "repaired", False):
         return
 
-    def convert_float(data, source, target, mode):
+    def convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> np.ndarray:
         if source == tl.float32 and target == tl.bfloat16:
             return _narrow(data)
         if source == tl.bfloat16 and target == tl.float32:
             return _widen(data)
         return convert(data, source, target, mode)
 
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         a, b = (
             interpreter.TensorHandle(_widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
         )
         return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
-    convert_float.repaired = True
+    convert_float.repaired = True  # type: ignore[attr-defined]  # the mark that `repair` looks for
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot

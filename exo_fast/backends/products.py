@@ -9,6 +9,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def bf16_products(operands: torch.dtype) -> Iterator[None]:
     if operands != torch.bfloat16:
         yield
         return
-    setting = torch.backends.mkldnn.matmul
+    setting = _setting()
     with _lock:
         if _inside == 0:
             _users_setting = setting.fp32_precision
@@ -46,7 +47,12 @@ def bf16_products(operands: torch.dtype) -> Iterator[None]:
 def fp32_precision() -> str:
     """How oneDNN multiplies float32 operands on this CPU by the user's setting: "bf16", or "ieee" and others."""
     with _lock:
-        return _users_setting if _inside else torch.backends.mkldnn.matmul.fp32_precision
+        return _users_setting if _inside else _setting().fp32_precision
+
+
+def _setting() -> Any:
+    """oneDNN's `fp32_precision`, in an object that PyTorch puts in the place of its module."""
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

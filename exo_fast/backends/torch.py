@@ -19,8 +19,9 @@ bf16 products on a CPU with AMX have a schedule of their own (`exo_fast.backends
 Cost for N rows: log-probs 2·N·D·V flops; with the gradients of the one-pass schedule 6·N·D·V; of the two-pass
 schedule 8·N·D·V. Scratch is bounded by the memory budget (`Plan`).
 
-A backend is three functions of plain tensors, `logprobs_forward`, `logprobs_backward` and `group_loss_forward`, which
-`exo_fast.ops` turns into differentiable operators. What they return is contiguous and shares no memory.
+A backend is four functions of plain tensors, `logprobs_forward`, `statistics_forward`, `logprobs_backward` and
+`group_loss_forward`, which `exo_fast.ops` turns into differentiable operators. What they return is contiguous and
+shares no memory.
 """
 
 import itertools
@@ -41,6 +42,7 @@ MIN_ROWS = 192  # fewer whole rows than this in the budget make the products too
 MAX_ROWS = 1024  # more rows than this make no product faster, and fresh pages cost time
 THIN = 256  # oneDNN's bf16 (n, V) x (V, D) runs half again as fast on up to about 400 rows
 OVERFLOW = 1e26  # a row sum beyond this says that the shift was too small
+FAR = -1000.0  # its exponential is 0, in float64 too, and 0 · FAR is a number, as 0 · −inf is not
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,17 @@ class Plan:
     bytes: int  # that whole rows take, all scratch counted
 
     @classmethod
-    def of(cls, n: int, hidden: Tensor, head: Head, memory_budget: int | None, together: int = 0) -> "Plan":
-        """For n rows of hidden. `together` rows, those of the largest group, save work when they are kept at once."""
+    def of(
+        cls, n: int, hidden: Tensor, head: Head, memory_budget: int | None, together: int = 0, planes: int = 1
+    ) -> "Plan":
+        """For n rows of hidden. `together` rows, those of the largest group, save work when they are kept at once.
+        `planes`: blocks of logits that are held at once."""
         budget = scratch_budget(memory_budget, hidden.device)
         vocab, width = head.weight.shape
         acc = accumulator(hidden).itemsize
         block = min(BLOCK, vocab)
         block_copy = 0 if hidden.dtype in (torch.float32, torch.float64) else block * width * acc
-        planes = 2 if head.softcap is not None else 1
+        planes = max(planes, 2 if head.softcap is not None else 1)
         per_row = vocab * storage(hidden).itemsize + planes * block * acc + 4 * width * acc
         rows = min(n, max(MAX_ROWS, together), max(0, budget - block_copy) // per_row)
         if rows < min(MIN_ROWS, n):
@@ -153,6 +158,7 @@ def put(z: Tensor, targets: Tensor, start: int, values: Tensor) -> None:
 
 def softcap_slope(z: Tensor, head: Head) -> Tensor:
     """∂softcap(a)/∂a = 1 − tanh²(a / c), from the finished logits z = c·tanh(a / c)·scale."""
+    assert head.softcap is not None  # for the type checker: asked only of a head that has one
     return 1 - (z / (head.softcap * head.scale)).square()
 
 
@@ -193,6 +199,7 @@ def walk(blocks: LogitBlocks, hidden: Tensor, targets: Tensor, keep: Tensor | No
         total += z.exp_().sum(dim=1)
         if keep is not None:
             keep[:, start:stop] = z if slope is None else z.mul_(slope)
+    assert shift is not None  # for the type checker: a vocabulary is one block at least
     return Statistics(shift, total, target)
 
 
@@ -216,8 +223,8 @@ class Gradients:
 
     def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool], sliced: bool = False):
         acc = accumulator(hidden)
-        self.head = head
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=acc if sliced else hidden.dtype) if need[0] else None
+        self.head, self.dtype = head, acc if sliced else hidden.dtype
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=self.dtype) if need[0] else None
         self.weight = head.weight.new_zeros(head.weight.shape, dtype=acc) if need[1] else None
         self.bias = head.bias.new_zeros(head.bias.shape, dtype=acc) if need[2] and head.bias is not None else None
         self.head_needed = self.weight is not None or self.bias is not None
@@ -225,7 +232,7 @@ class Gradients:
     def unit_hidden(self, keep: Tensor, stats: Statistics, blocks: LogitBlocks) -> Tensor:
         """∂ℓ_t/∂h_t for each kept row, (n, D) in the accumulator dtype; `blocks` has scratch for a widened block."""
         weight, acc = self.head.weight, stats.sum.dtype
-        if weight.dtype == keep.dtype == self.hidden.dtype:
+        if weight.dtype == keep.dtype == self.dtype:
             size = THIN if keep.dtype == torch.bfloat16 and keep.device.type == "cpu" else len(keep)
             product = torch.cat([part @ weight for part in keep.split(size)]).to(acc)
         else:  # a float16 head, or a slice's share: a block at a time, as a whole copy in float32 would pass the budget
@@ -253,7 +260,7 @@ class Gradients:
     def join_head(self, other: "Gradients", factor: float) -> None:
         """Adds another run's dW and db times a factor, and clears them; of the same run: multiplies them."""
         for mine, added in ((self.weight, other.weight), (self.bias, other.bias)):
-            if mine is None:
+            if mine is None or added is None:
                 continue
             if other is self:
                 mine.mul_(factor)
@@ -319,11 +326,101 @@ def logprobs_forward(
         u = None if keep is None else keep[: len(h)]
         part = exponentials(blocks, h, y, u)
         stats[0, rows], stats[1, rows], stats[2, rows] = part.shift, part.sum, part.target
-        if u is not None:
+        if grads.hidden is not None and u is not None:
             grads.hidden[rows] = grads.unit_hidden(u, part, blocks).to(hidden.dtype)
         elif unit_hidden:
             grads.add_by_blocks(blocks, rows, h, y, part, torch.ones_like(part.sum))
     return Statistics(*stats.unbind()).logps, stats, grads.hidden
+
+
+class Moments:
+    """Sums over the vocabulary of some rows, built up block by block: those of the log-prob, and of each of `outputs`
+    (entropy, log Σ p², mean logit, is_top1; None where not wanted) what it takes. (n,) each, accumulator dtype.
+
+    Exponentials are those of z − shift with the running maximum as shift, and what came before a new one is scaled down
+    to it: log Σ p² overflows where Σ p does not, and is_top1 needs the maximum itself.
+    """
+
+    def __init__(self, n: int, outputs: tuple[bool, ...], like: Tensor):
+        def sums(wanted: bool) -> Tensor | None:
+            return like.new_zeros(n) if wanted else None
+
+        entropy, squares, logits, top = outputs
+        self.shift = like.new_full((n,), torch.finfo(like.dtype).min)  # not −inf: −inf − (−inf) would be nan
+        self.sum, self.target = like.new_zeros(n), like.new_zeros(n)
+        self.weighted = sums(entropy)  # Σ e·(z − shift)
+        self.squares = sums(squares)  # Σ e²
+        self.logits = sums(logits)  # Σ z
+        self.top = torch.full_like(self.sum, -1, dtype=torch.int64) if top else None  # the first column of the maximum
+
+    def add(self, start: int, z: Tensor, targets: Tensor, plane: Tensor | None) -> None:
+        """A block of logits (n, columns) from column `start`, which are written over; `plane` is a second such block,
+        for the entropy."""
+        pick(z, targets, start, into=self.target)
+        if self.logits is not None:
+            self.logits += z.sum(dim=1)
+        if self.top is not None:
+            highest, column = z.max(dim=1)  # of equal ones the first
+            torch.where(highest > self.shift, column + start, self.top, out=self.top)
+        else:
+            highest = z.amax(dim=1)
+        shift = torch.maximum(self.shift, highest)
+        drop = (self.shift - shift).clamp_(min=FAR)
+        factor = drop.exp()
+        z.sub_(shift.unsqueeze(1))
+        e = z.exp_() if self.weighted is None else torch.exp(z, out=plane)
+        if self.weighted is not None:
+            self.weighted.addcmul_(drop, self.sum).mul_(factor).add_(z.clamp_(min=FAR).mul_(e).sum(dim=1))
+        self.sum.mul_(factor).add_(e.sum(dim=1))
+        if self.squares is not None:
+            self.squares.mul_(factor.square()).add_(e.square_().sum(dim=1))
+        self.shift = shift
+
+    def outputs(self, targets: Tensor, vocab: int) -> list[Tensor | None]:
+        """What was wanted, from the sums of the whole vocabulary."""
+        log_sum = self.sum.log()
+        return [
+            None if self.weighted is None else log_sum - self.weighted / self.sum,
+            None if self.squares is None else self.squares.log() - 2 * log_sum,
+            None if self.logits is None else self.logits / vocab,
+            None if self.top is None else self.top == targets,
+        ]
+
+
+def statistics_forward(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    targets: Tensor,  # (N,) int64, −1 where ignored
+    memory_budget: int | None,
+    outputs: tuple[bool, ...],  # of entropy, log Σ p², mean logit and is_top1: which are wanted
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Per-token log-probs (N,), row statistics (3, N) as of `logprobs_forward`, and (N,) of each of `outputs`, or None.
+
+    2·N·D·V flops: one walk over the vocabulary. Ignored rows get 0 and no work.
+    """
+    kept = kept_rows(targets)
+    n = len(hidden) if kept is None else len(kept)
+    plan = Plan.of(n, hidden, head, memory_budget, planes=2 if outputs[0] else 1)
+    blocks = LogitBlocks(head, plan, hidden)
+    second = torch.empty_like(blocks.scratch) if outputs[0] else None
+    stats = torch.empty(3, len(hidden), dtype=blocks.acc, device=hidden.device)
+    dtypes = (blocks.acc, blocks.acc, blocks.acc, torch.bool)
+    found = [
+        hidden.new_zeros(len(hidden), dtype=dtype) if wanted else None
+        for wanted, dtype in zip(outputs, dtypes, strict=True)
+    ]
+    if kept is not None:
+        stats.copy_(stats.new_tensor([[0], [1], [0]]))  # log-prob 0
+    for rows in kept_chunks(kept, n, plan.block_rows):
+        h, y = hidden[rows], targets[rows]
+        moments = Moments(len(h), outputs, blocks.scratch)
+        for start, _, z in blocks(h):
+            moments.add(start, z, y, None if second is None else second[: z.numel()].view(z.shape))
+        stats[0, rows], stats[1, rows], stats[2, rows] = moments.shift, moments.sum, moments.target
+        for whole, part in zip(found, moments.outputs(y, len(head.weight)), strict=True):
+            if whole is not None and part is not None:
+                whole[rows] = part
+    return Statistics(*stats.unbind()).logps, stats, found
 
 
 def logprobs_backward(
@@ -429,7 +526,7 @@ def group_loss_forward(
                 unit = grads.unit_hidden(u, part, blocks)
                 if len(pieces) > 1:
                     grads.hidden[rows] = unit.to(hidden.dtype)
-            if without_c is not None:
+            if without_c is not None and u is not None:
                 sign = 1 - 2 * (owner[rows] % 2).to(blocks.acc)
                 without_c.add_head(u, hidden[rows], part, sign, blocks.scratch)
         sequences = slice(first * candidates, last * candidates)
@@ -451,8 +548,8 @@ def group_loss_forward(
                 grads.add_by_blocks(blocks, rows, hidden[rows], targets[rows], part, c_rows)
                 continue
             if grads.hidden is not None:
-                unit = unit if len(pieces) == 1 else grads.hidden[rows].to(blocks.acc)
-                grads.hidden[rows] = unit.mul_(c_rows.unsqueeze(1)).to(hidden.dtype)
+                whole = unit if unit is not None and len(pieces) == 1 else grads.hidden[rows].to(blocks.acc)
+                grads.hidden[rows] = whole.mul_(c_rows.unsqueeze(1)).to(hidden.dtype)
             if grads.head_needed and without_c is None:
                 u = keep[: rows.stop - rows.start]
                 if rows != pieces[-1]:

@@ -6,6 +6,8 @@
     chunked        float32 and float16. The library makes float32 logits of a chunk of rows; `logsumexp_gather` reads
                    them once, `logits_to_grad` turns them into ∂L/∂z in place.
     fused          when the memory budget holds no chunk: `linear_logprobs_backward`, nothing of the size of V.
+    statistics     the library's float32 logits of a chunk, which `token_statistics` reads once. Gradients, if they are
+                   asked for, are a second pass by any of the ways above.
 
 `docs/performance.md` has the analysis that chose them. The one-pass schedule (gradients in forward, 6·N·D·V flops)
 needs to know where groups end before the first product: from a cu_seqlens on the CPU, or because all rows fit the
@@ -40,6 +42,7 @@ from exo_fast.kernels import linear_logprobs_backward as fused_kernel
 from exo_fast.kernels import linear_logsumexp as linear_kernel
 from exo_fast.kernels import logits_to_grad as grad_kernel
 from exo_fast.kernels import logsumexp_gather as gather_kernel
+from exo_fast.kernels import token_statistics as statistics_kernel
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import Target, of_device
 
@@ -95,7 +98,7 @@ class Rows:
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
-    def config(self, kernel: ModuleType, static: Config, launch: Callable[[Config], None] | None = None) -> Config:
+    def config(self, kernel: ModuleType, static: Config, launch: Callable[[Config], object] | None = None) -> Config:
         """The static configuration, or the fastest one where tuning is on and `launch` can be timed."""
         key = (kernel.__name__.rpartition(".")[2], self.target.name, self.dtype, self.width)
         if key not in configured and launch is not None and autotuning() and self.device.type == "cuda":
@@ -161,7 +164,9 @@ def product_statistics(
     With it: U from the shifts in rows.stats, the residuals of its rounding, and `flags` for rows that need another
     shift. Returns the partial sums, which a flagged launch completes."""
     head, store = rows.head, kept is not None
-    descriptors = rows.target.descriptors and describable(rows.hidden, rows.weight, *([kept] if store else []))
+    written = [] if kept is None else [kept]
+    descriptors = rows.target.descriptors and describable(rows.hidden, rows.weight, *written)
+    kept_stride = 0 if kept is None else kept.stride(0)
 
     def run(config: Config) -> Tensor:
         sizes = config.constants
@@ -180,7 +185,7 @@ def product_statistics(
             hidden=hidden, weight=weight, bias=head.bias, targets=rows.targets, shift=rows.stats, flags=flags,
             partial=sums, kept=out, n=rows.n, vocab=rows.vocab, width=rows.width,
             stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
-            kept_stride=kept.stride(0) if store else 0, splits=splits, scale=head.scale, softcap=rows.softcap,
+            kept_stride=kept_stride, splits=splits, scale=head.scale, softcap=rows.softcap,
             GROUP=linear_kernel.GROUP, STORE=store, FLAGGED=flagged,
             PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors, **rows.flags,
         )  # fmt: skip
@@ -188,7 +193,7 @@ def product_statistics(
             linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), linear_kernel.MERGE,
             partial=sums, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
             residual=residual, n=rows.n, splits=splits, stats_stride=rows.stats.stride(0),
-            kept_stride=kept.stride(0) if store else 0, scale=head.scale, softcap=rows.softcap,
+            kept_stride=kept_stride, scale=head.scale, softcap=rows.softcap,
             STORE=store, FLAGGED=flagged and not store, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"],
             OVERFLOW=linear_kernel.OVERFLOW,
         )  # fmt: skip
@@ -241,7 +246,7 @@ class Kept:
         factor = (coefficients * (-rows.head.scale / rows.stats[1])).unsqueeze(1)
         y = rows.places
         entry = u.gather(1, y.unsqueeze(1)).float()
-        if into.hidden is not None:
+        if into.hidden is not None and into.scratch is not None:
             product = matmul(u, rows.weight, out=into.scratch[: rows.n])
             product += residual * rows.weight[y]
             torch.mul(product, factor, out=into.hidden[place])
@@ -257,11 +262,42 @@ class Kept:
             into.bias.index_put_((y,), rest.squeeze(1), accumulate=True)
 
 
-class Chunked:
-    """A chunk that holds float32 logits, and then their gradient."""
+class Logits:
+    """A chunk that holds float32 logits."""
 
     def __init__(self, like: Rows, rows: int):
         self.logits = like.floats(rows, padded(like.vocab))
+
+    @staticmethod
+    def row_bytes(like: Rows) -> int:
+        return padded(like.vocab) * 4
+
+    def refill(self, rows: Rows) -> None:
+        """The raw products H Wᵀ; bias, softcap and scale are the kernels'."""
+        matmul(rows.hidden, rows.weight.T, out=self.logits[: rows.n, : rows.vocab])
+
+    def statistics(self, rows: Rows, values: Tensor, top: Tensor) -> None:
+        """Row statistics, `values` (4, n) and `top` (n,) of `token_statistics`."""
+        self.refill(rows)
+        arguments = {
+            "logits": self.logits, "targets": rows.targets, "bias": rows.head.bias, "stats": rows.stats,
+            "values": values, "top": top, "columns": rows.vocab, "width": self.logits.shape[1],
+            "stride": self.logits.stride(0), "stats_stride": rows.stats.stride(0), "values_stride": values.stride(0),
+            "scale": rows.head.scale, "softcap": rows.softcap,
+        }  # fmt: skip
+
+        def run(config: Config) -> None:
+            grid = statistics_kernel.grid(rows.n)
+            launch(statistics_kernel.token_statistics, grid, config, **arguments, **rows.flags)
+
+        run(rows.config(statistics_kernel, statistics_kernel.configs(rows.target, rows.dtype)[0], run))
+
+
+class Chunked(Logits):
+    """A chunk that holds float32 logits, and then their gradient."""
+
+    def __init__(self, like: Rows, rows: int):
+        super().__init__(like, rows)
         narrow = like.hidden.dtype != torch.float32
         self.grad = torch.empty_like(self.logits, dtype=like.hidden.dtype) if narrow else self.logits
 
@@ -285,10 +321,6 @@ class Chunked:
         shift, total, target = rows.stats
         torch.sub(target - shift, total.log(), out=logps)
 
-    def refill(self, rows: Rows) -> None:
-        """The raw products H Wᵀ; bias, softcap and scale are the kernels'."""
-        matmul(rows.hidden, rows.weight.T, out=self.logits[: rows.n, : rows.vocab])
-
     def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
         stride = self.logits.shape[1]
         # No timing here: a second launch would take gradients for logits.
@@ -305,7 +337,7 @@ class Chunked:
             HAS_BIAS_GRAD=partial is not None, **rows.flags,
         )  # fmt: skip
         g, residual, y = self.grad[: rows.n, : rows.vocab], rows.residual(coefficients), rows.places
-        if into.hidden is not None:
+        if into.hidden is not None and into.scratch is not None:
             product = matmul(g, rows.weight, out=into.scratch[: rows.n])
             if residual is not None:
                 product += residual * rows.weight[y]
@@ -314,7 +346,7 @@ class Chunked:
             into.add_weight(g.T, rows.hidden)
             if residual is not None:
                 into.weight.index_put_((y,), residual * rows.hidden, accumulate=True)
-        if partial is not None:
+        if into.bias is not None and partial is not None:
             into.bias += partial[:, : rows.vocab].sum(0)
 
 
@@ -333,6 +365,7 @@ class Gradients:
 
     def add_weight(self, left: Tensor, right: Tensor) -> None:
         """dW += left right; the first chunk writes, so that the buffer is never cleared."""
+        assert self.weight is not None  # for the type checker: asked only where dW is needed
         if self.weight_started:
             add_matmul(self.weight, left, right)
         else:
@@ -355,8 +388,10 @@ class Gradients:
         return self.hidden, self.weight, self.bias
 
 
-def chunk_rows(kind: type[Kept] | type[Chunked], rows: Rows, memory_budget: int | None) -> int:
-    """Rows of a chunk in the memory budget, 0 when they are too few to be worth it."""
+def chunk_rows(
+    kind: type[Kept] | type[Logits], rows: Rows, memory_budget: int | None, fewest: int | None = None
+) -> int:
+    """Rows of a chunk in the memory budget, 0 when they are fewer than `fewest`: too few to be worth it."""
     budget = scratch_budget(memory_budget, rows.device)
     if memory_budget is None and rows.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         free, _ = torch.cuda.mem_get_info(rows.device)
@@ -365,7 +400,7 @@ def chunk_rows(kind: type[Kept] | type[Chunked], rows: Rows, memory_budget: int 
         while budget > free // 2 and budget > 2**20:
             budget //= 2
     fit = min(rows.n, budget // kind.row_bytes(rows))
-    return fit if fit >= min(MIN_ROWS, rows.n) else 0
+    return fit if fit >= min(MIN_ROWS if fewest is None else fewest, rows.n) else 0
 
 
 def fused_gradients(
@@ -374,7 +409,10 @@ def fused_gradients(
     """dH, dW and db by `linear_logprobs_backward`, with no chunk at all."""
     into = Gradients(rows, need, 0, sliced)
     if not rows.n:
-        return tuple(None if g is None else g.zero_() for g in (into.hidden, into.weight, into.bias))
+        for gradient in (into.hidden, into.weight, into.bias):
+            if gradient is not None:
+                gradient.zero_()
+        return into.hidden, into.weight, into.bias
     if rows.dtype == "fp16":
         coefficients = into.boost(coefficients, rows.head.scale)
     shared = {
@@ -435,6 +473,25 @@ def logprobs_forward(
             chunk.fill(rows[place], logps[place])
             chunk.gradients(rows[place], ones[place], into, place)
         return logps, rows.stats, into.hidden
+
+
+def statistics_forward(
+    hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None, outputs: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Log-probs (N,), statistics (3, N), and (N,) of each of `outputs` (entropy, log Σ p², mean logit, is_top1) that is
+    wanted: 2·N·D·V flops. Nothing else knows entropies, so one row of logits is held whatever the budget."""
+    with on(hidden.device):
+        rows = Rows(hidden, head, targets)
+        values, top = rows.floats(4, rows.n), torch.empty(rows.n, dtype=torch.int8, device=rows.device)
+        if rows.n:
+            size = max(1, chunk_rows(Logits, rows, memory_budget, fewest=1))
+            chunk = Logits(rows, size)
+            for place in row_chunks(0, rows.n, size):
+                chunk.statistics(rows[place], values[:, place], top[place])
+        # Copies, since what an operator returns may share no memory.
+        logps, entropy, squares, mean = (value.clone() for value in values)
+        found = (entropy, squares, mean, top.bool())
+        return logps, rows.stats, [value if wanted else None for value, wanted in zip(found, outputs, strict=True)]
 
 
 def logprobs_backward(
@@ -508,7 +565,7 @@ def group_loss_forward(
         if rows.n <= size:
             bounds, ends = [0, rows.n], [0, groups]
         elif bounds is not None:
-            ends = range(groups + 1)
+            ends = list(range(groups + 1))
         if not size or bounds is None or rows.dtype == "fp16":
             product_statistics(rows, logps)
             finish(0, groups)

@@ -75,6 +75,7 @@ def launched(target: Target) -> Iterator[tuple[str, Arguments]]:
             backend.group_loss_forward(hidden, head, targets, bounds, need=need, memory_budget=budget, **batch)
             _, stats, _ = backend.logprobs_forward(hidden, head, targets, budget, need[0])
             backend.logprobs_backward(hidden, head, targets, stats, torch.ones(n), need, budget)
+            backend.statistics_forward(hidden, head, targets, budget, outputs=(True,) * 4)
     yield from made
 
 
