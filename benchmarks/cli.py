@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from exo_fast.benchmarks import compare, runner
 from exo_fast.benchmarks.suites import SHARES, SUITES, load
 from exo_fast.training.errors import InputError
+from exo_fast.training.terminal import give_result
 
 EXAMPLES = """examples:
   exo-fast bench all --minutes 40                 # every suite, to runs/bench; what finds no time is left out
@@ -30,17 +32,17 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0, or 1 when a case failed or `--compare` found something worse."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     names = list(SUITES) if "all" in options.suites else list(dict.fromkeys(options.suites))
     if not names and not (options.compare or options.report):
         raise InputError(f"name a suite: {', '.join(SUITES)} or all (exo-fast bench --help shows examples)")
     old = compare.read_results(options.compare) if options.compare else {}  # before it may be written over
     chosen = _choose(names, options)
     if options.list:
-        for suite, _, cases in chosen:
-            for case in cases:
-                why = suite.impossible(case)
-                print(case, f"  (skipped: {why})" if why else "")
+        found = [{"case": str(case), "skipped": suite.impossible(case)} for suite, _, cases in chosen for case in cases]
+        for entry in found:
+            print(entry["case"], f"  (skipped: {entry['skipped']})" if entry["skipped"] else "")
+        give_result({"cases": found})
         return 0
     keep = bool(options.only or options.carry_on)
     for suite, _, _ in chosen if keep else ():  # of all suites, before hours are spent on the first
@@ -59,8 +61,12 @@ def main(argv: Sequence[str]) -> int:
         page.unlink(missing_ok=True)
         report.write(options.output_dir, page, options.output_dir)
         print(f"report in {page}")
+    result: dict[str, Any] = {"suites": {name: runner.read(options.output_dir / f"{name}.json") for name in asked}}
     if options.compare and (asked or not chosen):
-        status = max(status, _compare(old, options, asked))
+        found = _compare(old, options, asked)
+        status = max(status, int(found.regressed))
+        result["comparison"] = asdict(found)
+    give_result({"passed": status == 0, **result})
     return status
 
 
@@ -105,8 +111,9 @@ def _run(
     return len(failed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of `exo-fast bench`."""
+    made = argparse.ArgumentParser(
         prog="exo-fast bench",
         description="Measure what exo_fast gains on this machine over the tools in use today.",
         epilog=EXAMPLES,
@@ -114,29 +121,29 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     choices = [*SUITES, "all"]
-    parser.add_argument("suites", nargs="*", metavar="SUITE", type=_suite, help=f"of {', '.join(choices)}")
-    parser.add_argument(
+    made.add_argument("suites", nargs="*", metavar="SUITE", type=_suite, help=f"of {', '.join(choices)}")
+    made.add_argument(
         "--only",
         action="append",
         metavar="TEXT",
         help="cases whose name begins so (with or without its suite); may be repeated",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, for a first look")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"), metavar="DIR", help="[%(default)s]")
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--continue", action="store_true", dest="carry_on", help="only what the results lack")
-    parser.add_argument("--compare", type=Path, metavar="OLD", help="a result file, or a folder of them, to hold to")
-    parser.add_argument(
+    made.add_argument("--quick", action="store_true", help="fewer and smaller cases, for a first look")
+    made.add_argument("--output_dir", type=Path, default=Path("runs/bench"), metavar="DIR", help="[%(default)s]")
+    made.add_argument("--list", action="store_true", help="print the cases and stop")
+    made.add_argument("--continue", action="store_true", dest="carry_on", help="only what the results lack")
+    made.add_argument("--compare", type=Path, metavar="OLD", help="a result file, or a folder of them, to hold to")
+    made.add_argument(
         "--tolerance", type=_ratio, default=compare.TOLERANCE, help="ratio of times that counts [%(default)s]"
     )
-    parser.add_argument(
+    made.add_argument(
         "--minutes",
         type=_minutes,
         metavar="M",
         help="begin no case after about so long; --continue runs what was left out",
     )
-    parser.add_argument("--report", action="store_true", help="write DIR/report.md and plots")
-    return parser
+    made.add_argument("--report", action="store_true", help="write DIR/report.md and plots")
+    return made
 
 
 def _suite(text: str) -> str:
@@ -184,8 +191,10 @@ def _choose(names: Sequence[str], options: argparse.Namespace) -> list[tuple[Mod
     return chosen
 
 
-def _compare(old: dict[str, dict], options: argparse.Namespace, asked: dict[str, set[str] | None]) -> int:
-    """Print what differs from `old`: of what was asked for, or of all results there are when nothing ran.
+def _compare(
+    old: dict[str, dict], options: argparse.Namespace, asked: dict[str, set[str] | None]
+) -> compare.Comparison:
+    """Print, and return, what differs from `old`: of what was asked for, or of all results there are when nothing ran.
 
     Raises InputError where a suite has no case in common with the old results.
     """
@@ -206,4 +215,4 @@ def _compare(old: dict[str, dict], options: argparse.Namespace, asked: dict[str,
             f"--compare {options.compare}: of {', '.join(apart or old)}, no case that was measured there is in the new "
             f"results; run the same suites, --quick and --only as they were, or give the old results of what was run"
         )
-    return int(found.regressed)
+    return found

@@ -6,7 +6,6 @@ And the suite that checks it: real steps of a 135M model, each in a process of i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ EXAMPLES = """examples:
   exo-fast memory --model models/base --tokens 512 --k 4
   exo-fast memory --model config.json --tokens 16384 --prompt 1024 --k 8 --device cuda --memory 80GB \\
       --gradient_checkpointing --processes 8 --zero_stage 3
+  exo-fast memory --model models/base --tokens 512 --k 4 --json    # the parts of each estimate, in bytes
 """
 # Measured steps took up to 1.2 times the estimate; one of long sequences with checkpointing, up to 2.1 times.
 MARGIN, CHECKPOINTED_MARGIN = 1.25, 2.2
@@ -236,7 +236,6 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
     add("--memory", metavar="SIZE", help="memory of the device, such as 80GB [this machine's]")
     add("--trust_remote_code", action="store_true", help="run configuration code that comes with the model")
-    add("--json", action="store_true", help="print JSON")
     return made
 
 
@@ -248,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from exo_fast.benchmarks import memory_model
     from exo_fast.training.config import parse_size
     from exo_fast.training.errors import InputError
+    from exo_fast.training.terminal import give_result
 
     prompt = options.prompt if options.prompt is not None else options.tokens // 2
     if not 0 < prompt < options.tokens:
@@ -279,10 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise InputError(str(error)) from error
     memory = parse_size(options.memory) if options.memory else device_memory(device)
-    if options.json:
-        print(json.dumps({"memory": memory, "estimates": [as_json(estimate) for estimate in found]}, indent=1))
-    else:
-        print(text(options.model, found, memory))
+    print(text(options.model, found, memory))
+    give_result({"memory": memory, "estimates": [as_json(estimate) for estimate in found]})
     return 0
 
 

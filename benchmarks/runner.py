@@ -129,7 +129,7 @@ def refuse_mixture(path: Path, quick: bool, here: dict | None = None) -> None:
     """Raises InputError where rows of a result file cannot stand beside new ones: those of another machine, or of quick
     cases beside full ones. `here` is `machine.describe()`.
     """
-    old = _read(path)
+    old = read(path)
     if old is None:
         return
     if old["machine"] != (here or machine.describe())["machine"]:
@@ -145,7 +145,7 @@ def refuse_mixture(path: Path, quick: bool, here: dict | None = None) -> None:
         )
 
 
-def _read(path: Path) -> dict | None:
+def read(path: Path) -> dict | None:
     """A result file, None when there is none. Raises InputError for a file that is no such."""
     if not path.exists():
         return None
@@ -160,7 +160,7 @@ def _read(path: Path) -> dict | None:
 
 def _kept_rows(path: Path) -> dict[str, dict]:
     """Rows of the result file by name, each with the run that it is from."""
-    old = _read(path)
+    old = read(path)
     if old is None:
         return {}
     run = {name: old[name] for name in ("date", "commit", "command", "versions")}
@@ -171,7 +171,7 @@ def left(suite: ModuleType, cases: Sequence[Any], path: Path) -> list[Any]:
     """Those of `cases` that a result file lacks: not in it, failed, skipped for a reason that is gone, or in need of a
     yardstick that it lacks (both are measured again then: a ratio is of one run).
     """
-    rows = {row["name"]: row for row in (_read(path) or {"rows": []})["rows"]}
+    rows = {row["name"]: row for row in (read(path) or {"rows": []})["rows"]}
 
     def is_left(case: Any) -> bool:
         row = rows.get(str(case))

@@ -28,6 +28,7 @@ Config = TypeVar("Config")
 OTHER_FIELDS = "everything else of transformers.TrainingArguments"
 MAX_RECIPE_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 20
 SCALARS = ("null", "bool", "int", "float", "str", "timestamp")
+NOT_FIELDS = ("help", "help_all", "config", "json")
 NOT_A_VALUE = re.compile(r"-(?!\.?\d)")  # to argparse it would be an option
 
 
@@ -53,6 +54,9 @@ class StageParser(HfArgumentParser):
         general.add_argument("--config", metavar="FILE", help="A YAML recipe; options on the command line override it.")
         general.add_argument("-h", "--help", action="help", help="Show the options that matter most.")
         general.add_argument("--help-all", action="help", help="Show every option.")
+        general.add_argument(
+            "--json", action="store_true", help="Print the result as one JSON object on stdout, and all else to stderr."
+        )
         hints = get_type_hints(config_class)
         fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
         shown = {name for names in config_class.field_groups.values() for name in names}
@@ -138,9 +142,10 @@ def _recipe_words(parser: StageParser, hints: dict[str, Any], path: Path) -> lis
     values = _Values()
     for key_node, value_node in root.value:
         key, line = key_node.value, key_node.start_mark.line + 1
-        if not isinstance(key, str) or key not in actions or key in ("help", "help_all", "config"):
+        if not isinstance(key, str) or key not in actions or key in NOT_FIELDS:
             name = key if isinstance(key, str) else "(a list or mapping)"
-            raise InputError(f"line {line}: unknown key {short(name)}{_nearest(name, actions)}.")
+            known = [action for action in actions if action not in NOT_FIELDS]
+            raise InputError(f"line {line}: unknown key {short(name)}{_nearest(name, known)}.")
         if key in seen:
             raise InputError(f"line {line}: key {key!r} is set twice.")
         seen.add(key)

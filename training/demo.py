@@ -40,6 +40,7 @@ from exo_fast.training.generate import sample_tokens
 from exo_fast.training.logprobs import sequence_log_probs
 from exo_fast.training.precision import matmul_precision, resolve
 from exo_fast.training.report import Evaluation, Results, write_report
+from exo_fast.training.terminal import give_result
 from exo_fast.version import __version__
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
@@ -415,22 +416,27 @@ def closing_lines(summary: dict[str, Any], output: Path, seconds: float) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command `exo-fast demo`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of `exo-fast demo`."""
+    made = argparse.ArgumentParser(
         prog="exo-fast demo",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=RECIPE, help="recipe to run [recipes/demo.yaml]")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where everything goes [runs/demo]")
-    parser.add_argument("--seed", type=int, help="of prompts, samples and training [the recipe's]")
-    parser.add_argument("--fresh", action="store_true", help="reuse downloads only, no earlier stage")
-    options = parser.parse_args(argv)
+    made.add_argument("--config", type=Path, default=RECIPE, help="recipe to run [recipes/demo.yaml]")
+    made.add_argument("--output", type=Path, default=Path("runs/demo"), help="where everything goes [runs/demo]")
+    made.add_argument("--seed", type=int, help="of prompts, samples and training [the recipe's]")
+    made.add_argument("--fresh", action="store_true", help="reuse downloads only, no earlier stage")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `exo-fast demo`; returns the exit status."""
+    options = parser().parse_args(argv)
     config = load_config(options.config)
     if options.seed is not None:
         config = dataclasses.replace(config, seed=options.seed)
     transformers_logging.disable_progress_bar()  # its bars of loading weights: ours say more
-    run_demo(config, options.output, cache=assets.cache_dir(), fresh=options.fresh)
+    give_result(run_demo(config, options.output, cache=assets.cache_dir(), fresh=options.fresh))
     return 0

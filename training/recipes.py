@@ -12,6 +12,7 @@ from pathlib import Path
 from exo_fast.training.assets import write_file
 from exo_fast.training.errors import InputError
 from exo_fast.training.pipeline import nearest
+from exo_fast.training.terminal import give_result
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"  # in a checkout as in an installed package
 
@@ -56,27 +57,38 @@ def copy(name: str, destination: Path) -> Path:
     return write_file(path.parent, path.name, text.encode())
 
 
-def main(argv: Sequence[str]) -> int:
-    """`list`, `show NAME` or `copy NAME [DESTINATION]`; returns 0."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of `exo-fast recipes`."""
+    made = argparse.ArgumentParser(
         prog="exo-fast recipes",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    actions = parser.add_subparsers(dest="action", required=True)
+    actions = made.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="Names, with a line about each.")
     actions.add_parser("show", help="Print one.").add_argument("name")
     copying = actions.add_parser("copy", help="Write one to a file of yours.")
     copying.add_argument("name")
     copying.add_argument("destination", nargs="?", type=Path, default=Path("."), help="A file or a directory. [.]")
-    options = parser.parse_args(argv)
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """`list`, `show NAME` or `copy NAME [DESTINATION]`; returns 0."""
+    options = parser().parse_args(argv)
     if options.action == "list":
-        for name, summary in find_recipes().items():
+        found = find_recipes()
+        for name, summary in found.items():
             print(f"{name:<10}{summary}")
+        give_result({"recipes": [{"name": name, "summary": summary} for name, summary in found.items()]})
     elif options.action == "show":
-        print(read(options.name), end="")
+        text = read(options.name)
+        print(text, end="")
+        give_result({"name": options.name.removesuffix(".yaml"), "text": text})
     else:
-        print(f"written to {copy(options.name, options.destination.expanduser())}")
+        path = copy(options.name, options.destination.expanduser())
+        print(f"written to {path}")
+        give_result({"path": str(path)})
     return 0

@@ -210,8 +210,8 @@ def test_command_prints_a_verdict_for_each_method(config_file: Path, capsys: pyt
 
 
 def test_command_prints_json_for_a_directory(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(config_file.parent), "--tokens", "64", "--prompt", "60", "--k", "2", "--json"]
-    assert memory.main([*words, "--memory", "1GB", "--device", "cuda"]) == 0
+    words = ["memory", "--model", str(config_file.parent), "--tokens", "64", "--prompt", "60", "--k", "2", "--json"]
+    assert cli([*words, "--memory", "1GB", "--device", "cuda"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["memory"] == 10**9
     assert [e["setting"]["method"] for e in found["estimates"]] == ["full-logits", "trl", "exo_fast"]

@@ -28,6 +28,8 @@ MADE = {
     "evaluate": "runs/evaluation/report.md",
     "run": "runs/mine/.run/pref-to-rw.json",
     "memory": None,
+    "doctor": None,
+    "completion": None,
 }
 NEEDS_DOWNLOADS = {"demo", "bench"}  # `make demo` and `make bench` run their examples
 
