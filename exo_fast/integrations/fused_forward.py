@@ -142,7 +142,7 @@ class FusedForward:
         if shared is not None and not self.checked:
             several = [group for group in shared.groups if len(group.completions) > 1][:CHECKED_GROUPS]
             groups = [shortened(group, self.plan) for group in several]
-            report = check_sharing(model, groups, self.plan, head=whole(read_head(model)))
+            report = check_sharing(model, groups, self.plan, head=self.head(model))
             self.checked = True
             if not report.ok:
                 self.share_prompts = False
@@ -163,9 +163,7 @@ class FusedForward:
 
     def head(self, model: PreTrainedModel) -> Head:
         """The head as it is in this forward: engines and adapters may have replaced it since the last one."""
-        head = read_head(model)
-        hold(model, head.weight, head.bias)
-        return whole(head)
+        return whole(read_head(model))
 
     def project(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, TokenStatistics]:
         """(N,) log-probs and statistics of (N, D) hidden states."""
@@ -205,6 +203,7 @@ def fuse(model: PreTrainedModel, fused: FusedForward) -> None:
         return fused.fallback(*args, fused_lm_head=fused_lm_head, **kw)
 
     model.forward = types.MethodType(forward, model)
+    model.register_forward_pre_hook(hold)
 
 
 def takes(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
@@ -241,19 +240,17 @@ def whole(head: Head) -> Head:
     return Head(parts.get("weight", head.weight), bias, head.scale, head.softcap, head.tied, head.process_group)
 
 
-def hold(model: nn.Module, *parameters: Tensor | None) -> None:
-    """Tells ZeRO-3 that the model's own forward reads these, in backward as well, before they are looked at."""
-    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
-    known = getattr(model, "_external_params", {})
-    for parameter in partitioned:
-        if id(parameter) in known:
-            continue
+def hold(model: PreTrainedModel, _: tuple) -> None:
+    """Before the model's forward: tells ZeRO-3 that this forward reads the head itself, so that the weight is in one
+    piece in it and in its backward. Runs before DeepSpeed's own hook, which is put there later."""
+    weight = model.get_output_embeddings().weight
+    if hasattr(weight, "ds_id"):
         import deepspeed
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        deepspeed.zero.register_external_parameter(model, parameter)
-        if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:  # this forward began before it was known
-            parameter.all_gather()
+        head = read_head(model)
+        for parameter in (head.weight, head.bias):
+            if parameter is not None and id(parameter) not in getattr(model, "_external_params", {}):
+                deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def load_balancing_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor:

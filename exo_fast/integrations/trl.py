@@ -251,9 +251,7 @@ class ExoDPOTrainer(DPOTrainer):
             args = ExoDPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-EXO")
         first = None if train_dataset is None else next(iter(train_dataset))
         if args.precompute_ref_log_probs is None:
-            streamed = not hasattr(train_dataset, "__len__")
-            images = first is not None and ("image" in first or "images" in first)
-            args.precompute_ref_log_probs = not (streamed or images or args.sync_ref_model)
+            args.precompute_ref_log_probs = _can_precompute(args, train_dataset, first)
         self.group_loss = _group_loss(args, first)
         self._candidates = CandidateCollator()
         if self.group_loss is not None and data_collator is None:
@@ -341,6 +339,15 @@ class ExoDPOTrainer(DPOTrainer):
             self._total_train_tokens += tokens // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def _can_precompute(args: DPOConfig, dataset: Any, first: dict[str, Any] | None) -> bool:
+    """Whether TRL can compute the reference's log-probs beforehand: of data that it can read twice, and that, in
+    several processes, lies on a disk where all find what the first one writes."""
+    streamed = not hasattr(dataset, "__len__")
+    images = first is not None and ("image" in first or "images" in first)
+    apart = args.world_size > 1 and not getattr(dataset, "cache_files", None)
+    return not (streamed or images or apart or args.sync_ref_model)
 
 
 def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any] | None:

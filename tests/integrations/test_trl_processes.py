@@ -1,0 +1,131 @@
+"""The fused forward where parameters are in pieces: DeepSpeed ZeRO-3 as TRL runs it, and FSDP2, in two processes."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
+
+from datasets import Dataset  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+WORDS = ["the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great"]
+ROWS = [
+    {
+        "prompt": " ".join(WORDS[i % 5 : i % 5 + 4]) + " ",
+        "chosen": " ".join(WORDS[i : i + 3]),
+        "rejected": " ".join(WORDS[2 * i % 9 :][:2]),
+    }
+    for i in range(8)
+]
+SETTINGS = {
+    "max_steps": 2, "learning_rate": 1e-2, "optim": "sgd", "bf16": False, "report_to": "none", "disable_tqdm": True,
+    "use_cpu": True, "save_strategy": "no", "logging_steps": 1,
+}  # fmt: skip
+
+TRAINING = """
+import json, sys
+import deepspeed, torch
+deepspeed.init_distributed(dist_backend="gloo")
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer, patch_trl
+
+model, output, rows, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+settings["deepspeed"] = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+}
+patch_trl()
+kind, trainer_class = (DPOConfig, DPOTrainer) if sys.argv[5] == "patched" else (ExoDPOConfig, ExoDPOTrainer)
+if sys.argv[5] == "groups":
+    settings |= {"loss_type": "dpo-pref"}
+arguments = kind(output, per_device_train_batch_size=2, **settings)  # before the model: its weights come in pieces
+trainer = trainer_class(
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+    args=arguments,
+    train_dataset=Dataset.from_list(rows),
+    processing_class=AutoTokenizer.from_pretrained(model),
+)
+assert not arguments.precompute_ref_log_probs  # the data is in the memory of each process
+trainer.train()
+if arguments.process_index == 0:
+    log = [{k: entry[k] for k in ("loss", "grad_norm")} for entry in trainer.state.log_history if "loss" in entry]
+    print("LOG " + json.dumps(log), flush=True)
+"""
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+import trl.trainer.utils as utils
+from exo_fast.integrations.trl import _fused_lm_head
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+options = {"memory_budget": None, "backend": "auto"}
+ids = torch.randint(4, 17, (2, 2, 9), generator=torch.Generator().manual_seed(0))  # of each rank a pair
+ids[:, 1, :5] = ids[:, 0, :5]
+labels = ids.clone()
+labels[:, :, :5] = -100
+
+def build():
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    _fused_lm_head(utils.add_fused_lm_head, True, options)(model, outputs=("log_probs", "entropy"))
+    return model
+
+plain, sharded = build(), build()
+sum(plain(input_ids=i, labels=l, fused_lm_head=True).log_probs.sum() for i, l in zip(ids, labels)).backward()
+for layer in sharded.model.layers:
+    fully_shard(layer)
+fully_shard(sharded)
+out = sharded(input_ids=ids[rank], labels=labels[rank], fused_lm_head=True)
+out.log_probs.sum().backward()
+for (name, a), b in zip(plain.named_parameters(), sharded.parameters(), strict=True):
+    torch.testing.assert_close(b.grad.full_tensor() * 2, a.grad, atol=1e-5, rtol=1e-5, msg=name)  # FSDP's is a mean
+print("EQUAL", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def run(script: str, folder: Path, *arguments: str) -> str:
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(script))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(path), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["patched", "groups"])
+def test_zero3_in_two_processes_equals_trl_in_one(tmp_path: Path, tiny_llama: str, what: str) -> None:
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
+        args=trl.DPOConfig(str(tmp_path / "one"), per_device_train_batch_size=4, **SETTINGS),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    trainer.train()
+    expected = [entry for entry in trainer.state.log_history if "loss" in entry]
+    output = run(TRAINING, tmp_path, tiny_llama, str(tmp_path / "two"), json.dumps(ROWS), json.dumps(SETTINGS), what)
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("LOG "))[4:])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_fsdp2_gradients(tmp_path: Path, tiny_llama: str) -> None:
+    assert run(SHARDED, tmp_path, tiny_llama).count("EQUAL") == 2
