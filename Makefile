@@ -1,10 +1,11 @@
-# make demo | reviews | test | faults | consistency | fuzz | certify | bench | roofline | lint: each creates .venv when it is missing, and can be run again.
+# Every target creates .venv when it is missing, and can be run again. `make help` lists them.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo reviews test faults consistency fuzz certify bench bench-op bench-step roofline lint format clean
+.PHONY: help demo reviews test faults consistency fuzz certify bench bench-op bench-step roofline lint format \
+	typecheck docs docs-serve dist smoke clean
 
 help:
 	@echo "make demo        align a real 135M model on real text, with a report in runs/demo/report.md"
@@ -17,6 +18,11 @@ help:
 	@echo "make bench       all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
 	@echo "make lint        ruff, check only;  make format rewrites"
+	@echo "make typecheck   mypy on what others import"
+	@echo "make docs        the documentation site, in build/site;  make docs-serve shows it while it is written"
+	@echo "make dist        the wheel and the source archive, in dist"
+	@echo "make smoke       install them in an empty environment, and run them there"
+	@echo "make clean       remove .venv and all that was built"
 
 # The environment is a function of these two files. An install that was interrupted starts again from nothing.
 $(VENV)/.ready: setup.py constraints.txt
@@ -70,5 +76,22 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+typecheck: $(VENV)/.ready
+	$(BIN)/mypy
+
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+dist: $(VENV)/.ready
+	rm -rf dist && mkdir -p build
+	$(BIN)/python -m build --outdir dist > build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+	@ls dist
+
+smoke: dist
+	$(BIN)/python tests/packaging/smoke.py dist
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

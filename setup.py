@@ -1,12 +1,16 @@
 """Packaging. `kernels/`, `training/`, `benchmarks/` and `recipes/` live at the top level for readers, and install
 inside the package: a top-level module called `kernels` would shadow the Hugging Face package of that name."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = (HERE / "exo_fast" / "version.py").read_text().split('"')[1]
+
+# What an index shows beside the package knows nothing of the files next to the README: of links to them the text stays.
+DESCRIPTION = re.sub(r"!?\[([^]]*)\]\((?!https?://)[^)]*\)", r"\1", (HERE / "README.md").read_text())
 
 TRAIN = [
     "transformers>=5.23",  # StageTrainer overrides methods of its Trainer that earlier versions divide differently
@@ -18,25 +22,57 @@ TRAIN = [
     "tqdm>=4.60",
     "pyyaml>=6.0",
 ]
+TRL = ["trl>=1.15,<1.17"]  # the trainer class overrides methods that TRL moves between minor versions
+TRACKING = ["wandb>=0.20"]
+EXAMPLES = [*TRAIN, "lightning>=2.5"]
 DEMO = [*TRAIN, "gguf>=0.10", "matplotlib>=3.8", "scipy>=1.11"]
 BENCH = [
     *DEMO,
+    *TRL,
     "pytest>=8.0",
     "pytest-benchmark>=5.0",
     "psutil>=5.9",
-    "trl>=1.0",
     "cut-cross-entropy>=25.1",
     "liger-kernel>=0.7",
 ]
-DEV = [*DEMO, "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "psutil>=5.9", "ruff>=0.9"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
+COMPLETION = ["shtab>=1.7"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "psutil>=5.9"]
+DEV = [
+    *DEMO,
+    *TRL,
+    *TRACKING,
+    *EXAMPLES,
+    *DOCS,
+    *COMPLETION,
+    *TEST,
+    "ruff>=0.9",
+    "mypy>=1.15",
+    "types-PyYAML>=6.0",
+    "build>=1.2",
+]
 
 setup(
     name="exo_fast",
     version=VERSION,
     description="EXO and DPO over K candidates per prompt, with the vocabulary projection fused into the loss",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=DESCRIPTION,
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["alignment", "preference optimization", "EXO", "DPO", "RLHF", "language models", "PyTorch", "Triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     package_dir={
         "exo_fast": "exo_fast",
@@ -48,6 +84,7 @@ setup(
     packages=[
         "exo_fast",
         "exo_fast.backends",
+        "exo_fast.integrations",
         "exo_fast.kernels",
         "exo_fast.training",
         "exo_fast.training.data",
@@ -56,6 +93,17 @@ setup(
     ],
     package_data={"exo_fast": ["py.typed"], "exo_fast.recipes": ["*.yaml"]},
     install_requires=["torch>=2.9", "numpy>=1.26", "triton>=3.4; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "dev": DEV, "flash": ["flash-attn>=2.7"]},
+    extras_require={
+        "train": TRAIN,
+        "trl": TRL,
+        "tracking": TRACKING,
+        "completion": COMPLETION,
+        "flash": ["flash-attn>=2.7"],
+        "examples": EXAMPLES,
+        "demo": DEMO,
+        "bench": BENCH,
+        "docs": DOCS,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["exo-fast = exo_fast.training.cli:main"]},
 )

@@ -153,37 +153,40 @@ class _PackedAttention(torch.autograd.Function):
             g, q, k, v, o, s = (_of(t, span.row) for t in (grad, query, key, value, out, lse))
             dq, dk, dv = (_of(t, span.row) for t in grads)
 
-            parts = _gradients(*(t[:, :, span.text] for t in (g, q, k, v, o, s)), True, ctx.scale)
+            own = tuple(t[:, :, span.text] for t in (g, q, k, v, o, s))
+            parts = _gradients(own, True, ctx.scale)
             for total, part in zip((dq, dk, dv), parts, strict=True):
                 total[:, :, span.text] = part
             if span.others.start == span.others.stop:
                 continue
             prompt = slice(span.start, span.start + span.prompt)
             dq[:, :, span.others], dk_prompt, dv_prompt = _gradients(
-                g[:, :, span.others],
-                q[:, :, span.others],
-                k[:, :, prompt],
-                v[:, :, prompt],
-                o[:, :, span.others],
-                s[:, :, span.others],
+                (
+                    g[:, :, span.others],
+                    q[:, :, span.others],
+                    k[:, :, prompt],
+                    v[:, :, prompt],
+                    o[:, :, span.others],
+                    s[:, :, span.others],
+                ),
                 False,
                 ctx.scale,
             )
             dk[:, :, prompt] += dk_prompt
             dv[:, :, prompt] += dv_prompt
             for run, count in span.runs():
-                own = (_stacked(t, run, count) for t in (g, q, k, v, o, s))
-                dq_own, dk_own, dv_own = _gradients(*own, True, ctx.scale)
+                own = tuple(_stacked(t, run, count) for t in (g, q, k, v, o, s))
+                dq_own, dk_own, dv_own = _gradients(own, True, ctx.scale)
                 _stacked(dq, run, count).add_(dq_own)
                 _stacked(dk, run, count).copy_(dk_own)
                 _stacked(dv, run, count).copy_(dv_own)
         return *grads, None, None
 
 
-def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one part. In half precision from float32 copies while the kernel would take few queries at a time."""
+def _gradients(part: tuple[Tensor, ...], causal: bool, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one part: upstream gradient, q, k, v, output and its log-sum-exp. In half precision from float32 copies while
+    the kernel would take few queries at a time."""
+    grad, q, k, v, out, lse = part
     if q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] < WIDE_STEPS:
         grad, q, k, v, out = (t.float() for t in (grad, q, k, v, out))
     return _backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
@@ -218,7 +221,9 @@ class SharedPromptMask(Tensor):
         cls, rows: tuple[Span, ...], shape: torch.Size, dtype: torch.dtype, dense: Callable[[], Tensor]
     ) -> SharedPromptMask:
         """`shape` (B, T); `dense` makes the mask of (B, 1, T, T) and `dtype`."""
-        mask = torch.Tensor._make_wrapper_subclass(cls, (shape[0], 1, shape[1], shape[1]), dtype=dtype, device="cpu")
+        mask = torch.Tensor._make_wrapper_subclass(
+            cls, (shape[0], 1, shape[1], shape[1]), dtype=dtype, device=torch.device("cpu")
+        )
         mask.rows, mask._make_dense, mask._dense = rows, dense, None
         return mask
 
@@ -240,7 +245,9 @@ class SharedPromptMask(Tensor):
         return func(*_without_shortcuts(args), **_without_shortcuts(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # Tensor's own is the C function that switches it off
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         # Reached only where __torch_function__ was switched off: still never without values.
         return func(*_without_shortcuts(args), **_without_shortcuts(kwargs or {}))
 
@@ -266,15 +273,14 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`scaled_dot_product_attention` with a SharedPromptMask: in parts, or densely where these do not cover it."""
-    given = (query, key, value)
+    q, k, v = query, key, value
     if torch.is_autocast_enabled("cpu"):
         # Autocast would do so further down, where the parts are past it.
-        given = tuple(t.to(torch.get_autocast_dtype("cpu")) for t in given)
-    q, k, v = given
+        q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
     if enable_gqa and k.ndim == 4:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     mask = attn_mask if isinstance(attn_mask, SharedPromptMask) else None
-    covered = (
+    if (
         mask is not None
         and dropout_p == 0
         and not is_causal
@@ -285,8 +291,7 @@ def _sdpa(
         and q.shape == k.shape == v.shape
         and q.ndim == 4
         and (q.shape[0], q.shape[2]) == (mask.shape[0], mask.shape[3])
-    )
-    if covered:
+    ):
         return packed_attention(q, k, v, mask.rows, scale)
     return torch.nn.functional.scaled_dot_product_attention(
         query,

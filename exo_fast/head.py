@@ -120,7 +120,7 @@ def final_hidden(model: nn.Module, **inputs: Any) -> Tensor:
     return decoder(model)(**inputs, use_cache=False, return_dict=True).last_hidden_state
 
 
-def decoder(model: nn.Module) -> nn.Module:
+def decoder(model: nn.Module) -> Any:
     """The part of a causal LM below its lm_head, whose `last_hidden_state` the lm_head reads."""
     causal_lm = unwrap(model)
     base = causal_lm.base_model
@@ -132,24 +132,25 @@ def decoder(model: nn.Module) -> nn.Module:
     return base
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Any:
     """The transformers causal LM itself: `model`, or the one that a `PeftModel` adapts in place."""
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        if model.active_peft_config.is_prompt_learning:
+    causal_lm: Any = model  # a module of a library that is not needed to import this one, and so has no type here
+    if hasattr(causal_lm, "peft_config") and hasattr(causal_lm, "get_base_model"):
+        if causal_lm.active_peft_config.is_prompt_learning:
             raise ValueError(
-                f"{model.active_peft_config.peft_type} puts learned tokens before the input, which packed "
+                f"{causal_lm.active_peft_config.peft_type} puts learned tokens before the input, which packed "
                 "rows do not carry; use an adapter inside the layers, such as LoRA."
             )
-        model = model.get_base_model()
-    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+        causal_lm = causal_lm.get_base_model()
+    if not hasattr(causal_lm, "config") or not hasattr(causal_lm, "get_output_embeddings"):
         raise ValueError(
-            f"a transformers causal LM, or a PeftModel around one, is needed; got {type(model).__name__}. "
+            f"a transformers causal LM, or a PeftModel around one, is needed; got {type(causal_lm).__name__}. "
             "Pass the inner model of a wrapper (usually its `.module`)."
         )
-    return model
+    return causal_lm
 
 
-def _output_layer(causal_lm: nn.Module) -> nn.Module:
+def _output_layer(causal_lm: Any) -> Any:
     """The linear layer, or AutoTP's slice of it, behind `get_output_embeddings()`, seen through PEFT's wrappers."""
     layer = causal_lm.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):

@@ -126,7 +126,8 @@ def linear_group_loss(
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}")
     check_targets(targets, weight.shape[0] if part is None else part.vocab, None)
-    check_boundaries(cu_seqlens, *ref_logps.shape, len(hidden), hidden.device)
+    groups, candidates = ref_logps.shape
+    check_boundaries(cu_seqlens, groups, candidates, len(hidden), hidden.device)
     check_devices("hidden", hidden.device, ref_logps=ref_logps, rewards=rewards)
     chosen = choose(backend, hidden)
     if chosen == "reference":
@@ -173,7 +174,7 @@ class GroupLoss(nn.Module):
         reduction: str = "mean",
     ):
         super().__init__()
-        self.options = {
+        self.options: dict[str, Any] = {
             "loss_type": loss_type,
             "beta_pi": beta_pi,
             "beta_r": beta_r,

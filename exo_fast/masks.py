@@ -158,7 +158,8 @@ def _untried(config: Any) -> str:
     return ""
 
 
-def _causal_lm_class(config: Any) -> type | None:
+def _causal_lm_class(config: Any) -> Any:
+    """The class that transformers gives a model of this config, or None."""
     # Imported here: the losses must work without transformers, and a known model type never needs its class.
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

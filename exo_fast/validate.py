@@ -76,7 +76,8 @@ def check_ignore_index(ignore_index: int) -> None:
 
 def _is_number(value: object) -> bool:
     """Whether this is a number other than 0 that float32 has too."""
-    return isinstance(value, NUMBERS) and LEAST <= abs(value) <= LARGEST
+    # A SymInt or SymFloat has an absolute value, though its stubs do not say so.
+    return isinstance(value, NUMBERS) and LEAST <= abs(value) <= LARGEST  # type: ignore[arg-type]
 
 
 def _shown(value: object) -> str:
@@ -165,9 +166,9 @@ def check_groups(
     for name, value in (("ref_logps", ref_logps), ("rewards", rewards)):
         check_floating(name, value)
     check_devices("ref_logps", ref_logps.device, rewards=rewards)
-    for name, value in (("beta_pi", beta_pi), ("beta_r", beta_r)):
-        if not (_is_number(value) and value > 0):
-            raise ValueError(f"{name} must be a positive number, got {_shown(value)}")
+    for name, number in (("beta_pi", beta_pi), ("beta_r", beta_r)):
+        if not (_is_number(number) and number > 0):
+            raise ValueError(f"{name} must be a positive number, got {_shown(number)}")
     check_finite("ref_logps", ref_logps)
     check_finite("rewards", rewards)
     if label_smoothing is not None and not isinstance(label_smoothing, NUMBERS):

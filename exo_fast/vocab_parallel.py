@@ -112,7 +112,7 @@ def operands(
         if process_group is not None:
             raise ValueError("weight is a DTensor, which has its own process group: leave process_group=None")
         process_group = _group(weight)
-        weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+        weight, bias = _local(weight), None if bias is None else _local(bias)
     elif process_group is None and getattr(weight, "tensor_model_parallel", False):
         raise ValueError(
             "weight is marked tensor_model_parallel, as DeepSpeed and Megatron mark a slice: pass the process_group of "
@@ -121,6 +121,11 @@ def operands(
     if process_group is not None and backend == "reference":
         raise ValueError("backend='reference' needs the whole weight, not a slice: use backend='torch' or 'triton'")
     return hidden, weight, bias, process_group
+
+
+def _local(value: Any) -> Tensor:
+    """This rank's rows of a DTensor."""
+    return value.to_local()
 
 
 def _group(weight: Any) -> dist.ProcessGroup | None:
@@ -230,7 +235,11 @@ def _gradients(
                 hidden, head, targets, stats, grad, need, memory_budget, sliced=True
             )
     parameters = (hidden, head.weight, head.bias)
-    return tuple(torch.zeros_like(p, dtype=stats.dtype) if n else None for p, n in zip(parameters, need, strict=True))
+    grad_hidden, grad_weight, grad_bias = (
+        torch.zeros_like(p, dtype=stats.dtype) if n and p is not None else None
+        for p, n in zip(parameters, need, strict=True)
+    )
+    return grad_hidden, grad_weight, grad_bias
 
 
 def group_loss(

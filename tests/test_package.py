@@ -15,8 +15,10 @@ def python(code: str, cwd: Path) -> str:
 
 def test_loss_pulls_in_no_training_dependency(tmp_path: Path) -> None:
     code = (
-        "import sys, exo_fast.loss, exo_fast.logprobs, exo_fast.layout, exo_fast.head;"
-        "print([m for m in ('transformers', 'deepspeed', 'datasets', 'peft', 'matplotlib') if m in sys.modules])"
+        "import sys, exo_fast.loss, exo_fast.logprobs, exo_fast.statistics, exo_fast.layout, exo_fast.head;"
+        "import exo_fast.integrations;"
+        "heavy = 'transformers', 'accelerate', 'deepspeed', 'datasets', 'peft', 'trl', 'matplotlib', 'torch._dynamo';"
+        "print([m for m in heavy if m in sys.modules])"
     )
     assert python(code, tmp_path) == "[]"
 

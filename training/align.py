@@ -38,8 +38,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
     """Align `config.model_name_or_path` on `config.data` and write everything to `config.output_dir`.
 
     There: the model (or its LoRA adapter) as safetensors with its tokenizer, loadable by from_pretrained;
-    checkpoints; trainer_state.json; TensorBoard logs; summary.json. Returns the summary. Raises InputError,
-    before any training, for data, models or directories that cannot work.
+    checkpoints; trainer_state.json; TensorBoard logs; summary.json; report.html and README.md, the model card. Returns
+    the summary. Raises InputError, before any training, for data, models or directories that cannot work.
     """
     checkpoint, finished = begin(config)
     if finished is not None:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from exo_fast.backends import choose
 from exo_fast.reference import default_label_smoothing
-from exo_fast.training import long_sequence
+from exo_fast.training import long_sequence, publish
 from exo_fast.training.deepspeed import (
     announce_cpu,
     deepspeed_config,
@@ -56,12 +56,14 @@ TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
         "eval_steps",
         "logging_steps",
         "report_to",
+        "run_name",
         "save_strategy",
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",
     ),
     "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "publishing": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token"),
 }
 
 
@@ -123,9 +125,15 @@ class TrainConfig(TrainingArguments):
     logging_steps: float = _field(10, "Log every so many optimizer steps (a fraction: of the whole training).")
     logging_first_step: bool = _field(True, "Log the first step too.")
     eval_strategy: str = _field("epoch", "Evaluate every epoch, every eval_steps (steps), or no; needs held-out data.")
-    report_to: None | str | list[str] = field(  # noqa: RUF036 - HfArgumentParser needs this order
-        default="tensorboard", metadata={"help": "Where logs go beside the terminal; none for nowhere."}
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "Where logs go beside the terminal: tensorboard, wandb, …, several of them, or none."},
     )
+    push_to_hub: bool = _field(False, "Upload the model, its tokenizer and its card to the Hugging Face Hub.")
+    hub_strategy: Literal["every_save", "end"] = _field(
+        "every_save", "When to upload: after each checkpoint and at the end, or only then."
+    )
+    run_name: str | None = _field(None, "What wandb and its like call this run. Default: they choose.")
     resume_from_checkpoint: str | None = _field(
         None,
         "Default: an unfinished run in output_dir with the same settings is continued. true or auto: continue from "
@@ -156,6 +164,9 @@ class TrainConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.started = time.time()
+        self.changed = sorted(
+            field.name for field in fields(self) if field.init and not _same(getattr(self, field.name), _default(field))
+        )
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.zero_stage is None:
             self.zero_stage = default_zero_stage(on_cpu=self.use_cpu, bf16=self.bf16, offload=self.offload)
@@ -193,6 +204,11 @@ class TrainConfig(TrainingArguments):
     model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
 
     @property
+    def stage(self) -> str:
+        """The stage's name on the command line."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__.removesuffix("Config")).lower()
+
+    @property
     def data_parallel_size(self) -> int:
         """How many processes are given batches of their own."""
         return self.world_size // getattr(self, "sequence_parallel", 1)
@@ -204,8 +220,7 @@ class TrainConfig(TrainingArguments):
 
     def _suspects(self, given: dict[str, Any], text: str) -> str:
         """The fields whose values an error may be about, for one that names none of them."""
-        defaults = {field.name: field.default for field in fields(self)}
-        changed = {name: value for name, value in given.items() if value != defaults[name]}
+        changed = {name: given[name] for name in self.changed}
         if any(name in text for name in changed):
             return ""
         quoted = {name: value for name, value in changed.items() if str(value) in text}
@@ -223,6 +238,10 @@ class TrainConfig(TrainingArguments):
         )
         need(bool(self.data), "data", "name the training data (a file or a directory).")
         need(bool(self.output_dir), "output_dir", "name the directory that everything is written to.")
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or ["none"]
+        self.report_to = [part.strip() for name in trackers for part in name.split(",")]
+        publish.check_trackers(self.report_to)
+        publish.check_hub(self)
         need(self.max_seq_len >= 2, "max_seq_len", "at least 2 tokens are needed.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             need(getattr(self, name) >= 1, name, "at least 1 is needed.")
@@ -447,6 +466,18 @@ examples:
                 "label_smoothing",
                 "exo-pref needs more than 0, because it takes the logarithm of every target (default 1e-3).",
             )
+
+
+def _default(field: Field) -> Any:
+    """What a field is where nobody sets it; of one that a preset may replace, what it is without."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return AFTER_PRESETS.get(field.name) if field.default is None else field.default
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether a field is at its default; transformers has several words for off."""
+    return value == default or all(one is None or one is False or one in ("", "no", []) for one in (value, default))
 
 
 def parse_size(text: str) -> int:

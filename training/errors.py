@@ -1,5 +1,8 @@
 """What ends a stage other than its own end, each printed by the command line without a traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad configuration, data or paths, for the user to fix. The message names the thing, its value and the fix.
@@ -13,3 +16,10 @@ class RunError(RuntimeError):
 
 class Stopped(Exception):
     """A run that was asked to stop (SIGTERM) and did. The message says what was saved. Exit status 0."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known word that is nearest to `word`, or all of them where none is."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}."

@@ -11,7 +11,6 @@ its options. Nothing has to be declared twice, and nothing can be forgotten.
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import math
 import os
@@ -23,7 +22,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.paths import user_path
 
 RECIPE_KEYS = ("variables", "defaults", "stages")
@@ -280,13 +279,6 @@ def fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
     if len(filled) > MAX_CHARACTERS:
         raise InputError(f"{where}: a text of more than {MAX_CHARACTERS:,} characters.")
     return filled
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known word that is nearest to `word`, or all of them where none is."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}."
 
 
 def path_pattern(path: str) -> re.Pattern[str]:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exo_fast.training.assets import write_file
-from exo_fast.training.errors import InputError
-from exo_fast.training.pipeline import nearest
+from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.terminal import give_result
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"  # in a checkout as in an installed package

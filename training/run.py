@@ -33,9 +33,10 @@ from typing import Any
 
 import yaml
 
-from exo_fast.training import assets, locks
+from exo_fast.training import assets, html_report, locks
 from exo_fast.training.errors import InputError
 from exo_fast.training.pipeline import SMOLLM2, PlannedStage, Recipe, fill, read_recipe, strings
+from exo_fast.training.terminal import give_result
 from exo_fast.version import __version__
 
 CLI_MODULE = "exo_fast.training.cli"
@@ -60,29 +61,34 @@ examples:
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the recipe that `argv` names. Returns 0, or the exit status of the stage that failed (130 for Ctrl-C)."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of `exo-fast run`."""
+    made = argparse.ArgumentParser(
         prog="exo-fast run",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="A YAML file; `exo-fast recipes` has some.")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="Run these stages; NAME may hold * and ?")
-    parser.add_argument(
+    made.add_argument("recipe", type=Path, metavar="RECIPE", help="A YAML file; `exo-fast recipes` has some.")
+    made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="Run these stages; NAME may hold * and ?")
+    made.add_argument(
         "--redo",
         nargs="+",
         default=[],
         metavar="NAME",
         help="Remove what these stages made, and what was made from it, and run them again.",
     )
-    parser.add_argument(
+    made.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="Values of the recipe's variables."
     )
-    parser.add_argument("--list", action="store_true", help="Check the recipe, show its stages, and run nothing.")
-    options = parser.parse_args(argv)
+    made.add_argument("--list", action="store_true", help="Check the recipe, show its stages, and run nothing.")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the recipe that `argv` names. Returns 0, or the exit status of the stage that failed (130 for Ctrl-C)."""
+    options = parser().parse_args(argv)
     settings = {}
     for word in options.set:
         name, equals, settings[name] = word.partition("=")
@@ -304,6 +310,7 @@ def _check_only(recipe: Recipe, records: Records, chosen: set[str], anew: set[st
 
 
 def _print_list(recipe: Recipe, records: Records) -> None:
+    rows = []
     for number, stage in enumerate(recipe.stages, 1):
         record, fresh = records.find(stage.name), records.fresh[stage.name]
         if records.is_done(stage):
@@ -312,6 +319,8 @@ def _print_list(recipe: Recipe, records: Records) -> None:
             state = "to do" if record is None else "begun"
         needs = f"  (after {', '.join(stage.needs)})" if stage.needs else ""
         print(f"{number:>3}  {stage.name:<28} {stage.stage:<14} {state}{needs}")
+        rows.append(_row(stage, record or fresh, state) | {"needs": stage.needs})
+    give_result({"recipe": str(recipe.path), "version": __version__, "variables": recipe.variables, "stages": rows})
 
 
 # Running
@@ -366,7 +375,16 @@ def _run_stages(recipe: Recipe, records: Records, chosen: set[str], cli_module: 
     }
     assets.write_file(records.folder, "run.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     print(_table(rows, total), flush=True)
+    _write_report(recipe.output)
+    give_result(summary)
     return 0
+
+
+def _write_report(output: Path) -> None:
+    try:
+        print(f"the report is {html_report.write_recipe(output)}", flush=True)
+    except Exception as error:  # of a page, when all the work is done
+        print(f"the report was not written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def stage_command(stage: PlannedStage, config: Path, cli_module: str = CLI_MODULE) -> list[str]:

@@ -23,8 +23,8 @@ import yaml
 
 from exo_fast.training.arguments import parse_config
 from exo_fast.training.data.records import find_source
-from exo_fast.training.errors import InputError
-from exo_fast.training.pipeline import SMOLLM2_TEXT, nearest, path_pattern
+from exo_fast.training.errors import InputError, nearest
+from exo_fast.training.pipeline import SMOLLM2_TEXT, path_pattern
 
 
 def check(cli_module: str, stages: list[dict[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from exo_fast.training import checkpoints, elastic, non_finite, processes
+from exo_fast.training import checkpoints, elastic, non_finite, processes, publish
 from exo_fast.training.config import AlignConfig, TrainConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.data.sampler import EvaluationBatches, GlobalBatches, Repeated, order_by_length, random_order
@@ -329,6 +329,7 @@ class StageTrainer(Trainer):
                 checkpoints.publish(folder / name, output / name, facts)
                 if self.args.should_save:
                     checkpoints.rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
+                publish.push_checkpoint(self.args, output / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(output).free
             problem = f"{str(error).splitlines()[0]}; {free / 1e6:,.1f} MB are free"
@@ -378,8 +379,14 @@ class StageTrainer(Trainer):
                     checkpoints.replace_files(folder / "model", output)
         else:
             self._save(output_dir, state_dict)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # exo_fast.training.publish uploads, and less than the Trainer would: no optimizer states, no logs.
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: `begin` has made the repository."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: it would upload what is still being written."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:

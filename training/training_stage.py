@@ -5,6 +5,7 @@ model, build a module and a trainer, train. The same command given again finishe
 that decide the result are kept in the output directory, so that continuing and mistaking are told apart.
 """
 
+import datetime
 import hashlib
 import json
 import math
@@ -22,20 +23,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
 
+from exo_fast.benchmarks import machine
 from exo_fast.head import read_head
-from exo_fast.training import checkpoints, locks, processes
+from exo_fast.training import checkpoints, html_report, locks, model_card, processes, publish, run_facts
 from exo_fast.training.assets import write_file
 from exo_fast.training.config import CausalConfig, TrainConfig
 from exo_fast.training.data.examples import Example
 from exo_fast.training.data.groups import GroupDataset, tokenize
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import pickle_plainly, start_on_cpu
-from exo_fast.training.errors import InputError, Stopped
+from exo_fast.training.errors import InputError, RunError, Stopped
 from exo_fast.training.loading import check_fits_model, from_pretrained, refuse_adapter
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.trainer import StageTrainer
 
+logger = logging.get_logger(__name__)
 VERSIONS = ("exo_fast", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
 SETTINGS = "settings.json"
 # Fields that say where, how fast or how loud a run is, and not what it gives.
@@ -76,8 +80,11 @@ def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
             print(f"{config.output_dir}: this run is finished; nothing to do", flush=True)
         elif checkpoint is not None:
             print(f"continuing from {checkpoint}", flush=True)
+        if config.push_to_hub and summary is None:
+            publish.create_repository(config)
     processes.wait()  # before the first process writes what the others look for
     if summary is not None:
+        finish(config, summary, anew=False)
         locks.release(output)
     elif config.process_index == 0:
         (output / "summary.json").unlink(missing_ok=True)
@@ -302,8 +309,9 @@ def add_lora(config: TrainConfig, model: nn.Module, task_type: str) -> nn.Module
 def training_scope(config: TrainConfig) -> Iterator[None]:
     """The precision of products and DeepSpeed's global configuration, for this run and no later one; at its end the
     output directory is given back."""
+    precision = matmul_precision(config.matmul_precision, config.device.type)
     try:
-        with matmul_precision(config.matmul_precision, config.device.type), _deepspeed_scope(config):
+        with precision, _deepspeed_scope(config), run_facts.heard_warnings() as config.warnings:
             yield
     finally:
         locks.release(Path(config.output_dir))
@@ -355,7 +363,9 @@ def train(
         trainer.evaluate()
     trainer.save_state()
     summary = {
+        "stage": config.stage,
         "config": config.to_dict(),
+        "changed": config.changed,
         "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "device": str(config.device),
         "processes": config.world_size,
@@ -367,16 +377,79 @@ def train(
         "train_seconds": round(output.metrics["train_runtime"], 3),
         "total_seconds": round(time.time() - config.started, 3),
         **trainer.throughput(),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": run_facts.command_line(),
+        "warnings": config.warnings,
     }
+    samples = _samples(trainer)
     if config.process_index == 0:
+        ran = machine.describe()
+        summary |= {"machine": ran["machine"], "commit": ran["commit"]}
+        summary["data_files"] = run_facts.data_files(find_splits(config))
+        if samples is not None:
+            run_facts.write_samples(Path(config.output_dir), samples)
         content = json.dumps(summary, indent=2, default=str) + "\n"
         write_file(Path(config.output_dir), "summary.json", content.encode())  # it says that the run is finished
         seconds = summary["train_seconds"]
         print(f"{summary['steps']} steps in {seconds:.0f} s; the model is in {config.output_dir}", flush=True)
         print(closing(summary), flush=True)
-    if config.world_size > 1:
-        torch.distributed.barrier()
+    finish(config, summary, anew=True)
     return summary
+
+
+def _samples(trainer: StageTrainer) -> dict[str, Any] | None:
+    """What the trained model makes of a few rows, for the report; a collective call. None, and a warning, where that
+    fails: the model is saved already."""
+    try:
+        return run_facts.take_samples(trainer)
+    except Exception as error:
+        logger.warning(f"the report has no samples: {type(error).__name__}: {error}")
+        return None
+
+
+def finish(config: TrainConfig, summary: dict[str, Any], *, anew: bool) -> None:
+    """Leave README.md (the model card) and report.html in the output directory of a finished run, and publish what is
+    to be published; a collective call.
+
+    Pages that are there are replaced when the run was made `anew`, and else left alone: people edit cards. A page that
+    cannot be made is a warning. Raises RunError, in every process, for an upload that failed.
+    """
+    problem = None
+    if config.process_index == 0:
+        _write_pages(Path(config.output_dir), anew)
+        if config.push_to_hub and not publish.is_done(config, summary):
+            problem = _publish(config, summary)
+    if (problem := processes.from_first(problem)) is not None:
+        raise RunError(problem)
+
+
+def _write_pages(output: Path, anew: bool) -> None:
+    for name, write in ((model_card.NAME, model_card.write), (html_report.NAME, html_report.write)):
+        if (output / name).exists() and not anew:
+            continue
+        try:
+            write(output)
+        except Exception as error:
+            logger.warning(f"{output / name} was not written: {type(error).__name__}: {error}")
+        else:
+            if name == html_report.NAME:
+                print(f"the report is {output / name}", flush=True)
+
+
+def _publish(config: TrainConfig, summary: dict[str, Any]) -> str | None:
+    """Upload the model, and note it in the summary; returns what went wrong."""
+    output = Path(config.output_dir)
+    try:
+        summary["hub"] = publish.push(config, output, f"{config.stage}: the model after {summary['steps']} steps")
+    except Exception as error:
+        return (
+            f"the training is finished and saved in {output}, but was not uploaded: {publish.one_line(error)}. The "
+            "same command tries again."
+        )
+    content = json.dumps(summary, indent=2, default=str) + "\n"
+    write_file(output, "summary.json", content.encode())
+    print(f"published as {summary['hub']['repository']}", flush=True)
+    return None
 
 
 def losses_line(summary: dict[str, Any], name: str) -> str:

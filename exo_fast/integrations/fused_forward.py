@@ -57,7 +57,7 @@ class FusedForward:
         self,
         model: PreTrainedModel,
         *args: Any,
-        labels: Tensor | None = None,  # (B, T), to be shifted
+        labels: Any = None,  # Tensor (B, T), to be shifted
         shift_labels: Tensor | None = None,  # (B, T), shifted already
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -88,7 +88,7 @@ class FusedForward:
                 return None
             return values.new_zeros(shape).view(-1).index_copy(0, places, values.to(places.device)).view(shape)
 
-        log_probs = put(logps)
+        log_probs: Any = put(logps)
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = -log_probs.sum() / count
         aux_loss = None
@@ -194,7 +194,9 @@ def fuse(model: PreTrainedModel, fused: FusedForward) -> None:
 
     # The signature is kept: `generate` and the Trainer look at it.
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, fused_groups: Any = None, **kw: Any):
+    def forward(
+        self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, fused_groups: Any = None, **kw: Any
+    ) -> Any:
         given = {name: value for name, value in kw.items() if value is not None}  # PEFT names what it was not given
         if fused_groups is not None:
             return fused.groups(self, **fused_groups, **given)

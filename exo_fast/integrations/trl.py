@@ -36,7 +36,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from exo_fast.integrations.fused_forward import FusedForward, fuse, fusible, make_plan
+from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible, make_plan
+from exo_fast.loss import group_loss
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
 from exo_fast.training.metrics import GROUP_METRICS, group_metrics
 
@@ -45,7 +46,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("exo_fast.integrations.trl needs TRL: pip install 'exo_fast[trl]'", name="trl") from error
 
-TESTED = ("1.15", "1.16")  # minor versions whose interface this module knows; the tests run on 1.16.0
+TESTED = ("1.15", "1.16")  # minor versions whose interface this module knows: tested on 1.15.0 and 1.16.0
 HEAD = "add_fused_lm_head"
 HEAD_PARAMETERS = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
 TRAINERS = ("dpo", "kto", "grpo", "rloo", "sft")
@@ -181,13 +182,13 @@ class ExoDPOConfig(DPOConfig):
     beta_r: float = field(
         default=0.1, metadata={"help": "Temperature of the rewards in '*-rw': the target is softmax(reward / beta_r)."}
     )
-    label_smoothing: float | None = field(  # type: ignore[assignment]
+    label_smoothing: float | None = field(
         default=None,
         metadata={
             "help": "ε of '*-pref' and of TRL's losses that have one. Default: 1e-3 for EXO, which needs one, else 0."
         },
     )
-    precompute_ref_log_probs: bool | None = field(  # type: ignore[assignment]
+    precompute_ref_log_probs: bool | None = field(
         default=None,
         metadata={
             "help": "Default: yes, unless the data is streamed, has images, or the reference follows the policy."
@@ -251,7 +252,8 @@ class ExoDPOTrainer(DPOTrainer):
             args = ExoDPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-EXO")
         first = None if train_dataset is None else next(iter(train_dataset))
         if args.precompute_ref_log_probs is None:
-            args.precompute_ref_log_probs = _can_precompute(args, train_dataset, first)
+            eval_dataset = positional[0] if positional else named.get("eval_dataset")
+            args.precompute_ref_log_probs = _can_precompute(args, train_dataset, eval_dataset, first)
         self.group_loss = _group_loss(args, first)
         self._candidates = CandidateCollator()
         if self.group_loss is not None and data_collator is None:
@@ -261,16 +263,11 @@ class ExoDPOTrainer(DPOTrainer):
         options = {"memory_budget": getattr(args, "memory_budget", None), "backend": getattr(args, "backend", "auto")}
         with _patched(share_prompts=getattr(args, "share_prompts", True), options=options):
             super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **named)
-        if self.group_loss is not None:
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            causal_lm = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
-            if fusible(causal_lm):
-                raise ValueError(f"{type(causal_lm).__name__}: {fusible(causal_lm)}")
-            if self.aux_loss_enabled:
-                raise ValueError(
-                    f"loss_type={self.loss_types}: the router's auxiliary loss ({self.router_aux_loss_coef}) is not "
-                    "added to the losses over candidates; set router_aux_loss_coef=0.0."
-                )
+        causal_lm = self.accelerator.unwrap_model(self.model)
+        if hasattr(causal_lm, "get_base_model"):
+            causal_lm = causal_lm.get_base_model()
+        # Otherwise TRL's head, or one that gives the router loss too, makes log-probs, and the loss is made of these.
+        self.one_pass = not fusible(causal_lm) and not self.aux_loss_enabled
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         if self.group_loss is None:
@@ -286,14 +283,17 @@ class ExoDPOTrainer(DPOTrainer):
                 lambda row: {"candidate_ids": [row["chosen_ids"], row["rejected_ids"]], "rewards": [1.0, 0.0]}
             )
         check = CandidateCheck(self.group_loss["loss_type"], dataset_name, len(first["completions"]))
-        dataset = dataset.map(
-            lambda row, index: check(row, index) or tokenize_candidates(row, processing_class),
-            with_indices=True,
-            **described,
-        )
+
+        def tokenized(row: dict[str, Any], index: int) -> dict[str, Any]:
+            check(row, index)
+            return tokenize_candidates(row, processing_class)
+
+        dataset = dataset.map(tokenized, with_indices=True, **described)
         if args.max_length is not None and args.truncation_mode == "keep_start":
             dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
         return dataset
+
+    _signature_columns: list[str]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -320,17 +320,20 @@ class ExoDPOTrainer(DPOTrainer):
             first, others = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         ref_logps = torch.cat([first.unsqueeze(1), others], dim=1)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            fused_groups={
-                "labels": labels,
-                "ref_logps": ref_logps,
-                "rewards": inputs["rewards"],
-                "loss": self.group_loss,
-            },
-        )
-        numbers = group_metrics(outputs.logits, ref_logps, inputs["rewards"].to(ref_logps.device), self.beta)
+        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        if self.one_pass:
+            groups = {"labels": labels, "ref_logps": ref_logps, "rewards": inputs["rewards"], "loss": self.group_loss}
+            outputs = model(**batch, fused_groups=groups)
+            loss, policy_logps = outputs.loss, outputs.logits
+        else:
+            routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
+            found = model(**batch, **routed, labels=labels, use_cache=False, fused_lm_head=True)
+            policy_logps = found.log_probs.sum(1).view_as(ref_logps)
+            loss = group_loss(policy_logps, ref_logps, inputs["rewards"].to(ref_logps.device), **self.group_loss)
+            if self.aux_loss_enabled:
+                loss = loss + self.router_aux_loss_coef * found.aux_loss
+            outputs = GroupOutput(loss=loss, logits=policy_logps.detach())
+        numbers = group_metrics(policy_logps.detach(), ref_logps, inputs["rewards"].to(ref_logps.device), self.beta)
         means = self.accelerator.gather_for_metrics(numbers).mean(0).tolist()
         for name, value in zip(GROUP_METRICS, means, strict=True):
             self._metrics[mode]["group_entropy" if name == "entropy" else name].append(value)
@@ -338,13 +341,20 @@ class ExoDPOTrainer(DPOTrainer):
             tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += tokens // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return (loss, outputs) if return_outputs else loss
 
 
-def _can_precompute(args: DPOConfig, dataset: Any, first: dict[str, Any] | None) -> bool:
+def _streamed(data: Any) -> bool:
+    """Whether data, or any split of it, can only be read in order."""
+    if isinstance(data, dict):
+        return any(map(_streamed, data.values()))
+    return data is not None and not hasattr(data, "__len__")
+
+
+def _can_precompute(args: DPOConfig, dataset: Any, eval_dataset: Any, first: dict[str, Any] | None) -> bool:
     """Whether TRL can compute the reference's log-probs beforehand: of data that it can read twice, and that, in
     several processes, lies on a disk where all find what the first one writes."""
-    streamed = not hasattr(dataset, "__len__")
+    streamed = _streamed(dataset) or _streamed(eval_dataset)
     images = first is not None and ("image" in first or "images" in first)
     apart = args.world_size > 1 and not getattr(dataset, "cache_files", None)
     return not (streamed or images or apart or args.sync_ref_model)

@@ -144,6 +144,6 @@ def test_what_is_lost_and_why() -> None:
     rows[3] = row("ours", "T::a[1]", "failed", "x | y")
     assert trl_suite.lost(results, "ours") == [rows[3]]
     assert trl_suite.differences(results, "ours") is None
-    assert trl_suite.intended("ValueError: ld_alpha, use_weighting and f_divergence_type are about pairs")
+    assert trl_suite.intended("ValueError: ld_alpha, use_weighting and f_divergence_type are not for loss_type=exo-rw")
     assert not trl_suite.intended("x | y")
     assert trl_suite.reasons([rows[0], rows[3]], ["trl", "ours"]) == ["ours: x \\| y"]
