@@ -28,6 +28,9 @@ from exo_fast.statistics import TokenStatistics, linear_logprobs_with_statistics
 
 logger = logging.get_logger(__name__)
 SHAREABLE = frozenset({"input_ids", "attention_mask", "use_cache", "output_router_logits"})  # of a forward's arguments
+# Learned positions that, where none are given, count from the padding: rows that begin with the prompt have others.
+LEARNED_POSITIONS = frozenset({"gpt2"})
+DENSE = 4  # how many times the attention of ordinary rows a dense mask may cost: a K of 4 with short prompts
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -72,7 +75,7 @@ class FusedForward:
             hidden = self.shared_hidden(model, shared)
             wanted = shared.targets.to(hidden.device)
             places, shape = shared.places.to(hidden.device), (len(labels), labels.shape[1] - 1)
-            mask = labels[:, 1:] != -100
+            mask = labels[:, 1:].to(hidden.device) != -100
         else:
             outputs = model.base_model(*args, **kwargs)
             router = {"router_logits": getattr(outputs, "router_logits", None)}
@@ -116,7 +119,8 @@ class FusedForward:
             hidden, targets = self.shared_hidden(model, shared), shared.targets
             bounds = shared.packed.cu_seqlens
         else:
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+            # The last T positions: prompt-learning PEFT has put tokens of its own before them.
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, -labels.shape[1] : -1]
             mask = labels[:, 1:] != -100
             hidden, targets = hidden[mask], labels[:, 1:][mask]
             bounds = nn.functional.pad(mask.sum(1).cpu().cumsum(0), (1, 0))
@@ -138,7 +142,14 @@ class FusedForward:
             return None
         if inputs.get("input_ids") is None or inputs.get("output_router_logits"):
             return None
-        shared = share_rows(inputs["input_ids"], inputs.get("attention_mask"), labels, **options)
+        mask = inputs.get("attention_mask")
+        if self.plan.model_type in LEARNED_POSITIONS and mask is not None and not bool(mask[:, 0].all()):
+            return None
+        shared = share_rows(inputs["input_ids"], mask, labels, **options)
+        if shared is not None and self.too_wide(model, shared, labels):
+            shared = None
+        if not self.checked and not everywhere(model, shared is not None):
+            return None
         if shared is not None and not self.checked:
             several = [group for group in shared.groups if len(group.completions) > 1][:CHECKED_GROUPS]
             groups = [shortened(group, self.plan) for group in several]
@@ -149,6 +160,14 @@ class FusedForward:
                 logger.warning(f"exo_fast: rows of one prompt do not share it: {report.reason}")
                 return None
         return shared
+
+    def too_wide(self, model: PreTrainedModel, shared: SharedRows, labels: Tensor) -> bool:
+        """Whether the shared rows' attention would cost more than their prompts save. FlexAttention, and SDPA on a CPU
+        (`exo_fast.attention`), skip what is masked; elsewhere a mask of (rows, 1, T, T) is made and gone through."""
+        implementation = model.config._attn_implementation
+        skips = implementation == "flex_attention" or (implementation == "sdpa" and labels.device.type == "cpu")
+        rows, length = shared.packed.input_ids.shape
+        return not skips and rows * length**2 > DENSE * labels.shape[0] * labels.shape[1] ** 2
 
     def shared_hidden(self, model: PreTrainedModel, shared: SharedRows) -> Tensor:
         """(N, D): the hidden state that predicts each token."""
@@ -170,7 +189,7 @@ class FusedForward:
         head = self.head(model)
         weight, bias, hidden = head.weight, head.bias, hidden.to(head.weight.device)
         if len(hidden) == 0:  # a zero that backward can go through, as other ranks wait there
-            zero = hidden.float().sum(1) + 0.0 * weight.float().sum()
+            zero = hidden.float().sum(1) + 0.0 * (weight.float().sum() + (0.0 if bias is None else bias.float().sum()))
             none = zero.detach()
             found = {name: none.bool() if name == "is_top1" else none for name in STATISTICS if name in self.outputs}
             return zero, TokenStatistics(**found)
@@ -255,6 +274,17 @@ def hold(model: PreTrainedModel, _: tuple) -> None:
                 deepspeed.zero.register_external_parameter(model, parameter)
 
 
+def everywhere(model: PreTrainedModel, found: bool) -> bool:
+    """`found`, or where weights are in pieces that all ranks gather together (ZeRO-3, FSDP2): whether all ranks
+    found it. A forward more on some of them would hang the others."""
+    weight = model.get_output_embeddings().weight
+    if not hasattr(weight, "ds_id") and not hasattr(weight, "full_tensor"):
+        return found
+    answer = torch.tensor([int(found)], device=weight.device)
+    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)
+    return bool(answer.item())
+
+
 def load_balancing_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
     """The auxiliary loss of a mixture of experts, which transformers' models share."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -269,10 +299,13 @@ class EntropyWithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, log_probs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return entropy.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None]:
+        if grad is None:  # DDP that looks for unused parameters walks through every output, also those of no loss
+            return None, None
         raise RuntimeError(
             "exo_fast gives the entropy without a gradient, and the loss asks for one (an entropy bonus: entropy_coef "
             "or use_adaptive_entropy of GRPO). Switch the bonus off, or call unpatch_trl() before the trainer is made."

@@ -65,6 +65,8 @@ def share_rows(
         Group(list(key[-1]), [tokens[row][firsts[row] : stops[row]] for row in found]) for key, found in members.items()
     ]
     order = [row for found in members.values() for row in found]
+    if candidates is not None and order != list(range(rows)):  # prompts cut to different lengths, A B A in a group
+        return None
     at = torch.cat([torch.arange(firsts[row], stops[row]) + row * length for row in order])
     return SharedRows(
         groups=groups,

@@ -21,8 +21,11 @@ TRL has no stable interface for any of this. So its version is checked: see TEST
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib
 import inspect
+import json
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -36,10 +39,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from exo_fast.backends import BACKENDS
 from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible, make_plan
 from exo_fast.loss import group_loss
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
 from exo_fast.training.metrics import GROUP_METRICS, group_metrics
+from exo_fast.validate import check_budget, check_groups
 
 try:
     import trl
@@ -110,12 +115,19 @@ def patch_trl(
     unknown = sorted(set(trainers) - set(TRAINERS))
     if unknown:
         raise ValueError(f"trainers={list(trainers)}: {unknown[0]!r} is not one of {', '.join(TRAINERS)}.")
+    _check_options(memory_budget, backend)
     unpatch_trl()
     for name in trainers:
         module = importlib.import_module(f"trl.trainer.{name}_trainer")
         original = getattr(module, HEAD)
         options = {"memory_budget": memory_budget, "backend": backend}
         setattr(module, HEAD, _fused_lm_head(original, share_prompts, options))
+
+
+def _check_options(memory_budget: int | None, backend: str) -> None:
+    check_budget(memory_budget)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}.")
 
 
 def unpatch_trl() -> None:
@@ -207,6 +219,7 @@ class ExoDPOConfig(DPOConfig):
             exo = any(name.startswith("exo") for name in self.loss_type)
             self.label_smoothing = default_label_smoothing("exo-pref") if exo else 0.0
         super().__post_init__()
+        _check_options(self.memory_budget, self.backend)
         ours = [name for name in self.loss_type if name in LOSS_TYPES]
         if ours and len(self.loss_type) > 1:
             raise ValueError(f"loss_type={self.loss_type}: {ours[0]!r} is a loss by itself; give it alone.")
@@ -269,6 +282,14 @@ class ExoDPOTrainer(DPOTrainer):
         # Otherwise TRL's head, or one that gives the router loss too, makes log-probs, and the loss is made of these.
         self.one_pass = not fusible(causal_lm) and not self.aux_loss_enabled
 
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # TRL names its cache after the data and the model alone; where rows are cut decides about the log-probs too.
+        cut = (self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)
+        if hasattr(dataset, "_fingerprint"):
+            dataset = copy.copy(dataset)
+            dataset._fingerprint = hashlib.sha256(repr((dataset._fingerprint, cut)).encode()).hexdigest()[:16]
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         if self.group_loss is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -276,7 +297,9 @@ class ExoDPOTrainer(DPOTrainer):
         first = next(iter(dataset))
         if "candidate_ids" in first:
             return dataset
-        described = {} if not hasattr(dataset, "__len__") else {"desc": f"Tokenizing {dataset_name} dataset"}
+        described: dict[str, Any] = {}
+        if hasattr(dataset, "__len__"):
+            described = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
         if "completions" not in first:  # pairs
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
             return dataset.map(
@@ -332,6 +355,8 @@ class ExoDPOTrainer(DPOTrainer):
             loss = group_loss(policy_logps, ref_logps, inputs["rewards"].to(ref_logps.device), **self.group_loss)
             if self.aux_loss_enabled:
                 loss = loss + self.router_aux_loss_coef * found.aux_loss
+                aux_loss = self.accelerator.gather_for_metrics(found.aux_loss).mean().item()
+                self._metrics[mode]["aux_loss"].append(aux_loss)
             outputs = GroupOutput(loss=loss, logits=policy_logps.detach())
         numbers = group_metrics(policy_logps.detach(), ref_logps, inputs["rewards"].to(ref_logps.device), self.beta)
         means = self.accelerator.gather_for_metrics(numbers).mean(0).tolist()
@@ -356,7 +381,9 @@ def _can_precompute(args: DPOConfig, dataset: Any, eval_dataset: Any, first: dic
     several processes, lies on a disk where all find what the first one writes."""
     streamed = _streamed(dataset) or _streamed(eval_dataset)
     images = first is not None and ("image" in first or "images" in first)
-    apart = args.world_size > 1 and not getattr(dataset, "cache_files", None)
+    evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    parts = [dataset, *(part for part in evals if part is not None)]
+    apart = args.world_size > 1 and not all(getattr(part, "cache_files", None) for part in parts)
     return not (streamed or images or apart or args.sync_ref_model)
 
 
@@ -373,14 +400,19 @@ def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any]
         )
     if args.ld_alpha is not None or args.use_weighting or args.f_divergence_type != "reverse_kl":
         raise ValueError(
-            "ld_alpha, use_weighting and f_divergence_type are about pairs; leave them out for K candidates."
+            f"ld_alpha, use_weighting and f_divergence_type are not for loss_type={args.loss_type} over candidates. "
+            "Leave them out, or choose one of TRL's losses of pairs, such as 'sigmoid'."
         )
-    return {
+    if args.loss_weights is not None:
+        raise ValueError(f"loss_weights={args.loss_weights}: loss_type={args.loss_type} is one loss; leave them out.")
+    options = {
         "loss_type": AS_GROUPS.get(name, name),
         "beta_pi": args.beta,
         "beta_r": getattr(args, "beta_r", 0.1),
         "label_smoothing": args.label_smoothing,
     }
+    check_groups(None, torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), **options)  # before the reference runs
+    return options
 
 
 @dataclass
@@ -416,7 +448,9 @@ def tokenize_candidates(row: dict[str, Any], processing_class: Any) -> dict[str,
 
     prompt, texts = row["prompt"], row["completions"]
     if is_conversational({"prompt": prompt}):
-        options = row.get("chat_template_kwargs") or {}
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
         prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **options)["input_ids"]
         answers = [[{"role": "assistant", "content": t}] if isinstance(t, str) else t for t in texts]
         sequences = [_tokenize(processing_class, prompt + answer, **options)["input_ids"] for answer in answers]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from exo_fast import reference  # noqa: E402
 from exo_fast.integrations import trl as integration  # noqa: E402
+from exo_fast.integrations.padded import share_rows  # noqa: E402
 from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer, patch_trl, unpatch_trl  # noqa: E402
 
 WORDS = ["the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great"]
@@ -195,6 +196,73 @@ def test_sft(tmp_path: Path, tiny_llama: str) -> None:
     assert difference(patched, weights) < 2e-5
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "cohere", "granite", "phi", "qwen3_moe", "opt"])
+def test_the_forward_is_trls_over_families(families: Any, model_type: str, side: str) -> None:
+    """Every number that TRL reads off a model, and the gradients, on rows of one prompt that are padded on a side."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    draw = torch.Generator().manual_seed(1)
+    prompt, lengths = 4, (5, 3, 4, 6)
+    ids = torch.zeros(4, prompt + 6, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    shared = torch.randint(3, families.VOCAB, (2, prompt), generator=draw)
+    for row, length in enumerate(lengths):
+        start = 6 - length if side == "left" else 0
+        completion = torch.randint(3, families.VOCAB, (length,), generator=draw)
+        ids[row, start : start + prompt + length] = torch.cat([shared[row // 2], completion])
+        mask[row, start : start + prompt + length] = 1
+        labels[row, start + prompt : start + prompt + length] = completion
+    labels[1, labels[1] >= 0] = torch.where(torch.arange(3) == 1, -100, labels[1, labels[1] >= 0])  # a tool's answer
+
+    def numbers(fuse: Any) -> tuple[Any, dict]:
+        model = families.tiny_model(model_type)
+        fuse(model)
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        (out.loss + out.log_probs.square().sum()).backward()
+        return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, gradients = numbers(lambda model: add_fused_lm_head(model, temperature=0.7, outputs=outputs))
+    options = {"memory_budget": None, "backend": "auto"}
+    ours = integration._fused_lm_head(add_fused_lm_head, True, options)
+    found, found_gradients = numbers(lambda model: ours(model, temperature=0.7, outputs=outputs))
+    for name in ("loss", *outputs, "label_mask"):
+        torch.testing.assert_close(found[name], expected[name], atol=2e-5, rtol=2e-5, msg=lambda t, n=name: f"{n}: {t}")
+    assert found_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            found_gradients[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda t, n=name: f"{n}: {t}"
+        )
+
+
+def test_rows_of_a_group_keep_their_order() -> None:
+    """Prompts that were cut to different lengths, A B A: sharing would pair rewards with other candidates."""
+    ids = torch.tensor([[5, 6, 7, 8], [9, 6, 7, 8], [5, 6, 7, 4]])
+    labels = ids.clone()
+    labels[:, :2] = -100
+    assert share_rows(ids, None, labels, candidates=3) is None
+    assert share_rows(ids, None, labels).places.tolist() == [1, 2, 7, 8, 4, 5]
+
+
+def test_candidates_whose_prompts_are_cut_differently(tmp_path: Path, tiny_llama: str) -> None:
+    settings = {"loss_type": "exo-rw", "max_length": 9, "truncation_mode": "keep_end", "max_steps": 2}
+    found, _ = run(ExoDPOTrainer, config(tmp_path / "a", ExoDPOConfig, **settings), tiny_llama, candidates())
+    plain = config(tmp_path / "b", ExoDPOConfig, share_prompts=False, **settings)
+    expected, _ = run(ExoDPOTrainer, plain, tiny_llama, candidates())
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+
+
+def test_reference_log_probs_are_those_of_this_max_length(tmp_path: Path, tiny_llama: str) -> None:
+    """TRL's cache lies beside data on a disk, under a name that does not know where rows were cut."""
+    pairs().save_to_disk(tmp_path / "data")
+    for length in (8, 14):
+        settings = {"max_length": length, "truncation_mode": "keep_end", "max_steps": 1}
+        data = Dataset.load_from_disk(tmp_path / "data")
+        log, _ = run(ExoDPOTrainer, config(tmp_path / str(length), ExoDPOConfig, **settings), tiny_llama, data)
+        assert log[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
 def test_undo_and_settings(tiny_llama: str) -> None:
     from trl.trainer import dpo_trainer, kto_trainer
 
@@ -363,6 +431,10 @@ def test_bad_rows_are_named(tmp_path: Path, tiny_llama: str, change: dict, messa
         ({"loss_type": "hinge"}, "is a loss of pairs"),
         ({"loss_type": ["exo-rw", "sft"]}, "give it alone"),
         ({"loss_type": "exo-rw", "ld_alpha": 0.5}, "ld_alpha"),
+        ({"loss_type": "exo-rw", "loss_weights": [3.0]}, "loss_weights=\\[3.0\\]"),
+        ({"loss_type": "exo-pref", "label_smoothing": 0.0}, "label_smoothing"),
+        ({"loss_type": "exo-rw", "beta_r": 0.0}, "beta_r"),
+        ({"loss_type": "exo-rw", "backend": "tritn"}, "'tritn'"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, tiny_llama: str, options: dict, message: str) -> None:

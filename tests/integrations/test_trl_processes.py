@@ -38,13 +38,19 @@ from trl import DPOConfig, DPOTrainer
 from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer, patch_trl
 
 model, output, rows, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-settings["deepspeed"] = {
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-    "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
-}
+lora = {}
+if sys.argv[5] == "lora":  # DDP, which walks through every output of the model in backward
+    from peft import LoraConfig
+
+    lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)}
+else:
+    settings["deepspeed"] = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+    }
 patch_trl()
-kind, trainer_class = (DPOConfig, DPOTrainer) if sys.argv[5] == "patched" else (ExoDPOConfig, ExoDPOTrainer)
+kind, trainer_class = (DPOConfig, DPOTrainer) if sys.argv[5] != "groups" else (ExoDPOConfig, ExoDPOTrainer)
 if sys.argv[5] == "groups":
     settings |= {"loss_type": "dpo-pref"}
 arguments = kind(output, per_device_train_batch_size=2, **settings)  # before the model: its weights come in pieces
@@ -53,6 +59,7 @@ trainer = trainer_class(
     args=arguments,
     train_dataset=Dataset.from_list(rows),
     processing_class=AutoTokenizer.from_pretrained(model),
+    **lora,
 )
 assert not arguments.precompute_ref_log_probs  # the data is in the memory of each process
 trainer.train()
@@ -109,13 +116,18 @@ def run(script: str, folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["patched", "groups"])
-def test_zero3_in_two_processes_equals_trl_in_one(tmp_path: Path, tiny_llama: str, what: str) -> None:
+@pytest.mark.parametrize("what", ["patched", "groups", "lora"])
+def test_two_processes_equal_trl_in_one(tmp_path: Path, tiny_llama: str, what: str) -> None:
+    """ZeRO-3, patched and with the loss over candidates; DDP with LoRA."""
+    from peft import LoraConfig
+
+    lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)}
     trainer = trl.DPOTrainer(
         AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
         args=trl.DPOConfig(str(tmp_path / "one"), per_device_train_batch_size=4, **SETTINGS),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+        **(lora if what == "lora" else {}),
     )
     trainer.train()
     expected = [entry for entry in trainer.state.log_history if "loss" in entry]

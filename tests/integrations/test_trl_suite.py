@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from exo_fast.benchmarks import trl_suite
+from exo_fast.benchmarks import machine, trl_drop_in, trl_suite
 from exo_fast.benchmarks.tables import block
 from exo_fast.benchmarks.trl_standins import model_scripts
 from exo_fast.training.errors import InputError
@@ -147,3 +147,26 @@ def test_what_is_lost_and_why() -> None:
     assert trl_suite.intended("ValueError: ld_alpha, use_weighting and f_divergence_type are not for loss_type=exo-rw")
     assert not trl_suite.intended("x | y")
     assert trl_suite.reasons([rows[0], rows[3]], ["trl", "ours"]) == ["ours: x \\| y"]
+
+
+def test_the_page_shows_the_results() -> None:
+    page = (machine.REPOSITORY / "docs" / "trl.md").read_text()
+    suite = json.loads(trl_suite.OUTPUT.read_text())
+    for name, made in (("summary", trl_suite.summary(suite)), ("tests", trl_suite.tests_table(suite))):
+        assert block("trl_suite", name).search(page)[2] == f"{made}\n"
+    drop_in = json.loads((machine.REPOSITORY / trl_drop_in.RESULTS).read_text())
+    made = f"{trl_drop_in.table(drop_in['rows'])}\n\n{trl_drop_in.provenance(drop_in)}"
+    assert block("trl_drop_in", "table").search(page)[2] == f"{made}\n"
+
+
+def test_what_the_drop_in_promises() -> None:
+    """On the machine of the results: equal losses over ten steps, 1.5 and 2.5 times the speed, 0.6 of the memory."""
+    results = json.loads((machine.REPOSITORY / trl_drop_in.RESULTS).read_text())
+    rows = {row["case"]: row for row in results["rows"]}
+    trl = rows["TRL"]
+    for case, speed in (("patched", 1.5), ("ExoDPOTrainer", 2.5)):
+        row = rows[case]
+        assert len(row["losses"]) == 10
+        assert max(abs(a - b) for a, b in zip(row["losses"], trl["losses"], strict=True)) < 1e-4
+        assert trl["seconds"] / row["seconds"] >= speed
+        assert row["above_mb"] / trl["above_mb"] <= 0.6
