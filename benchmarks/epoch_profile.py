@@ -44,6 +44,7 @@ WHEN = {
     "check of the layout": ONCE,
     "reference log-probs": ONCE,
     "checkpoint and model": ONCE,
+    "samples for the report": ONCE,
     "outside the training loop": ONCE,
 }
 _BODY = "model"  # forward and backward of its layers less attention: split into PRODUCTS and ELEMENTWISE at the end
@@ -153,7 +154,7 @@ def _watched(watch: Stopwatch, batches: list[dict]) -> Iterator[None]:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from transformers.modeling_utils import AttentionInterface
 
-    from exo_fast.training import align, module, trainer
+    from exo_fast.training import align, module, run_facts, trainer
     from exo_fast.training.data.groups import GroupCollator, GroupDataset
 
     gradients = "DeepSpeed: forward and gradients"
@@ -182,6 +183,7 @@ def _watched(watch: Stopwatch, batches: list[dict]) -> Iterator[None]:
         (trainer.StageTrainer, "log", "logging and metrics", True),
         (trainer.StageTrainer, "_save_checkpoint", "checkpoint and model", True),
         (trainer.StageTrainer, "save_model", "checkpoint and model", True),
+        (run_facts, "take_samples", "samples for the report", True),
     ]
     collate = GroupCollator.__call__
 

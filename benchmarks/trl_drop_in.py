@@ -33,14 +33,11 @@ PAIRS, STEPS = 4, 10
 LEARNING_RATE = 1e-5
 CASES = {
     "TRL": "DPOTrainer, unmodified",
-    "TRL, no checkpointing": "… without activation checkpointing",
     "TRL, precomputed": "… with reference log-probs precomputed",
     "patched": "DPOTrainer after patch_trl()",
     "patched, no sharing": "… with share_prompts=False",
-    "patched, no checkpointing": "… without activation checkpointing",
     "patched, precomputed": "… with reference log-probs precomputed",
     "ExoDPOTrainer": "ExoDPOTrainer, dpo-pref (precomputes the reference)",
-    "ExoDPOTrainer, no checkpointing": "… without activation checkpointing",
     "ExoDPOTrainer, reference in the step": "… with the reference in the step",
 }
 HEADER = [
@@ -103,8 +100,6 @@ def run(case: str, steps: int, pairs: int) -> dict[str, Any]:
         trainer_class, config_class, options = ExoDPOTrainer, ExoDPOConfig, {"loss_type": "dpo-pref"}
     if "precomputed" in case or "reference in the step" in case:
         options["precompute_ref_log_probs"] = "precomputed" in case
-    if "no checkpointing" in case:
-        options["gradient_checkpointing"] = False
 
     seconds: list[float] = []
 

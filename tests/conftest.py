@@ -5,7 +5,9 @@ Without a GPU the Triton kernels run in Triton's interpreter, which has to be ch
 
 import importlib.util
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or no test could interrupt a process of its own
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -33,6 +37,15 @@ _families = _load_families()
 def families() -> ModuleType:
     """`tests/families.py`: tiny_model(name), random_model(model_type), and the tables SHARING, REFUSING, FAMILIES."""
     return _families
+
+
+@pytest.fixture(autouse=True)
+def keep_environment() -> Iterator[None]:
+    """A run without a launcher sets RANK and the like, which a later test's child process must not inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -20,7 +20,8 @@ STEPS = 6
 
 def losses(name: str, *arguments: str) -> list[float]:
     """The losses that an example prints, as `loss 0.5` or, by transformers.Trainer, `'loss': '0.5'`."""
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    launched = (*LAUNCHER_VARIABLES, *(key for key in os.environ if key.startswith("ACCELERATE_")))
+    environment = {key: value for key, value in os.environ.items() if key not in launched}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(EXAMPLES / name), "--steps", str(STEPS), *arguments]

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,6 @@ from exo_fast.training.config import AlignConfig
 from exo_fast.training.trainer import AlignTrainer
 
 REFUSED = Cell(1, 0, accumulation=13)  # a batch of 12 groups cannot be cut into so many
-
-
-@pytest.fixture(autouse=True)
-def keep_environment() -> Iterator[None]:
-    """A training in this process sets variables that later tests' processes must not inherit."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """A tiny random Llama with its own tokenizer, and data to align it on: no network, a few milliseconds a step."""
 
 import json
-import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # for what tests here share: thi
 
 WORDS = ("the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great")
 SPECIAL = ("<unk>", "<s>", "</s>")
-
-
-@pytest.fixture(autouse=True)
-def keep_environment() -> Iterator[None]:
-    """A run without a launcher sets RANK and the like, which a later test's child process must not inherit."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def make_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
