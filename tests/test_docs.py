@@ -92,15 +92,6 @@ def pages_with(*languages: str) -> list[Any]:
     return [pytest.param(page, id=str(page.relative_to(REPOSITORY))) for page in names]
 
 
-@pytest.fixture(autouse=True)
-def keep_environment() -> Iterator[None]:
-    """A parsed command sets RANK and the like, which a later test must not inherit."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def page_directory(page: Path, tmp_path: Path) -> Path:
     """A directory like a checkout's, in which the page's files are made."""
     for name in ("recipes", "Makefile", "setup.py", "tests", "benchmarks", "examples", "docs", "constraints.txt"):

@@ -21,17 +21,16 @@ from transformers.utils import ModelOutput, logging
 
 from exo_fast.head import Head, read_head
 from exo_fast.integrations.padded import SharedRows, share_rows
-from exo_fast.layout import CHECKED_GROUPS, MaskPlan, check_sharing, model_inputs, plan_mask, shortened
+from exo_fast.layout import CHECKED_GROUPS, MaskPlan, check_sharing, model_inputs, shortened
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import linear_group_loss
-from exo_fast.statistics import TokenStatistics, linear_logprobs_with_statistics
+from exo_fast.statistics import OUTPUTS, TokenStatistics, linear_logprobs_with_statistics
 
 logger = logging.get_logger(__name__)
 SHAREABLE = frozenset({"input_ids", "attention_mask", "use_cache", "output_router_logits"})  # of a forward's arguments
 # Learned positions that, where none are given, count from the padding: rows that begin with the prompt have others.
 LEARNED_POSITIONS = frozenset({"gpt2"})
 DENSE = 4  # how many times the attention of ordinary rows a dense mask may cost: a K of 4 with short prompts
-STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 @dataclass
@@ -98,7 +97,7 @@ class FusedForward:
         if kwargs.get("output_router_logits"):
             aux_loss = load_balancing_loss(model, router["router_logits"], kwargs.get("attention_mask"))
             loss = loss + getattr(model.config, "router_aux_loss_coef", 0.0) * aux_loss
-        numbers = {name: put(getattr(statistics, name)) for name in STATISTICS}
+        numbers = {name: put(getattr(statistics, name)) for name in OUTPUTS}
         if numbers["entropy"] is not None and log_probs.requires_grad:
             numbers["entropy"] = EntropyWithoutGradient.apply(numbers["entropy"], log_probs)
         return self.output_class(loss=loss, log_probs=log_probs, label_mask=mask, aux_loss=aux_loss, **numbers)
@@ -191,10 +190,10 @@ class FusedForward:
         if len(hidden) == 0:  # a zero that backward can go through, as other ranks wait there
             zero = hidden.float().sum(1) + 0.0 * (weight.float().sum() + (0.0 if bias is None else bias.float().sum()))
             none = zero.detach()
-            found = {name: none.bool() if name == "is_top1" else none for name in STATISTICS if name in self.outputs}
+            found = {name: none.bool() if name == "is_top1" else none for name in OUTPUTS if name in self.outputs}
             return zero, TokenStatistics(**found)
         options = {"bias": bias, "scale": head.scale / self.temperature, "softcap": head.softcap, **self.options}
-        names = tuple(name for name in STATISTICS if name in self.outputs)
+        names = tuple(name for name in OUTPUTS if name in self.outputs)
         autocast = torch.is_autocast_enabled(hidden.device.type) and not self.cast_lm_head_to_fp32
         with torch.autocast(hidden.device.type, enabled=autocast):
             if self.cast_lm_head_to_fp32:
@@ -243,11 +242,6 @@ def fusible(model: PreTrainedModel) -> str:
     return ""
 
 
-def make_plan(model: PreTrainedModel) -> MaskPlan:
-    """How the model's rows are masked when they share prompts, or why they cannot."""
-    return plan_mask(model.config)
-
-
 def whole(head: Head) -> Head:
     """FSDP2 leaves parameters as DTensors, shards of which lie with ranks that have other rows: gathered, as one."""
     parts = {
@@ -275,10 +269,15 @@ def hold(model: PreTrainedModel, _: tuple) -> None:
 
 
 def everywhere(model: PreTrainedModel, found: bool) -> bool:
-    """`found`, or where weights are in pieces that all ranks gather together (ZeRO-3, FSDP2): whether all ranks
-    found it. A forward more on some of them would hang the others."""
-    weight = model.get_output_embeddings().weight
-    if not hasattr(weight, "ds_id") and not hasattr(weight, "full_tensor"):
+    """`found`; where weights are in pieces that all ranks gather together (ZeRO-3, FSDP): whether all ranks found it.
+    A forward more on some of them would hang the others."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return found
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    weight = model.get_output_embeddings().weight  # whole, and a plain tensor, inside FSDP's forward
+    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    if not sharded and not hasattr(weight, "ds_id"):
         return found
     answer = torch.tensor([int(found)], device=weight.device)
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)

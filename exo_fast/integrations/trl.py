@@ -40,7 +40,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from exo_fast.backends import BACKENDS
-from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible, make_plan
+from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
+from exo_fast.layout import plan_mask
 from exo_fast.loss import group_loss
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
 from exo_fast.training.metrics import GROUP_METRICS, group_metrics
@@ -165,7 +166,7 @@ def _fused_lm_head(original: Any, share_prompts: bool, options: dict[str, Any]) 
         fused = FusedForward(
             fallback=model.forward,
             output_class=FusedCausalLMOutput,
-            plan=make_plan(model),
+            plan=plan_mask(model.config),
             temperature=temperature,
             cast_lm_head_to_fp32=cast_lm_head_to_fp32,
             outputs=tuple(outputs),

@@ -158,21 +158,22 @@ def test_kto(tmp_path: Path, tiny_llama: str) -> None:
     assert difference(patched, weights) < 2e-5
 
 
-def grpo(path: Path, model: str, **options: Any) -> tuple[list[dict], dict]:
+def grpo(path: Path, model: str, name: str = "GRPO", **options: Any) -> tuple[list[dict], dict]:
     data = Dataset.from_list([{"prompt": row["prompt"]} for row in pairs(8)])
 
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(text) % 7) for text in completions]
 
     settings = {"num_generations": 4, "max_completion_length": 6, "per_device_train_batch_size": 4, "beta": 0.1}
-    arguments = config(path, trl.GRPOConfig, max_steps=2, **settings, **options)
-    return run(trl.GRPOTrainer, arguments, model, data, reward_funcs=reward)
+    arguments = config(path, getattr(trl, f"{name}Config"), max_steps=2, **settings, **options)
+    return run(getattr(trl, f"{name}Trainer"), arguments, model, data, reward_funcs=reward)
 
 
-def test_grpo(tmp_path: Path, tiny_llama: str) -> None:
-    expected, weights = grpo(tmp_path / "a", tiny_llama)
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_online(tmp_path: Path, tiny_llama: str, name: str) -> None:
+    expected, weights = grpo(tmp_path / "a", tiny_llama, name)
     patch_trl()
-    found, patched = grpo(tmp_path / "b", tiny_llama)
+    found, patched = grpo(tmp_path / "b", tiny_llama, name)
     for mine, theirs in zip(found, expected, strict=True):
         for name in ("loss", "entropy", "reward", "kl", "completions/mean_length"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
@@ -234,6 +235,41 @@ def test_the_forward_is_trls_over_families(families: Any, model_type: str, side:
         torch.testing.assert_close(
             found_gradients[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda t, n=name: f"{n}: {t}"
         )
+
+
+@pytest.mark.parametrize(("implementation", "shares"), [("eager", False), ("sdpa", True)])
+def test_a_dense_mask_that_costs_more_than_prompts_save_is_not_made(
+    families: Any, implementation: str, shares: bool
+) -> None:
+    """Eight completions of 3 tokens behind one prompt token: a row of 25 tokens, in place of eight of 4."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = families.tiny_model("llama")
+    model.set_attn_implementation(implementation)
+    integration._fused_lm_head(add_fused_lm_head, True, {"memory_budget": None, "backend": "auto"})(model)
+    ids = torch.randint(3, families.VOCAB, (8, 4), generator=torch.Generator().manual_seed(2))
+    ids[:, 0] = 5
+    labels = ids.masked_fill(torch.arange(4) == 0, -100)
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    found = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    assert seen[-1] == ((1, 25) if shares else (8, 4))
+    exact = torch.log_softmax(model(ids).logits[:, :-1], dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_tools_are_part_of_the_prompt(tiny_llama: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools[0]['name'] }} {% endif %}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    row = {"prompt": [{"role": "user", "content": "good"}], "completions": ["bad", "dull"], "rewards": [1.0, 0.0]}
+    for tools in ([{"name": "film"}], '[{"name": "film"}]'):
+        made = integration.tokenize_candidates({**row, "tools": tools}, tokenizer)
+        assert tokenizer.decode(made["prompt_ids"]).split()[-2:] == ["film", "good"]
+    assert "film" not in tokenizer.decode(integration.tokenize_candidates(row, tokenizer)["prompt_ids"])
 
 
 def test_rows_of_a_group_keep_their_order() -> None:

@@ -80,10 +80,11 @@ from exo_fast.integrations.trl import _fused_lm_head
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 options = {"memory_budget": None, "backend": "auto"}
-ids = torch.randint(4, 17, (2, 2, 9), generator=torch.Generator().manual_seed(0))  # of each rank a pair
-ids[:, 1, :5] = ids[:, 0, :5]
+ids = torch.randint(4, 17, (2, 2, 2, 9), generator=torch.Generator().manual_seed(0))  # batch, rank, row, token
+ids[1, :, 1, :5] = ids[1, :, 0, :5]  # two rows of one prompt: in the first batch on rank 0 alone, then on both
+ids[0, 0, 1, :5] = ids[0, 0, 0, :5]
 labels = ids.clone()
-labels[:, :, :5] = -100
+labels[..., :5] = -100
 
 def build():
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
@@ -91,12 +92,13 @@ def build():
     return model
 
 plain, sharded = build(), build()
-sum(plain(input_ids=i, labels=l, fused_lm_head=True).log_probs.sum() for i, l in zip(ids, labels)).backward()
+for i, l in zip(ids.flatten(0, 1), labels.flatten(0, 1)):
+    plain(input_ids=i, labels=l, fused_lm_head=True).log_probs.sum().backward()
 for layer in sharded.model.layers:
     fully_shard(layer)
 fully_shard(sharded)
-out = sharded(input_ids=ids[rank], labels=labels[rank], fused_lm_head=True)
-out.log_probs.sum().backward()
+for i, l in zip(ids[:, rank], labels[:, rank]):
+    sharded(input_ids=i, labels=l, fused_lm_head=True).log_probs.sum().backward()
 for (name, a), b in zip(plain.named_parameters(), sharded.parameters(), strict=True):
     torch.testing.assert_close(b.grad.full_tensor() * 2, a.grad, atol=1e-5, rtol=1e-5, msg=name)  # FSDP's is a mean
 print("EQUAL", flush=True)
