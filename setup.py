@@ -84,6 +84,7 @@ setup(
     packages=[
         "exo_fast",
         "exo_fast.backends",
+        "exo_fast.data",
         "exo_fast.integrations",
         "exo_fast.kernels",
         "exo_fast.training",

@@ -166,9 +166,9 @@ class Rows:
 
     def encode(self) -> list[list[int]]:
         """All texts by one call of the tokenizer."""
-        from exo_fast.training.data.groups import encode
+        from exo_fast.data.tokens import RowTokenizer
 
-        return encode(self.tokenizer, [text for e in self.examples for text in (e.prompt, *e.completions)])
+        return RowTokenizer(self.tokenizer).encode([text for e in self.examples for text in (e.prompt, *e.completions)])
 
     def pack(self) -> list[dict]:
         """The groups as batches of BATCH."""

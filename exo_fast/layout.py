@@ -46,10 +46,12 @@ CHECKED_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its K candidates, as token ids."""
+    """A prompt and its K candidates, as token ids. Where `learned` is given it says of each token of each candidate
+    whether it counts; the others are only read (what a user or a tool said between the turns of a candidate)."""
 
     prompt: list[int]
     completions: list[list[int]]
+    learned: list[list[bool]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "completions"):
@@ -67,6 +69,13 @@ class Group:
                 raise ValueError(f"Group.completions[{k}] must be a list, got {type(completion).__name__}.")
             if len(completion) == 0:
                 raise ValueError(f"Group.completions[{k}] is empty: at least one token is needed, such as EOS.")
+        if self.learned is not None:
+            lengths = [len(marks) for marks in self.learned]
+            if lengths != [len(completion) for completion in self.completions]:
+                raise ValueError(f"Group.learned must have one mark for each token of each completion, got {lengths}.")
+            for k, marks in enumerate(self.learned):
+                if not any(marks):
+                    raise ValueError(f"Group.learned[{k}] marks no token: at least one must count.")
 
     def tokens(self) -> int:
         """Tokens of the group in a row that shares the prompt."""
@@ -75,7 +84,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch of B rows of T tokens, with N completion tokens of S sequences."""
+    """A batch of B rows of T tokens, with N completion tokens that count, of S sequences."""
 
     input_ids: Tensor  # (B, T) long
     position_ids: Tensor  # (B, T) long, 0 on padding
@@ -112,7 +121,7 @@ def pack(
     if len(groups) == 0:
         raise ValueError("groups is empty: at least one group is needed.")
     # An unshared batch is the same thing with one candidate a group and one group a row.
-    blocks = groups if share_prompt else [Group(g.prompt, [c]) for g in groups for c in g.completions]
+    blocks = groups if share_prompt else [alone for group in groups for alone in _one_by_one(group)]
     sizes = [block.tokens() for block in blocks]
     longest = max(sizes)
     if row_length is None:
@@ -145,6 +154,9 @@ def pack(
     at = segment_at[segment_of] + within
     tokens = _as_ids(list(chain.from_iterable(segments)))
     in_completion = candidate[segment_of] > 0
+    counts = in_completion
+    if any(block.learned is not None for block in blocks):
+        counts = torch.tensor([mark for block in blocks for mark in _marks(block)])
 
     def rows(values: Tensor, fill: int, dtype: torch.dtype) -> Tensor:
         flat = torch.full((shape[0] * shape[1],), fill, dtype=dtype)
@@ -157,11 +169,26 @@ def pack(
         position_ids=rows(within + in_completion * prompt_length[segment_of], 0, torch.long),
         group_ids=rows(block_of[segment_of], -1, torch.int32),
         candidate_ids=rows(candidate[segment_of], -1, torch.int32),
-        source=torch.where(within == 0, last_prompt_at, at - 1)[in_completion],
-        targets=tokens[in_completion],
-        cu_seqlens=_boundaries(lengths[candidate > 0]),
+        source=torch.where(within == 0, last_prompt_at, at - 1)[counts],
+        targets=tokens[counts],
+        cu_seqlens=_boundaries(torch.bincount(segment_of[counts], minlength=len(segments))[candidate > 0]),
         share_prompt=share_prompt,
     )
+
+
+def _one_by_one(group: Group) -> Iterator[Group]:
+    """A group of one candidate for each of the group's."""
+    for k, completion in enumerate(group.completions):
+        yield Group(group.prompt, [completion], None if group.learned is None else [group.learned[k]])
+
+
+def _marks(group: Group) -> Iterator[bool]:
+    """Whether each token of the prompt (none) and of the candidates counts."""
+    yield from [False] * len(group.prompt)
+    if group.learned is None:
+        yield from [True] * (group.tokens() - len(group.prompt))
+    else:
+        yield from (bool(mark) for marks in group.learned for mark in marks)
 
 
 def _as_ids(tokens: list[int]) -> Tensor:
@@ -345,7 +372,11 @@ def shortened(group: Group, plan: MaskPlan) -> Group:
     """At most CHECKED_TOKENS of each segment, or as many as the model's window has, around where the completions begin:
     a check needs no more, and long rows of several groups may not fit where one does."""
     tokens = max(CHECKED_TOKENS, plan.window or 0)
-    return Group(group.prompt[-tokens:], [completion[:tokens] for completion in group.completions])
+    prompt, completions = group.prompt[-tokens:], [completion[:tokens] for completion in group.completions]
+    learned = None if group.learned is None else [marks[:tokens] for marks in group.learned]
+    if learned is not None and not all(map(any, learned)):
+        learned = None  # what counts comes later; for the check any tokens do
+    return Group(prompt, completions, learned)
 
 
 @contextmanager

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from exo_fast.data.examples import Example
+from exo_fast.data.selection import LeftOut
 from exo_fast.layout import plan_mask
 from exo_fast.training.config import AlignConfig
-from exo_fast.training.data.examples import Example, load_examples
+from exo_fast.training.data.examples import load_examples
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.data.records import Source
 from exo_fast.training.errors import InputError
@@ -49,8 +51,17 @@ def align(config: AlignConfig) -> dict[str, Any]:
     sources = find_splits(config)
     tokenizer = load_tokenizer(config)
     check_models(config)
-    examples = read_data(config, sources, tokenizer)
-    datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=config.num_contrastive)
+    left_out = {name: LeftOut() for name in sources}
+    datasets = tokenize_splits(
+        config,
+        read_data(config, sources, tokenizer, left_out),
+        tokenizer,
+        num_contrastive=config.num_contrastive,
+        loss_type=config.loss_type,
+        duplicates=config.duplicates,
+        ties=config.ties,
+        left_out=left_out,
+    )
     if config.process_index == 0:
         print(data_table(datasets, config.max_seq_len, config.max_gen_len), flush=True)
         if config.preset:
@@ -80,11 +91,16 @@ def align(config: AlignConfig) -> dict[str, Any]:
 
 
 def read_data(
-    config: AlignConfig, sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase
+    config: AlignConfig,
+    sources: dict[str, Source],
+    tokenizer: PreTrainedTokenizerBase,
+    left_out: dict[str, LeftOut] | None = None,
 ) -> dict[str, list[Example]]:
-    """The checked rows of each split; conversations become text through the tokenizer's chat template."""
+    """The checked rows of each split; conversations become text through the tokenizer's chat template. Rows of too few
+    candidates are noted in `left_out`."""
     options = {"loss_type": config.loss_type, "num_contrastive": config.num_contrastive, "tokenizer": tokenizer}
-    return {name: load_examples(source, **options) for name, source in sources.items()}
+    left_out = left_out or {}
+    return {name: load_examples(source, left_out=left_out.get(name), **options) for name, source in sources.items()}
 
 
 def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len: int) -> str:
@@ -95,6 +111,7 @@ def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len:
             ("", list(datasets)),
             ("examples", [c.examples for c in counts]),
             ("groups", [c.groups for c in counts]),
+            ("groups left out", [sum(c.left_out.values()) for c in counts]),
             ("candidates per group", [c.candidates for c in counts]),
             ("longest sequence", [c.longest_sequence for c in counts]),
             (f"prompts cut to fit {max_seq_len}", [c.cut_prompts for c in counts]),
@@ -104,6 +121,8 @@ def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len:
             (f"tokens, padded to {max_seq_len}", [c.groups * c.candidates * max_seq_len for c in counts]),
         ]
     )
+    for name, dataset in datasets.items():
+        lines = "\n".join([lines, *LeftOut(dataset.counts.left_out, dataset.counts.left_out_rows).lines(name)])
     return lines if "eval" in datasets else f"{lines}\nno held-out data: nothing is evaluated"
 
 

@@ -20,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from exo_fast.training.data.faults import short
+from exo_fast.data.fields import short
 from exo_fast.training.errors import InputError
 from exo_fast.training.paths import user_path
 

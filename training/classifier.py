@@ -6,8 +6,9 @@ In the original this is the oracle of the IMDB experiments: its log-odds are the
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from exo_fast.data.examples import Text
 from exo_fast.training.config import _field
-from exo_fast.training.data.examples import Text, load_texts
+from exo_fast.training.data.examples import load_texts
 from exo_fast.training.data.records import Source
 from exo_fast.training.errors import InputError
 from exo_fast.training.scalar_module import ClassifierModule, RowCollator, RowDataset

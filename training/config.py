@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from exo_fast.backends import choose
+from exo_fast.data.selection import DUPLICATES, TIES
 from exo_fast.reference import default_label_smoothing
 from exo_fast.training import long_sequence, publish
 from exo_fast.training.deepspeed import (
@@ -338,7 +339,19 @@ class AlignConfig(CausalConfig):
         "exo-pref", "EXO (reverse KL) or DPO (forward KL); the best candidate or the rewards as target."
     )
     num_contrastive: int | None = _field(
-        None, "Candidates per group; must divide the candidates of each prompt. Default: all of them."
+        None,
+        "Candidates per group. A prompt with more gives several groups, drawn from its candidates where these do not "
+        "come out even; one with fewer is left out. Default: all, the same number for every prompt.",
+    )
+    duplicates: Literal["drop", "error", "keep"] = _field(
+        "drop",
+        "Groups whose candidates are all the same tokens, or that hold the same tokens with different rewards: leave "
+        "them out, with a count; end before training; or learn from them.",
+    )
+    ties: Literal["error", "drop", "share"] = _field(
+        "error",
+        "Groups in which several candidates have the highest reward, in exo-pref and dpo-pref: end before training; "
+        "leave them out, with a count; or give the best ones equal shares of the target.",
     )
     beta_pi: float = _field(0.1, "Weight of the log-ratio: the policy's implicit reward is beta_pi * log-ratio.")
     beta_r: float = _field(0.1, "Temperature of the given rewards in exo-rw and dpo-rw.")
@@ -394,7 +407,16 @@ class AlignConfig(CausalConfig):
             "trust_remote_code",
         ),
         "data": CausalConfig.field_groups["data"],
-        "loss": ("loss_type", "num_contrastive", "beta_pi", "beta_r", "label_smoothing", "temperature"),
+        "loss": (
+            "loss_type",
+            "num_contrastive",
+            "duplicates",
+            "ties",
+            "beta_pi",
+            "beta_r",
+            "label_smoothing",
+            "temperature",
+        ),
         **TRAINING_GROUPS,
         "speed and memory": (
             "share_prompt",
@@ -446,6 +468,8 @@ examples:
             "num_contrastive",
             "at least 2 candidates are compared.",
         )
+        need(self.duplicates in DUPLICATES, "duplicates", f"one of {', '.join(DUPLICATES)} is needed.")
+        need(self.ties in TIES, "ties", f"one of {', '.join(TIES)} is needed.")
         need(self.sequence_parallel >= 1, "sequence_parallel", "at least 1 process is needed.")
         need(
             self.sequence_parallel == 1 or self.attn_implementation in (None, *SEQUENCE_PARALLEL_CORES),

@@ -35,6 +35,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.config import _field
 from exo_fast.training.data.examples import load_prompts
 from exo_fast.training.errors import InputError
@@ -116,9 +117,10 @@ def plan_batches(lengths: Sequence[int], return_num: int, batch_size: int) -> li
 
 
 def end_tokens(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end a completion: those the model names, and the tokenizer's EOS, which training puts at the end."""
+    """The ids that end a completion: those the model names, and those that training puts at the end: the tokenizer's
+    EOS and what its chat template ends the assistant's turn with."""
     end = generation_config.eos_token_id
-    return {*([end] if isinstance(end, int) else end or ()), tokenizer.eos_token_id} - {None}
+    return {*([end] if isinstance(end, int) else end or ()), *RowTokenizer(tokenizer).ends}
 
 
 @contextmanager

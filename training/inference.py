@@ -21,8 +21,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.config import _field
-from exo_fast.training.data.groups import encode, prefix_ids
+from exo_fast.training.data.groups import cut_left
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import announce_cpu
 from exo_fast.training.errors import InputError
@@ -197,18 +198,11 @@ def json_digest(value: Any) -> str:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_tokens: Sequence[int]
 ) -> list[tuple[list[int], int]]:
-    """Ids of each prompt as training has it: what the tokenizer puts before a text (BOS), then the prompt's own,
-
-    cut on the left so that both are at most `max_tokens[i]`; and how many were cut off.
-    """
-    prefix = prefix_ids(tokenizer)
-    rows = []
-    for ids, limit in zip(encode(tokenizer, prompts), max_tokens, strict=True):
-        if ids[: len(prefix)] == prefix:  # a template may have written BOS already
-            ids = ids[len(prefix) :]
-        lost = max(len(ids) - max(limit - len(prefix), 0), 0)
-        rows.append((prefix + ids[lost:], lost))
-    return rows
+    """Ids of each prompt as training has it (`exo_fast.data.tokens`), cut on the left behind BOS to at most
+    `max_tokens[i]`, and how many were cut off."""
+    rows = RowTokenizer(tokenizer)
+    found = rows.prompts(prompts)
+    return [cut_left(ids, limit, len(rows.prefix)) for ids, limit in zip(found, max_tokens, strict=True)]
 
 
 def find_splits(config: InferenceConfig) -> dict[str, Source]:

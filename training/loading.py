@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from exo_fast.training.data.faults import short
+from exo_fast.data.fields import short
+from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.data.records import first_line, read_json
 from exo_fast.training.errors import InputError
 from exo_fast.training.paths import is_plain_name, user_path
@@ -145,12 +146,10 @@ def adapter_base(path: str) -> str:
 
 def need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of EOS. Raises InputError for a tokenizer without one."""
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, which ends every completion; set "
-            "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
-        )
-    return tokenizer.eos_token_id
+    try:
+        return RowTokenizer(tokenizer).eos
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def check_fits_model(config: Any, name_or_path: str, *, longest: int, largest_id: int = 0) -> None:

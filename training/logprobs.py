@@ -17,19 +17,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from exo_fast.data.examples import Example
+from exo_fast.data.selection import UNLEARNED
+from exo_fast.data.tokens import RowTokenizer
 from exo_fast.head import final_hidden, read_head
 from exo_fast.layout import Group, check_sharing, model_inputs, pack, plan_mask
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.reference import sequence_logps
 from exo_fast.training.config import _field
-from exo_fast.training.data.examples import Example, load_samples
-from exo_fast.training.data.groups import check_drawn_ids, encode
+from exo_fast.training.data.examples import load_samples
+from exo_fast.training.data.groups import EXAMPLES_PER_CALL, cut_left, encoded
 from exo_fast.training.errors import InputError
 from exo_fast.training.inference import (
     InferenceConfig,
     check_model_name,
     digest,
-    encode_prompts,
     find_splits,
     from_main,
     json_digest,
@@ -37,7 +39,7 @@ from exo_fast.training.inference import (
     load_tokenizer,
     start_processes,
 )
-from exo_fast.training.loading import check_fits_model, need_eos
+from exo_fast.training.loading import check_fits_model
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 
@@ -124,37 +126,32 @@ class TokenizedRow:
 def tokenize_rows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, max_gen_len: int
 ) -> list[TokenizedRow]:
-    """Examples of any number of completions as token ids.
+    """Examples of any number of completions as token ids (`exo_fast.data.tokens`).
 
-    A completion is the ids that were drawn, or else its text's ids and EOS, cut on the right to `max_gen_len`. A prompt
-    is cut on the left: where the completions were drawn, to max_seq_len - max_gen_len, as `exo-fast generate` cut it;
-    else only so that it and the longest completion fit `max_seq_len`, as in training. Raises InputError for a prompt of
-    no tokens, for ids that another tokenizer drew, and for a tokenizer without EOS where there is text.
+    A completion is cut on the right to `max_gen_len`, and a prompt on the left: where the completions were drawn, to
+    max_seq_len - max_gen_len, as `exo-fast generate` cut it; else only so that it and the longest completion fit
+    `max_seq_len`, as in training. Raises InputError as `data.groups.tokenize` does of ids, and for a completion none of
+    whose first `max_gen_len` tokens count.
     """
-    check_drawn_ids(examples, tokenizer)
-    texts = [text for example in examples if example.completion_ids is None for text in example.completions]
-    eos = need_eos(tokenizer) if texts else None
-    written = iter(encode(tokenizer, texts))
-    completions, room = [], []
-    for example in examples:
-        whole = example.completion_ids
-        if whole is None:
-            bodies = [next(written) for _ in example.completions]
-            whole = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in bodies]
-        completions.append(whole)
-        longest = max_gen_len if example.completion_ids is not None else min(max(map(len, whole)), max_gen_len)
-        room.append(max_seq_len - longest)
-    prompts = encode_prompts(tokenizer, [example.prompt for example in examples], room)
+    tokenized = RowTokenizer(tokenizer)
     rows = []
-    for example, (prompt, lost), whole in zip(examples, prompts, completions, strict=True):
-        if not prompt:
-            raise InputError(
-                f"{example.place}, field `prompt`, value {example.prompt!r}: no tokens, and the tokenizer adds no BOS; "
-                "at least one is needed, to predict a completion's first token from."
-            )
-        group = Group(prompt, [ids[:max_gen_len] for ids in whole])
-        rows.append(TokenizedRow(group, lost > 0, sum(len(ids) > max_gen_len for ids in whole)))
+    for start in range(0, len(examples), EXAMPLES_PER_CALL):
+        chunk = examples[start : start + EXAMPLES_PER_CALL]
+        for example, tokens in zip(chunk, encoded(tokenized, chunk), strict=True):
+            completions = [ids[:max_gen_len] for ids in tokens.candidates]
+            longest = max_gen_len if example.completion_ids is not None else max(map(len, completions))
+            prompt, lost = cut_left(tokens.prompt, max_seq_len - longest, len(tokenized.prefix))
+            learned = None if tokens.learned is None else [marks[:max_gen_len] for marks in tokens.learned]
+            if learned is not None and not all(map(any, learned)):
+                raise InputError(f"{example.place}: {UNLEARNED}; set max_gen_len={max_gen_len} to a larger number.")
+            cut = sum(len(ids) > max_gen_len for ids in tokens.candidates)
+            rows.append(TokenizedRow(Group(prompt, completions, learned), lost > 0, cut))
     return rows
+
+
+def _part(group: Group, which: slice) -> Group:
+    """A group of some of the completions."""
+    return Group(group.prompt, group.completions[which], None if group.learned is None else group.learned[which])
 
 
 @dataclass
@@ -224,7 +221,7 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
         "stage": "logprobs",
         "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),
         "rows": {
-            split: json_digest([(e.prompt, e.completions, e.completion_ids) for e in found])
+            split: json_digest([(e.prompt, e.completions, e.extras()) for e in found])
             for split, found in examples.items()
         },
         "temperature": config.temperature,
@@ -248,7 +245,7 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
             {
                 "prompt": example.prompt,
                 "completions": example.completions,
-                **({} if example.completion_ids is None else {"completion_ids": example.completion_ids}),
+                **example.extras(),
                 "logprobs": row,
             }
             for example, row in zip(examples[split], values, strict=True)
@@ -272,7 +269,7 @@ def _split_logprobs(
     # Groups of many completions are cut up, and each part has its prompt.
     together = min(MAX_TOGETHER, config.batch_size)
     parts = [
-        (index, Group(group.prompt, group.completions[first : first + together]))
+        (index, _part(group, slice(first, first + together)))
         for index, group in enumerate(groups)
         for first in range(0, len(group.completions), together)
     ]
@@ -316,7 +313,7 @@ def _split_logprobs(
 
 
 def _count(rows: list[TokenizedRow], values: list[list[float]]) -> dict[str, Any]:
-    tokens = sum(len(ids) for row in rows for ids in row.group.completions)
+    tokens = sum(len(pack([row.group]).targets) for row in rows)
     flat = [value for row in values for value in row]
     return {
         "prompts": len(rows),

@@ -55,5 +55,4 @@ def pref_to_rw(config: PrefToRwConfig) -> dict[str, Any]:
 
 
 def _to_row(pair: Any) -> dict[str, Any]:
-    row = {"prompt": pair.prompt, "completions": pair.completions, "rewards": [1, 0]}
-    return row if pair.completion_ids is None else {**row, "completion_ids": pair.completion_ids}
+    return {"prompt": pair.prompt, "completions": pair.completions, "rewards": [1, 0], **pair.extras()}

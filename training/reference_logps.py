@@ -55,6 +55,8 @@ def cache_key(dataset: GroupDataset, model: str, **settings: Any) -> str:
     ):
         digest.update(f"{ids.dtype}{ids.shape}".encode())
         digest.update(np.ascontiguousarray(ids).data)
+    if dataset.learned is not None:
+        digest.update(np.packbits(dataset.learned).data)
     return digest.hexdigest()
 
 

@@ -5,7 +5,14 @@ loaded by `from_pretrained` and gives the same number from `model(**tokenizer(te
 package. Those classes read the rightmost token that is not `config.pad_token_id`. EOS is made the padding
 token: the number is then read at the last token before EOS, as in the original EXO code, whether or not a
 tokenizer or a caller ends the text with EOS. Padding goes on the right, where no token that is read sees it.
+
+Others train otherwise: TRL's RewardTrainer, whose padding is a token of its own, ends every text with EOS (and every
+conversation with all that the template writes) and reads the number there. Such a model is read there too
+(`reads_at_end`), because at another token it was never asked for anything.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +25,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from exo_fast.data.examples import Example
+from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import from_pretrained, need_eos, refuse_adapter
 
+Read = str | tuple[str, str]  # a text, or a prompt and its completion
 HEAD = "score"  # what the classes that read the last token call their head; those that read elsewhere say `classifier`
 
 
@@ -75,7 +85,8 @@ def load_scalar_model(
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{name_or_path!r}: its files lack the weights {sorted(missing)[0]}{others}.")
-    if not is_classifier or model.config.get_text_config().pad_token_id is None:
+    # One that is trained here reads before EOS from then on, whatever it was before.
+    if new_head or model.config.get_text_config().pad_token_id is None:
         tokenizer = from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
         padding = pad_with_eos(tokenizer).pad_token_id
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
@@ -97,24 +108,43 @@ def pad_with_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_seq_len: int) -> list[list[int]]:
-    """Token ids of each whole text (a prompt and its completion are one), with no EOS at the end.
+def reads_at_end(config: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a one-logit classifier of this transformers config was trained to be read at the end of a text, EOS
+    included: it was where its padding is not EOS, so that EOS is a token like others."""
+    padding = config.get_text_config().pad_token_id
+    return padding is not None and padding != tokenizer.eos_token_id
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Read], max_seq_len: int, *, at_end: bool = False
+) -> list[list[int]]:
+    """Token ids of each whole text, or prompt and completion, with no EOS and no end of turn at the end; with `at_end`
+    with all that it ends with, which is EOS where there is nothing else.
 
     Longer ones lose tokens on the left to fit `max_seq_len`, but keep BOS. Raises InputError for a text of no
     tokens.
     """
-    return [cut(ids, max_seq_len, tokenizer.bos_token_id) for ids in encode_whole(tokenizer, texts)]
+    return [cut(ids, max_seq_len, tokenizer.bos_token_id) for ids in encode_whole(tokenizer, texts, at_end=at_end)]
 
 
-def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Read], *, at_end: bool = False) -> list[list[int]]:
     """What `encode` cuts."""
-    rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-    for text, ids in zip(texts, rows, strict=True):
-        if not ids:
-            raise InputError(f"text {text!r}: no tokens; at least one is needed.")
-        while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+    need_eos(tokenizer)
+    rows = RowTokenizer(tokenizer)
+    pairs = [("", text) if isinstance(text, str) else text for text in texts]
+    found = rows.tokens([Example(None, prompt, [completion], [0.0]) for prompt, completion in pairs])
+    ended = []
+    for (prompt, completion), tokens in zip(pairs, found, strict=True):
+        ids = tokens.prompt + tokens.candidates[0]
+        if not at_end:
+            while ids and ids[-1] in rows.ends:
+                ids.pop()
+        elif rows.chat.trimmed(completion) != completion:  # the template wrote more after its end of turn
             ids.pop()
-    return rows
+        if not ids:
+            raise InputError(f"text {prompt + completion!r}: no tokens; at least one is needed.")
+        ended.append(ids)
+    return ended
 
 
 def cut(ids: list[int], max_seq_len: int, bos_token_id: int | None) -> list[int]:

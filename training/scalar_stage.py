@@ -13,7 +13,7 @@ from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import check_fits_model
 from exo_fast.training.module import TrainedModule
-from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
+from exo_fast.training.scalar_model import Read, load_scalar_model, pad_with_eos
 from exo_fast.training.scalar_module import RewardModule, RowCollator, RowDataset, settle_layout, tokenize_rows
 from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
@@ -119,7 +119,7 @@ def train_scalar(
     kind: Kind,
     *,
     load: Callable[..., list[Any]],
-    to_row: Callable[[Any], tuple[tuple[str, ...], float]],
+    to_row: Callable[[Any], tuple[tuple[Read, ...], float]],
     held_out: Callable[[dict[str, float], RowDataset], dict[str, Any]],
     closing: Callable[[dict[str, Any]], str],
 ) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from exo_fast.data.examples import Example
 from exo_fast.training.config import _field
-from exo_fast.training.data.examples import Example, load_samples
+from exo_fast.training.data.examples import load_samples
 from exo_fast.training.data.records import Source, read_records
 from exo_fast.training.errors import InputError
 from exo_fast.training.inference import (
@@ -35,11 +37,13 @@ from exo_fast.training.inference import (
     load_tokenizer,
     start_processes,
 )
-from exo_fast.training.loading import check_fits_model
+from exo_fast.training.loading import check_fits_model, from_pretrained
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
-from exo_fast.training.scalar_model import encode, load_scalar_model, pad, scalars
+from exo_fast.training.scalar_model import encode, load_scalar_model, pad, reads_at_end, scalars
 
+logger = logging.get_logger(__name__)
+EXTRAS = ("completion_ids", "completion_spans")  # of each completion, beside its text
 SCORERS = ("reward_model", "classifier", "function")
 
 
@@ -47,16 +51,21 @@ SCORERS = ("reward_model", "classifier", "function")
 class ScorerConfig(InferenceConfig):
     """Fields of every stage that scores completions; exactly one of the first three is set."""
 
-    reward_model: str | None = _field(None, "A reward model: a directory or a Hub name. It is read before EOS.")
+    reward_model: str | None = _field(None, "A reward model: a directory or a Hub name.")
     classifier: str | None = _field(None, "A classifier, whose log-odds of the positive class are the reward.")
     function: str | None = _field(
         None,
         "module:function, called as function(prompts, completions) with two lists of strings; it returns a list of "
         "numbers. The current directory is searched first.",
     )
+    reward_at: Literal["auto", "before_end", "end"] = _field(
+        "auto",
+        "Where a reward model or classifier is read: at the last token before EOS or the end of the turn, as exo-fast "
+        "trains it, or at the end itself, as TRL does. auto: at the end where its padding is not EOS.",
+    )
     max_seq_len: int = _field(512, "Longest prompt plus completion, in tokens; what is too long is cut on the left.")
 
-    scorer_fields: ClassVar[tuple[str, ...]] = SCORERS
+    scorer_fields: ClassVar[tuple[str, ...]] = (*SCORERS, "reward_at")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +84,7 @@ class Scorer:
 
     identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase | None = None
+    at_end = False  # whether the end of a text is read too
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """One finite number per completion, `completions[i]` being one of `prompts[i]`."""
@@ -94,9 +104,19 @@ class ModelScorer(Scorer):
     def __init__(self, config: ScorerConfig, kind: str):
         self.config, self.name = config, getattr(config, kind)
         self.tokenizer = load_tokenizer(config, self.name)
+        self.at_end = config.reward_at == "end"
+        if config.reward_at == "auto":
+            options = {"trust_remote_code": config.trust_remote_code}
+            self.at_end = reads_at_end(from_pretrained(AutoConfig, self.name, **options), self.tokenizer)
+            if self.at_end:
+                logger.warning(
+                    f"{kind}={self.name!r}: its padding is not EOS, so it is read at the end of each text, EOS "
+                    "included, as TRL trains such models. --reward_at before_end reads it before EOS."
+                )
         state = PartialState()
         self.identity = {
             "scorer": kind,
+            "reward_at": "end" if self.at_end else "before_end",
             "model": from_main(digest(self.name) if state.is_main_process else None, state),
             "max_seq_len": config.max_seq_len,
             **config.numerics(),
@@ -131,8 +151,8 @@ class ModelScorer(Scorer):
         return _check_finite([float(str(value)) for value in values.cpu().numpy()], repr(self.name))
 
     def _encode(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        return encode(self.tokenizer, texts, self.config.max_seq_len)
+        texts = list(zip(prompts, completions, strict=True))
+        return encode(self.tokenizer, texts, self.config.max_seq_len, at_end=self.at_end)
 
 
 class FunctionScorer(Scorer):
@@ -277,7 +297,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     scorer = load_scorer(config)
     sources = find_splits(config)
     examples = {
-        split: config.first(load_samples(source, tokenizer=scorer.tokenizer)) for split, source in sources.items()
+        split: config.first(load_samples(source, tokenizer=scorer.tokenizer, whole=scorer.at_end))
+        for split, source in sources.items()
     }
     if config.mode == "label-pref":
         _need_two_each(examples)
@@ -313,8 +334,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 
 
 def _row(example: Example) -> dict[str, Any]:
-    ids = {} if example.completion_ids is None else {"completion_ids": example.completion_ids}
-    return {"prompt": example.prompt, "completions": example.completions, **ids}
+    return {"prompt": example.prompt, "completions": example.completions, **example.extras()}
 
 
 def _score_split(
@@ -363,8 +383,8 @@ def _preferences(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]
         if len(set(rewards)) > 1:
             pair = places[int(np.argmax(rewards))], places[int(np.argmin(rewards))]
             chosen, rejected = (row["completions"][place] for place in pair)
-            ids = {"completion_ids": [row["completion_ids"][p] for p in pair]} if "completion_ids" in row else {}
-            found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **ids})
+            extras = {name: [row[name][p] for p in pair] for name in EXTRAS if name in row}
+            found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **extras})
     if not found:
         raise InputError(
             f"mode=label-pref: the completions of each prompt of the {split} split have one reward, so there is no "

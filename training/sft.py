@@ -5,7 +5,7 @@ fused head as alignment: no (tokens, vocabulary) logits, however long the sequen
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -42,8 +42,16 @@ class SftConfig(CausalConfig):
         "Training data: a .json, .jsonl or .parquet file, a directory with train.* (and test.*), a dataset saved by "
         "save_to_disk, or a name of the registry (imdb/sft:PATH). Rows: prompt, chosen; or conversations.",
     )
+    learn: Literal["last", "all"] = _field(
+        "last",
+        "Of a conversation (messages): the assistant's last words, or all of them. What others say is only read.",
+    )
     output_dir: str | None = _field("runs/sft", "Where the model, checkpoints, logs and summary.json are written.")
 
+    field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        **CausalConfig.field_groups,
+        "data": (*CausalConfig.field_groups["data"], "learn"),
+    }
     description: ClassVar[str] = """\
 Fine-tune a language model on prompts and their chosen completions; the loss is on the completions only.
 
@@ -90,7 +98,7 @@ def sft(config: SftConfig) -> dict[str, Any]:
         return finished
     sources = find_splits(config)
     tokenizer = load_tokenizer(config)
-    examples = {name: load_sft(source, tokenizer=tokenizer) for name, source in sources.items()}
+    examples = {name: load_sft(source, tokenizer=tokenizer, learn=config.learn) for name, source in sources.items()}
     datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=1)
     if config.process_index == 0:
         print(data_table(datasets, config), flush=True)

@@ -26,11 +26,12 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from exo_fast.benchmarks import machine
+from exo_fast.data.examples import Example
+from exo_fast.data.selection import LeftOut
 from exo_fast.head import read_head
 from exo_fast.training import checkpoints, html_report, locks, model_card, processes, publish, run_facts
 from exo_fast.training.assets import write_file
 from exo_fast.training.config import CausalConfig, TrainConfig
-from exo_fast.training.data.examples import Example
 from exo_fast.training.data.groups import GroupDataset, tokenize
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import pickle_plainly, start_on_cpu
@@ -226,9 +227,11 @@ def tokenize_splits(
     tokenizer: PreTrainedTokenizerBase,
     *,
     num_contrastive: int | None,
+    left_out: dict[str, LeftOut] | None = None,
+    **judged: Any,
 ) -> dict[str, GroupDataset]:
-    """The rows of each split as tokenised groups (`data.groups.tokenize`). Raises InputError where the model cannot
-    take them."""
+    """The rows of each split as tokenised groups (`data.groups.tokenize`, which takes `judged`). Raises InputError
+    where the model cannot take them."""
     datasets = {
         name: tokenize(
             rows,
@@ -236,6 +239,8 @@ def tokenize_splits(
             num_contrastive=num_contrastive,
             max_seq_len=config.max_seq_len,
             max_gen_len=config.max_gen_len,
+            left_out=left_out[name] if left_out else None,
+            **judged,
             description=f"tokenising ({name})",
             progress=config.process_index == 0 and not config.disable_tqdm,
         )

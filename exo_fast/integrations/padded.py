@@ -17,11 +17,11 @@ from exo_fast.layout import Group, Packed, pack
 
 @dataclass(frozen=True)
 class SharedRows:
-    """A padded batch of B rows of T tokens, packed. N tokens are predicted, up to the last labelled one of each row."""
+    """A padded batch of B rows of T tokens, packed. N tokens are predicted: those with a label."""
 
     groups: list[Group]
     packed: Packed
-    targets: Tensor  # (N,) the labels of those tokens, −100 among them included
+    targets: Tensor  # (N,) the labels of those tokens
     places: Tensor  # (N,) where each lies in the flat (B, T − 1) positions that predict
 
 
@@ -61,13 +61,18 @@ def share_rows(
         members.setdefault((prompt,) if candidates is None else (row // candidates, prompt), []).append(row)
     if len(members) == rows:
         return None
+
+    def learned(row: int) -> list[bool]:
+        return labelled[row, firsts[row] : stops[row]].tolist()
+
     groups = [
-        Group(list(key[-1]), [tokens[row][firsts[row] : stops[row]] for row in found]) for key, found in members.items()
+        Group(list(key[-1]), [tokens[row][firsts[row] : stops[row]] for row in found], [learned(row) for row in found])
+        for key, found in members.items()
     ]
     order = [row for found in members.values() for row in found]
     if candidates is not None and order != list(range(rows)):  # prompts cut to different lengths, A B A in a group
         return None
-    at = torch.cat([torch.arange(firsts[row], stops[row]) + row * length for row in order])
+    at = torch.cat([labelled[row].nonzero().squeeze(1) + row * length for row in order])
     return SharedRows(
         groups=groups,
         packed=pack(groups),

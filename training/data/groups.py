@@ -1,14 +1,14 @@
 """From examples to tokenised groups, and from groups to a batch.
 
-Prompt and completion are tokenised apart and their ids joined: what the model is trained on is exactly what
-was generated, and no length drifts by decoding and encoding again (the original repository does both). The
-ids live in flat arrays, so a large data set costs a few bytes a token and survives a fork of the data loader.
+What the ids are is said in `exo_fast.data.tokens`; here they are cut to length, grouped, and judged: a group that
+teaches nothing, or contradicts itself, is left out and counted (`exo_fast.data.selection`). The ids live in flat
+arrays, so a large data set costs a few bytes a token and survives a fork of the data loader.
 """
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from itertools import islice, pairwise
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from exo_fast.data.examples import Example
+from exo_fast.data.selection import FIX, Duplicates, LeftOut, Ties, fault, groups_of, verdict
+from exo_fast.data.tokens import RowTokenizer, Tokens
 from exo_fast.layout import Group, Packed, pack
-from exo_fast.training.data.examples import Example
+from exo_fast.training.data.faults import MAX_SHOWN, listed
 from exo_fast.training.errors import InputError
-from exo_fast.training.loading import need_eos
 
 EXAMPLES_PER_CALL = 512  # enough to keep the tokenizer's own threads busy, small enough for a progress bar
-CHECKED_EXAMPLES = 32  # of those that bring ids: another tokenizer's show at once
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class TokenCounts:
     cut_completions: int  # completions that lost tokens (and their EOS) on the right
     longest_sequence: int  # prompt and its longest completion
     longest_group: int  # prompt and all its completions
+    left_out: dict[str, int] = field(default_factory=dict)  # groups, by reason
+    left_out_rows: dict[str, list[str]] = field(default_factory=dict)  # the first rows of each
 
     @property
     def shared_tokens(self) -> int:
@@ -65,12 +68,14 @@ class GroupDataset(torch.utils.data.Dataset):
         completion_offsets: np.ndarray,  # (G*K+1,) int64
         rewards: Tensor,  # (G, K) float32
         counts: TokenCounts,
+        learned: np.ndarray | None = None,  # (completion tokens,) bool, which count; None: all
     ):
         self.prompt_ids, self.prompt_offsets = prompt_ids, prompt_offsets
         self.completion_ids, self.completion_offsets = completion_ids, completion_offsets
         self.rewards = rewards
         self.ref_logps: Tensor | None = None  # (G, K) float32
         self.counts = counts
+        self.learned = learned
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -82,6 +87,7 @@ class GroupDataset(torch.utils.data.Dataset):
         return Group(
             prompt=self.prompt_ids[self.prompt_offsets[index] : self.prompt_offsets[index + 1]].tolist(),
             completions=[self.completion_ids[a:b].tolist() for a, b in pairwise(bounds)],
+            learned=None if self.learned is None else [self.learned[a:b].tolist() for a, b in pairwise(bounds)],
         )
 
     def lengths(self) -> np.ndarray:
@@ -107,112 +113,172 @@ def tokenize(
     num_contrastive: int | None,
     max_seq_len: int,
     max_gen_len: int,
+    loss_type: str | None = None,
+    duplicates: Duplicates = "drop",
+    ties: Ties = "error",
+    left_out: LeftOut | None = None,
     description: str = "tokenising",
     progress: bool = True,
 ) -> GroupDataset:
-    """Cut each example's candidates into consecutive groups of `num_contrastive` (None: one group) and
-    tokenise them.
+    """Cut each example's candidates into groups of `num_contrastive` (None: one group) and tokenise them.
 
-    A completion is its ids and EOS (or, where they are known, just the ids that were drawn: sampling that was cut
-    short drew no EOS), cut on the right to `max_gen_len`. A prompt is what the tokenizer puts before a text (BOS),
-    then its ids, cut on the left so that it and the group's longest completion fit `max_seq_len`. Raises InputError
-    for a tokenizer without EOS, for a prompt of no tokens, and for ids that another tokenizer drew.
+    A completion is cut on the right to `max_gen_len`. A prompt is cut on the left, behind what the tokenizer puts
+    before a text (BOS), so that it and the group's longest completion fit `max_seq_len`. With a `loss_type` groups are
+    judged by `duplicates` and `ties`; what is left out joins `left_out` (of rows that had too few candidates) in the
+    counts.
+    Raises InputError for a tokenizer without EOS, for a prompt of no tokens, for ids that another tokenizer drew, for
+    groups that are an error by the options, and where no group is left.
     """
-    eos = need_eos(tokenizer)
-    prefix = prefix_ids(tokenizer)
-    check_drawn_ids(examples, tokenizer)
-    candidates = num_contrastive or len(examples[0].completions)
-    prompt_ids, completion_ids = array("i"), array("i")
-    prompt_offsets, completion_offsets = array("q", [0]), array("q", [0])
-    cut_prompts = cut_completions = longest_sequence = 0
+    rows = RowTokenizer(tokenizer)
+    size = num_contrastive or len(examples[0].completions)
+    kept = _Kept(size, max_seq_len, max_gen_len, len(rows.prefix), left_out or LeftOut())
+    faults: list[str] = []
     bar = tqdm(total=len(examples), desc=description, unit=" examples", disable=not progress)
     for start in range(0, len(examples), EXAMPLES_PER_CALL):
         chunk = examples[start : start + EXAMPLES_PER_CALL]
-        prompts = encode(tokenizer, [example.prompt for example in chunk])
-        written = iter(encode(tokenizer, [text for e in chunk if e.completion_ids is None for text in e.completions]))
-        for example, body in zip(chunk, prompts, strict=True):
-            if body[: len(prefix)] == prefix:  # a template may have written BOS already
-                body = body[len(prefix) :]
-            if not prefix and not body:
-                raise InputError(
-                    f"{example.place}, field `prompt`, value {example.prompt!r}: no tokens, and the "
-                    "tokenizer adds no BOS; at least one is needed, to predict a completion's first token from."
-                )
-            drawn = iter(example.completion_ids or ())
-            for _ in range(len(example.completions) // candidates):
-                longest = 0
-                for _ in range(candidates):
-                    ids = next(written if example.completion_ids is None else drawn)
-                    if example.completion_ids is None and ids[-1:] != [eos]:
-                        ids.append(eos)
-                    cut_completions += len(ids) > max_gen_len
-                    completion_ids.extend(ids[:max_gen_len])
-                    completion_offsets.append(len(completion_ids))
-                    longest = max(longest, min(len(ids), max_gen_len))
-                # Drawn completions are continued from the prompt that `generate` gave the model, cut for the longest.
-                reserved = longest if example.completion_ids is None else max_gen_len
-                room = max_seq_len - reserved - len(prefix)
-                cut_prompts += len(body) > room
-                prompt_ids.extend(prefix + body[max(len(body) - room, 0) :])
-                longest_sequence = max(longest_sequence, len(prompt_ids) - prompt_offsets[-1] + longest)
-                prompt_offsets.append(len(prompt_ids))
+        for row, (example, tokens) in enumerate(zip(chunk, encoded(rows, chunk), strict=True), start):
+            for places in groups_of(len(example.completions), size, row):
+                group = kept.cut(example, tokens, places)
+                reason = None if loss_type is None else fault(loss_type=loss_type, **group.facts())
+                match verdict(reason, duplicates, ties):
+                    case "keep":
+                        kept.add(group)
+                    case "drop":
+                        kept.left_out.add(reason, example.place)
+                    case "error":
+                        faults.append(f"{example.place}, candidates {_few(places)}: {reason}. {FIX[reason]}.")
         bar.update(len(chunk))
     bar.close()
-    rewards = np.concatenate([np.asarray(example.rewards, np.float32) for example in examples])
-    prompt_lengths = np.diff(np.asarray(prompt_offsets))
-    group_lengths = prompt_lengths + np.diff(np.asarray(completion_offsets)[::candidates])
-    return GroupDataset(
-        np.asarray(prompt_ids, np.int32),
-        np.asarray(prompt_offsets, np.int64),
-        np.asarray(completion_ids, np.int32),
-        np.asarray(completion_offsets, np.int64),
-        torch.from_numpy(rewards.reshape(-1, candidates)),
-        TokenCounts(
-            examples=len(examples),
-            groups=len(prompt_lengths),
-            candidates=candidates,
-            prompt_tokens=len(prompt_ids),
-            completion_tokens=len(completion_ids),
-            cut_prompts=cut_prompts,
-            cut_completions=cut_completions,
-            longest_sequence=longest_sequence,
-            longest_group=int(group_lengths.max()),
-        ),
-    )
+    if faults:
+        raise InputError(f"{len(faults)} groups cannot be learned from:{listed(faults)}")
+    if not kept.rewards:
+        lines = kept.left_out.lines(str(getattr(examples[0].place, "file", "the data")))
+        raise InputError("no group is left to learn from:\n  " + "\n  ".join(lines))
+    return kept.dataset(examples=len(examples))
+
+
+def encoded(rows: RowTokenizer, examples: Sequence[Example]) -> list[Tokens]:
+    """The ids of each example. Raises InputError for what `tokenize` says of ids."""
+    check_drawn_ids(examples, rows.tokenizer)
+    try:
+        found = rows.tokens(examples)
+    except ValueError as error:  # a tokenizer without EOS
+        raise InputError(str(error)) from error
+    for example, tokens in zip(examples, found, strict=True):
+        if not tokens.prompt:
+            raise InputError(
+                f"{example.place}, field `prompt`, value {example.prompt!r}: no tokens, and the tokenizer adds no BOS; "
+                "at least one is needed, to predict a completion's first token from."
+            )
+    return found
 
 
 def check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises InputError where `completion_ids` are not what the tokenizer would have for the completion's text.
 
-    Looks at the first CHECKED_EXAMPLES that have them.
+    Ids that it has no token for are no text; whether the model has a row for them is judged by the model.
     """
-    for example in islice((e for e in examples if e.completion_ids is not None), CHECKED_EXAMPLES):
-        for index, ids in enumerate(example.completion_ids):
-            text = tokenizer.decode(ids, skip_special_tokens=True) if max(ids) < len(tokenizer) else None
-            # Spaces apart, which decoding may tidy.
-            if text is None or "".join(text.split()) != "".join(example.completions[index].split()):
-                raise InputError(
-                    f"{example.place}, field `completion_ids[{index}]`: the tokenizer {tokenizer.name_or_path!r} makes "
-                    f"{text!r} of it, and the completion is {example.completions[index]!r}. Was it sampled with "
-                    "another model? Name that one, or remove `completion_ids` to tokenise the text."
-                )
+    drawn = [(e, index, ids) for e in examples for index, ids in enumerate(e.completion_ids or ())]
+    if not drawn:
+        return
+    known = set(tokenizer.get_vocab().values())
+    texts = tokenizer.batch_decode([[i for i in ids if i in known] for *_, ids in drawn], skip_special_tokens=True)
+    for (example, index, _), text in zip(drawn, texts, strict=True):
+        # Spaces apart, which decoding may tidy.
+        if "".join(text.split()) != "".join(example.completions[index].split()):
+            raise InputError(
+                f"{example.place}, field `completion_ids[{index}]`: the tokenizer {tokenizer.name_or_path!r} makes "
+                f"{text!r} of it, and the completion is {example.completions[index]!r}. Was it sampled with "
+                "another model? Name that one, or remove `completion_ids` to tokenise the text."
+            )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text alone, with nothing put before or after."""
-    if not texts:  # which tokenizers refuse
-        return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def _few(places: list[int]) -> str:
+    return ", ".join(map(str, places[:MAX_SHOWN])) + (", …" if len(places) > MAX_SHOWN else "")
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text (BOS, for those that do), found by comparing with and without."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    return []
+@dataclass(frozen=True)
+class _CutGroup:
+    """A group at the length at which it is trained on."""
+
+    prompt: list[int]
+    candidates: list[list[int]]
+    learned: list[list[bool]] | None
+    rewards: list[float]
+    cut_prompt: bool
+    cut_completions: int
+
+    def facts(self) -> dict[str, Any]:
+        return {"candidates": self.candidates, "rewards": self.rewards, "learned": self.learned}
+
+
+class _Kept:
+    """The groups that are learned from, in flat arrays, and what was counted on the way."""
+
+    def __init__(self, size: int, max_seq_len: int, max_gen_len: int, prefix: int, left_out: LeftOut):
+        self.size, self.max_seq_len, self.max_gen_len, self.prefix = size, max_seq_len, max_gen_len, prefix
+        self.prompt_ids, self.completion_ids, self.learned = array("i"), array("i"), array("b")
+        self.prompt_offsets, self.completion_offsets = array("q", [0]), array("q", [0])
+        self.rewards: list[list[float]] = []
+        self.cut_prompts = self.cut_completions = self.longest_sequence = 0
+        self.left_out = left_out
+
+    def cut(self, example: Example, tokens: Tokens, places: list[int]) -> _CutGroup:
+        whole = [tokens.candidates[place] for place in places]
+        candidates = [ids[: self.max_gen_len] for ids in whole]
+        # Drawn completions are continued from the prompt that `generate` gave the model, cut for the longest.
+        reserved = max(map(len, candidates)) if example.completion_ids is None else self.max_gen_len
+        prompt, lost = cut_left(tokens.prompt, self.max_seq_len - reserved, self.prefix)
+        learned = None
+        if tokens.learned is not None:
+            learned = [tokens.learned[place][: self.max_gen_len] for place in places]
+        rewards = [example.rewards[place] for place in places]
+        return _CutGroup(prompt, candidates, learned, rewards, lost > 0, sum(len(i) > self.max_gen_len for i in whole))
+
+    def add(self, group: _CutGroup) -> None:
+        self.prompt_ids.extend(group.prompt)
+        self.prompt_offsets.append(len(self.prompt_ids))
+        for ids, marks in zip(group.candidates, group.learned or [None] * self.size, strict=True):
+            self.completion_ids.extend(ids)
+            self.completion_offsets.append(len(self.completion_ids))
+            self.learned.extend([True] * len(ids) if marks is None else marks)
+        self.rewards.append(group.rewards)
+        self.cut_prompts += group.cut_prompt
+        self.cut_completions += group.cut_completions
+        longest = len(group.prompt) + max(map(len, group.candidates))
+        self.longest_sequence = max(self.longest_sequence, longest)
+
+    def dataset(self, *, examples: int) -> GroupDataset:
+        prompt_lengths = np.diff(np.asarray(self.prompt_offsets))
+        group_lengths = prompt_lengths + np.diff(np.asarray(self.completion_offsets)[:: self.size])
+        learned = np.asarray(self.learned, bool)
+        return GroupDataset(
+            np.asarray(self.prompt_ids, np.int32),
+            np.asarray(self.prompt_offsets, np.int64),
+            np.asarray(self.completion_ids, np.int32),
+            np.asarray(self.completion_offsets, np.int64),
+            torch.from_numpy(np.asarray(self.rewards, np.float32)),
+            TokenCounts(
+                examples=examples,
+                groups=len(self.rewards),
+                candidates=self.size,
+                prompt_tokens=len(self.prompt_ids),
+                completion_tokens=len(self.completion_ids),
+                cut_prompts=self.cut_prompts,
+                cut_completions=self.cut_completions,
+                longest_sequence=self.longest_sequence,
+                longest_group=int(group_lengths.max()),
+                left_out=self.left_out.counts,
+                left_out_rows=self.left_out.places,
+            ),
+            None if learned.all() else learned,
+        )
+
+
+def cut_left(ids: list[int], limit: int, prefix: int) -> tuple[list[int], int]:
+    """A prompt of at most `limit` tokens, its first `prefix` (BOS) kept, and how many were cut off behind these."""
+    lost = max(len(ids) - max(limit, prefix), 0)
+    return ids[:prefix] + ids[prefix + lost :], lost
 
 
 @dataclass
@@ -247,11 +313,11 @@ class GroupCollator:
 
 @dataclass
 class SftCollator(GroupCollator):
-    """As GroupCollator, for prompts with one completion each; `weights` (G,) float32 are the completions' tokens, so
-    that a mean with these weights is one over tokens."""
+    """As GroupCollator, for prompts with one completion each; `weights` (G,) float32 are the completions' tokens that
+    count, so that a mean with these weights is one over tokens."""
 
     share_prompt: bool = False
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor | np.ndarray]:
-        tokens = [float(len(ids)) for item in items for ids in item["group"].completions]
-        return {**super().__call__(items), "weights": torch.tensor(tokens)}
+        batch = super().__call__(items)
+        return {**batch, "weights": torch.from_numpy(np.diff(batch["cu_seqlens"])).float()}

@@ -13,7 +13,7 @@ where the original stops at an assertion.
 
 from typing import Any
 
-from exo_fast.training.data.faults import BadField
+from exo_fast.data.fields import BadField
 from exo_fast.training.data.registry import Drop, RawDataset, register, string_field
 from exo_fast.training.data.tldr import preference
 from exo_fast.training.errors import InputError

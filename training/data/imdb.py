@@ -18,7 +18,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exo_fast.training.data.faults import BadField
+from exo_fast.data.fields import BadField
 from exo_fast.training.data.records import MAX_ROW_BYTES, Place
 from exo_fast.training.data.registry import Drop, RawDataset, register
 from exo_fast.training.errors import InputError

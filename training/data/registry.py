@@ -29,7 +29,8 @@ from typing import Any, ClassVar, TypeVar
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from exo_fast.training.data.faults import BadField, Missing, collect, field_names
+from exo_fast.data.fields import BadField, Missing, field_names
+from exo_fast.training.data.faults import collect
 from exo_fast.training.data.records import DATASET_NAME, JsonLine, Place, find_source, read_rows
 from exo_fast.training.errors import InputError
 from exo_fast.training.paths import user_path

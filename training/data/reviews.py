@@ -9,8 +9,8 @@ import hashlib
 from pathlib import Path
 from typing import Any, ClassVar
 
+from exo_fast.data.fields import BadField
 from exo_fast.training.assets import Snippet, cache_dir, get_reviews
-from exo_fast.training.data.faults import BadField
 from exo_fast.training.data.records import Place
 from exo_fast.training.data.registry import Drop, RawDataset, register
 from exo_fast.training.errors import InputError

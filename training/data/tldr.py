@@ -12,7 +12,7 @@ have no subreddit and no post, and those with an empty summary.
 
 from typing import Any
 
-from exo_fast.training.data.faults import BadField
+from exo_fast.data.fields import BadField
 from exo_fast.training.data.registry import Drop, RawDataset, field_value, register, string_field
 
 

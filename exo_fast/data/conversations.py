@@ -1,0 +1,366 @@
+"""From lists of messages to text, through the chat template of a model's tokenizer.
+
+The rule: **what is learned is what inference sees.** The prompt is the generation prompt, as a server writes it before
+the model answers. A candidate is the rest of what the template writes, up to the template's own end of turn: nothing
+that no model is ever asked for (a line break after `<|im_end|>`, an EOS after that) is learned. Three cases need more:
+
+- Some templates write more after a generation prompt than before an answer that is there (an opened thought). The
+  prompt then ends where the *tokens* of the generation prompt and of all candidates still agree, never inside one.
+- Where the prompt ends with words of the assistant and the candidates go on with the assistant's, each candidate
+  continues that message instead of beginning another.
+- Of a candidate of several turns only the assistant's words count. Where they stand is what the template's
+  `{% generation %}` marks, or else is found by rendering turn by turn.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from exo_fast.data.fields import BadField
+from exo_fast.data.forms import Messages, Row
+
+RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
+SINGLE = ("chosen", "rejected", "completion")  # fields that hold one candidate; `completions` holds a list of them
+PROBE = "exofastprobe"  # words that a template writes as they are
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Spans = list[tuple[int, int]]  # of the characters of a candidate that count
+Learn = Literal["last", "all"]
+
+
+def conversation_field(row: Row) -> str | None:
+    """The first field of `row` that holds messages; None where all is text."""
+    for name in ("messages", "prompt", *SINGLE):
+        if name in row and _holds_messages(row[name]):
+            return name
+    candidates = row.get("completions")
+    return "completions" if isinstance(candidates, list) and any(map(_holds_messages, candidates)) else None
+
+
+def _holds_messages(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the template writes of one candidate: from where its own words begin to its end of turn."""
+
+    text: str
+    spans: Spans | None  # None: all of it counts
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, what ends its turns, and the text of rows that hold messages."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    # What the template writes after an answer
+
+    @cached_property
+    def tail(self) -> str:
+        """What it writes after the words of an answer; empty where it cannot be asked."""
+        try:
+            text = self._apply([_message("user", PROBE), _message("assistant", PROBE)])
+        except Exception:  # a template is a program: one that refuses this conversation may take others
+            return ""
+        return text.rpartition(PROBE)[2]
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens that it ends the assistant's turn with: the first special token after an answer, and what a call
+        of a tool ends with, where that is another. Empty for a template that ends turns in plain text."""
+        found = self._tokens_in(self.tail)[:1]
+        call = {"type": "function", "function": {"name": PROBE, "arguments": {PROBE: PROBE}}}
+        try:
+            called = {"role": "assistant", "content": "", "tool_calls": [call]}
+            tail = self._apply([_message("user", PROBE), called]).rpartition(PROBE)[2]
+        except Exception:
+            tail = ""
+        special = self._tokens_in(tail, special=True)
+        if found and found[0] not in special:
+            found += special[-1:]
+        return tuple(found)
+
+    def _tokens_in(self, text: str, *, special: bool = False) -> list[str]:
+        """The added tokens, or only the special ones of these, that stand in `text`, in order."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {str(token) for token in added if token.special or not special} | {*self.tokenizer.all_special_tokens}
+        tokens.discard("")
+        pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+        return re.findall(pattern, text) if pattern else []
+
+    def trimmed(self, text: str) -> str:
+        """`text` up to the end of its last turn: without what the template writes after that."""
+        places = [(text.rfind(end) + len(end), end) for end in self.ends if end in text]
+        if places:
+            stop = max(places)[0]
+            after = text[stop:]
+            for token in self._tokens_in(after, special=True):
+                after = after.replace(token, "")
+            return text if after.strip() else text[:stop]
+        if self.tail and text.endswith(self.tail):
+            return text[: len(text) - len(self.tail)] + self.tail.rstrip()
+        return text
+
+    # Rows
+
+    def prompt(self, row: Row) -> str:
+        """The generation prompt of `row`, which is what a model is asked with. Raises as `text_of` does."""
+        self._need_template(row)
+        prompt, _ = _split(row, "last")
+        return self._opening("prompt", prompt, _is_open(prompt), _options(row))
+
+    def text_of(self, row: Row, learn: Learn = "last", *, whole: bool = False) -> Row:
+        """`row` with text in place of messages; `messages` become `prompt` and, if the assistant has the last word,
+        `completion`. A row of text alone comes back as it is.
+
+        Where not all words of a candidate count, `completion_spans` has a list of [begin, end) characters of each
+        candidate. `learn` says whether `messages` give their last assistant turn or all of them. `whole` keeps what
+        the template writes after the last end of turn. Raises BadField for messages that are none or that the template
+        refuses, and ValueError for a tokenizer without a chat template.
+        """
+        if conversation_field(row) is None:
+            return row
+        self._need_template(row)
+        options = _options(row)
+        prompt, candidates = _split(row, learn)
+        answered = all(messages[0]["role"] == "assistant" for messages in candidates.values())
+        continued = _is_open(prompt) and all(map(_continues, candidates.values()))
+        opening = self._opening("prompt", prompt, continued, options, answer=answered)
+        whole_text = {
+            key: self._text(key, _join(prompt, messages, continued), options) for key, messages in candidates.items()
+        }
+        start = len(opening)
+        if not all(text.startswith(opening) for text in whole_text.values()):
+            start = self._agreed([opening, *whole_text.values()])
+        turns = {}
+        for key, text in whole_text.items():
+            kept = text if whole else self.trimmed(text)
+            spans = self._spans(key, prompt, candidates[key], kept, start, continued, options)
+            turns[key] = Turn(kept[start:], spans)
+        rendered = {name: value for name, value in row.items() if name not in ("messages", "completions")}
+        rendered |= {"prompt": opening[:start]} | {key: turn.text for key, turn in turns.items() if key in SINGLE}
+        if "completions" in row:
+            rendered["completions"] = [turn.text for key, turn in turns.items() if key not in SINGLE]
+        if any(turn.spans is not None for turn in turns.values()):
+            rendered["completion_spans"] = [
+                [[0, len(turn.text)]] if turn.spans is None else [list(span) for span in turn.spans]
+                for turn in turns.values()
+            ]
+        return rendered
+
+    def _need_template(self, row: Row) -> None:
+        if not self.tokenizer.chat_template:
+            field = conversation_field(row)
+            raise BadField(
+                field or "(the whole row)",
+                row[field] if field else row,
+                f"a conversation, and the tokenizer {self.tokenizer.name_or_path!r} has no chat template; name a model "
+                "that was made for conversations, or set tokenizer.chat_template and save it.",
+            )
+
+    def _apply(self, messages: Messages, **how: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+
+    def _text(self, name: str, messages: Messages, options: dict[str, Any], **how: Any) -> str:
+        try:
+            return self._apply(messages, **how, **options)
+        except Exception as error:  # a template is a program, which may raise anything
+            raise BadField(name, messages, f"the chat template refuses it: {error}") from error
+
+    def _opening(
+        self, name: str, prompt: Messages, continued: bool, options: dict[str, Any], *, answer: bool = True
+    ) -> str:
+        """What stands before the candidates: the generation prompt, an answer that was begun, or (where candidates do
+        not begin with the assistant's words) the messages alone."""
+        how = {"continue_final_message": True} if continued else {"add_generation_prompt": answer}
+        return self._text(name, prompt, options, **how)
+
+    def _agreed(self, texts: Sequence[str]) -> int:
+        """How many characters the texts share of which the tokens are the same in all, and are whole."""
+        ids = self._encode(list(texts))
+        stops = range(len(os.path.commonprefix(list(texts))), 0, -1)  # noqa: RUF071 - of characters
+        if self.tokenizer.is_fast:  # which says where each token ends
+            places = self.tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            same = len(os.path.commonprefix(ids))  # noqa: RUF071 - of ids
+            stops = [end for _, end in reversed(places[:same])]
+        for stop in stops:
+            (shared,) = self._encode([texts[0][:stop]])
+            if all(row[: len(shared)] == shared for row in ids):
+                return stop
+        return 0
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    # Whose words count
+
+    def _spans(
+        self, name: str, prompt: Messages, answer: Messages, text: str, start: int, continued: bool, options: dict
+    ) -> Spans | None:
+        """The assistant's words in `text` from `start` on, counted from there; None where all of it is one answer."""
+        speakers = [message["role"] for message in answer]
+        if speakers == ["assistant"]:
+            return None
+        if "assistant" not in speakers:
+            raise BadField(name, answer, "no message of the assistant, whose words are learned.")
+        messages, first = _join(prompt, answer, continued), len(prompt) - continued
+        marked = self._marked(name, messages, start, len(text), options)
+        found = self._turn_by_turn(name, messages, first, text, start, options) if marked is None else marked
+        return [(begin - start, end - start) for begin, end in found]
+
+    def _marked(self, name: str, messages: Messages, start: int, stop: int, options: dict) -> Spans | None:
+        """By the template's `{% generation %}`, each with the end of turn that follows it; None where it has none."""
+        template = self.tokenizer.get_chat_template(None, options.get("tools"))
+        if not MARKED.search(template):
+            return None
+        named = {**self.tokenizer.special_tokens_map, **options}
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            (text,), (places,) = render_jinja_template(
+                conversations=[messages], chat_template=template, return_assistant_tokens_mask=True, **named
+            )
+        except Exception as error:
+            raise BadField(name, messages, f"the chat template refuses it: {error}") from error
+        spans = []
+        for begin, end in places:
+            follows = next((token for token in self.ends if text.startswith(token, end)), "")
+            if end > start and begin < stop:
+                spans.append((max(begin, start), min(end + len(follows), stop)))
+        if not spans:
+            raise BadField(name, messages, "the template's {% generation %} marks none of the assistant's words.")
+        return spans
+
+    def _turn_by_turn(self, name: str, messages: Messages, first: int, text: str, start: int, options: dict) -> Spans:
+        """By the generation prompt before each answer, and the end of turn after it."""
+        spans: Spans = []
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        for index in range(first, last + 1):
+            if messages[index]["role"] != "assistant":
+                continue
+            reached = spans[-1][1] if spans else start
+            begin = start
+            if index > first:
+                opening = self._opening(name, messages[:index], False, options)
+                begin = len(opening) if text.startswith(opening) else self._agreed([opening, text])
+            upto = self._text(name, messages[: index + 1], options)
+            end = self._end_of_turn(upto, text, begin, is_last=index == len(messages) - 1)
+            if not reached <= begin < end:
+                raise BadField(
+                    name,
+                    messages,
+                    f"the chat template writes message {index} otherwise when others follow it, so that its words "
+                    "cannot be told from theirs; give each answer a row of its own, or a template with "
+                    "{% generation %}.",
+                )
+            spans.append((begin, end))
+        return spans
+
+    def _end_of_turn(self, upto: str, text: str, begin: int, *, is_last: bool) -> int:
+        """Where in `text` the answer that begins at `begin` ends, -1 where that cannot be told. `upto` is what the
+        template writes of the conversation up to this answer."""
+        if is_last:
+            return len(text)
+        if text.startswith(trimmed := self.trimmed(upto)):
+            return len(trimmed)
+        ends = [text.find(token, begin) + len(token) for token in self.ends if token in text[begin:]]
+        return min(ends, default=-1)
+
+
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _options(row: Row) -> dict[str, Any]:
+    """`tools` and `chat_template_kwargs`, which are for the template: not for the function that runs it, nor another
+    template."""
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise BadField("chat_template_kwargs", options, "an object of names and values is needed.")
+    for name in options:
+        if name in RESERVED:
+            raise BadField("chat_template_kwargs", options, f"`{name}` is not the template's to take; remove it.")
+    return {"tools": row.get("tools") or None, **options}
+
+
+def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
+    """The messages of the prompt, and those of each candidate by its name in the row."""
+    if "messages" in row:
+        messages = _messages("messages", row["messages"])
+        if messages[-1]["role"] != "assistant":
+            return messages, {}
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        first = answers[0] if learn == "all" else answers[-1]
+        _need_prompt("messages", messages, first)
+        return messages[:first], {"completion": messages[first:]}
+    values = {name: row[name] for name in SINGLE if name in row}
+    if isinstance(row.get("completions"), list):
+        values |= {f"completions[{index}]": value for index, value in enumerate(row["completions"])}
+    asked = row.get("prompt")
+    if isinstance(asked, list):  # beside messages a text is the assistant's
+        values = {key: [_message("assistant", v)] if isinstance(v, str) else v for key, v in values.items()}
+    candidates = {name: _messages(name, value) for name, value in values.items()}
+    candidates = {name: _upto_answer(messages) for name, messages in candidates.items()}
+    if isinstance(asked, list) or not candidates:
+        prompt = _messages("prompt", asked)
+        if prompt[-1]["role"] not in ("user", "tool", "assistant"):
+            raise BadField("prompt", prompt, "the last message must come from user, tool or assistant.")
+        return prompt, candidates
+    if isinstance(asked, str) and asked and all(found[0]["role"] == "assistant" for found in candidates.values()):
+        return [_message("user", asked)], candidates
+    # The prompt is implicit: what the conversations share. A `prompt` of text beside them only repeats it.
+    shared = min(map(len, candidates.values())) - 1  # at least one message is each one's own
+    first, *others = candidates.values()
+    while any(other[:shared] != first[:shared] for other in others):
+        shared -= 1
+    _need_prompt(next(iter(candidates)), first, shared)
+    return first[:shared], {name: messages[shared:] for name, messages in candidates.items()}
+
+
+def _upto_answer(messages: Messages) -> Messages:
+    """Without what others say after the assistant's last words."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[-1] + 1] if answers else messages
+
+
+def _need_prompt(name: str, messages: Messages, length: int) -> None:
+    if length < 1:
+        raise BadField(name, messages, "there is no message before the answer; add the prompt's messages.")
+
+
+def _messages(name: str, value: Any) -> Messages:
+    if isinstance(value, str):
+        raise BadField(name, value, "text beside a conversation; a list of messages is needed here too.")
+    if not isinstance(value, list) or not value:
+        raise BadField(name, value, "a list of messages is needed.")
+    for index, message in enumerate(value):
+        whole = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not whole or not ("content" in message or message.get("tool_calls")):
+            raise BadField(f"{name}[{index}]", message, "a message with `role` and `content` is needed.")
+    return value
+
+
+def _is_open(prompt: Messages) -> bool:
+    """Whether the prompt ends with words of the assistant that an answer can go on with."""
+    last = prompt[-1]
+    return last["role"] == "assistant" and isinstance(last.get("content"), str) and not last.get("tool_calls")
+
+
+def _continues(answer: Messages) -> bool:
+    """Whether a candidate can go on with a message that the prompt has begun."""
+    return answer[0]["role"] == "assistant" and isinstance(answer[0].get("content") or "", str)
+
+
+def _join(prompt: Messages, answer: Messages, continued: bool) -> Messages:
+    if not continued:
+        return [*prompt, *answer]
+    last, first = prompt[-1], answer[0]
+    merged = {**last, **first, "content": last["content"] + (first.get("content") or "")}
+    return [*prompt[:-1], merged, *answer[1:]]

@@ -1,0 +1,34 @@
+"""What is wrong with a field of a row, and how it is said."""
+
+from typing import Any
+
+MAX_NAMES = 10
+
+
+class Missing:
+    """The value of a field that is not there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+class BadField(ValueError):
+    """A fault in one field of one row, before its place is known."""
+
+    def __init__(self, field: str, value: Any, fix: str):
+        super().__init__(f"field `{field}`, value {short(value)}: {fix}")
+
+
+def short(value: Any, width: int = 80) -> str:
+    """`repr(value)`, cut to `width` characters."""
+    try:
+        text = repr(value[:width] if isinstance(value, (str, bytes)) else value)
+    except (RecursionError, ValueError):  # lists in lists in lists, a number of thousands of digits
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def field_names(row: dict[str, Any]) -> str:
+    """The names of a row's fields, the first ten of them, for an error's text."""
+    names = [short(name)[1:-1] for name in list(row)[:MAX_NAMES]]
+    return ", ".join(names + ["…"] * (len(row) > MAX_NAMES)) or "no fields"

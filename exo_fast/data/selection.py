@@ -1,0 +1,104 @@
+"""Which candidates of a row make groups of K, and which groups are left out, with the reason.
+
+Rows as people have them tie, repeat themselves and differ in how many candidates they have. None of that may stop a
+run or be learned in silence: what is left out is counted, by reason, with the first rows of each.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+Duplicates = Literal["error", "drop", "keep"]
+Ties = Literal["error", "drop", "share"]
+DUPLICATES, TIES = get_args(Duplicates), get_args(Ties)
+SHOWN = 10  # rows of each reason
+
+ALIKE = "all candidates of the group are the same tokens, so there is nothing to learn"
+CONTRADICTION = "two candidates are the same tokens and have different rewards"
+TIE = "two candidates share the highest reward, so none is preferred"
+FEW = "fewer candidates than a group needs"
+UNLEARNED = "none of a candidate's tokens count within the longest completion"
+FIX = {  # what to do instead of leaving a group out, by reason
+    ALIKE: "duplicates=drop leaves such groups out, duplicates=keep takes them as they are",
+    CONTRADICTION: "duplicates=drop leaves such groups out, duplicates=keep takes them as they are",
+    TIE: "ties=drop leaves such groups out, ties=share gives the best ones equal shares of the target, and a *-rw loss "
+    "weighs all candidates by their rewards",
+}
+
+
+def groups_of(count: int, size: int, seed: Any) -> list[list[int]]:
+    """The candidates of each group of `size`, of a row that has `count`: one after another where they come out even,
+    else `count // size` groups drawn by `seed` (of which each candidate is in one at most), in the row's order."""
+    places = list(range(count))
+    if count % size:
+        places = sorted(random.Random(repr(seed)).sample(places, count - count % size))
+    return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def fault(
+    candidates: Sequence[Sequence[int]],
+    rewards: Sequence[float],
+    *,
+    loss_type: str,
+    learned: Sequence[Sequence[bool]] | None = None,
+) -> str | None:
+    """Why a group, as token ids after all cutting, teaches nothing or the wrong thing; None if nothing is wrong.
+
+    Candidates that are the same tokens with the same reward, beside others, are no fault: what was sampled twice
+    counts twice.
+    """
+    if learned is not None and not all(map(any, learned)):
+        return UNLEARNED
+    texts = [tuple(ids) for ids in candidates]
+    used = [float(np.float32(reward)) for reward in rewards]  # as the loss has them
+    by_text: dict[tuple[int, ...], set[float]] = {}
+    for ids, reward in zip(texts, used, strict=True):
+        by_text.setdefault(ids, set()).add(reward)
+    if len(by_text) == 1:
+        return ALIKE
+    if any(len(found) > 1 for found in by_text.values()):
+        return CONTRADICTION
+    if loss_type.endswith("-pref") and used.count(max(used)) > 1:
+        return TIE
+    return None
+
+
+def verdict(reason: str | None, duplicates: Duplicates, ties: Ties) -> Literal["keep", "drop", "error"]:
+    """What becomes of a group with this fault."""
+    if reason is None:
+        return "keep"
+    if reason == TIE:
+        return "keep" if ties == "share" else ties
+    return duplicates if reason in (ALIKE, CONTRADICTION) else "drop"
+
+
+@dataclass
+class LeftOut:
+    """Groups that were left out of a data set: by reason, how many, and the places of the first."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, place: Any) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        shown = self.places.setdefault(reason, [])
+        if len(shown) < SHOWN and (not shown or shown[-1] != str(place)):
+            shown.append(str(place))
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def lines(self, what: str) -> list[str]:
+        """A line for each reason, for the terminal and a report."""
+        return [
+            f"{what}: {count:,} group{'s' * (count > 1)} left out: {reason} ({_listed(self.places[reason], count)})"
+            for reason, count in self.counts.items()
+        ]
+
+
+def _listed(places: list[str], count: int) -> str:
+    return "; ".join(places) + (", …" if count > len(places) else "")

@@ -1,0 +1,150 @@
+"""Token ids of prompts and candidates: one function for every door, so that what is learned is what inference sees.
+
+- A prompt is its text as the tokenizer reads it alone, behind what the tokenizer puts before a text (BOS), once: also
+  where a chat template has written it already.
+- A candidate is the rest of the text, tokenised *after* the prompt: the ids of both together, without those of the
+  prompt. Where the two would melt into one token at their boundary, the prompt's ids stand, because the model is asked
+  with them, and the candidate is tokenised as it reads in the middle of a text. (Tokenised alone, a SentencePiece
+  tokenizer would put a space before it.)
+- A candidate ends with EOS, or with the end of turn that the chat template writes, and never with both.
+- Ids that were drawn are taken as they are: with EOS if that was drawn, without where sampling was cut short.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from exo_fast.data.conversations import ChatTemplate, Learn
+from exo_fast.data.examples import Example
+from exo_fast.data.forms import Row, standard
+
+CARRIERS = ("\n", ".", "a", "1")  # something to read before a text, so that it does not stand at the beginning
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a prompt and its candidates, and which of the candidates' count (None: all)."""
+
+    prompt: list[int]
+    candidates: list[list[int]]
+    learned: list[list[bool]] | None = None
+
+
+class RowTokenizer:
+    """A tokenizer, with all that the rule above needs to know of it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.chat = ChatTemplate(tokenizer)
+
+    # Facts
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What the tokenizer puts before a text (BOS, for those that do), found by comparing with and without."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a")["input_ids"]
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start]
+        return []
+
+    @cached_property
+    def eos(self) -> int:
+        """The id of EOS. Raises ValueError for a tokenizer without one."""
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} has no EOS token, which ends every completion; set "
+                "one with tokenizer.add_special_tokens({'eos_token': …}) and save it."
+            )
+        return self.tokenizer.eos_token_id
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The ids that end a completion: EOS, and what the chat template ends the assistant's turn with."""
+        turns = self.tokenizer.convert_tokens_to_ids(list(self.chat.ends)) if self.tokenizer.chat_template else []
+        return frozenset({*turns, self.tokenizer.eos_token_id} - {None})
+
+    # Rows
+
+    def text_of(self, row: Row, learn: Learn = "last", *, whole: bool = False) -> Row:
+        """A row of any accepted form (`forms`), with text in place of messages (`ChatTemplate.text_of`)."""
+        return self.chat.text_of(standard(row), learn, whole=whole)
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each prompt, BOS included; empty for a text of no tokens without BOS."""
+        return [self.prefix + ids for ids in self._bodies(texts)]
+
+    def tokens(self, examples: Sequence[Example]) -> list[Tokens]:
+        """Ids of the prompt and of the candidates of each example. Raises ValueError for a tokenizer without EOS where
+        there is text."""
+        prompts = self._bodies([example.prompt for example in examples])
+        pieces = [list(_pieces(example)) for example in examples]
+        joint = iter(
+            self.encode(
+                [
+                    example.prompt + "".join(parts[: index + 1])
+                    for example, candidates in zip(examples, pieces, strict=True)
+                    for parts, _ in candidates
+                    for index in range(len(parts))
+                ]
+            )
+        )
+        found = []
+        for example, prompt, candidates in zip(examples, prompts, pieces, strict=True):
+            ids, learned = list(example.completion_ids or ()), []
+            for parts, counts in candidates:
+                known, marks = list(self._unprefixed(prompt)), []
+                start = len(known)
+                for part, count in zip(parts, counts, strict=True):
+                    whole = self._unprefixed(next(joint))
+                    known = whole if whole[: len(known)] == known else known + self._after(part)
+                    marks += [count] * (len(known) - start - len(marks))
+                candidate = known[start:]
+                if not candidate or candidate[-1] not in self.ends:
+                    candidate.append(self.eos)
+                    marks.append(True)
+                ids.append(candidate)
+                learned.append(marks)
+            partly = example.spans is not None and not all(map(all, learned))
+            found.append(Tokens(self.prefix + prompt, ids, learned if partly else None))
+        return found
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text alone, with nothing put before or after."""
+        if not texts:  # which tokenizers refuse
+            return []
+        found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return found["input_ids"]
+
+    def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each prompt without BOS, which a template may have written already."""
+        return [self._unprefixed(ids) for ids in self.encode(texts)]
+
+    def _unprefixed(self, ids: list[int]) -> list[int]:
+        return ids[len(self.prefix) :] if self.prefix and ids[: len(self.prefix)] == self.prefix else ids
+
+    def _after(self, text: str) -> list[int]:
+        """Ids of a text that stands in the middle of another."""
+        for carrier in (*CARRIERS, self.tokenizer.eos_token or ""):
+            before, both = self.encode([carrier, carrier + text])
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.encode([text])[0]
+
+
+def _pieces(example: Example) -> Any:
+    """For each candidate that is text: its pieces in order, and whether each counts."""
+    if example.completion_ids is not None:
+        return
+    for index, text in enumerate(example.completions):
+        if example.spans is None:
+            yield [text], [True]
+            continue
+        edges = sorted({0, len(text), *(edge for span in example.spans[index] for edge in span)})
+        inside = [any(begin <= edge < end for begin, end in example.spans[index]) for edge in edges[:-1]]
+        yield [text[begin:end] for begin, end in pairwise(edges)] or [""], inside or [True]
