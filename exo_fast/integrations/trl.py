@@ -25,14 +25,12 @@ import copy
 import hashlib
 import importlib
 import inspect
-import json
-import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +38,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from exo_fast.backends import BACKENDS
+from exo_fast.data.selection import DUPLICATES, TIES
+from exo_fast.integrations.candidates import CandidateRows
 from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
 from exo_fast.layout import plan_mask
 from exo_fast.loss import group_loss
@@ -207,6 +207,27 @@ class ExoDPOConfig(DPOConfig):
             "help": "Default: yes, unless the data is streamed, has images, or the reference follows the policy."
         },
     )
+    num_contrastive: int | None = field(
+        default=None,
+        metadata={
+            "help": "Candidates per group: a row with more gives several groups, one with fewer is left out. Default: "
+            "all, the same number in every row."
+        },
+    )
+    duplicates: Literal["drop", "error", "keep"] = field(
+        default="drop",
+        metadata={
+            "help": "Groups of candidates that are all the same tokens, or that hold the same tokens with different "
+            "rewards: leave them out with a warning, raise, or learn from them."
+        },
+    )
+    ties: Literal["error", "drop", "share"] = field(
+        default="error",
+        metadata={
+            "help": "Groups in which several candidates have the highest reward, in '*-pref': raise, leave them out with "
+            "a warning, or give the best ones equal shares of the target."
+        },
+    )
     share_prompts: bool = field(
         default=True, metadata={"help": "Run a prompt once for all its candidates, where the model allows it."}
     )
@@ -221,6 +242,11 @@ class ExoDPOConfig(DPOConfig):
             self.label_smoothing = default_label_smoothing("exo-pref") if exo else 0.0
         super().__post_init__()
         _check_options(self.memory_budget, self.backend)
+        for name, known in (("duplicates", DUPLICATES), ("ties", TIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)} is needed.")
+        if self.num_contrastive is not None and self.num_contrastive < 2:
+            raise ValueError(f"num_contrastive={self.num_contrastive}: at least 2 candidates are compared.")
         ours = [name for name in self.loss_type if name in LOSS_TYPES]
         if ours and len(self.loss_type) > 1:
             raise ValueError(f"loss_type={self.loss_type}: {ours[0]!r} is a loss by itself; give it alone.")
@@ -232,6 +258,9 @@ class ExoDPOTrainer(DPOTrainer):
     Takes what DPOTrainer takes. `args` is an ExoDPOConfig, or a DPOConfig for TRL's own losses. A batch of
     `per_device_train_batch_size` G holds G prompts with all their candidates; all rows have the same number K of
     candidates. Logged beside TRL's names: group_accuracy, kl and group_entropy (`exo_fast.training.metrics`).
+
+    Rows, token ids and what is left out are those of the pipeline (`exo_fast.data`): see `duplicates`, `ties` and
+    `num_contrastive` of ExoDPOConfig.
 
     Raises ValueError for data without `rewards`, another number of candidates, rewards that are not finite, ties for
     the highest reward under '*-pref', and options of TRL that are about pairs (ld_alpha, use_weighting, f_divergence).
@@ -295,34 +324,26 @@ class ExoDPOTrainer(DPOTrainer):
         if self.group_loss is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         self._candidates.pad_token_id = self._tokenizer.pad_token_id
-        first = next(iter(dataset))
-        if "candidate_ids" in first:
+        if "candidate_ids" in next(iter(dataset)):
             return dataset
-        described: dict[str, Any] = {}
-        if hasattr(dataset, "__len__"):
-            described = {"desc": f"Tokenizing {dataset_name} dataset", "num_proc": args.dataset_num_proc}
-        if "completions" not in first:  # pairs
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-            return dataset.map(
-                lambda row: {"candidate_ids": [row["chosen_ids"], row["rejected_ids"]], "rewards": [1.0, 0.0]}
-            )
-        check = CandidateCheck(self.group_loss["loss_type"], dataset_name, len(first["completions"]))
-
-        def tokenized(row: dict[str, Any], index: int) -> dict[str, Any]:
-            check(row, index)
-            return tokenize_candidates(row, processing_class)
-
-        dataset = dataset.map(tokenized, with_indices=True, **described)
-        if args.max_length is not None and args.truncation_mode == "keep_start":
-            dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
-        return dataset
+        rows = CandidateRows(
+            self._tokenizer,
+            dataset_name,
+            self.group_loss["loss_type"],
+            num_contrastive=getattr(args, "num_contrastive", None),
+            duplicates=getattr(args, "duplicates", "drop"),
+            ties=getattr(args, "ties", "error"),
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+        )
+        return rows.prepared(dataset, num_proc=args.dataset_num_proc)
 
     _signature_columns: list[str]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.group_loss is not None and "candidate_ids" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "candidate_ids", "rewards"]
+            self._signature_columns = [*self._signature_columns, "candidate_ids", "candidate_masks", "rewards"]
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """TRL's two columns of reference log-probs, which it computes and keeps: here of the first candidate (G,), and
@@ -417,61 +438,10 @@ def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any]
 
 
 @dataclass
-class CandidateCheck:
-    """What a row of candidates must be. Raises ValueError that names the row, its value and the fix."""
-
-    loss_type: str
-    split: str
-    candidates: int
-
-    def __call__(self, row: dict[str, Any], index: int) -> None:
-        place = f"{self.split} dataset, row {index}"
-        completions, rewards = row["completions"], row.get("rewards")
-        if self.candidates < 2 or len(completions) != self.candidates:
-            raise ValueError(
-                f"{place}: {len(completions)} completions; all rows need the same number of candidates, at least 2 "
-                f"(the first row has {self.candidates})."
-            )
-        if rewards is None or len(rewards) != len(completions):
-            raise ValueError(f"{place}: `rewards` is {rewards}; one number for each of the completions is needed.")
-        if not all(isinstance(reward, int | float) and math.isfinite(reward) for reward in rewards):
-            raise ValueError(f"{place}: `rewards` is {rewards}; they must be finite numbers.")
-        if self.loss_type.endswith("-pref") and sorted(rewards)[-1] == sorted(rewards)[-2]:
-            raise ValueError(
-                f"{place}: `rewards` is {rewards}: no candidate has the highest reward alone, which {self.loss_type} "
-                "needs. Drop the row, or use exo-rw or dpo-rw."
-            )
-
-
-def tokenize_candidates(row: dict[str, Any], processing_class: Any) -> dict[str, Any]:
-    """Token ids of a prompt and its candidates, as TRL makes those of a pair: together, and cut where they part."""
-    from trl.data_utils import _tokenize, common_prefix_length, is_conversational
-
-    prompt, texts = row["prompt"], row["completions"]
-    if is_conversational({"prompt": prompt}):
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
-        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **options)["input_ids"]
-        answers = [[{"role": "assistant", "content": t}] if isinstance(t, str) else t for t in texts]
-        sequences = [_tokenize(processing_class, prompt + answer, **options)["input_ids"] for answer in answers]
-    else:
-        eos = processing_class.eos_token
-        prompt_ids = _tokenize(processing_class, prompt)["input_ids"]
-        ended = [text if text.endswith(eos) else text + eos for text in texts]
-        sequences = [_tokenize(processing_class, prompt + text)["input_ids"] for text in ended]
-    cut = min(common_prefix_length(prompt_ids, ids) for ids in sequences)
-    return {
-        "prompt_ids": prompt_ids[:cut],
-        "candidate_ids": [ids[cut:] for ids in sequences],
-        "rewards": [float(reward) for reward in row["rewards"]],
-    }
-
-
-@dataclass
 class CandidateCollator:
-    """Rows of `prompt_ids`, `candidate_ids` (K lists) and `rewards` -> input_ids, attention_mask and completion_mask
-    (G·K, T), candidates of a group one after another, rewards (G, K), and reference log-probs where they are known."""
+    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` and `rewards` -> input_ids, attention_mask and
+    completion_mask (G·K, T), candidates of a group one after another, rewards (G, K), and reference log-probs where they
+    are known."""
 
     pad_token_id: int = 0
     max_length: int | None = None
@@ -486,9 +456,9 @@ class CandidateCollator:
                 slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
             )
         for example in examples:
-            for ids in example["candidate_ids"]:
+            for ids, marks in zip(example["candidate_ids"], example["candidate_masks"], strict=True):
                 rows.append(torch.tensor((example["prompt_ids"] + ids)[kept]))
-                masks.append(torch.tensor(([0] * len(example["prompt_ids"]) + [1] * len(ids))[kept]))
+                masks.append(torch.tensor(([False] * len(example["prompt_ids"]) + marks)[kept]).long())
         batch = {
             "input_ids": self._padded(rows, self.pad_token_id),
             "attention_mask": self._padded([torch.ones_like(row) for row in rows], 0),

@@ -1,0 +1,145 @@
+"""Rows of a `datasets` data set as groups of token ids, for `exo_fast.integrations.trl.ExoDPOTrainer`.
+
+The ids are those of every other door (`exo_fast.data.tokens`). What a group is, and which groups are left out, is that of
+the pipeline too (`exo_fast.data.selection`); the lengths are TRL's: `max_length` and `truncation_mode`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from exo_fast.data import examples
+from exo_fast.data.fields import BadField
+from exo_fast.data.forms import standard
+from exo_fast.data.selection import FEW, FIX, Duplicates, LeftOut, Ties, fault, groups_of, verdict
+from exo_fast.data.tokens import RowTokenizer
+
+logger = logging.get_logger(__name__)
+KEPT = ("ref_chosen_logps", "ref_rejected_logps")  # columns that TRL reads where a data set brings them
+
+
+def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """`prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (which of their tokens count) and `rewards` of a row of
+    any form that `exo_fast.data.forms` accepts. Raises BadField, a ValueError."""
+    return _tokens(row, RowTokenizer(processing_class))
+
+
+def _tokens(row: dict[str, Any], rows: RowTokenizer, *, scored_pairs: bool = False) -> dict[str, Any]:
+    example = examples.candidates(None, rows.text_of(row), scored_pairs=scored_pairs)
+    (tokens,) = rows.tokens([example])
+    if not tokens.prompt:
+        raise BadField("prompt", example.prompt, "no tokens, and the tokenizer adds no BOS; at least one is needed.")
+    marks = tokens.learned or [[True] * len(ids) for ids in tokens.candidates]
+    return {
+        "prompt_ids": tokens.prompt,
+        "candidate_ids": tokens.candidates,
+        "candidate_masks": marks,
+        "rewards": example.rewards,
+    }
+
+
+@dataclass
+class CandidateRows:
+    """The function of `Dataset.map`: rows to groups, one of which says in `left_out` why it is none.
+
+    Raises ValueError that names the data set's row, the field, its value and the fix.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    split: str
+    loss_type: str
+    num_contrastive: int | None = None
+    duplicates: Duplicates = "drop"
+    ties: Ties = "error"
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    size: int | None = field(init=False, default=None)  # candidates of a group
+    rows: RowTokenizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = RowTokenizer(self.tokenizer)
+
+    def prepared(self, dataset: Any, **how: Any) -> Any:
+        """The data set of groups. Says how many were left out and why; raises ValueError where none is left."""
+        first = next(iter(dataset))
+        self.size = self.num_contrastive or self._count(first)
+        if hasattr(dataset, "__len__"):
+            how["desc"] = f"Tokenizing {self.split} dataset"
+        else:
+            how.pop("num_proc", None)  # IterableDataset takes none
+        groups = dataset.map(self, batched=True, with_indices=True, remove_columns=list(first), **how)
+        if hasattr(groups, "__len__"):
+            self._report(groups)
+        groups = groups.filter(lambda reason: not reason, input_columns="left_out")
+        return groups.remove_columns(["left_out", "row"])
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        found: list[dict[str, Any]] = []
+        for place, index in enumerate(indices):
+            row = {name: values[place] for name, values in batch.items()}
+            try:
+                found += [{**group, "row": index} for group in self._groups(row, index)]
+            except ValueError as error:
+                raise ValueError(f"{self.split} dataset, row {index}: {error}") from error
+        return {name: [group[name] for group in found] for name in found[0]}
+
+    def _count(self, row: dict[str, Any]) -> int:
+        candidates = standard(row).get("completions")
+        return len(candidates) if isinstance(candidates, list) else 2
+
+    def _groups(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
+        tokens = _tokens(row, self.rows, scored_pairs=self.loss_type.endswith("-rw"))
+        count = len(tokens["rewards"])
+        assert self.size is not None
+        if self.num_contrastive is None and count != self.size:
+            raise BadField(
+                "completions",
+                row.get("completions"),
+                f"{count} candidates, where all rows need the same number of candidates as the first one, which has "
+                f"{self.size}; or set num_contrastive, the number that each group is to have.",
+            )
+        kept = {name: row[name] for name in KEPT if name in row}
+        if count < self.size:
+            return [{**tokens, **kept, "left_out": FEW}]
+        groups = []
+        for places in groups_of(count, self.size, index):
+            group = {
+                name: [tokens[name][k] for k in places] for name in ("candidate_ids", "candidate_masks", "rewards")
+            }
+            group |= {"prompt_ids": tokens["prompt_ids"], **kept}
+            groups.append({**group, "left_out": self._reason(group)})
+        return groups
+
+    def _reason(self, group: dict[str, Any]) -> str:
+        """Why the group is left out, at the lengths at which it would be trained on; empty if it is not."""
+        prompt, candidates, marks = (group[name] for name in ("prompt_ids", "candidate_ids", "candidate_masks"))
+        if self.max_length is not None:
+            room = slice(-self.max_length, None)
+            if self.truncation_mode == "keep_start":
+                if len(prompt) >= self.max_length:
+                    return f"the prompt alone fills max_length={self.max_length}"
+                room = slice(self.max_length - len(prompt))
+            candidates, marks = [ids[room] for ids in candidates], [marked[room] for marked in marks]
+        reason = fault(candidates, group["rewards"], loss_type=self.loss_type, learned=marks)
+        match verdict(reason, self.duplicates, self.ties):
+            case "error":
+                assert reason is not None
+                raise BadField("rewards", group["rewards"], f"{reason}. {FIX[reason]}.")
+            case "drop":
+                return reason or ""
+        return ""
+
+    def _report(self, groups: Any) -> None:
+        left_out = LeftOut()
+        for reason, row in zip(groups["left_out"], groups["row"], strict=True):
+            if reason:
+                left_out.add(reason, f"row {row}")
+        lines = left_out.lines(f"{self.split} dataset")
+        if left_out.total == len(groups):
+            raise ValueError("no group is left to learn from: " + "; ".join(lines))
+        for line in lines:
+            logger.warning(line)
