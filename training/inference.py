@@ -7,6 +7,7 @@ They need no DeepSpeed engine: every process holds a whole model and takes its s
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ def find_splits(config: InferenceConfig) -> dict[str, Source]:
     """
     path = user_path(config.data, "data")
     if path.is_file():
-        stem = path.name.split(".")[0]
+        stem = re.split(r"\.|-\d{5}-of-\d{5}", path.name)[0]
         name = stem if stem in SPLITS and config.split == "all" else config.split
         return {"train" if name == "all" else name: find_source(config.data, "train")}
     names = SPLITS if config.split == "all" else (config.split,)

@@ -65,8 +65,7 @@ def data_files(sources: dict[str, Source]) -> dict[str, dict[str, Any]]:
     for split, source in sources.items():
         found[split] = {"name": str(source)}
         if source.raw is None:
-            path = source.path.expanduser()
-            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            path, files = source.path.expanduser(), source.files
             lines = [f"{file.relative_to(path).as_posix()} {_sha256(file)}" for file in files]
             together = hashlib.sha256("\n".join(lines).encode()).hexdigest()
             found[split] |= {

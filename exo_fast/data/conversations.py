@@ -14,7 +14,7 @@ that no model is ever asked for (a line break after `<|im_end|>`, an EOS after t
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -186,11 +186,12 @@ class ChatTemplate:
     def _agreed(self, texts: Sequence[str]) -> int:
         """How many characters the texts share of which the tokens are the same in all, and are whole."""
         ids = self._encode(list(texts))
-        stops = range(len(os.path.commonprefix(list(texts))), 0, -1)  # noqa: RUF071 - of characters
+        longest = len(os.path.commonprefix(list(texts)))  # noqa: RUF071 - of characters
+        stops: Iterable[int] = range(longest, 0, -1)
         if self.tokenizer.is_fast:  # which says where each token ends
             places = self.tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             same = len(os.path.commonprefix(ids))  # noqa: RUF071 - of ids
-            stops = [end for _, end in reversed(places[:same])]
+            stops = [end for _, end in reversed(places[:same]) if end <= longest]
         for stop in stops:
             (shared,) = self._encode([texts[0][:stop]])
             if all(row[: len(shared)] == shared for row in ids):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from exo_fast.data.fields import BadField, Missing, field_names
-from exo_fast.data.forms import ACCEPTED, Row
+from exo_fast.data.forms import Row
 
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_ID = 2**31 - 1  # ids are kept in 32 bits
@@ -177,7 +177,7 @@ def _field(row: Row, name: str) -> Any:
     unknown = [key for key in row if key not in FIELDS]
     near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.7)
     hint = f" (rename `{near[0]}`?)" if near else ""
-    raise BadField(name, Missing(), f"the row has {field_names(row)}{hint}; add `{name}`. {ACCEPTED}.")
+    raise BadField(name, Missing(), f"the row has {field_names(row)}{hint}; add `{name}`.")
 
 
 def _text(row: Row, name: str, may_be_empty: bool = False) -> str:

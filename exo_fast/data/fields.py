@@ -17,6 +17,7 @@ class BadField(ValueError):
 
     def __init__(self, field: str, value: Any, fix: str):
         super().__init__(f"field `{field}`, value {short(value)}: {fix}")
+        self.missing = isinstance(value, Missing)
 
 
 def short(value: Any, width: int = 80) -> str:

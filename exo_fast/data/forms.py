@@ -24,9 +24,9 @@ ROLES = {
 CALL = "function_call"  # ShareGPT's role of an assistant's call, whose value is the call as JSON
 HELD = ("messages", "prompt", "chosen", "rejected", "completion")  # fields that may hold messages
 ACCEPTED = (
-    "A row is one of: prompt, completions, rewards; prompt, chosen, rejected; prompt, completion; messages; text (and "
-    "label); or ShareGPT's conversations, Alpaca's instruction, output, UltraFeedback's instruction, completions, "
-    "question, chosen, rejected, or messages, rejected_response"
+    "Rows have: prompt, completions, rewards; prompt, chosen, rejected; prompt, completion; messages; text (and "
+    "label); or ShareGPT's conversations, Alpaca's instruction, output, UltraFeedback's instruction, completions, or "
+    "question, chosen, rejected, or messages, rejected_response."
 )
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
@@ -35,8 +35,9 @@ Messages = list[dict[str, Any]]
 def standard(row: Row) -> Row:
     """`row` in the fields of this library; one that has them comes back with its own values.
 
-    Raises BadField for a role or a value that its form does not have.
+    A field that is null is none. Raises BadField for a role or a value that its form does not have.
     """
+    row = {name: value for name, value in row.items() if value is not None}
     if "conversations" in row and "messages" not in row:
         row = _sharegpt(row)
     elif isinstance(row.get("instruction"), str) and "prompt" not in row and "messages" not in row:

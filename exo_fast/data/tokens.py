@@ -102,7 +102,7 @@ class RowTokenizer:
                 start = len(known)
                 for part, count in zip(parts, counts, strict=True):
                     whole = self._unprefixed(next(joint))
-                    known = whole if whole[: len(known)] == known else known + self._after(part)
+                    known = whole if self._begins(whole, known) else known + self._after(part)
                     marks += [count] * (len(known) - start - len(marks))
                 candidate = known[start:]
                 if not candidate or candidate[-1] not in self.ends:
@@ -128,11 +128,17 @@ class RowTokenizer:
     def _unprefixed(self, ids: list[int]) -> list[int]:
         return ids[len(self.prefix) :] if self.prefix and ids[: len(self.prefix)] == self.prefix else ids
 
+    def _begins(self, whole: list[int], part: list[int]) -> bool:
+        """Whether the text of `whole` was cut where that of `part` ends. An unknown token may stand for more text in
+        one than in the other, so that nothing is known after it."""
+        unknown = bool(part) and part[-1] == self.tokenizer.unk_token_id
+        return whole[: len(part)] == part and not unknown
+
     def _after(self, text: str) -> list[int]:
         """Ids of a text that stands in the middle of another."""
         for carrier in (*CARRIERS, self.tokenizer.eos_token or ""):
             before, both = self.encode([carrier, carrier + text])
-            if both[: len(before)] == before:
+            if before and self._begins(both, before):
                 return both[len(before) :]
         return self.encode([text])[0]
 

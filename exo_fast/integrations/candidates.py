@@ -1,7 +1,7 @@
 """Rows of a `datasets` data set as groups of token ids, for `exo_fast.integrations.trl.ExoDPOTrainer`.
 
-The ids are those of every other door (`exo_fast.data.tokens`). What a group is, and which groups are left out, is that of
-the pipeline too (`exo_fast.data.selection`); the lengths are TRL's: `max_length` and `truncation_mode`.
+The ids are those of every other door (`exo_fast.data.tokens`). What a group is, and which groups are left out, the
+pipeline says too (`exo_fast.data.selection`); the lengths are TRL's: `max_length` and `truncation_mode`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from transformers.utils import logging
 
 from exo_fast.data import examples
 from exo_fast.data.fields import BadField
-from exo_fast.data.forms import standard
+from exo_fast.data.forms import ACCEPTED, standard
 from exo_fast.data.selection import FEW, FIX, Duplicates, LeftOut, Ties, fault, groups_of, verdict
 from exo_fast.data.tokens import RowTokenizer
 
 logger = logging.get_logger(__name__)
+OF_CANDIDATES = ("candidate_ids", "candidate_masks", "rewards")
 KEPT = ("ref_chosen_logps", "ref_rejected_logps")  # columns that TRL reads where a data set brings them
 
 
 def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """`prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (which of their tokens count) and `rewards` of a row of
-    any form that `exo_fast.data.forms` accepts. Raises BadField, a ValueError."""
+    """`prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (which of their tokens count) and `rewards` of a row
+    of any form that `exo_fast.data.forms` accepts. Raises BadField, a ValueError."""
     return _tokens(row, RowTokenizer(processing_class))
 
 
@@ -84,7 +85,8 @@ class CandidateRows:
             try:
                 found += [{**group, "row": index} for group in self._groups(row, index)]
             except ValueError as error:
-                raise ValueError(f"{self.split} dataset, row {index}: {error}") from error
+                forms = f" {ACCEPTED}" if getattr(error, "missing", False) else ""
+                raise ValueError(f"{self.split} dataset, row {index}: {error}{forms}") from error
         return {name: [group[name] for group in found] for name in found[0]}
 
     def _count(self, row: dict[str, Any]) -> int:
@@ -107,9 +109,7 @@ class CandidateRows:
             return [{**tokens, **kept, "left_out": FEW}]
         groups = []
         for places in groups_of(count, self.size, index):
-            group = {
-                name: [tokens[name][k] for k in places] for name in ("candidate_ids", "candidate_masks", "rewards")
-            }
+            group = {name: [tokens[name][k] for k in places] for name in OF_CANDIDATES}
             group |= {"prompt_ids": tokens["prompt_ids"], **kept}
             groups.append({**group, "left_out": self._reason(group)})
         return groups

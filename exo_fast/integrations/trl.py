@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from exo_fast.backends import BACKENDS
 from exo_fast.data.selection import DUPLICATES, TIES
-from exo_fast.integrations.candidates import CandidateRows
+from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
 from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
 from exo_fast.layout import plan_mask
 from exo_fast.loss import group_loss
@@ -59,6 +59,7 @@ TRAINERS = ("dpo", "kto", "grpo", "rloo", "sft")
 AS_GROUPS = {"sigmoid": "dpo-pref", "exo_pair": "exo-pref"}  # TRL's losses of pairs that are ours for K = 2
 
 logger = logging.get_logger(__name__)
+__all__ = ["CandidateCollator", "ExoDPOConfig", "ExoDPOTrainer", "patch_trl", "tokenize_candidates", "unpatch_trl"]
 
 
 def check_version() -> None:
@@ -224,8 +225,8 @@ class ExoDPOConfig(DPOConfig):
     ties: Literal["error", "drop", "share"] = field(
         default="error",
         metadata={
-            "help": "Groups in which several candidates have the highest reward, in '*-pref': raise, leave them out with "
-            "a warning, or give the best ones equal shares of the target."
+            "help": "Groups in which several candidates have the highest reward, in '*-pref': raise, leave them out "
+            "with a warning, or give the best ones equal shares of the target."
         },
     )
     share_prompts: bool = field(
@@ -439,9 +440,9 @@ def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any]
 
 @dataclass
 class CandidateCollator:
-    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` and `rewards` -> input_ids, attention_mask and
-    completion_mask (G·K, T), candidates of a group one after another, rewards (G, K), and reference log-probs where they
-    are known."""
+    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` and `rewards` -> input_ids, attention_mask
+    and completion_mask (G·K, T), candidates of a group one after another, rewards (G, K), and reference log-probs where
+    they are known."""
 
     pad_token_id: int = 0
     max_length: int | None = None

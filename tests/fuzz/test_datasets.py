@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from exo_fast.data.examples import MAX_ID, Example
 from exo_fast.training.assets import MAX_UNPACKED, read_member
 from exo_fast.training.data.examples import (
-    MAX_ID,
-    Example,
     load_examples,
     load_pairs,
     load_prompts,
@@ -39,6 +38,7 @@ from exo_fast.training.errors import InputError
 
 WORDS = ("the", "film", "was", "good", "é")
 USER, ASSISTANT = {"role": "user", "content": "the film"}, {"role": "assistant", "content": "was good"}
+OTHER = {"role": "assistant", "content": "good"}
 ROWS = {
     "candidates": {"prompt": "the film", "completions": ["was", "good", "the"], "rewards": [0.5, 1, -2]},
     "drawn": {"prompt": "a", "completions": ["was", "film"], "rewards": [0, 1.5], "completion_ids": [[4, 2], [3]]},
@@ -47,8 +47,8 @@ ROWS = {
     "text": {"text": "the film", "label": "pos"},
     "truth": {"text": "the film", "label": False},
     "messages": {"messages": [USER, ASSISTANT]},
-    "conversation": {"prompt": [USER], "completions": [[ASSISTANT], [USER]], "rewards": [0, 1]},
-    "implicit": {"chosen": [USER, ASSISTANT], "rejected": [USER, USER], "chat_template_kwargs": {"a": 1}},
+    "conversation": {"prompt": [USER], "completions": [[ASSISTANT], [OTHER]], "rewards": [0, 1]},
+    "implicit": {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "chat_template_kwargs": {"a": 1}},
     "tldr": {
         "info": {"subreddit": "a", "title": "b", "post": "c"},
         "summaries": [{"text": "x"}, {"text": "y"}],

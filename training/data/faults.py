@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from exo_fast.data.fields import BadField
+from exo_fast.data.forms import ACCEPTED
 from exo_fast.training.data.records import Place
 from exo_fast.training.errors import InputError
 
@@ -16,22 +17,24 @@ def collect(
 ) -> list[Row]:
     """What `convert` makes of each row, without those it makes None of.
 
-    Raises InputError that lists the first ten BadFields with their places (and then `advice`), or that says
-    that `what` has no rows.
+    Raises InputError that lists the first ten BadFields with their places (and then `advice`, or the forms of rows that
+    are accepted where a field is missing), or that says that `what` has no rows.
     """
     converted: list[Row] = []
     faults: list[str] = []
-    count = 0
+    count, missing = 0, False
     for place, record in rows:
         count += 1
         try:
             row = convert(place, record)
         except BadField as fault:
             faults.append(f"{place}, {fault}" if len(faults) < MAX_SHOWN else "")
+            missing |= fault.missing
         else:
             if row is not None:
                 converted.append(row)
     if faults:
+        advice = advice or (f"\n{ACCEPTED}" if missing else "")
         raise InputError(f"{what}: {len(faults)} of {count} rows cannot be used:{listed(faults)}{advice}")
     if not count:
         raise InputError(f"{what}: no rows; at least one is needed.")

@@ -57,12 +57,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Source:
-    """One split's data: a file, a saved Hugging Face dataset (`dataset_split` names one in a DatasetDict), or a dataset
-    of the registry (`raw`, of which `dataset_split` is "train" or "test")."""
+    """One split's data: a file, the `shards` of one in a directory, a saved Hugging Face dataset (`dataset_split` names
+    one in a DatasetDict), or a dataset of the registry (`raw`, of which `dataset_split` is "train" or "test")."""
 
     path: Path
     dataset_split: str | None = None
     raw: RawDataset | None = field(default=None, compare=False)
+    shards: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        path = self.path.expanduser()
+        folder = path.is_dir() and not self.shards
+        return sorted(file for file in path.rglob("*") if file.is_file()) if folder else list(self.shards or [path])
 
     def __str__(self) -> str:
         name = str(self.path) if self.raw is None else str(self.raw)
@@ -73,10 +81,11 @@ def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase
     """The data of `split` ("train", or "test", also called "eval") under `path`; None when there is no such split.
 
     `path` is a file (.json, .jsonl, either with .gz, .parquet), a directory written by `Dataset.save_to_disk`, a
-    directory with one file per split: train.* and test.* (or validation.*, eval.*), or "NAME/KIND:PATH", a dataset of
-    the registry ("NAME/KIND" for one that needs no path; what is there as a path counts as a path). Those that cut
-    text by tokens use `tokenizer`, or the one that read_records is given. Raises InputError for a path that is missing,
-    of another kind, or ambiguous, and for a dataset that the registry does not have.
+    directory with one file per split: train.* and test.* (or validation.*, eval.*), or its shards as Hub downloads have
+    them (train-00000-of-00002.parquet, there or in data/), or "NAME/KIND:PATH", a dataset of the registry ("NAME/KIND"
+    for one that needs no path; what is there as a path counts as a path). Those that cut text by tokens use
+    `tokenizer`, or the one that read_records is given. Raises InputError for a path that is missing, of another kind,
+    ambiguous or without some of its shards, and for a dataset that the registry does not have.
     """
     text = str(path)
     path = user_path(path)
@@ -102,12 +111,34 @@ def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase
     if (path / "state.json").is_file():
         return Source(path) if split == "train" else None
     for name in names:
-        found = [path / f"{name}{suffix}" for suffix in FILE_SUFFIXES if (path / f"{name}{suffix}").is_file()]
+        found = [Source(file) for suffix in FILE_SUFFIXES if (file := path / f"{name}{suffix}").is_file()]
+        found += [
+            Source(path, shards=shards)
+            for suffix in FILE_SUFFIXES
+            for folder in (path, path / "data")
+            if (shards := _shards(folder, name, suffix))
+        ]
         if len(found) > 1:
-            raise InputError(f"{path}: both {found[0].name} and {found[1].name} are there; name the one to use.")
+            both = [(source.shards or (source.path,))[0] for source in found[:2]]
+            names = " and ".join(str(file.relative_to(path)) for file in both)
+            raise InputError(f"{path}: both {names} are there; name the one to use.")
         if found:
-            return Source(found[0])
+            return found[0]
     return None
+
+
+def _shards(folder: Path, name: str, suffix: str) -> tuple[Path, ...]:
+    """The parts of one split, in order. Raises InputError where some are missing."""
+    form = re.compile(rf"{name}-(\d{{5}})-of-(\d{{5}}){re.escape(suffix)}")
+    found = {file: match for file in folder.glob(f"{name}-*{suffix}") if (match := form.fullmatch(file.name))}
+    files = sorted(found, key=lambda file: int(found[file][1]))
+    numbers, totals = [int(found[file][1]) for file in files], {int(match[2]) for match in found.values()}
+    if files and (len(totals) > 1 or numbers != list(range(max(totals)))):
+        raise InputError(
+            f"{folder}: {len(files)} parts of {name} are there, of {' or '.join(map(str, sorted(totals)))} "
+            f"({', '.join(file.name for file in files[:3])}{', …' * (len(files) > 3)}); fetch those that are missing."
+        )
+    return tuple(files)
 
 
 def split_name(text: str) -> tuple[str, str | None] | None:
@@ -149,12 +180,11 @@ class JsonLine(str):
 
 def read_rows(source: Source) -> Iterator[tuple[Place, Any]]:
     """As read_records, for files and saved datasets; lines of JSONL come undecoded, as JsonLine."""
-    if source.path.is_dir():
+    if source.path.is_dir() and not source.shards:
         yield from _read_saved_dataset(source)
-    elif source.path.suffix == ".parquet":
-        yield from _read_parquet(source.path)
-    else:
-        yield from _read_json(source.path)
+        return
+    for path in source.shards or (source.path,):
+        yield from _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
 
 
 # JSON

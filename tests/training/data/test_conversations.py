@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from exo_fast.training.data.conversations import render
+from exo_fast.data.fields import BadField
+from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.data.examples import (
     load_examples,
     load_pairs,
@@ -16,7 +17,6 @@ from exo_fast.training.data.examples import (
     load_samples,
     load_sft,
 )
-from exo_fast.training.data.faults import BadField
 from exo_fast.training.data.groups import tokenize
 from exo_fast.training.data.records import Source
 from exo_fast.training.errors import InputError
@@ -29,13 +29,17 @@ TEMPLATES = {
     # no generation prompt, EOS after answers alone, BOS: Llama 2
     "no generation prompt": "<s>{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }} </s>"
     "{% else %}[{{ m['content'] }}]{% endif %}{% endfor %}",
-    # no EOS at all: Gemma
-    "no EOS": "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<end>\n{% endfor %}"
+    # an end of turn that is not EOS: Gemma
+    "other end": "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>\n{% endif %}",
     # more after the generation prompt than before an answer: DeepSeek-R1
     "longer generation prompt": "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant><think>{% endif %}",
 }
+
+
+def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return RowTokenizer(tokenizer).text_of(record)
 
 
 def user(text: str) -> dict[str, str]:
@@ -82,6 +86,9 @@ def chat_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenize
 
 def with_template(tokenizer: PreTrainedTokenizerFast, name: str = "line break") -> PreTrainedTokenizerFast:
     tokenizer = deepcopy(tokenizer)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<system>", "<user>", "<assistant>", "<think>", "<end>"]}
+    )
     tokenizer.chat_template = TEMPLATES[name]
     return tokenizer
 
@@ -98,15 +105,17 @@ def test_the_text_is_that_of_trl(name: str, chat_tokenizer: PreTrainedTokenizerF
     record = RECORDS[name]
     theirs = data_utils.maybe_apply_chat_template(data_utils.maybe_extract_prompt(record), chat_tokenizer)
     ours = render(record, chat_tokenizer)
+    ours.pop("completion_spans", None)
     assert {name: value for name, value in ours.items() if name != "chat_template_kwargs"}.keys() == theirs.keys() - {
         "chat_template_kwargs"
     }
     for field in theirs.keys() & {"prompt", "chosen", "rejected", "completion"}:
         text = theirs[field]
-        if field != "prompt" and EOS in text:
-            head, _, tail = text.rpartition(EOS)
+        end = "<end>" if "<end>" in chat_tokenizer.chat_template else EOS
+        if field != "prompt" and end in text:
+            head, _, tail = text.rpartition(end)
             assert tail.strip() == ""
-            text = head + EOS
+            text = head + end
         assert ours[field] == text
 
 
@@ -143,7 +152,7 @@ def test_a_completion_goes_on_with_the_message_that_the_prompt_leaves_open(token
     }
 
 
-def test_every_completion_ends_in_one_eos(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_completion_ends_in_one_end_of_turn(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     records = [
         {**RECORDS["preference"]},
         {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
@@ -154,14 +163,19 @@ def test_every_completion_ends_in_one_eos(tmp_path: Path, chat_tokenizer: PreTra
         group = groups.group(index)
         assert group.prompt.count(chat_tokenizer.bos_token_id) == 1
         for ids in group.completions:
-            assert ids.count(chat_tokenizer.eos_token_id) == 1
-            assert ids[-1] == chat_tokenizer.eos_token_id
+            end = "<end>" if "<end>" in chat_tokenizer.chat_template else EOS
+            assert [i for i in ids if chat_tokenizer.convert_ids_to_tokens(i) in ("<end>", EOS)] == ids[-1:]
+            assert chat_tokenizer.convert_ids_to_tokens(ids[-1]) == end
 
 
 def test_every_loader_takes_conversations(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     chat = with_template(tokenizer)
     preference, messages = RECORDS["implicit prompt"], {"messages": [user("the film"), assistant("was good")]}
     prompt = "<user>the film</s>\n<assistant>"
+    (text,) = load_pairs(
+        source(tmp_path, {"prompt": [user("the film")], "chosen": "was good", "rejected": "was bad"}), tokenizer=chat
+    )
+    assert (text.prompt, text.completions) == (prompt, ["was good</s>", "was bad</s>"])
     (pair,) = load_pairs(source(tmp_path, preference), tokenizer=chat)
     assert (pair.prompt, pair.completions) == (prompt, ["was good</s>", "was bad</s>"])
     (example,) = load_examples(source(tmp_path, preference), loss_type="exo-pref", num_contrastive=None, tokenizer=chat)
@@ -189,10 +203,15 @@ BAD = {
         "`chat_template` is not the template's to take",
     ),
     "no role": ({"prompt": [{"content": "a"}], "chosen": [assistant("a")]}, load_sft, "field `prompt[0]`, value {'con"),
-    "text beside a conversation": (
-        {"prompt": [user("a")], "chosen": "b", "rejected": "c"},
+    "text among conversations": (
+        {"chosen": [user("a"), assistant("b")], "rejected": "c"},
         load_pairs,
-        "field `chosen`, value 'b': text beside a conversation",
+        "field `rejected`, value 'c': text beside a conversation",
+    ),
+    "no words of the assistant": (
+        {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [user("c")]},
+        load_pairs,
+        "no message of the assistant",
     ),
     "empty": ({"prompt": [user("a")], "completion": []}, load_sft, "field `completion`, value []: a list of messages"),
     "prompt of the system": (
@@ -200,7 +219,12 @@ BAD = {
         load_sft,
         "the last message must come from user, tool or assistant",
     ),
-    "ShareGPT": ({"conversations": [{"from": "human", "value": "a"}]}, load_sft, "rename it `messages`"),
+    "ShareGPT without an answer": (
+        {"conversations": [{"from": "human", "value": "a"}]},
+        load_sft,
+        "the last message must be the assistant's",
+    ),
+    "nobody's role": ({"conversations": [{"from": "me", "value": "a"}]}, load_sft, "`from` must be one of human"),
 }
 
 
@@ -227,12 +251,10 @@ def test_templates_that_refuse_or_are_not_there(tmp_path: Path, tokenizer: PreTr
     with pytest.raises(BadField, match="the chat template refuses it: roles must alternate"):
         render(RECORDS["completion"], refusing)
     records = source(tmp_path, RECORDS["completion"])
-    with pytest.raises(
-        InputError, match=r"field `prompt` holds a conversation, and the tokenizer .* has no chat template"
-    ):
+    with pytest.raises(InputError, match=r"field `prompt`, value .*: a conversation, and the tokenizer .* has no chat"):
         load_sft(records, tokenizer=tokenizer)
     with pytest.raises(InputError, match=r"line 1 \(row 0\), field `prompt`.*name the model .*apply_chat_template"):
         load_sft(records)
     without_end = deepcopy(with_template(tokenizer))
     without_end.eos_token = None
-    assert render(RECORDS["completion"], without_end)["completion"] == "was good</s>\n"
+    assert render(RECORDS["completion"], without_end)["completion"] == "was good</s>"

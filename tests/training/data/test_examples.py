@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
+from exo_fast.data.selection import FEW, LeftOut
 from exo_fast.training.data import records
 from exo_fast.training.data.examples import (
     load_examples,
@@ -78,7 +79,6 @@ BAD_ROWS = {
     "rewards not a list": ({**GOOD, "rewards": 1}, "one number per completion is needed: 4, not not a list"),
     "too few rewards": ({**GOOD, "rewards": [1, 2]}, "one number per completion is needed: 4, not 2 numbers"),
     "reward not a number": ({**GOOD, "rewards": [1, 2, "3", 4]}, "field `rewards[2]`, value '3': a number"),
-    "reward a truth": ({**GOOD, "rewards": [1, 2, True, 4]}, "field `rewards[2]`, value True: a number"),
     "reward nan": ({**GOOD, "rewards": [1, 2, 3, float("nan")]}, "field `rewards[3]`, value nan: a finite"),
     "reward beyond float32": ({**GOOD, "rewards": [1e39, 2, 3, 4]}, "field `rewards[0]`, value 1e+39: a finite"),
     "reward beyond any float": ({**GOOD, "rewards": [10**400, 2, 3, 4]}, "field `rewards[0]`, value 1000"),
@@ -131,6 +131,7 @@ def test_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"prompt": "p", "chosen": "yes", "rejected": "no", "completion_ids": [[7], [8, 9]]},
         {**GOOD, "rewards": [2, 5, -1, 5], "completion_ids": [[1], [2], [3], [4]]},
         {**GOOD, "rewards": [1, 1, 1, 1]},
+        {"prompt": "p", "chosen": "yes", "rejected": "yes"},
     ]
     pairs = load_pairs(Source(write(tmp_path, rows)))
     assert [(pair.completions, pair.rewards, pair.completion_ids) for pair in pairs] == [
@@ -138,8 +139,10 @@ def test_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["yes", "no"], [1.0, 0.0], [[7], [8, 9]]),
         (["c", "d"], [1.0, 0.0], [[2], [3]]),  # of equals the first
     ]
-    assert "train.json: 1 of 4 rows have equal rewards and are left out" in capsys.readouterr().out
-    with pytest.raises(InputError, match="equal rewards; there is nothing to prefer"):
+    said = capsys.readouterr().out
+    assert "train.json: 1 of 5 rows have equal rewards and are left out" in said
+    assert "train.json: 1 of 5 rows prefer a text to itself and are left out" in said
+    with pytest.raises(InputError, match="there is nothing to prefer"):
         load_pairs(Source(write(tmp_path, rows[3:])))
     with pytest.raises(InputError, match="at least 2 candidates are needed, not 1"):
         load_pairs(Source(write(tmp_path, [{"prompt": "a", "completions": ["b"], "rewards": [1]}])))
@@ -196,7 +199,7 @@ def test_texts(tmp_path: Path) -> None:
     texts = load_texts(Source(write(tmp_path, rows)))
     assert [text.label for text in texts] == [1, 0, 1, 0, 1, 0]
     assert (texts[2].text, texts[2].place.row) == ("text 1", 2)
-    for label in ("positive", 2, 1.0, None, ["pos"]):
+    for label in ("positive", 2, 1.0, ["pos"]):
         with pytest.raises(InputError, match=r'field `label`, value .*"pos" or "neg" is needed'):
             load_texts(Source(write(tmp_path, [{"text": "a", "label": label}])))
     with pytest.raises(InputError, match="field `label`, value missing"):
@@ -219,26 +222,35 @@ def test_only_the_first_ten_faults_are_shown(tmp_path: Path) -> None:
     assert "and 15 more" in str(error.value)
 
 
-def test_ties_are_errors_for_preferences_only(tmp_path: Path) -> None:
-    path = write(tmp_path, [GOOD, {**GOOD, "rewards": [3, 1, 3, 0]}])
-    assert len(load(path, "exo-rw")) == 2
-    with pytest.raises(InputError, match=r"row 1\), field `rewards`, value \[3.*exo-pref has no preferred one"):
-        load(path, "exo-pref")
-    # In groups of two neither tie is left; a tie that only float32 sees is one all the same.
-    assert len(load(path, "exo-pref", num_contrastive=2)) == 2
-    with pytest.raises(InputError, match="reward among candidates 2 to 3, so dpo-pref has no preferred one"):
-        load(write(tmp_path, [{**GOOD, "rewards": [0, 1, 2, 2 + 1e-9]}]), "dpo-pref", num_contrastive=2)
+def test_rewards_are_numbers_of_any_kind(tmp_path: Path) -> None:
+    (example,) = load(write(tmp_path, [{**GOOD, "rewards": [1, 2.5, True, False]}]))
+    assert example.rewards == [1.0, 2.5, 1.0, 0.0]
+    assert all(type(reward) is float for reward in example.rewards)
 
 
-def test_num_contrastive_must_divide_the_candidates(tmp_path: Path) -> None:
-    path = write(tmp_path, [GOOD])
-    with pytest.raises(InputError, match=r"num_contrastive=3 does not divide the 4 candidates.*2 or 4 would fit"):
-        load(path, num_contrastive=3)
-    with pytest.raises(InputError, match="num_contrastive=8 does not divide"):
-        load(path, num_contrastive=8)
-    # Said outright, groups of two may come from prompts with two and with four candidates.
+def test_rows_of_other_numbers_of_candidates(tmp_path: Path) -> None:
     two = {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2]}
-    assert len(load(write(tmp_path, [GOOD, two]), num_contrastive=2)) == 2
+    path = write(tmp_path, [GOOD, two, two])
+    with pytest.raises(InputError, match=r"2 candidates where the rows before have 4.*num_contrastive: with 2 each"):
+        load(path)
+    assert len(load(path, num_contrastive=2)) == 3
+    left_out = LeftOut()
+    options = {"loss_type": "exo-rw", "num_contrastive": 3}
+    assert len(load_examples(Source(path), left_out=left_out, **options)) == 1
+    assert left_out.counts == {FEW: 2}
+    assert left_out.places[FEW] == [f"{path}, line 1 (row 1)", f"{path}, line 1 (row 2)"]
+    with pytest.raises(InputError, match="no row has num_contrastive=8 candidates"):
+        load(path, num_contrastive=8)
+
+
+def test_scores_of_a_pair_are_its_rewards_where_rewards_count(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "yes", "rejected": "no", "score_chosen": 8, "score_rejected": 4.5}
+    path = write(tmp_path, [row])
+    assert load(path, "exo-rw")[0].rewards == [8.0, 4.5]
+    assert load(path, "exo-pref")[0].rewards == [1.0, 0.0]
+    assert load_pairs(Source(path))[0].rewards == [1.0, 0.0]
+    with pytest.raises(InputError, match="field `score_chosen`, value 'high': a number is needed"):
+        load(write(tmp_path, [{**row, "score_chosen": "high"}]), "exo-rw")
 
 
 BAD_FILES = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from exo_fast.data.examples import Example
 from exo_fast.layout import pack
-from exo_fast.training.data.examples import Example
 from exo_fast.training.data.groups import GroupCollator, GroupDataset, SftCollator, tokenize
 from exo_fast.training.data.records import Place
 from exo_fast.training.errors import InputError
