@@ -21,22 +21,28 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def _load_families() -> ModuleType:
+def _load(name: str) -> ModuleType:
     # By path: the tests folder stays off sys.path, where its subfolders would shadow packages of the same name.
-    spec = importlib.util.spec_from_file_location("exo_fast_test_families", Path(__file__).with_name("families.py"))
+    spec = importlib.util.spec_from_file_location(f"exo_fast_test_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-_families = _load_families()
+_families, _chats = _load("families"), _load("chats")
 
 
 @pytest.fixture
 def families() -> ModuleType:
     """`tests/families.py`: tiny_model(name), random_model(model_type), and the tables SHARING, REFUSING, FAMILIES."""
     return _families
+
+
+@pytest.fixture(scope="session")
+def chats() -> ModuleType:
+    """`tests/chats.py`: small tokenizers byte_level(template), metaspace(template), and templates."""
+    return _chats
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from exo_fast.head import unwrap
 from exo_fast.layout import Group, Packed, pack, plan_mask
 from exo_fast.masks import MASKED_ATTENTION
 from exo_fast.training.module import TrainedModule, packed_batch
-from exo_fast.training.scalar_model import HEAD, Read, cut, encode_whole, pad, scalars
+from exo_fast.training.scalar_model import HEAD, cut, encode_whole, pad, scalars
 
 logger = logging.get_logger(__name__)
 ROWS_PER_CALL = 1000  # of the tokenizer, between two steps of the progress bar
@@ -64,7 +64,7 @@ class RowDataset(torch.utils.data.Dataset):
 
 
 def tokenize_rows(
-    rows: list[tuple[Read, ...]],
+    rows: list[tuple[str, ...]],
     labels: list[float],
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -13,7 +13,7 @@ from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import check_fits_model
 from exo_fast.training.module import TrainedModule
-from exo_fast.training.scalar_model import Read, load_scalar_model, pad_with_eos
+from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
 from exo_fast.training.scalar_module import RewardModule, RowCollator, RowDataset, settle_layout, tokenize_rows
 from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
@@ -119,7 +119,7 @@ def train_scalar(
     kind: Kind,
     *,
     load: Callable[..., list[Any]],
-    to_row: Callable[[Any], tuple[tuple[Read, ...], float]],
+    to_row: Callable[[Any], tuple[tuple[str, ...], float]],
     held_out: Callable[[dict[str, float], RowDataset], dict[str, Any]],
     closing: Callable[[dict[str, Any]], str],
 ) -> dict[str, Any]:
@@ -161,6 +161,8 @@ def train_scalar(
             new_head=True,
             **model_options(config),
         )
+        # One that is trained here is read before EOS from then on, whatever it was before.
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.problem_type = kind.problem_type
         model.config.id2label, model.config.label2id = {0: kind.label}, {kind.label: 0}
         return model

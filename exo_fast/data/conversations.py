@@ -85,7 +85,7 @@ class ChatTemplate:
             tail = ""
         special = self._tokens_in(tail, special=True)
         if found and found[0] not in special:
-            found += special[-1:]
+            found += special[:1]
         return tuple(found)
 
     def _tokens_in(self, text: str, *, special: bool = False) -> list[str]:
@@ -249,8 +249,7 @@ class ChatTemplate:
             reached = spans[-1][1] if spans else start
             begin = start
             if index > first:
-                opening = self._opening(name, messages[:index], False, options)
-                begin = len(opening) if text.startswith(opening) else self._agreed([opening, text])
+                begin = self._begin_of_turn(name, messages[:index], text, options)
             upto = self._text(name, messages[: index + 1], options)
             end = self._end_of_turn(upto, text, begin, is_last=index == len(messages) - 1)
             if not reached <= begin < end:
@@ -263,6 +262,14 @@ class ChatTemplate:
                 )
             spans.append((begin, end))
         return spans
+
+    def _begin_of_turn(self, name: str, before: Messages, text: str, options: dict) -> int:
+        """Where in `text` the answer to the messages `before` begins, -1 where the template wrote these otherwise."""
+        opening = self._opening(name, before, False, options)
+        if text.startswith(opening):
+            return len(opening)
+        said = self.trimmed(self._text(name, before, options))
+        return self._agreed([opening, text]) if text.startswith(said) else -1
 
     def _end_of_turn(self, upto: str, text: str, begin: int, *, is_last: bool) -> int:
         """Where in `text` the answer that begins at `begin` ends, -1 where that cannot be told. `upto` is what the
