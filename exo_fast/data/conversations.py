@@ -325,11 +325,11 @@ def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
         return [_message("user", asked)], candidates
     # The prompt is implicit: what the conversations share. A `prompt` of text beside them only repeats it.
     shared = min(map(len, candidates.values())) - 1  # at least one message is each one's own
-    first, *others = candidates.values()
-    while any(other[:shared] != first[:shared] for other in others):
+    one, *others = candidates.values()
+    while any(other[:shared] != one[:shared] for other in others):
         shared -= 1
-    _need_prompt(next(iter(candidates)), first, shared)
-    return first[:shared], {name: messages[shared:] for name, messages in candidates.items()}
+    _need_prompt(next(iter(candidates)), one, shared)
+    return one[:shared], {name: messages[shared:] for name, messages in candidates.items()}
 
 
 def _upto_answer(messages: Messages) -> Messages:
