@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from exo_fast.data.selection import LeftOut
 from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import check_fits_model
@@ -134,12 +135,14 @@ def train_scalar(
     tokenizer = pad_with_eos(load_tokenizer(config))
     datasets = {}
     for name, source in find_splits(config).items():
-        rows, labels = zip(*map(to_row, load(source, tokenizer=tokenizer)), strict=True)
+        left_out = LeftOut()
+        rows, labels = zip(*map(to_row, load(source, tokenizer=tokenizer, left_out=left_out)), strict=True)
         datasets[name] = tokenize_rows(
             list(rows),
             list(labels),
             tokenizer,
             max_seq_len=config.max_seq_len,
+            left_out=left_out,
             description=f"tokenising ({name})",
             progress=config.process_index == 0 and not config.disable_tqdm,
         )
