@@ -488,8 +488,8 @@ def test_shards_of_a_split(tmp_path: Path) -> None:
     assert load_prompts(source) == ["a", "b", "c", "d"]
     assert [path.name[:11] for path in source.files] == ["train-00000", "train-00001", "train-00002"]
     assert load_prompts(find_source(tmp_path, "test")) == ["e"]
+    pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "data/train-00002-of-00003.parquet")
     with pytest.raises(InputError, match=r"train-00002-of-00003\.parquet, row 0, field `prompt`, value missing"):
-        pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "data/train-00002-of-00003.parquet")
         load_prompts(source)
     (tmp_path / "train.jsonl").write_text('{"prompt": "f"}')
     with pytest.raises(InputError, match=r"both train\.jsonl and data/train-00000-of-00003\.parquet are there"):
