@@ -164,8 +164,6 @@ def train_scalar(
             new_head=True,
             **model_options(config),
         )
-        # One that is trained here is read before EOS from then on, whatever it was before.
-        model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.problem_type = kind.problem_type
         model.config.id2label, model.config.label2id = {0: kind.label}, {kind.label: 0}
         return model

@@ -178,6 +178,24 @@ def test_it_learns_and_what_it_saves_gives_what_it_measured(
     assert json.loads((saved / "summary.json").read_text())["held_out"] == held_out
 
 
+def test_another_librarys_reward_model_is_read_before_eos_from_then_on(
+    settings: Settings, tmp_path: Path, tiny_llama: str
+) -> None:
+    """Its padding is a token of its own; rows are padded with EOS, at which it would be read else."""
+    theirs = tmp_path / "theirs"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, pad_token="<unk>")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(theirs)
+    tokenizer.save_pretrained(theirs)
+    found = reward_model(RewardModelConfig(**settings(model_name_or_path=str(theirs), share_prompt="off")))
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert trained.config.pad_token_id == tokenizer.eos_token_id
+    chosen, _ = rewards(trained, str(tmp_path / "run"), make_pairs(21, seed=1))
+    assert found["held_out"]["rewards/chosen"] == pytest.approx(chosen.mean().item(), abs=1e-4)
+    assert found["held_out"]["accuracy"] > 0.9
+
+
 @pytest.mark.parametrize("options", [{"zero_stage": 3}, {"engine": "torch"}], ids=["zero3", "torch"])
 def test_engines_and_micro_batches_give_the_same_model(
     settings: Settings, tmp_path: Path, options: dict[str, Any]
