@@ -266,7 +266,7 @@ def from_padded(
 
 @dataclass(frozen=True)
 class SharingReport:
-    """What `check_sharing` measured (or `check_neighbours`). Differences are shared minus unshared log-probs, in nats."""
+    """What `check_sharing` or `check_neighbours` measured. Differences are of log-probs, in nats."""
 
     ok: bool
     reason: str = ""  # why not; empty when ok
@@ -352,8 +352,8 @@ def check_neighbours(
 ) -> SharingReport:
     """Whether a group's log-probs are its own: of `shortest` alone and beside `longest`.
 
-    `token_logps` runs a batch of groups as a run does and gives the log-probs (N,) of their tokens; the model is in eval
-    mode, without gradients. Meant for models of which `exo_fast.masks.neighbours_hint` has something to say.
+    `token_logps` runs a batch of groups as a run does and gives the log-probs (N,) of their tokens, in eval mode and
+    without gradients. Meant for models of which `exo_fast.masks.neighbours_hint` has something to say.
     """
     expected = token_logps([shortest])
     found = token_logps([shortest, longest])[: len(expected)]
@@ -368,10 +368,8 @@ def compared(found: Tensor, expected: Tensor, cu_seqlens: Tensor, atol: float, p
     token_rms = difference.square().mean().sqrt().item()
     sequence_max = boundaries.diff().abs().max().item()
     ok = token_rms <= atol  # False for NaN
-    reason = (
-        f"{problem}: rms {token_rms:.1e} nats a token where {atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
-    )
-    return SharingReport(ok, "" if ok else reason, token_rms, sequence_max, atol)
+    found = f"rms {token_rms:.1e} nats a token where {atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
+    return SharingReport(ok, "" if ok else f"{problem}: {found}", token_rms, sequence_max, atol)
 
 
 def shortened(group: Group, plan: MaskPlan) -> Group:

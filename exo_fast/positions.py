@@ -1,12 +1,12 @@
 """Positions in models whose rotary embedding depends on how long a text is.
 
-Of rope type "longrope" and "dynamic" transformers chooses the frequencies by the longest position of the whole batch, and
-keeps those of "dynamic" for the batches after it. A text's numbers would then be its neighbours' too: an untrained policy
-would differ from its own reference wherever the two were batched otherwise. What is wanted is what the model gives for
-the text alone, as when it is used. So lengths fall into classes that have the same frequencies (`LengthRule`), candidates
-share a prompt only with those of their class (`exo_fast.layout.pack`), and inside `by_text` each rotary embedding of the
-model runs once for each class in the batch, from a fresh state and with positions that end where the class's longest text
-ends; each token takes what belongs to its text. No other model is touched.
+Of rope type "longrope" and "dynamic" transformers chooses the frequencies by the longest position of the whole batch,
+and keeps those of "dynamic" for the batches after it. A text's numbers would then be its neighbours' too: an untrained
+policy would differ from its own reference wherever the two were batched otherwise. What is wanted is what the model
+gives for the text alone, as when it is used. So lengths fall into classes that have the same frequencies
+(`LengthRule`), candidates share a prompt only with those of their class (`exo_fast.layout.pack`), and inside `by_text`
+each rotary embedding of the model runs once for each class in the batch, from a fresh state and with positions that end
+where the class's longest text ends; each token takes what belongs to its text. No other model is touched.
 """
 
 from __future__ import annotations
@@ -59,6 +59,15 @@ def length_rules(config: Any) -> LengthRules:
     return tuple(sorted(rules))
 
 
+def longest_text(config: Any) -> int | None:
+    """How many positions a model of this config has, None where it sets no limit: `max_position_embeddings`, which
+    dynamic NTK is there to pass by its factor."""
+    config = _text_config(config)
+    whole = getattr(config, "max_position_embeddings", None)
+    factors = [entry.get("factor") or 1 for entry in _rope_entries(config) if "dynamic" in _rope_type(entry)]
+    return whole if whole is None or not factors else int(whole * max(1, *factors))
+
+
 def rope_hint(config: Any) -> str:
     """What in a config's rotary parameters says, or may say, that length matters; empty if nothing does."""
     for entry in _rope_entries(_text_config(config)):
@@ -94,8 +103,8 @@ def length_class(rules: LengthRules, length: int) -> tuple[int, ...]:
 
 
 def packed_lengths(packed_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """(B, T) long: of each token the tokens of its text, which in packed rows is the longest of those that its prompt is
-    shared by. `packed_ids` (B, T) tell texts apart (−1 on padding); positions begin at 0."""
+    """(B, T) long: of each token the tokens of its text; of one that several texts have, those of the longest of them.
+    `packed_ids` (B, T) tell texts, or groups of them, apart (−1 on padding); positions begin at 0."""
     text = packed_ids.long() + 1
     longest = text.new_zeros(int(text.max()) + 1)
     return longest.scatter_reduce(0, text.flatten(), position_ids.flatten() + 1, "amax")[text]
@@ -109,14 +118,15 @@ def check_classes(rules: LengthRules, group_ids: Tensor, candidate_ids: Tensor, 
     for rule in rules:
         if bool(((rule.of(own) != rule.of(longest)) & (candidate_ids > 0)).any()):
             raise ValueError(
-                f"candidates of one prompt, some up to {rule.limit} tokens long and some longer, share it in these rows, "
-                "and this model's rotary embedding gives them different positions. Pack with by_length=plan.by_length."
+                f"candidates of one prompt share it in these rows, some with it up to {rule.limit} tokens long and "
+                "some longer, to which this model's rotary embedding gives other positions. Pack with "
+                "by_length=plan.by_length."
             )
 
 
 def padded_texts(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of an ordinary batch, a text a row and padding on one side or both: (B, T) long, the tokens of each row's text, and
-    the positions of its tokens, which begin at 0 with the text."""
+    """Of an ordinary batch, a text a row and padding on one side or both: (B, T) long, the tokens of each row's text,
+    and the positions of its tokens, which begin at 0 with the text."""
     index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     mask = attention_mask.bool()
     begin = torch.where(mask, index, len(index)).amin(1, keepdim=True)
@@ -147,8 +157,8 @@ def by_text(model: nn.Module, lengths: Tensor | None) -> Iterator[None]:
     inside = [name for name in modules if any(part.isdigit() for part in name.split("."))]
     if inside and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
         raise ValueError(
-            f"{type(model).__name__}: its rotary embedding ({inside[0]}) depends on the longest text of a batch and lies "
-            "inside a layer, which gradient checkpointing runs again without knowing the texts. Switch gradient "
+            f"{type(model).__name__}: its rotary embedding ({inside[0]}) depends on the longest text of a batch and "
+            "lies inside a layer, which gradient checkpointing runs again without knowing the texts. Switch gradient "
             "checkpointing off."
         )
     classes = _classes(rules, lengths)

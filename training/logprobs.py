@@ -20,11 +20,12 @@ from transformers.utils import logging
 from exo_fast.head import final_hidden, read_head
 from exo_fast.layout import Group, check_sharing, model_inputs, pack, plan_mask
 from exo_fast.logprobs import linear_logprobs
+from exo_fast.masks import neighbours_hint
 from exo_fast.reference import sequence_logps
 from exo_fast.training.config import _field
 from exo_fast.training.data.examples import Example, load_samples
 from exo_fast.training.data.groups import check_drawn_ids, encode
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, not_its_own
 from exo_fast.training.inference import (
     InferenceConfig,
     check_model_name,
@@ -56,6 +57,25 @@ def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
     if not report.ok:
         logger.warning(f"Completions cannot share their prompt, which is run for each of them instead: {report.reason}")
     return report.ok
+
+
+def need_own_numbers(model: nn.Module, groups: Sequence[Group], *, share_prompt: bool) -> None:
+    """Raises InputError where the log-probs of the shortest group are others beside the longest one than alone; looks
+    where `neighbours_hint` says that they might be."""
+    hint = neighbours_hint(model.config)
+    if not hint:
+        return
+    order = sorted(groups, key=lambda group: len(group.prompt) + max(map(len, group.completions)))
+    alone, both = (
+        sequence_log_probs(model, some, temperature=1.0, batch_size=2, share_prompt=share_prompt)
+        for some in (order[:1], [order[0], order[-1]])
+    )
+    allowed = 1e-4 if model.dtype == torch.float32 else 0.15  # nats a token, as `check_sharing` allows
+    lengths = np.array([len(ids) for ids in order[0].completions])
+    difference = float((np.abs(both[0] - alone[0]) / lengths).max())
+    if not difference <= allowed:
+        found = f"{difference:.1e} nats a token beside a longer one, where {allowed} is allowed"
+        raise not_its_own(model.config, hint, found)
 
 
 @torch.no_grad()
@@ -91,14 +111,14 @@ def sequence_log_probs(
     with tqdm(total=len(groups), desc=progress, unit="prompt", disable=progress is None) as bar:
         for first in range(0, len(groups), batch_size):
             batch = list(groups[first : first + batch_size])
-            packed = pack(batch, share_prompt=share_prompt)
+            packed = pack(batch, share_prompt=share_prompt, by_length=plan.by_length)
             implementation = model.config._attn_implementation
             inputs = model_inputs(
                 packed, plan, dtype=model.dtype, device=model.device, attn_implementation=implementation
             )
             hidden = final_hidden(model, **inputs).flatten(0, 1)[packed.source.to(model.device)]
             token_logps = linear_logprobs(
-                hidden,
+                head.multiplied(hidden),
                 head.weight,
                 packed.targets.to(model.device),
                 bias=head.bias,
@@ -239,7 +259,9 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
     @functools.cache  # loaded with the first batch: not at all when nothing is left to do
     def model() -> tuple[nn.Module, bool]:
         loaded = load_model(config, config.model_name_or_path)
-        return loaded, can_share_prompts(loaded, groups)
+        share_prompt = can_share_prompts(loaded, groups)
+        need_own_numbers(loaded, groups, share_prompt=share_prompt)
+        return loaded, share_prompt
 
     files, counts = {}, {}
     for split, found in rows.items():

@@ -44,6 +44,11 @@ def apply_exo_fast(
     to, and a mixture of experts adds its router loss where `output_router_logits` asks for it. It is float32, like the
     logits inside, also where the model is bf16 and its own logits would have been rounded to that.
 
+    What the model's forward does is left to it. In a model with LongRoPE or dynamic NTK that is to choose the rotary
+    frequencies of all rows by the longest of the batch, padding counted, so that there a text's loss depends on what it
+    is batched with, as it does without exo_fast; the stages and the TRL integration keep texts apart
+    (`exo_fast.positions`).
+
     The head is read at every call, so adapters may be added, switched and trained in full (`modules_to_save`) later.
     Gradient checkpointing, autocast, torch.compile, DDP and DeepSpeed (ZeRO-3 too) go on as usual: the loss is part of
     the model's forward. FSDP2 too, with the lm_head in the group of the whole model; in a group of its own it is in
@@ -197,7 +202,7 @@ def _causal_lm_loss(
     targets = shift_labels.reshape(-1).to(hidden.device)
     head = read_head(model)
     logps = linear_logprobs(
-        hidden.flatten(0, -2),
+        head.multiplied(hidden.flatten(0, -2)),
         head.weight,
         targets,
         bias=head.bias,
