@@ -155,7 +155,7 @@ def by_text(model: nn.Module, lengths: Tensor | None) -> Iterator[None]:
             "batch, and the module that computes it is not known, so texts cannot be kept apart."
         )
     inside = [name for name in modules if any(part.isdigit() for part in name.split("."))]
-    if inside and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
+    if inside and torch.is_grad_enabled() and getattr(model, "is_activation_checkpointing", False):
         raise ValueError(
             f"{type(model).__name__}: its rotary embedding ({inside[0]}) depends on the longest text of a batch and "
             "lies inside a layer, which gradient checkpointing runs again without knowing the texts. Switch gradient "
