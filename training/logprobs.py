@@ -60,20 +60,20 @@ def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
 
 
 def need_own_numbers(model: nn.Module, groups: Sequence[Group], *, share_prompt: bool) -> None:
-    """Raises InputError where the log-probs of the shortest group are others beside the longest one than alone; looks
-    where `neighbours_hint` says that they might be."""
+    """Raises InputError where the log-prob of the shortest sequence is another beside the longest group than alone;
+    looks where `neighbours_hint` says that it might be."""
     hint = neighbours_hint(model.config)
     if not hint:
         return
-    order = sorted(groups, key=lambda group: len(group.prompt) + max(map(len, group.completions)))
-    alone, both = (
-        sequence_log_probs(model, some, temperature=1.0, batch_size=2, share_prompt=share_prompt)
-        for some in (order[:1], [order[0], order[-1]])
+    shortest = min(
+        (Group(group.prompt, [min(group.completions, key=len)]) for group in groups), key=lambda group: group.tokens()
     )
+    longest = max(groups, key=lambda group: len(group.prompt) + max(map(len, group.completions)))
+    options = {"temperature": 1.0, "batch_size": 2, "share_prompt": share_prompt}
+    alone, beside = (sequence_log_probs(model, some, **options)[0][0] for some in ([shortest], [shortest, longest]))
     allowed = 1e-4 if model.dtype == torch.float32 else 0.15  # nats a token, as `check_sharing` allows
-    lengths = np.array([len(ids) for ids in order[0].completions])
-    difference = float((np.abs(both[0] - alone[0]) / lengths).max())
-    if not difference <= allowed:
+    difference = float(abs(beside - alone)) / len(shortest.completions[0])
+    if not difference <= allowed:  # also where it is not a number
         found = f"{difference:.1e} nats a token beside a longer one, where {allowed} is allowed"
         raise not_its_own(model.config, hint, found)
 

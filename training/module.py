@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -331,13 +332,15 @@ def settle_layout(
 
 @torch.no_grad()
 def need_own_numbers(module: CausalModule, dataset: GroupDataset, *, shared: bool) -> None:
-    """Raises InputError where the log-probs of the shortest group are others beside the longest one than alone; looks
-    where `neighbours_hint` says that they might be. `shared`: whether candidates share their prompt."""
+    """Raises InputError where the log-probs of the shortest sequence are others beside the longest group than alone;
+    looks where `neighbours_hint` says that they might be. `shared`: whether candidates share their prompt."""
     hint = neighbours_hint(module.config)
     if not hint:
         return
-    longest = dataset.sequence_lengths().max(1)
-    pair = dataset.group(int(longest.argmin())), dataset.group(int(longest.argmax()))
-    (report,) = module.eval()(neighbours=pair, check_shared=shared)
+    lengths = dataset.sequence_lengths()
+    index, candidate = np.unravel_index(lengths.argmin(), lengths.shape)
+    group = dataset.group(int(index))
+    shortest, longest = Group(group.prompt, [group.completions[candidate]]), dataset.group(int(lengths.max(1).argmax()))
+    (report,) = module.eval()(neighbours=(shortest, longest), check_shared=shared)
     if not report.ok:
         raise not_its_own(module.config, hint, report.reason)

@@ -160,8 +160,9 @@ def need_own_numbers(model: nn.Module, texts: Iterable[Sequence[int]], *, allowe
         return
     texts = sorted(texts, key=len)
     pair = [list(map(int, ids)) for ids in (texts[0], texts[-1])]
+    padding = model.config.get_text_config().pad_token_id
     values = [
-        scalars(model, {k: v.to(model.device) for k, v in pad(some, some[0][0]).items()}).double()
+        scalars(model, {k: v.to(model.device) for k, v in pad(some, padding).items()}).double()
         for some in (pair[:1], pair)
     ]
     size = values[1].square().mean().sqrt().clamp(min=1e-12)
