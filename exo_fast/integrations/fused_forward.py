@@ -9,6 +9,7 @@ DDP, FSDP and DeepSpeed ZeRO-3 expect parameters to be read.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -184,7 +185,8 @@ class FusedForward:
         """What the model below its head gives of ordinary rows, each as it is alone."""
         lengths = None
         if self.plan.by_length:
-            lengths, inputs = texts_of_rows(*args[:1], **inputs) if len(args) < 2 else (None, inputs)
+            inputs |= dict(zip(inspect.signature(model.base_model.forward).parameters, args, strict=False))
+            args, (lengths, inputs) = (), texts_of_rows(inputs)
         with by_text(model.base_model, lengths):
             return model.base_model(*args, **inputs)
 
@@ -251,7 +253,7 @@ def fusible(model: PreTrainedModel) -> str:
     return ""
 
 
-def texts_of_rows(input_ids: Tensor | None = None, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:
+def texts_of_rows(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """(B, T) long, the tokens of the text of each token of an ordinary batch, and its inputs with positions that begin
     with the texts. Where there are `position_ids`, several texts may stand in a row: one begins where they do not go
     on."""
@@ -260,7 +262,7 @@ def texts_of_rows(input_ids: Tensor | None = None, **inputs: Any) -> tuple[Tenso
         begins = positions.diff(dim=1, prepend=positions[:, :1] - 2) != 1
         texts = begins.flatten().cumsum(0).view(begins.shape)  # every row begins one
         return packed_lengths(texts, positions), inputs
-    ids = input_ids if input_ids is not None else inputs.get("input_ids", inputs.get("inputs_embeds"))
+    ids = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
     if mask is None:
         return torch.full(ids.shape[:2], ids.shape[1], device=ids.device), inputs
     lengths, positions = padded_texts(mask)
