@@ -50,10 +50,11 @@ class Head:
 # What a model does to `lm_head(hidden)`, by model type: nothing …
 # fmt: off
 _PLAIN = frozenset({
-    "apertus", "arcee", "bloom", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "gemma", "glm", "glm4",
-    "gpt2", "gpt_neox", "gpt_oss", "hunyuan_v1_dense", "llama", "mamba", "ministral", "ministral3",
-    "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
-    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "apertus", "arcee", "bloom", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "falcon_mamba", "gemma",
+    "glm", "glm4", "gpt2", "gpt_neox", "gpt_oss", "hunyuan_v1_dense", "llama", "mamba", "mamba2",
+    "ministral", "ministral3", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+    "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+    "stablelm", "starcoder2",
 })
 # fmt: on
 # … a factor …

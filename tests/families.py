@@ -40,6 +40,8 @@ _LONG = {
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+_STATE = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+
 # name -> (model type, config entries); several names may share a model type.
 SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("apertus", LLAMA),
@@ -167,7 +169,9 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSING: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon-alibi": ("falcon", {**_NO_GQA, "alibi": True}),
-    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "falcon-mamba": ("falcon_mamba", _STATE),
+    "mamba": ("mamba", _STATE),
+    "mamba2": ("mamba2", {**_STATE, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 24}),
 }
 FAMILIES = {**SHARING, **REFUSING}
