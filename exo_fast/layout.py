@@ -368,8 +368,8 @@ def compared(found: Tensor, expected: Tensor, cu_seqlens: Tensor, atol: float, p
     token_rms = difference.square().mean().sqrt().item()
     sequence_max = boundaries.diff().abs().max().item()
     ok = token_rms <= atol  # False for NaN
-    found = f"rms {token_rms:.1e} nats a token where {atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
-    return SharingReport(ok, "" if ok else f"{problem}: {found}", token_rms, sequence_max, atol)
+    numbers = f"rms {token_rms:.1e} nats a token where {atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
+    return SharingReport(ok, "" if ok else f"{problem}: {numbers}", token_rms, sequence_max, atol)
 
 
 def shortened(group: Group, plan: MaskPlan) -> Group:

@@ -164,14 +164,14 @@ def by_text(model: nn.Module, lengths: Tensor | None) -> Iterator[None]:
     classes = _classes(rules, lengths)
     before = {module: vars(module).get("forward") for module in modules.values()}
     for module in before:
-        module.forward = _by_class(module, classes)  # type: ignore[method-assign]
+        module.forward = _by_class(module, classes)
     try:
         yield
     finally:
         for module, forward in before.items():
             del module.forward
             if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
 
 
 def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -220,7 +220,8 @@ def start_anew(model: nn.Module) -> None:
     """Takes back what the rotary embeddings of a model, or one of them, keep of the lengths that they have seen."""
     for module in _rotary_modules(model).values():
         original = vars(module).get("original_max_seq_len")
-        for holder in (module._buffers, vars(module)):
+        holders: tuple[dict[str, Any], ...] = (module._buffers, vars(module))
+        for holder in holders:
             for name in list(holder):
                 if name.endswith("original_inv_freq"):
                     holder[name.replace("original_", "")] = holder[name].clone()

@@ -403,6 +403,34 @@ def test_candidates(tmp_path: Path, tiny_llama: str, loss_type: str, precomputed
     assert log[1]["kl"] != 0
 
 
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("name", ["mamba", "llama", "float32 head"])
+def test_hidden_states_of_another_dtype_than_the_head(families: Any, name: str, cast: bool) -> None:
+    """Of float32 in a bf16 Mamba, and of bf16 below a head that is kept in float32: as the model's lm_head multiplies
+    them, or all in float32 where TRL asks for that."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = families.tiny_model("mamba" if name == "mamba" else "llama", dtype=torch.bfloat16)
+    if name == "float32 head":
+        model.lm_head.float()
+    ids = torch.randint(3, families.VOCAB, (4, 9), generator=torch.Generator().manual_seed(2))
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    hidden = model.base_model(input_ids=ids).last_hidden_state[:, :-1]
+    assert hidden.dtype == (torch.float32 if name == "mamba" else torch.bfloat16)
+    operands = hidden if cast else hidden.to(model.lm_head.weight.dtype)
+    expected = reference.linear_logprobs(operands, model.lm_head.weight, labels[:, 1:])
+
+    ours = integration._fused_lm_head(add_fused_lm_head, True, {"memory_budget": None, "backend": "auto"})
+    ours(model, cast_lm_head_to_fp32=cast)
+    found = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 0.0}
+    groups = {"labels": labels, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
+    plain = reference.linear_logprobs(hidden.to(model.lm_head.weight.dtype), model.lm_head.weight, labels[:, 1:])
+    logps = model(input_ids=ids, fused_groups=groups).logits
+    torch.testing.assert_close(logps, plain.sum(1).view(2, 2), atol=1e-4, rtol=1e-5)
+
+
 # --- positions that depend on a text's length: every row's numbers are those that it has alone ---
 
 BY_LENGTH = ("gemma3-dynamic", "llama-dynamic", "phi3-longrope", "phimoe-longrope")  # beyond 12 tokens

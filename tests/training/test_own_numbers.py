@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
+    MambaConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     set_seed,
@@ -294,6 +295,62 @@ def test_a_completion_does_not_depend_on_its_company(
     config = GenerateConfig(**fields, **options, max_seq_len=60, batch_size=30, use_cpu=True, disable_tqdm=True)
     generate(config)
     assert [row["completion_ids"] for row in json.loads((tmp_path / "out" / "test.json").read_text())] == drawn
+
+
+# --- hidden states of another dtype than the head ---------------------------------------------------------------------
+
+
+def test_float32_states_in_a_bf16_model(
+    untrained: Run, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, data: str
+) -> None:
+    """Mamba's final states are float32, whatever its weights are: DeepSpeed's engine has no autocast to cast them."""
+    config = MambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    name = save_model(config, tokenizer, tmp_path / "mamba")
+    fields = untrained(name) | {"engine": "deepspeed", "bf16": True}
+    summary = align(AlignConfig(**fields))
+    assert abs(summary["metrics"]["train"]["last"]["kl"]) < 0.05  # bf16 rows of other lengths round otherwise
+
+    bf16 = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval()
+    rows = [{"prompt": row["prompt"], "chosen": row["completions"][0]} for row in long_rows(9)]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    expected, tokens = [], 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = tokenizer(row["chosen"], add_special_tokens=False)["input_ids"]
+        completion = [*completion, tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + completion])
+        with torch.no_grad():
+            logps = bf16(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected.append(logps.gather(1, torch.tensor(completion)[:, None]).sum().item())
+        tokens += len(completion)
+    del fields["loss_type"], fields["reference_cache_dir"]
+    summary = sft(SftConfig(**fields | {"data": str(tmp_path), "output_dir": str(tmp_path / "sft")}))
+    assert summary["metrics"]["eval"]["last"]["eval_loss"] == pytest.approx(-sum(expected) / tokens, rel=5e-3)
+    pairs = [{"prompt": row["prompt"], "completions": [row["chosen"]]} for row in rows]
+    (tmp_path / "test.json").write_text(json.dumps(pairs))
+    scored = LogprobsConfig(
+        model_name_or_path=name,
+        data=str(tmp_path / "test.json"),
+        output_dir=str(tmp_path / "logprobs"),
+        max_seq_len=64,
+        max_gen_len=16,
+        bf16=True,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    logprobs(scored)
+    found = [row["logprobs"][0] for row in json.loads((tmp_path / "logprobs" / "test.json").read_text())]
+    assert found == pytest.approx(expected, rel=5e-3, abs=0.05)
 
 
 # --- a model that does see its neighbours, and says so ----------------------------------------------------------------
