@@ -177,7 +177,8 @@ def sample_batch(
         if sampling.temperature > 0:
             uniforms = np.stack([_uniforms(sampling.seed, prompts[i], k, sampling.max_new_tokens) for i, k in some])
             processors.append(_Draw(torch.from_numpy(uniforms).to(model.device), width))
-        start_anew(model)
+        if length_rules(model.config):
+            start_anew(model)
         with _nothing_shipped(model):
             output = model.generate(
                 input_ids=input_ids.to(model.device),
