@@ -5,6 +5,7 @@ What is right: an untrained policy is its own reference, so KL is 0; and transfo
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,25 @@ def test_an_untrained_policy_is_its_own_reference(
         assert len(steps) == -(-9 // batch_size)
         assert evaluations
         assert max(map(abs, steps + evaluations)) <= 1e-5  # rounding of sums of 4 · 10 log-probs in float32
+
+
+ENGINES = {
+    "zero3": {"engine": "deepspeed", "zero_stage": 3, "gradient_checkpointing": True},
+    "lora": {"lora_r": 4, "gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+    "other reference": {"ref_name_or_path": "copy"},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_untrained_policy_in_other_engines(model: str, untrained: Run, engine: str, tmp_path: Path) -> None:
+    options = dict(ENGINES[engine])
+    if "ref_name_or_path" in options:
+        options["ref_name_or_path"] = str(shutil.copytree(model, tmp_path / "copy"))
+    config = AlignConfig(**untrained(model) | {"per_device_train_batch_size": 2} | options)
+    align(config)
+    steps, evaluations = history(config, "kl"), history(config, "eval_kl")
+    assert max(map(abs, steps + evaluations)) <= (0.05 if engine == "bf16" else 2e-5)
 
 
 def test_references_of_before_are_not_used(model: str, untrained: Run, tmp_path: Path, monkeypatch: Any) -> None:
