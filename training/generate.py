@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from transformers import (
 )
 
 from exo_fast.data.tokens import RowTokenizer
+from exo_fast.positions import length_rules, start_anew
 from exo_fast.training.config import _field
 from exo_fast.training.data.examples import load_prompts
 from exo_fast.training.errors import InputError
@@ -51,7 +53,7 @@ from exo_fast.training.inference import (
     load_tokenizer,
     start_processes,
 )
-from exo_fast.training.loading import check_fits_model, is_adapter
+from exo_fast.training.loading import check_fits_model, is_adapter, model_config
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 
@@ -109,11 +111,20 @@ def _uniforms(seed: int, prompt: str, candidate: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).random(count, np.float32)
 
 
-def plan_batches(lengths: Sequence[int], return_num: int, batch_size: int) -> list[list[int]]:
-    """Prompt indices, longest first, so that a batch pads little and the largest batch comes first."""
+def plan_batches(
+    lengths: Sequence[int], return_num: int, batch_size: int, *, of_one_length: bool = False
+) -> list[list[int]]:
+    """Prompt indices, longest first, so that a batch pads little and the largest batch comes first.
+
+    `of_one_length`: only prompts of the same length in a batch, for a model whose rotary embedding depends on the
+    longest one (`exo_fast.positions`): all its rows are then of one length at every step.
+    """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     step = max(1, batch_size // return_num)
-    return [order[start : start + step] for start in range(0, len(order), step)]
+    runs = [order]
+    if of_one_length:
+        runs = [list(run) for _, run in itertools.groupby(order, key=lambda index: lengths[index])]
+    return [run[start : start + step] for run in runs for start in range(0, len(run), step)]
 
 
 def end_tokens(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -146,7 +157,9 @@ def sample_batch(
     """One batch of `sample_tokens`: as many completions run together as `batch_size` allows.
 
     `encoded[i]` is what the model reads of `prompts[i]`, whose text only seeds its streams. The model is in eval
-    mode. Returns for each prompt `return_num` lists of 1 … max_new_tokens ids.
+    mode. Returns for each prompt `return_num` lists of 1 … max_new_tokens ids. Where the model's rotary embedding
+    depends on the longest text (`exo_fast.positions`), prompts of one length are needed, and a completion is then what
+    transformers' own generation gives of its prompt alone.
     """
     ends = end_tokens(model.generation_config, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
@@ -166,6 +179,8 @@ def sample_batch(
         if sampling.temperature > 0:
             uniforms = np.stack([_uniforms(sampling.seed, prompts[i], k, sampling.max_new_tokens) for i, k in some])
             processors.append(_Draw(torch.from_numpy(uniforms).to(model.device), width))
+        if length_rules(model.config):
+            start_anew(model)
         with _nothing_shipped(model):
             output = model.generate(
                 input_ids=input_ids.to(model.device),
@@ -239,7 +254,8 @@ def sample_tokens(
     model.eval()
     found: list[list[list[int]]] = [[] for _ in prompts]
     with tqdm(total=len(prompts) * return_num, desc=progress, unit="seq", disable=progress is None) as bar:
-        for batch in plan_batches([len(ids) for ids in encoded], return_num, batch_size):
+        of_one_length = bool(length_rules(model.config))
+        for batch in plan_batches(list(map(len, encoded)), return_num, batch_size, of_one_length=of_one_length):
             groups = sample_batch(
                 model, tokenizer, [prompts[i] for i in batch], [encoded[i] for i in batch], sampling, batch_size
             )
@@ -366,6 +382,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         longest=max(map(len, ids)) + config.max_new_tokens,
         largest_id=max(map(max, ids)),
     )
+    rules = length_rules(model_config(config, config.model_name_or_path))
     identity = {
         "stage": "generate",
         "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),
@@ -373,6 +390,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         **asdict(config.sampling),
         "max_seq_len": config.max_seq_len,
         "engine": config.engine,
+        **({"batches": "of one length"} if rules else {}),
         **config.numerics(),
     }
     run = ResumableRun(config.output_dir, identity, state)
@@ -383,7 +401,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     files, counts = {}, {}
     for split, texts in prompts.items():
         ids = [row for row, _ in encoded[split]]
-        batches = plan_batches([len(row) for row in ids], config.return_num, config.batch_size)
+        batches = plan_batches(list(map(len, ids)), config.return_num, config.batch_size, of_one_length=bool(rules))
 
         def compute(index: int, texts: list[str] = texts, ids: list[list[int]] = ids, batches=batches) -> Any:
             return sampler()([texts[i] for i in batches[index]], [ids[i] for i in batches[index]])

@@ -15,6 +15,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIG
 
 from exo_fast.data.fields import short
 from exo_fast.data.tokens import RowTokenizer
+from exo_fast.positions import longest_text
 from exo_fast.training.data.records import first_line, read_json
 from exo_fast.training.errors import InputError
 from exo_fast.training.paths import is_plain_name, user_path
@@ -152,14 +153,20 @@ def need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
         raise InputError(str(error)) from error
 
 
+def model_config(config: Any, name_or_path: str) -> Any:
+    """The transformers config of a language model, or of the one that an adapter is for. `config` is one with
+    `trust_remote_code`."""
+    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
+    return from_pretrained(AutoConfig, base, trust_remote_code=config.trust_remote_code).get_text_config()
+
+
 def check_fits_model(config: Any, name_or_path: str, *, longest: int, largest_id: int = 0) -> None:
     """Raises InputError where a sequence is longer than the model has positions for, or an id is not in its vocabulary.
 
     `config` is one with `max_seq_len` and `trust_remote_code`.
     """
-    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
-    model = from_pretrained(AutoConfig, base, trust_remote_code=config.trust_remote_code).get_text_config()
-    limit = getattr(model, "max_position_embeddings", None)
+    model = model_config(config, name_or_path)
+    limit = longest_text(model)
     if limit is not None and longest > limit:
         raise InputError(
             f"max_seq_len={config.max_seq_len}: the longest sequence has {longest} tokens, and the model has positions "

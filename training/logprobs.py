@@ -23,11 +23,12 @@ from exo_fast.data.tokens import RowTokenizer
 from exo_fast.head import final_hidden, read_head
 from exo_fast.layout import Group, check_sharing, model_inputs, pack, plan_mask
 from exo_fast.logprobs import linear_logprobs
+from exo_fast.masks import neighbours_hint
 from exo_fast.reference import sequence_logps
 from exo_fast.training.config import _field
 from exo_fast.training.data.examples import load_samples
 from exo_fast.training.data.groups import EXAMPLES_PER_CALL, cut_left, encoded
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, not_its_own
 from exo_fast.training.inference import (
     InferenceConfig,
     check_model_name,
@@ -58,6 +59,25 @@ def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
     if not report.ok:
         logger.warning(f"Completions cannot share their prompt, which is run for each of them instead: {report.reason}")
     return report.ok
+
+
+def need_own_numbers(model: nn.Module, groups: Sequence[Group], *, share_prompt: bool) -> None:
+    """Raises InputError where the log-prob of the shortest sequence is another beside the longest group than alone;
+    looks where `neighbours_hint` says that it might be."""
+    hint = neighbours_hint(model.config)
+    if not hint:
+        return
+    shortest = min(
+        (Group(group.prompt, [min(group.completions, key=len)]) for group in groups), key=lambda group: group.tokens()
+    )
+    longest = max(groups, key=lambda group: len(group.prompt) + max(map(len, group.completions)))
+    options = {"temperature": 1.0, "batch_size": 2, "share_prompt": share_prompt}
+    alone, beside = (sequence_log_probs(model, some, **options)[0][0] for some in ([shortest], [shortest, longest]))
+    allowed = 1e-4 if model.dtype == torch.float32 else 0.15  # nats a token, as `check_sharing` allows
+    difference = float(abs(beside - alone)) / len(shortest.completions[0])
+    if not difference <= allowed:  # also where it is not a number
+        found = f"{difference:.1e} nats a token beside a longer one, where {allowed} is allowed"
+        raise not_its_own(model.config, hint, found)
 
 
 @torch.no_grad()
@@ -93,14 +113,14 @@ def sequence_log_probs(
     with tqdm(total=len(groups), desc=progress, unit="prompt", disable=progress is None) as bar:
         for first in range(0, len(groups), batch_size):
             batch = list(groups[first : first + batch_size])
-            packed = pack(batch, share_prompt=share_prompt)
+            packed = pack(batch, share_prompt=share_prompt, by_length=plan.by_length)
             implementation = model.config._attn_implementation
             inputs = model_inputs(
                 packed, plan, dtype=model.dtype, device=model.device, attn_implementation=implementation
             )
             hidden = final_hidden(model, **inputs).flatten(0, 1)[packed.source.to(model.device)]
             token_logps = linear_logprobs(
-                hidden,
+                head.multiplied(hidden),
                 head.weight,
                 packed.targets.to(model.device),
                 bias=head.bias,
@@ -147,11 +167,6 @@ def tokenize_rows(
             cut = sum(len(ids) > max_gen_len for ids in tokens.candidates)
             rows.append(TokenizedRow(Group(prompt, completions, learned), lost > 0, cut))
     return rows
-
-
-def _part(group: Group, which: slice) -> Group:
-    """A group of some of the completions."""
-    return Group(group.prompt, group.completions[which], None if group.learned is None else group.learned[which])
 
 
 @dataclass
@@ -236,7 +251,9 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
     @functools.cache  # loaded with the first batch: not at all when nothing is left to do
     def model() -> tuple[nn.Module, bool]:
         loaded = load_model(config, config.model_name_or_path)
-        return loaded, can_share_prompts(loaded, groups)
+        share_prompt = can_share_prompts(loaded, groups)
+        need_own_numbers(loaded, groups, share_prompt=share_prompt)
+        return loaded, share_prompt
 
     files, counts = {}, {}
     for split, found in rows.items():
@@ -269,7 +286,7 @@ def _split_logprobs(
     # Groups of many completions are cut up, and each part has its prompt.
     together = min(MAX_TOGETHER, config.batch_size)
     parts = [
-        (index, _part(group, slice(first, first + together)))
+        (index, group.some(range(first, min(first + together, len(group.completions)))))
         for index, group in enumerate(groups)
         for first in range(0, len(group.completions), together)
     ]

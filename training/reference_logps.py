@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def fill_reference_logps(
                 matmul_precision=config.matmul_precision,
                 attention=module.config._attn_implementation,
                 share_prompt=collate.share_prompt,
+                # Before there were these, such numbers depended on the batches that they were computed in.
+                **({"by_length": [asdict(rule) for rule in collate.by_length]} if collate.by_length else {}),
             )
             logps = load(config.reference_cache_dir, key, tuple(dataset.rewards.shape))
         hits[name] = bool(_from_main(torch.tensor(logps is not None, device=device), config).item())

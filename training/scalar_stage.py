@@ -14,7 +14,13 @@ from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import check_fits_model
 from exo_fast.training.module import TrainedModule
-from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
+from exo_fast.training.scalar_model import (
+    ROUNDED_TOLERANCE,
+    TOLERANCE,
+    load_scalar_model,
+    need_own_numbers,
+    pad_with_eos,
+)
 from exo_fast.training.scalar_module import RewardModule, RowCollator, RowDataset, settle_layout, tokenize_rows
 from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
@@ -87,14 +93,18 @@ class ScalarTrainer(StageTrainer):
         super().__init__(*args, **kwargs)
 
     def _before_start(self) -> None:
+        rounded = self.args.bf16 or self.args.matmul_precision != "ieee"
         if isinstance(self.model, RewardModule):
             self.layout = settle_layout(
                 self.model,
                 self.train_dataset,
                 self.data_collator,
                 share_prompt=self.args.share_prompt == "auto",
-                rounded=self.args.bf16 or self.args.matmul_precision != "ieee",
+                rounded=rounded,
             )
+        texts = (ids for row in self.train_dataset.ids for ids in row)
+        allowed = ROUNDED_TOLERANCE if rounded else TOLERANCE
+        need_own_numbers(self.model.eval().model, texts, allowed=allowed)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

@@ -40,7 +40,16 @@ from exo_fast.training.inference import (
 from exo_fast.training.loading import check_fits_model, from_pretrained
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
-from exo_fast.training.scalar_model import encode, load_scalar_model, pad, reads_at_end, scalars
+from exo_fast.training.scalar_model import (
+    ROUNDED_TOLERANCE,
+    TOLERANCE,
+    encode,
+    load_scalar_model,
+    need_own_numbers,
+    pad,
+    reads_at_end,
+    scalars,
+)
 
 logger = logging.get_logger(__name__)
 EXTRAS = ("completion_ids", "completion_spans")  # of each completion, beside its text
@@ -103,6 +112,7 @@ class ModelScorer(Scorer):
 
     def __init__(self, config: ScorerConfig, kind: str):
         self.config, self.name = config, getattr(config, kind)
+        self.checked: list[list[int]] = []  # the shortest and the longest text that there is
         self.tokenizer = load_tokenizer(config, self.name)
         self.at_end = config.reward_at == "end"
         if config.reward_at == "auto":
@@ -132,7 +142,12 @@ class ModelScorer(Scorer):
             trust_remote_code=config.trust_remote_code,
             new_head=False,
         )
-        return model.to(PartialState().device).eval()
+        model = model.to(PartialState().device).eval()
+        if self.checked:
+            rounded = config.dtype != torch.float32 or config.matmul_precision != "ieee"
+            with matmul_precision(config.matmul_precision, model.device.type):
+                need_own_numbers(model, self.checked, allowed=ROUNDED_TOLERANCE if rounded else TOLERANCE)
+        return model
 
     def prepare(self) -> None:
         _ = self.model
@@ -140,6 +155,7 @@ class ModelScorer(Scorer):
     def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
         ids = self._encode(prompts, completions)
         check_fits_model(self.config, self.name, longest=max(map(len, ids)), largest_id=max(map(max, ids)))
+        self.checked = [min(ids, key=len), max(ids, key=len)]
         return [len(row) for row in ids]
 
     @torch.no_grad()
