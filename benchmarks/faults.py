@@ -5,9 +5,9 @@
 The trainings are tiny Llamas on the data of `consistency`, in two processes: four epochs of four steps, saved every
 second step, evaluated after every epoch, most with dropout, so that random states count (`KINDS`). A killed training is
 started again by the same command until it ends, and must then have the bits and the log (every loss, every evaluation)
-of one that nobody disturbed. The kills come in turn at a random moment, while a checkpoint is being written, in an
-evaluation, which at an epoch's end comes after the checkpoint, and between two epochs (`PLACES`); some end one process
-only, as a crash would. Each damage (`DAMAGES`) is done to the newest checkpoint of a training that was stopped
+of one that nobody disturbed. The kills come in turn in an evaluation, which at an epoch's end comes after the
+checkpoint, between two epochs, while a checkpoint is being written, and at a random moment (`PLACES`); some end one
+process only, as a crash would. Each damage (`DAMAGES`) is done to the newest checkpoint of a training that was stopped
 half-way: it must be noticed, and the training go on from the checkpoint before and end with the same bits, or refuse
 with an error that says why.
 
@@ -59,15 +59,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "no DeepSpeed, with dropout": {"engine": "torch", **DROPOUT},
 }
 PLAIN = "ZeRO 2 with dropout"  # of the trainings that are damaged, or kept from their disk
-# Where a kill comes. Of the last two: calls of StageTrainer's methods that a process does not survive.
+# Where a kill comes. Of the first two: calls of StageTrainer's methods that a process does not survive.
 PLACES: dict[str, tuple[tuple[str, int], ...]] = {
-    "any": (),
-    "writing": (),
     "evaluation": tuple(("prediction_step", call) for call in range(1, 5)),  # two to an evaluation
     "boundary": (("evaluate", 1), ("evaluate", 2), ("_run_epoch", 2), ("_finalize_training", 1)),
+    "writing": (),
+    "any": (),
 }
 TIMES = ("runtime", "per_second", "peak_memory_mb")  # how names in the log end that no two runs share
 WATCH_SECONDS = 60
+PAGE = 4096  # bytes; files take whole ones
 
 
 class Broken(AssertionError):
@@ -546,7 +547,8 @@ def measure(
         bar.update()
     right, _ = undisturbed(folder / "undisturbed", inputs, PLAIN)
     template = stopped_halfway(folder / "template", inputs, PLAIN)
-    size_mb = checkpoints.size(template.newest()) / 1e6
+    sizes = [path.stat().st_size for path in template.newest().rglob("*") if path.is_file()]
+    size_mb = sum(-(-size // PAGE) * PAGE for size in sizes) / 1e6
     found: dict[str, Callable[[], dict]] = {
         name: lambda n=name: damage(template, inputs, n, right, rng) for name in DAMAGES
     } | {
@@ -574,9 +576,9 @@ def _held(about: dict, case: Callable[[], dict]) -> dict:
 def kills_table(results: dict) -> str:
     columns = {
         "kills": "kills",
-        "writing": "while a checkpoint was written",
         "evaluation": "in an evaluation",
         "boundary": "between two epochs",
+        "writing": "while a checkpoint was written",
         "one_process": "of one process",
         "trainings": "trainings",
     }
