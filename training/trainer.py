@@ -12,12 +12,16 @@ What differs from the Trainer's own loop, and why:
   (exo_fast.training.non_finite).
 - Training continues on another number of processes, with the same global batch: DeepSpeed's optimizer shards are then
   converted by its universal checkpoints.
+- A checkpoint also holds the sums of the log entry that is under way, and a run that continues makes up what was due at
+  the checkpoint's step and came after it was written (`take_up`). Nothing but training steps draws from the global
+  random states, so what is evaluated, or not, changes no bit of the weights.
 - In alignment, once the engine stands and before it loads a checkpoint, the policy is still the reference:
   there the prompt-sharing layout is checked and reference log-probs are computed, through the forward
   (ZeRO-3, autocast, precision) of training.
 """
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers import DefaultFlowCallback, EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -45,6 +49,7 @@ from exo_fast.training.reference_logps import fill_reference_logps
 from exo_fast.training.run_watch import RunWatch
 
 logger = logging.get_logger(__name__)
+INTERVAL = "interval_{}.json"  # in a checkpoint, of each process: its sums since the last entry of the log
 
 
 @dataclass
@@ -87,6 +92,8 @@ class StageTrainer(Trainer):
     ):
         self._run_tokens = self._run_seconds = 0.0
         self._before_resume = True
+        self._continued_from: Path | None = None
+        self._checkpoint: tuple[int, Path] | None = None  # the last one written or read, after its step
         self._writing_to: str | None = None  # in place of the output directory, while a checkpoint is written
         use_cache = getattr(module.config, "use_cache", None)
         super().__init__(
@@ -103,6 +110,7 @@ class StageTrainer(Trainer):
         # num_items_in_batch (weights, see below) reaches compute_loss, and the loss it returns is already normalised.
         self.model_accepts_loss_kwargs = True
         self.step_batches: list[non_finite.MicroBatch] = []  # of the optimizer step that is under way
+        self._last_step: tuple[Any, float | None] = (None, None)  # its gradient norm and learning rate
         self._guard = non_finite.GradientGuard()
         self.watch = RunWatch(self)
         self.add_callback(self.watch)
@@ -143,7 +151,8 @@ class StageTrainer(Trainer):
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Dataset, sampler: GlobalBatches | EvaluationBatches) -> DataLoader:
-        """Not prepared by accelerate, which would divide the batches over the processes once more."""
+        """Not prepared by accelerate, which would divide the batches over the processes once more; with a generator of
+        its own for the seed that PyTorch draws for workers, in every iteration and whether there are workers or not."""
         return DataLoader(
             CountedRows(dataset),
             batch_sampler=sampler,
@@ -152,6 +161,7 @@ class StageTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            generator=torch.Generator().manual_seed(self.args.seed),
         )
 
     # Loss and metrics
@@ -195,11 +205,12 @@ class StageTrainer(Trainer):
         self.step_batches = []
         return super().get_batch_samples(*args, **kwargs)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if self._step_start is not None:  # the first thing after one (but also called at the end of an epoch)
             self._interval_seconds += time.perf_counter() - self._step_start
             self._step_start = None
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+            self._last_step = grad_norm, kwargs["learning_rate"]
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and not self._interval_is_empty:
@@ -279,6 +290,8 @@ class StageTrainer(Trainer):
         self._before_start()
         self._before_resume = False
         if resume_from_checkpoint is not None:
+            self._continued_from = Path(resume_from_checkpoint)
+            self._checkpoint = self.state.global_step, self._continued_from
             if self.is_deepspeed_enabled:
                 elastic.load(self.deepspeed, Path(resume_from_checkpoint), strict=not self.model.is_peft)
             else:
@@ -289,6 +302,87 @@ class StageTrainer(Trainer):
 
     def _before_start(self) -> None:
         """What a stage computes with the engine that stands and the model as it was given; here nothing."""
+
+    # Continuing
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        """As the Trainer's, which would make one more step where the last was within an epoch and is made."""
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
+
+    def take_up(self) -> None:
+        """Take up the log where the checkpoint has left it, and make up what an undisturbed run does after writing that
+        checkpoint and before its next step: an entry of the log, an evaluation. A collective call."""
+        if self._continued_from is None:
+            return
+        self._restore_interval(self._continued_from)
+        due, flow = TrainerControl(), DefaultFlowCallback()
+        flow.on_step_end(self.args, self.state, due)
+        if due.should_training_stop or self.state.epoch == int(self.state.epoch):
+            flow.on_epoch_end(self.args, self.state, due)
+        self.control.should_log, self.control.should_evaluate, self.control.should_save = due.should_log, False, False
+        grad_norm, learning_rate = self._last_step
+        epoch, now = self.state.epoch, time.time()
+        # It logs once a step; a checkpoint is there already.
+        super()._maybe_log_save_evaluate(self._tr_loss, grad_norm, self.model, None, epoch, None, now, learning_rate)
+        if due.should_evaluate and not self.is_evaluated():
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def is_evaluated(self) -> bool:
+        """Whether the log has an evaluation after this step."""
+        return any("eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict:
+        if skip_scheduler and self._continued_from is not None:
+            return {}  # eval_on_start: of the run's start, which is in the log
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self._checkpoint is not None:
+            step, path = self._checkpoint
+            if self.state.best_global_step == step:  # written before it was evaluated
+                self.state.best_model_checkpoint = str(path)
+        return is_best
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        grad_norm, learning_rate = self._last_step
+        interval = {
+            "logged": self._globalstep_last_logged,
+            "loss": self._tr_loss.item(),
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "learning_rate": learning_rate,
+            "metrics": self._interval_metrics.tolist(),
+            "weight": self._interval_weight.item(),
+            "copies": self._copies,
+            "tokens": self._interval_tokens.item(),
+            "seconds": self._interval_seconds,
+            "steps_left_out": self.watch.skipped,
+        }
+        Path(output_dir, INTERVAL.format(self.args.process_index)).write_text(json.dumps(interval) + "\n")
+
+    def _restore_interval(self, checkpoint: Path) -> None:
+        """Add the sums of the checkpoint's processes to those of as many, or other, processes; a collective call."""
+        files = [checkpoint / INTERVAL.format(index) for index in range(checkpoints.facts(checkpoint).processes)]
+        if not files[0].exists():  # a checkpoint of exo_fast 0.2 or older: the next entry is of fewer steps
+            return
+        parts = [json.loads(file.read_text()) for file in files]
+        processes, copies = self.args.world_size, self._copies / parts[0]["copies"]
+        for part in parts[self.args.process_index :: processes]:
+            self._tr_loss += part["loss"] * (processes / len(parts))  # the Trainer logs the mean over processes
+            self._interval_metrics += copies * torch.tensor(part["metrics"], device=self.args.device)
+            self._interval_weight += copies * part["weight"]
+            self._interval_tokens += part["tokens"]
+            self._interval_seconds = max(self._interval_seconds, part["seconds"])
+        self._globalstep_last_logged = parts[0]["logged"]
+        self._interval_is_empty = self._globalstep_last_logged == self.state.global_step
+        self._last_step = parts[0]["grad_norm"], parts[0]["learning_rate"]
+        self.watch.skipped = parts[0]["steps_left_out"]
+        # The Trainer's train_loss is over the steps from here on.
+        self._total_loss_scalar -= self.accelerator.gather(self._tr_loss).mean().item()
 
     # During the run
 
@@ -314,10 +408,10 @@ class StageTrainer(Trainer):
                     super()._save_checkpoint(model, trial)
                 finally:
                     self._writing_to = None
+                best = self.state.best_global_step and output / f"checkpoint-{self.state.best_global_step}"
+                if best and (best.name == name or best.exists()):
+                    self.state.best_model_checkpoint = str(best)  # not where it was just written
                 if self.args.should_save:
-                    best = self.state.best_global_step and output / f"checkpoint-{self.state.best_global_step}"
-                    if best and (best.name == name or best.exists()):
-                        self.state.best_model_checkpoint = str(best)  # not where it was just written
                     self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
                 facts = checkpoints.Facts(
                     step=self.state.global_step,
@@ -327,6 +421,7 @@ class StageTrainer(Trainer):
                     resumable=not self.args.save_only_model,
                 )
                 checkpoints.publish(folder / name, output / name, facts)
+                self._checkpoint = self.state.global_step, output / name
                 if self.args.should_save:
                     checkpoints.rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
                 publish.push_checkpoint(self.args, output / name)

@@ -207,7 +207,7 @@ def find_splits(config: TrainConfig) -> dict[str, Source]:
         if held_out is not None:
             sources["eval"] = held_out
     if "eval" not in sources:
-        config.eval_strategy, config.do_eval = IntervalStrategy.NO, False
+        config.eval_strategy, config.do_eval, config.eval_on_start = IntervalStrategy.NO, False, False
     return sources
 
 
@@ -367,8 +367,7 @@ def train(
         raise Stopped(f"stopped by SIGTERM after step {step} of {steps}; {place} is saved; the same command continues.")
     trainer.save_model()
     # The model that is saved, which with load_best_model_at_end is not the one that was evaluated last.
-    evaluated = _evaluated_at(trainer.state.log_history, trainer.state.global_step)
-    if trainer.eval_dataset is not None and (config.load_best_model_at_end or not evaluated):
+    if trainer.eval_dataset is not None and (config.load_best_model_at_end or not trainer.is_evaluated()):
         trainer.evaluate()
     trainer.save_state()
     summary = {
@@ -470,10 +469,6 @@ def losses_line(summary: dict[str, Any], name: str) -> str:
 def perplexity(loss: float) -> float:
     """exp of a mean loss per token in nats; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _evaluated_at(history: list[dict[str, Any]], step: int) -> bool:
-    return any("eval_loss" in entry and entry["step"] == step for entry in history)
 
 
 def _first_and_last(history: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
