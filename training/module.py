@@ -145,6 +145,7 @@ class AlignModule(CausalModule):
         beta_r: float,
         label_smoothing: float,
         temperature: float,
+        ties: str = "error",
         memory_budget: int | None,
         backend: str,
         sequence: SequenceParallel | None = None,
@@ -158,6 +159,7 @@ class AlignModule(CausalModule):
             "beta_pi": beta_pi,
             "beta_r": beta_r,
             "label_smoothing": label_smoothing,
+            "ties": ties,
         }
 
     @property
