@@ -165,7 +165,6 @@ def projections(draw: st.DrawFn) -> dict[str, Any]:
         "ref_logps": torch.randn(groups, candidates, generator=make) - 5,
         "rewards": torch.rand(groups, candidates, generator=make),
         "loss_type": draw(LOSS_TYPES),
-        "ties": draw(st.sampled_from(["error", "share"])),
         "beta_pi": draw(st.sampled_from([0.1, 1, 0.5])),
         "beta_r": draw(st.sampled_from([0.1, 1, 0.5])),
         "label_smoothing": draw(st.sampled_from([None, 0.1, 1e-3])),
@@ -191,7 +190,7 @@ LEAVES = ("hidden", "weight", "bias")
 @fuzzed(300)
 @given(data=st.data(), good=projections(), as_module=st.booleans())
 def test_linear_group_loss(data: st.DataObject, good: dict[str, Any], as_module: bool) -> None:
-    arguments, names = data.draw(changed(good))
+    arguments, names = data.draw(changed({**good, "ties": data.draw(st.sampled_from(["error", "share"]))}))
 
     def call() -> tuple[Tensor, Tensor]:
         if not as_module:
@@ -246,10 +245,11 @@ def test_linear_logprobs(data: st.DataObject, good: dict[str, Any], batched: boo
 @fuzzed(300)
 @given(data=st.data(), good=projections(), as_module=st.booleans(), dtype=st.sampled_from(DTYPES))
 def test_group_loss(data: st.DataObject, good: dict[str, Any], as_module: bool, dtype: torch.dtype) -> None:
-    kept = ("ref_logps", "rewards", "loss_type", "beta_pi", "beta_r", "label_smoothing", "ties")
+    kept = ("ref_logps", "rewards", "loss_type", "beta_pi", "beta_r", "label_smoothing")
     good = {name: good[name] for name in kept}
     good["policy_logps"] = (good["ref_logps"] + good["rewards"]).to(dtype)
     good["reduction"] = data.draw(st.sampled_from(["mean", "sum", "none"]))
+    good["ties"] = data.draw(st.sampled_from(["error", "share"]))
     arguments, names = data.draw(changed(good))
 
     def call() -> Tensor:
