@@ -240,7 +240,7 @@ class ExoDPOTrainer(DPOTrainer):
     predictions, and the rewards (N, K) as labels.
 
     Raises ValueError for data without `rewards`, another number of candidates, rewards that are not finite, ties for
-    the highest reward under '*-pref', and options that are not for the loss over candidates (`_group_loss`).
+    the highest reward under '*-pref', and options that are not for the loss over candidates (`_not_for_groups`).
     """
 
     _tag_names = ["trl", "dpo", "exo", "exo_fast"]  # noqa: RUF012  a class attribute of TRL's
@@ -295,7 +295,7 @@ class ExoDPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # TRL names its cache after the data and the weights. Where rows are cut decides about the log-probs too, and
         # so do the model's other numbers (rotary scale, softcap, logit scale …) and what it computes with.
-        config = (self.ref_model or self.model).config
+        config = self.accelerator.unwrap_model(self.ref_model or self.model).config
         facts = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
         computed = (config._attn_implementation, self.accelerator.mixed_precision, sorted(facts.items()))
         cut = (self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)
