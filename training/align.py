@@ -141,6 +141,7 @@ def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:
         beta_pi=config.beta_pi,
         beta_r=config.beta_r,
         label_smoothing=config.label_smoothing,
+        ties="share" if config.ties == "share" else "error",
         temperature=config.temperature,
         memory_budget=config.memory_budget_bytes,
         backend=config.backend,

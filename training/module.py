@@ -195,6 +195,7 @@ class AlignModule(CausalModule):
         beta_r: float,
         label_smoothing: float,
         temperature: float,
+        ties: str = "error",
         memory_budget: int | None,
         backend: str,
         sequence: SequenceParallel | None = None,
@@ -208,6 +209,7 @@ class AlignModule(CausalModule):
             "beta_pi": beta_pi,
             "beta_r": beta_r,
             "label_smoothing": label_smoothing,
+            "ties": ties,
         }
 
     @property

@@ -6,7 +6,7 @@ What differs from the Trainer's own loop, and why:
 - The loss is a mean over the rows (groups, pairs, tokens: what the batch's `weights` count) of the *global*
   batch: each micro-batch is weighted by its share of all micro-batches and processes, so that it does not
   matter how the batch was cut. What each process runs is said in exo_fast.training.data.sampler.
-- Metrics are sums and weights until they are logged.
+- Losses and metrics are sums and weights until they are logged: a log's means are over its rows, not over its steps.
 - A checkpoint is whole or not there (exo_fast.training.checkpoints). SIGTERM saves one and ends the run; a loss or
   gradient that is not finite ends it before the weights see it, or has its step left out
   (exo_fast.training.non_finite).
@@ -22,6 +22,7 @@ What differs from the Trainer's own loop, and why:
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -194,7 +195,8 @@ class StageTrainer(Trainer):
         loss, metrics = model(**inputs)
         self.step_batches.append(non_finite.MicroBatch(inputs, loss.detach(), metrics.detach()))
         weights = inputs["weights"] * counted
-        self._interval_metrics += (metrics * weights.unsqueeze(-1)).sum(0)
+        numbers = torch.cat([loss.detach().expand(len(metrics), 1), metrics], dim=1)
+        self._interval_numbers += (numbers * weights.unsqueeze(-1)).sum(0)
         self._interval_weight += weights.sum()
         self._interval_tokens += inputs["num_tokens"] * counted.amax() / self._copies
         self._interval_is_empty = False
@@ -214,11 +216,14 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and not self._interval_is_empty:
-            logs = {**logs, **self._interval_averages()}
+            averages = self._interval_averages()
+            if self.args.logging_nan_inf_filter and not math.isfinite(averages["loss"]):
+                del averages["loss"]  # the Trainer's, of those that are finite, stays
+            logs = {**logs, **averages}
         super().log(logs, start_time)
 
     def _reset_interval(self) -> None:
-        self._interval_metrics = torch.zeros(len(self.model.metric_names), device=self.args.device)
+        self._interval_numbers = torch.zeros(1 + len(self.model.metric_names), device=self.args.device)
         self._interval_weight = torch.zeros((), device=self.args.device)
         self._interval_is_empty = True
         self._interval_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -228,16 +233,16 @@ class StageTrainer(Trainer):
     def _interval_averages(self) -> dict[str, float]:
         """Averages over all rows of all processes since the last call; a collective call."""
         totals = torch.stack([self._interval_weight.double(), self._interval_tokens.double()])
-        sums = self.accelerator.reduce(torch.cat([self._interval_metrics.double(), totals]))
+        sums = self.accelerator.reduce(torch.cat([self._interval_numbers.double(), totals]))
         largest = self.accelerator.gather(
             torch.tensor([[self._interval_seconds, peak_memory_mb()]], device=self.args.device)
         ).amax(0)
-        *metrics, weight, tokens = sums.tolist()
+        *numbers, weight, tokens = sums.tolist()
         seconds, peak = largest.tolist()
         self._run_tokens, self._run_seconds = self._run_tokens + tokens, self._run_seconds + seconds
         self._reset_interval()
         return {
-            **{name: value / weight for name, value in zip(self.model.metric_names, metrics, strict=True)},
+            **{n: value / weight for n, value in zip(("loss", *self.model.metric_names), numbers, strict=True)},
             "tokens_per_second": tokens / seconds,
             "peak_memory_mb": peak,
         }

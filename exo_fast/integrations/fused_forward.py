@@ -141,6 +141,8 @@ class FusedForward:
         shared against ordinary rows."""
         if not (self.share_prompts and self.plan.share) or labels is None or args or set(inputs) - SHAREABLE:
             return None
+        if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
+            return None  # NEFTune's noise goes by the length of a row, and is drawn for each completion
         if inputs.get("input_ids") is None or inputs.get("output_router_logits"):
             return None
         mask = inputs.get("attention_mask")
