@@ -605,9 +605,9 @@ def _not_for_groups(args: DPOConfig, loss_type: str) -> list[tuple[str, bool, st
 
 @dataclass
 class CandidateCollator:
-    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` and `rewards` -> input_ids, attention_mask
-    and completion_mask (G·K, T), candidates of a group one after another, rewards (G, K), and reference log-probs where
-    they are known."""
+    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (without them all tokens count) and `rewards`
+    -> input_ids, attention_mask and completion_mask (G·K, T), candidates of a group one after another, rewards (G, K),
+    and reference log-probs where they are known."""
 
     pad_token_id: int = 0
     max_length: int | None = None
@@ -622,7 +622,8 @@ class CandidateCollator:
                 slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
             )
         for example in examples:
-            for ids, marks in zip(example["candidate_ids"], example["candidate_masks"], strict=True):
+            marked = example.get("candidate_masks") or [[True] * len(ids) for ids in example["candidate_ids"]]
+            for ids, marks in zip(example["candidate_ids"], marked, strict=True):
                 rows.append(torch.tensor((example["prompt_ids"] + ids)[kept]))
                 masks.append(torch.tensor(([False] * len(example["prompt_ids"]) + marks)[kept]).long())
         batch = {
