@@ -360,7 +360,7 @@ class StageTrainer(Trainer):
             "loss": self._tr_loss.item(),
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "learning_rate": learning_rate,
-            "metrics": self._interval_metrics.tolist(),
+            "numbers": self._interval_numbers.tolist(),
             "weight": self._interval_weight.item(),
             "copies": self._copies,
             "tokens": self._interval_tokens.item(),
@@ -378,7 +378,7 @@ class StageTrainer(Trainer):
         processes, copies = self.args.world_size, self._copies / parts[0]["copies"]
         for part in parts[self.args.process_index :: processes]:
             self._tr_loss += part["loss"] * (processes / len(parts))  # the Trainer logs the mean over processes
-            self._interval_metrics += copies * torch.tensor(part["metrics"], device=self.args.device)
+            self._interval_numbers += copies * torch.tensor(part["numbers"], device=self.args.device)
             self._interval_weight += copies * part["weight"]
             self._interval_tokens += part["tokens"]
             self._interval_seconds = max(self._interval_seconds, part["seconds"])
