@@ -1,4 +1,5 @@
-"""Shared fixtures: the tiny random models of `families.py`, and one thread for tensors too small to gain from two.
+"""Shared fixtures: the tiny random models of `families.py`, the chat templates of `chats.py`, and one thread for
+tensors too small to gain from two.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
 """
@@ -21,22 +22,28 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def _load_families() -> ModuleType:
+def _load(name: str) -> ModuleType:
     # By path: the tests folder stays off sys.path, where its subfolders would shadow packages of the same name.
-    spec = importlib.util.spec_from_file_location("exo_fast_test_families", Path(__file__).with_name("families.py"))
+    spec = importlib.util.spec_from_file_location(f"exo_fast_test_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-_families = _load_families()
+_families, _chats = _load("families"), _load("chats")
 
 
 @pytest.fixture
 def families() -> ModuleType:
     """`tests/families.py`: tiny_model(name), random_model(model_type), and the tables SHARING, REFUSING, FAMILIES."""
     return _families
+
+
+@pytest.fixture(scope="session")
+def chats() -> ModuleType:
+    """`tests/chats.py`: chat_tokenizer(name) of each of FORMS, with a real chat template."""
+    return _chats
 
 
 @pytest.fixture(autouse=True)

@@ -137,9 +137,7 @@ class ChatTemplate:
         whole_text = {
             key: self._text(key, _join(prompt, messages, continued), options) for key, messages in candidates.items()
         }
-        start = len(opening)
-        if not all(text.startswith(opening) for text in whole_text.values()):
-            start = self._agreed([opening, *whole_text.values()])
+        start = self._begin("prompt", prompt, opening, [*whole_text.values()], continued, options)
         turns = {}
         for key, text in whole_text.items():
             kept = text if whole else self.trimmed(text)
@@ -182,6 +180,24 @@ class ChatTemplate:
         not begin with the assistant's words) the messages alone."""
         how = {"continue_final_message": True} if continued else {"add_generation_prompt": answer}
         return self._text(name, prompt, options, **how)
+
+    def _begin(
+        self, name: str, prompt: Messages, opening: str, texts: list[str], continued: bool, options: dict[str, Any]
+    ) -> int:
+        """Where in `texts`, of conversations that begin with `prompt`, the words after it begin."""
+        if all(text.startswith(opening) for text in texts):
+            return len(opening)
+        start = self._agreed([opening, *texts])
+        alone = opening if continued else self._text(name, prompt, options)
+        if start < len(os.path.commonprefix([opening, alone]).rstrip()):  # noqa: RUF071 - of characters
+            raise BadField(
+                name,
+                prompt,
+                "the chat template writes these messages otherwise when an answer follows them, so that words of the "
+                "prompt would be learned as the answer's; give them in a form that it keeps (a system message as part "
+                "of the user's, say), or mend the template.",
+            )
+        return start
 
     def _agreed(self, texts: Sequence[str]) -> int:
         """How many characters the texts share of which the tokens are the same in all, and are whole."""
@@ -250,7 +266,7 @@ class ChatTemplate:
             begin = start
             if index > first:
                 opening = self._opening(name, messages[:index], False, options)
-                begin = len(opening) if text.startswith(opening) else self._agreed([opening, text])
+                begin = self._begin(name, messages[:index], opening, [text], False, options)
             upto = self._text(name, messages[: index + 1], options)
             end = self._end_of_turn(upto, text, begin, is_last=index == len(messages) - 1)
             if not reached <= begin < end:
