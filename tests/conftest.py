@@ -1,4 +1,4 @@
-"""Shared fixtures: the tiny random models of `families.py`, the chat templates of `chats.py`, and one thread for
+"""Shared fixtures: the tiny random models of `families.py`, the chat templates of `chat_forms.py`, and one thread for
 tensors too small to gain from two.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
@@ -31,7 +31,7 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-_families, _chats = _load("families"), _load("chats")
+_families, _chat_forms = _load("families"), _load("chat_forms")
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def families() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def chats() -> ModuleType:
-    """`tests/chats.py`: chat_tokenizer(name) of each of FORMS, with a real chat template."""
-    return _chats
+def chat_forms() -> ModuleType:
+    """`tests/chat_forms.py`: chat_tokenizer(name) of each of FORMS, with a real chat template."""
+    return _chat_forms
 
 
 @pytest.fixture(autouse=True)

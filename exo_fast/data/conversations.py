@@ -23,7 +23,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from exo_fast.data.fields import BadField
+from exo_fast.data.fields import BadField, is_unicode
 from exo_fast.data.forms import Messages, Row
 
 RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
@@ -169,9 +169,12 @@ class ChatTemplate:
 
     def _text(self, name: str, messages: Messages, options: dict[str, Any], **how: Any) -> str:
         try:
-            return self._apply(messages, **how, **options)
+            text = self._apply(messages, **how, **options)
         except Exception as error:  # a template is a program, which may raise anything
             raise BadField(name, messages, f"the chat template refuses it: {error}") from error
+        if not is_unicode(text):
+            raise BadField(name, messages, "half a surrogate pair, which is no character; mend or remove the row.")
+        return text
 
     def _opening(
         self, name: str, prompt: Messages, continued: bool, options: dict[str, Any], *, answer: bool = True
@@ -249,8 +252,9 @@ class ChatTemplate:
         spans = []
         for begin, end in places:
             follows = next((token for token in self.ends if text.startswith(token, end)), "")
-            if end > start and begin < stop:
-                spans.append((max(begin, start), min(end + len(follows), stop)))
+            begin, end = max(begin, start), min(end + len(follows), stop)
+            if begin < end:
+                spans.append((begin, end))
         if not spans:
             raise BadField(name, messages, "the template's {% generation %} marks none of the assistant's words.")
         return spans

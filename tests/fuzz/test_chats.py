@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from fuzzing import JSON, REFUSED, TEXTS, fuzzed, judge, mutated
+from fuzzing import JSON, REFUSED, fuzzed, judge, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from test_datasets import folder, load, make_tokenizer
@@ -35,11 +35,18 @@ LOSSLESS = tuple(ENDS)  # tokenizers that decode to what they were given
 NAMES = (*LOSSLESS, "words", "no EOS")
 
 
+class Tokenizers(dict[str, PreTrainedTokenizerBase]):
+    """By name."""
+
+    def __repr__(self) -> str:  # which pytest prints with a case that fails
+        return "…"
+
+
 @pytest.fixture(scope="module")
-def tokenizers(chats: ModuleType) -> dict[str, PreTrainedTokenizerBase]:
+def tokenizers(chat_forms: ModuleType) -> Tokenizers:
     """Byte-level and SentencePiece, with BOS and without, EOS the end of turn or not; words; one without EOS."""
-    made = {name: chats.bare_tokenizer(name) for name in LOSSLESS}
-    made |= {"words": make_tokenizer(), "no EOS": chats.bare_tokenizer("chatml")}
+    made = Tokenizers({name: chat_forms.bare_tokenizer(name) for name in LOSSLESS})
+    made |= {"words": make_tokenizer(), "no EOS": chat_forms.bare_tokenizer("chatml")}
     made["no EOS"].eos_token = None
     return made
 
@@ -81,7 +88,8 @@ STOPS = ["END", "END\n", "END", "END\n\n", "\n", "", "{{ eos_token or '' }}", "E
 AFTER = ["", "", "{{ eos_token or '' }}", "\n", "bye", "{% if not add_generation_prompt %}END{% endif %}",
          "{{ messages | length }}", "{% if messages[-1].role == 'assistant' %}\n\nEND{% endif %}"]
 ASKING = ["<assistant>", "assistant: ", "assistant\n", "assistant\n\n", "<assistant>\n<think>\n", "", "END",
-          "{{ messages[-1].content }}", "assistant: <think>\n\n</think>\n\n", "! assistant ", "\n[{{ messages|length + 1 }}] "]
+          "{{ messages[-1].content }}", "assistant: <think>\n\n</think>\n\n", "! assistant ",
+          "\n[{{ messages | length + 1 }}] "]
 ODD = ["", " ", "a", "END", "{{ messages }}", "{% for m in messages[::-1] %}{{ m.role }}{{ m.content }}END{% endfor %}",
        "{% for m in messages %}{{ m.content }}{{ m.content }}END{% endfor %}", "{% generation %}{% endgeneration %}",
        "{% for m in messages %}{{ m.content }}END{% endfor %}{% for m in messages %}{{ m.content }}END{% endfor %}",
@@ -90,16 +98,17 @@ ODD = ["", " ", "a", "END", "{{ messages }}", "{% for m in messages[::-1] %}{{ m
        "{% for m in messages %}{% generation %}{{ m.content }}END{% endgeneration %}{% endfor %}", "{% generation %}a",
        "{% for m in messages %}{{ m.role }}{% generation %}{% endgeneration %}{{ m.content }}END{% endfor %}",
        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
-       "{{ m.content }}{% endif %}END{% endfor %}", "{% set _ = messages.append(messages[0]) %}a", "{{ messages[0].pop('role') }}",
+       "{{ m.content }}{% endif %}END{% endfor %}", "{% set _ = messages.append(messages[0]) %}a",
+       "{{ messages[0].pop('role') }}",
        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}END{% endif %}{% endfor %}"
        "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}END{% endif %}{% endfor %}"]
 # fmt: on
 # As Mistral's templates have it: the system's words stand before the user's last ones, or before none.
 MOVING = (
-    "{{ bos_token or '' }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
-    "{% if m.role == 'system' %}{% elif m.role == 'assistant' %} {{ m.content }}END{% else %}[INST] "
-    "{% if messages[0].role == 'system' and CONDITION %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
-    "{% endif %}{% endfor %}"
+    "{{ bos_token or '' }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in messages %}{% if m.role == 'system' %}{% elif m.role == 'assistant' %} {{ m.content }}END{% else %}"
+    "[INST] {% if messages[0].role == 'system' and CONDITION %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}"
+    "[/INST]{% endif %}{% endfor %}"
 )
 
 
@@ -290,15 +299,20 @@ def check(result: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str,
         assert len(ids) == len(marks)
         assert any(marks)
         assert ids[-1] in ends
-        if plain and honest and "ENDEND" not in (tokenizer.chat_template or ""):
-            assert (
-                len(ids) < 2
-                or ids[-2] not in ends
-                or ids[-2] == ids[-1]
-                and ENDS.get(name, "</s>") * 2 in (tokenizer.chat_template or "")
-            )
+        if plain and honest and len(ids) > 1 and marks[-2] and ids[-2] in ends:
+            assert ends_twice(tokenizer, ENDS.get(name, "</s>")), tokenizer.decode(ids)
         if honest:
             assert THEIRS not in learned_words(tokenizer, ids, marks).lower(), learned_words(tokenizer, ids, marks)
+
+
+def ends_twice(tokenizer: PreTrainedTokenizerBase, end: str) -> bool:
+    """Whether the template itself writes its end of turn twice."""
+    try:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:
+        return True
+    return text.rpartition("b")[2].count(end) > 1
 
 
 def learned_words(tokenizer: PreTrainedTokenizerBase, ids: list[int], marks: list[bool]) -> str:
@@ -325,7 +339,7 @@ def check_text(result: dict[str, Any], tokenizer: PreTrainedTokenizerBase, row: 
 
 @fuzzed(60)
 @given(template=templates(), row=conversations(), name=st.sampled_from(NAMES))
-def test_templates(tokenizers: dict[str, Any], template: Template, row: dict[str, Any], name: str) -> None:
+def test_templates(tokenizers: Tokenizers, template: Template, row: dict[str, Any], name: str) -> None:
     tokenizer = template.on(tokenizers[name], name)
     before = json.dumps(row)
     result = judge(lambda: tokenize_candidates(row, tokenizer), ValueError, LIBRARY)
@@ -338,7 +352,7 @@ def test_templates(tokenizers: dict[str, Any], template: Template, row: dict[str
 
 @fuzzed(60)
 @given(data=st.data(), template=templates(), name=st.sampled_from(NAMES))
-def test_hostile_rows(tokenizers: dict[str, Any], data: st.DataObject, template: Template, name: str) -> None:
+def test_hostile_rows(tokenizers: Tokenizers, data: st.DataObject, template: Template, name: str) -> None:
     tokenizer = template.on(tokenizers[name], name)
     row = data.draw(conversations(("candidates", "pair", "implicit", "beside texts")))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -381,7 +395,7 @@ def well_read(found: Any, template: Template, tokenizer: Any, name: str, rows: l
                 assert THEIRS not in learned_words(tokenizer, ids, marked).lower()
         if len(rows) == len(found) and len(group.completions) == 2:
             made = judge(lambda row=rows[index]: tokenize_candidates(row, tokenizer), ValueError, LIBRARY)
-            if made is not REFUSED:
+            if made is not REFUSED and len(made["candidate_ids"]) == 2:
                 assert made["prompt_ids"] == group.prompt
                 assert sorted(made["candidate_ids"]) == sorted(group.completions)
                 assert sorted(made["candidate_masks"]) == sorted(marks)
@@ -390,7 +404,7 @@ def well_read(found: Any, template: Template, tokenizer: Any, name: str, rows: l
 @pytest.mark.parametrize("loader", LOADERS)
 @fuzzed(30)
 @given(data=st.data(), template=templates(), name=st.sampled_from(NAMES))
-def test_loaders(tokenizers: dict[str, Any], loader: str, data: st.DataObject, template: Template, name: str) -> None:
+def test_loaders(tokenizers: Tokenizers, loader: str, data: st.DataObject, template: Template, name: str) -> None:
     tokenizer = template.on(tokenizers[name], name)
     call, kinds = LOADERS[loader]
     rows = [data.draw(conversations(kinds)) for _ in range(data.draw(st.integers(1, 2)))]
@@ -402,9 +416,7 @@ def test_loaders(tokenizers: dict[str, Any], loader: str, data: st.DataObject, t
 @pytest.mark.parametrize("loader", LOADERS)
 @fuzzed(30)
 @given(data=st.data(), template=templates(), name=st.sampled_from(NAMES))
-def test_other_forms(
-    tokenizers: dict[str, Any], loader: str, data: st.DataObject, template: Template, name: str
-) -> None:
+def test_other_forms(tokenizers: Tokenizers, loader: str, data: st.DataObject, template: Template, name: str) -> None:
     tokenizer = template.on(tokenizers[name], name)
     rows = [other_forms(data.draw)]
     if data.draw(st.integers(0, 2)):
@@ -426,7 +438,7 @@ def written(rows: Any, call: Callable[..., list[Any]], template: Template, token
 
 @fuzzed(40)
 @given(data=st.data(), template=templates(), name=st.sampled_from(NAMES))
-def test_rows_of_a_data_set(tokenizers: dict[str, Any], data: st.DataObject, template: Template, name: str) -> None:
+def test_rows_of_a_data_set(tokenizers: Tokenizers, data: st.DataObject, template: Template, name: str) -> None:
     """As ExoDPOTrainer maps them: a batch has a column for each field, with nulls."""
     tokenizer = template.on(tokenizers[name], name)
     rows = [data.draw(conversations()) for _ in range(2)]
@@ -456,7 +468,7 @@ def test_rows_of_a_data_set(tokenizers: dict[str, Any], data: st.DataObject, tem
 
 @fuzzed(60)
 @given(data=st.data(), name=st.sampled_from(NAMES))
-def test_spans(tokenizers: dict[str, Any], data: st.DataObject, name: str) -> None:
+def test_spans(tokenizers: Tokenizers, data: st.DataObject, name: str) -> None:
     tokenizer = tokenizers[name]
     texts = [data.draw(WORDS) + "a" + data.draw(WORDS) for _ in range(2)]
     spans = [sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=2))) for text in texts]
@@ -472,10 +484,10 @@ def test_spans(tokenizers: dict[str, Any], data: st.DataObject, name: str) -> No
     if result is REFUSED:
         return
     check(result, tokenizer, name, row, honest=True)
-    if name in LOSSLESS:
+    if name in LOSSLESS and row["completion_spans"] is not None:
         check_text(result, tokenizer, row)
         for ids, marks, text, found in zip(
-            result["candidate_ids"], result["candidate_masks"], texts, row["completion_spans"] or [], strict=True
+            result["candidate_ids"], result["candidate_masks"], texts, row["completion_spans"], strict=True
         ):
             carrier = tokenizer("a", add_special_tokens=False)["input_ids"]
             kept = [i for i, mark in zip(ids[:-1], marks, strict=False) if mark]

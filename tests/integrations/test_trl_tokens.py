@@ -209,8 +209,8 @@ class Judge:
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_ids_are_those_of_trl_or_differ_for_a_reason(name: str, chats: ModuleType) -> None:
-    form, tokenizer = chats.FORMS[name], chats.chat_tokenizer(name)
+def test_ids_are_those_of_trl_or_differ_for_a_reason(name: str, chat_forms: ModuleType) -> None:
+    form, tokenizer = chat_forms.FORMS[name], chat_forms.chat_tokenizer(name)
     conversations, judge = Conversations(form, name), Judge(name, form, tokenizer)
     rows = [conversations.row() for _ in range(ROWS)]
     counts: Counter[str] = Counter()
