@@ -31,7 +31,7 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-_families, _chat_forms = _load("families"), _load("chat_forms")
+_families, _chats, _chat_forms = _load("families"), _load("chats"), _load("chat_forms")
 
 
 @pytest.fixture
@@ -44,6 +44,12 @@ def families() -> ModuleType:
 def chat_forms() -> ModuleType:
     """`tests/chat_forms.py`: chat_tokenizer(name) of each of FORMS, with a real chat template."""
     return _chat_forms
+
+
+@pytest.fixture(scope="session")
+def chats() -> ModuleType:
+    """`tests/chats.py`: small tokenizers byte_level(template), metaspace(template), and templates."""
+    return _chats
 
 
 @pytest.fixture(autouse=True)

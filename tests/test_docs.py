@@ -1,8 +1,9 @@
 """Every code block, link and picture of the README and of the documentation's pages.
 
-Python blocks run, page by page, in one namespace a page; `model` and `input_ids` stand for the reader's own and are a
-tiny Llama and two rows here. Of shell blocks, what makes files runs, and every command goes through the parser that
-would parse it, in the directory that the page's own commands have left. Recipes go through the check of recipes, data
+Python blocks run, page by page, in one namespace a page; `model`, `tokenizer` and `input_ids` stand for the reader's
+own and are a tiny Llama, a small tokenizer with a chat template and two rows here. Of shell blocks, what makes files
+runs, and every command goes through the parser that would parse it, in the directory that the page's own commands have
+left. Recipes go through the check of recipes, data
 through the reader of data. A block that cannot be run says so, and why, in a comment before it:
 `<!-- not run: reason -->`.
 """
@@ -105,7 +106,9 @@ def page_directory(page: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore")  # of other libraries
 @pytest.mark.parametrize("page", pages_with("python"))
-def test_python_runs(page: Path, families: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(
+    page: Path, families: ModuleType, chats: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # where classes that a page defines say they are from
@@ -113,6 +116,7 @@ def test_python_runs(page: Path, families: ModuleType, tmp_path: Path, monkeypat
     text = "".join(block.text for block in of("python") if block.page == page)
     if re.search(r"\b(model|tokenizer)\b", text):
         names |= {"model": families.tiny_model("llama"), "input_ids": torch.arange(12).view(2, 6)}
+        names["tokenizer"] = chats.byte_level(chats.CHATML)
     threads, generator = torch.get_num_threads(), torch.random.get_rng_state()
     try:
         for block in of("python"):
@@ -437,6 +441,7 @@ def data_blocks() -> list[Block]:
 
 @pytest.mark.parametrize("block", data_blocks(), ids=str)
 def test_data_is_read(block: Block, tmp_path: Path) -> None:
+    from exo_fast.data import forms
     from exo_fast.training.data import examples
     from exo_fast.training.data.records import find_source
 
@@ -445,8 +450,9 @@ def test_data_is_read(block: Block, tmp_path: Path) -> None:
         rows = value if isinstance(value, list) else [value]
     else:
         rows = [json.loads(line) for line in block.text.splitlines()]
-    names = set().union(*(row for row in rows if isinstance(row, dict)))
-    if not names & {"prompt", "messages", "text"}:
+    rows = [row for row in rows if isinstance(row, dict)]
+    names = set().union(*map(forms.standard, rows))  # what other tools call them too
+    if not names & {"prompt", "messages", "text", "chosen"}:
         return  # JSON that is no data, such as what a command prints
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

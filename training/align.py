@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from exo_fast.data.examples import Example
-from exo_fast.data.selection import LeftOut
+from exo_fast.data.selection import LeftOut, left_out_lines
 from exo_fast.layout import plan_mask
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.examples import load_examples
@@ -121,8 +121,8 @@ def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len:
             (f"tokens, padded to {max_seq_len}", [c.groups * c.candidates * max_seq_len for c in counts]),
         ]
     )
-    for name, dataset in datasets.items():
-        lines = "\n".join([lines, *LeftOut(dataset.counts.left_out, dataset.counts.left_out_rows).lines(name)])
+    found = left_out_lines({name: asdict(dataset.counts) for name, dataset in datasets.items()})
+    lines = "\n".join([lines, *found])
     return lines if "eval" in datasets else f"{lines}\nno held-out data: nothing is evaluated"
 
 

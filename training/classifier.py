@@ -6,7 +6,10 @@ In the original this is the oracle of the IMDB experiments: its log-odds are the
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from transformers import PreTrainedTokenizerBase
+
 from exo_fast.data.examples import Text
+from exo_fast.data.selection import LeftOut
 from exo_fast.training.config import _field
 from exo_fast.training.data.examples import load_texts
 from exo_fast.training.data.records import Source
@@ -67,8 +70,8 @@ def classifier(config: ClassifierConfig) -> dict[str, Any]:
     return train_scalar(config, CLASSIFIER, load=_load, to_row=_row, held_out=_held_out, closing=_closing)
 
 
-def _load(source: Source, **options: Any) -> list[Text]:
-    texts = load_texts(source, **options)
+def _load(source: Source, *, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut) -> list[Text]:
+    texts = load_texts(source, tokenizer=tokenizer)  # of which none is left out
     if len({text.label for text in texts}) == 1:
         raise InputError(f"{source}: all {len(texts)} rows have label {LABELS[texts[0].label]}; both are needed.")
     return texts

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exo_fast.data.selection import left_out_lines
 from exo_fast.training.assets import write_file
 from exo_fast.training.html_page import details, link, page, table, text
 from exo_fast.training.svg_plots import MOST_POINTS, Curve, number, plot
@@ -254,9 +255,13 @@ def _sample(prompt: str, texts: Sequence[Mapping[str, Any]]) -> str:
 def _data(summary: Mapping[str, Any]) -> str:
     splits, files = summary.get("data", {}), summary.get("data_files", {})
     names = list(splits)
-    kinds = list(dict.fromkeys(kind for counts in splits.values() for kind in counts))
+    kinds = list(
+        dict.fromkeys(kind for counts in splits.values() for kind in counts if not kind.startswith("left_out"))
+    )
     rows = [[kind.replace("_", " "), *(number(splits[n].get(kind)) for n in names)] for kind in kinds]
     parts = [table(rows, head=("", *names), numbers=len(names))]
+    for line in left_out_lines(splits):
+        parts.append(f"<p>{text(line)}</p>")
     for split, known in files.items():
         size = f", {known['bytes']:,} bytes, sha256 {known['sha256']}" if "sha256" in known else ""
         parts.append(f'<p class="soft">{text(split)}: {text(known["name"])}{text(size)}</p>')

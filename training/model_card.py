@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from exo_fast.data.selection import left_out_lines
 from exo_fast.training.assets import write_file
 from exo_fast.training.html_report import metric_rows
 
@@ -151,7 +152,8 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
         size = f"{known['bytes']:,}" if "bytes" in known else ""
         name = _plain(_portable(known.get("name", "")))
         lines.append(f"| {split} | {name} | {rows:,} | {size} | {known.get('sha256', '')} |")
-    return lines
+    found = left_out_lines(summary.get("data", {}))
+    return [*lines, *([""] if found else []), *(f"- {_plain(line)}" for line in found)]
 
 
 def _recipe(summary: Mapping[str, Any]) -> list[str]:

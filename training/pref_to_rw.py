@@ -7,6 +7,7 @@ preferences itself, too, with the same rewards; this writes them down.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from exo_fast.data.selection import LeftOut
 from exo_fast.training.data.examples import load_pairs
 from exo_fast.training.inference import find_splits
 from exo_fast.training.prepare import is_main_process, load_tokenizer, need_value, option, write_rows
@@ -43,9 +44,10 @@ def pref_to_rw(config: PrefToRwConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.tokenizer)
     files, splits = {}, {}
     for split, source in find_splits(config).items():
-        pairs = load_pairs(source, tokenizer=tokenizer)
+        left_out = LeftOut()
+        pairs = load_pairs(source, tokenizer=tokenizer, left_out=left_out)
         files[f"{split}.json"] = [_to_row(pair) for pair in pairs]
-        splits[split] = {"rows": len(pairs)}
+        splits[split] = {"rows": len(pairs), "left_out": left_out.counts, "left_out_rows": left_out.places}
     summary = write_rows(config, files, {"stage": "pref-to-rw", "splits": splits})
     if is_main_process():
         for split, counts in splits.items():

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 from exo_fast.data.examples import Example
 from exo_fast.training.config import _field
 from exo_fast.training.data.examples import load_pairs
-from exo_fast.training.scalar_model import Read
 from exo_fast.training.scalar_module import PairCollator, RewardModule, RowDataset
 from exo_fast.training.scalar_stage import Kind, ScalarConfig, accuracy_with_interval, train_scalar
 
@@ -67,9 +66,9 @@ def reward_model(config: RewardModelConfig) -> dict[str, Any]:
     return train_scalar(config, REWARD, load=load_pairs, to_row=_row, held_out=_held_out, closing=_closing)
 
 
-def _row(example: Example) -> tuple[tuple[Read, ...], float]:
+def _row(example: Example) -> tuple[tuple[str, ...], float]:
     chosen, rejected = example.completions
-    return ((example.prompt, chosen), (example.prompt, rejected)), 1.0
+    return (example.prompt + chosen, example.prompt + rejected), 1.0
 
 
 def _held_out(metrics: dict[str, float], data: RowDataset) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import from_pretrained, need_eos, refuse_adapter
 
-Read = str | tuple[str, str]  # a text, or a prompt and its completion
 HEAD = "score"  # what the classes that read the last token call their head; those that read elsewhere say `classifier`
 
 
@@ -85,8 +84,7 @@ def load_scalar_model(
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{name_or_path!r}: its files lack the weights {sorted(missing)[0]}{others}.")
-    # One that is trained here reads before EOS from then on, whatever it was before.
-    if new_head or model.config.get_text_config().pad_token_id is None:
+    if not is_classifier or model.config.get_text_config().pad_token_id is None:
         tokenizer = from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
         padding = pad_with_eos(tokenizer).pad_token_id
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
@@ -116,10 +114,10 @@ def reads_at_end(config: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Read], max_seq_len: int, *, at_end: bool = False
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_seq_len: int, *, at_end: bool = False
 ) -> list[list[int]]:
-    """Token ids of each whole text, or prompt and completion, with no EOS and no end of turn at the end; with `at_end`
-    with all that it ends with, which is EOS where there is nothing else.
+    """Token ids of each whole text (a prompt and its completion are one), with no EOS and no end of turn at the end;
+    with `at_end` with all that it ends with, which is EOS where there is nothing else.
 
     Longer ones lose tokens on the left to fit `max_seq_len`, but keep BOS. Raises InputError for a text of no
     tokens.
@@ -127,22 +125,21 @@ def encode(
     return [cut(ids, max_seq_len, tokenizer.bos_token_id) for ids in encode_whole(tokenizer, texts, at_end=at_end)]
 
 
-def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Read], *, at_end: bool = False) -> list[list[int]]:
+def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, at_end: bool = False) -> list[list[int]]:
     """What `encode` cuts."""
     need_eos(tokenizer)
     rows = RowTokenizer(tokenizer)
-    pairs = [("", text) if isinstance(text, str) else text for text in texts]
-    found = rows.tokens([Example(None, prompt, [completion], [0.0]) for prompt, completion in pairs])
+    found = rows.tokens([Example(None, "", [text], [0.0]) for text in texts])
     ended = []
-    for (prompt, completion), tokens in zip(pairs, found, strict=True):
+    for text, tokens in zip(texts, found, strict=True):
         ids = tokens.prompt + tokens.candidates[0]
         if not at_end:
             while ids and ids[-1] in rows.ends:
                 ids.pop()
-        elif rows.chat.trimmed(completion) != completion:  # the template wrote more after its end of turn
+        elif rows.chat.trimmed(text) != text:  # the template wrote more after its end of turn
             ids.pop()
         if not ids:
-            raise InputError(f"text {prompt + completion!r}: no tokens; at least one is needed.")
+            raise InputError(f"text {text!r}: no tokens; at least one is needed.")
         ended.append(ids)
     return ended
 

@@ -7,7 +7,7 @@ longest. The two texts of a pair begin alike, so a model that can share prompts 
 in common once, in batches where that leaves less to run.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from exo_fast.data.selection import LeftOut
 from exo_fast.head import unwrap
 from exo_fast.layout import Group, Packed, pack, plan_mask
 from exo_fast.masks import MASKED_ATTENTION
 from exo_fast.training.module import TrainedModule, packed_batch
-from exo_fast.training.scalar_model import HEAD, Read, cut, encode_whole, pad, scalars
+from exo_fast.training.scalar_model import HEAD, cut, encode_whole, pad, scalars
 
 logger = logging.get_logger(__name__)
 ROWS_PER_CALL = 1000  # of the tokenizer, between two steps of the progress bar
@@ -42,6 +43,8 @@ class RowCounts:
     cut_texts: int  # that lost tokens on the left
     longest_sequence: int
     largest_id: int
+    left_out: dict[str, int] = field(default_factory=dict)  # rows, by reason
+    left_out_rows: dict[str, list[str]] = field(default_factory=dict)  # the first of each
 
 
 class RowDataset(torch.utils.data.Dataset):
@@ -64,15 +67,17 @@ class RowDataset(torch.utils.data.Dataset):
 
 
 def tokenize_rows(
-    rows: list[tuple[Read, ...]],
+    rows: list[tuple[str, ...]],
     labels: list[float],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_len: int,
+    left_out: LeftOut | None = None,
     description: str = "tokenising",
     progress: bool = True,
 ) -> RowDataset:
-    """The texts of each row by `scalar_model.encode`. Raises InputError for a text of no tokens."""
+    """The texts of each row by `scalar_model.encode`; `left_out` is what was left out before. Raises InputError for a
+    text of no tokens."""
     ids: list[tuple[np.ndarray, ...]] = []
     cut_texts = 0
     bar = tqdm(total=len(rows), desc=description, unit=" rows", disable=not progress)
@@ -86,7 +91,9 @@ def tokenize_rows(
     bar.close()
     lengths = [len(text) for row in ids for text in row]
     largest = max(int(text.max()) for row in ids for text in row)
-    counts = RowCounts(len(ids), sum(lengths), cut_texts, max(lengths), max(largest, tokenizer.eos_token_id))
+    left_out = left_out or LeftOut()
+    largest = max(largest, tokenizer.eos_token_id)
+    counts = RowCounts(len(ids), sum(lengths), cut_texts, max(lengths), largest, left_out.counts, left_out.places)
     return RowDataset(ids, torch.tensor(labels, dtype=torch.float32), counts)
 
 

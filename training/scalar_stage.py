@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from exo_fast.data.selection import LeftOut
 from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
 from exo_fast.training.loading import check_fits_model
 from exo_fast.training.module import TrainedModule
-from exo_fast.training.scalar_model import Read, load_scalar_model, pad_with_eos
+from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
 from exo_fast.training.scalar_module import RewardModule, RowCollator, RowDataset, settle_layout, tokenize_rows
 from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
@@ -119,7 +120,7 @@ def train_scalar(
     kind: Kind,
     *,
     load: Callable[..., list[Any]],
-    to_row: Callable[[Any], tuple[tuple[Read, ...], float]],
+    to_row: Callable[[Any], tuple[tuple[str, ...], float]],
     held_out: Callable[[dict[str, float], RowDataset], dict[str, Any]],
     closing: Callable[[dict[str, Any]], str],
 ) -> dict[str, Any]:
@@ -134,12 +135,14 @@ def train_scalar(
     tokenizer = pad_with_eos(load_tokenizer(config))
     datasets = {}
     for name, source in find_splits(config).items():
-        rows, labels = zip(*map(to_row, load(source, tokenizer=tokenizer)), strict=True)
+        left_out = LeftOut()
+        rows, labels = zip(*map(to_row, load(source, tokenizer=tokenizer, left_out=left_out)), strict=True)
         datasets[name] = tokenize_rows(
             list(rows),
             list(labels),
             tokenizer,
             max_seq_len=config.max_seq_len,
+            left_out=left_out,
             description=f"tokenising ({name})",
             progress=config.process_index == 0 and not config.disable_tqdm,
         )
@@ -161,6 +164,8 @@ def train_scalar(
             new_head=True,
             **model_options(config),
         )
+        # One that is trained here is read before EOS from then on, whatever it was before.
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.problem_type = kind.problem_type
         model.config.id2label, model.config.label2id = {0: kind.label}, {kind.label: 0}
         return model

@@ -151,7 +151,7 @@ class ModelScorer(Scorer):
         return _check_finite([float(str(value)) for value in values.cpu().numpy()], repr(self.name))
 
     def _encode(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
-        texts = list(zip(prompts, completions, strict=True))
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         return encode(self.tokenizer, texts, self.config.max_seq_len, at_end=self.at_end)
 
 

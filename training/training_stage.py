@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from exo_fast.data.selection import LeftOut
 from exo_fast.head import read_head
 from exo_fast.training import checkpoints, html_report, locks, model_card, processes, publish, run_facts
 from exo_fast.training.assets import write_file
-from exo_fast.training.config import CausalConfig, TrainConfig
+from exo_fast.training.config import CausalConfig, TrainConfig, _default
 from exo_fast.training.data.groups import GroupDataset, tokenize
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import pickle_plainly, start_on_cpu
@@ -111,7 +112,10 @@ def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     if not finished and not there:
         return None, None
     if wish == "same" and (output / SETTINGS).is_file():
-        differences = _differences(json.loads((output / SETTINGS).read_text()), settings_of(config))
+        now = settings_of(config)
+        # What an earlier version had no field for is as it was then: at its default.
+        unknown = {field.name: _default(field) for field in fields(config) if field.init and field.name in now}
+        differences = _differences({**unknown, **json.loads((output / SETTINGS).read_text())}, now)
         if not differences:
             if finished:
                 return None, json.loads((output / "summary.json").read_text())

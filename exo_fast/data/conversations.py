@@ -85,7 +85,7 @@ class ChatTemplate:
             tail = ""
         special = self._tokens_in(tail, special=True)
         if found and found[0] not in special:
-            found += special[-1:]
+            found += special[:1]
         return tuple(found)
 
     def _tokens_in(self, text: str, *, special: bool = False) -> list[str]:
@@ -138,6 +138,14 @@ class ChatTemplate:
             key: self._text(key, _join(prompt, messages, continued), options) for key, messages in candidates.items()
         }
         start = self._begin("prompt", prompt, opening, [*whole_text.values()], continued, options)
+        if start < 0:
+            raise BadField(
+                "prompt",
+                prompt,
+                "the chat template writes these messages otherwise when an answer follows, so that their words cannot "
+                "be told from the answer's; write them as it keeps them (the system's words in the user's message, "
+                "say), or mend the template.",
+            )
         turns = {}
         for key, text in whole_text.items():
             kept = text if whole else self.trimmed(text)
@@ -185,22 +193,17 @@ class ChatTemplate:
         return self._text(name, prompt, options, **how)
 
     def _begin(
-        self, name: str, prompt: Messages, opening: str, texts: list[str], continued: bool, options: dict[str, Any]
+        self, name: str, before: Messages, opening: str, texts: list[str], continued: bool, options: dict[str, Any]
     ) -> int:
-        """Where in `texts`, of conversations that begin with `prompt`, the words after it begin."""
+        """Where in `texts` the answers to the messages `before` begin, of which `opening` is the generation prompt; -1
+        where the template writes these messages otherwise when an answer follows, so that their words cannot be told
+        from the answer's."""
         if all(text.startswith(opening) for text in texts):
             return len(opening)
+        alone = opening if continued else self._text(name, before, options)
+        said = os.path.commonprefix([opening, alone]).rstrip()  # noqa: RUF071 - of characters
         start = self._agreed([opening, *texts])
-        alone = opening if continued else self._text(name, prompt, options)
-        if start < len(os.path.commonprefix([opening, alone]).rstrip()):  # noqa: RUF071 - of characters
-            raise BadField(
-                name,
-                prompt,
-                "the chat template writes these messages otherwise when an answer follows them, so that words of the "
-                "prompt would be learned as the answer's; give them in a form that it keeps (a system message as part "
-                "of the user's, say), or mend the template.",
-            )
-        return start
+        return start if start >= len(said) else -1
 
     def _agreed(self, texts: Sequence[str]) -> int:
         """How many characters the texts share of which the tokens are the same in all, and are whole."""
@@ -338,11 +341,11 @@ def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
         return [_message("user", asked)], candidates
     # The prompt is implicit: what the conversations share. A `prompt` of text beside them only repeats it.
     shared = min(map(len, candidates.values())) - 1  # at least one message is each one's own
-    first, *others = candidates.values()
-    while any(other[:shared] != first[:shared] for other in others):
+    one, *others = candidates.values()
+    while any(other[:shared] != one[:shared] for other in others):
         shared -= 1
-    _need_prompt(next(iter(candidates)), first, shared)
-    return first[:shared], {name: messages[shared:] for name, messages in candidates.items()}
+    _need_prompt(next(iter(candidates)), one, shared)
+    return one[:shared], {name: messages[shared:] for name, messages in candidates.items()}
 
 
 def _upto_answer(messages: Messages) -> Messages:

@@ -142,7 +142,7 @@ def _spans(row: Row, completions: list[str]) -> list[list[tuple[int, int]]] | No
     if not isinstance(spans, list) or len(spans) != len(completions):
         raise BadField("completion_spans", spans, f"a list of spans per completion is needed: {len(completions)}.")
     for index, (text, found) in enumerate(zip(completions, spans, strict=True)):
-        pairs = found if isinstance(found, list) else [None]
+        pairs: list[Any] = found if isinstance(found, list) else [None]
         whole = all(isinstance(p, list) and len(p) == 2 and all(type(edge) is int for edge in p) for p in pairs)
         edges = [edge for pair in pairs for edge in pair] if whole else []
         ordered = edges == sorted(edges) and edges[:1] >= [0] and edges[-1:] <= [len(text)]

@@ -46,7 +46,7 @@ def standard(row: Row) -> Row:
         row = _question(row)
     if "rejected_response" in row and isinstance(row.get("messages"), list):
         row = _rejected_response(row)
-    changed = {name: _messages(name, row[name]) for name in HELD if _holds_messages(row.get(name))}
+    changed: Row = {name: _messages(name, row[name]) for name in HELD if _holds_messages(row.get(name))}
     if isinstance(row.get("completions"), list):
         changed["completions"] = [
             _messages(f"completions[{index}]", value) if _holds_messages(value) else value

@@ -5,7 +5,7 @@ run or be learned in silence: what is left out is counted, by reason, with the f
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,7 @@ SHOWN = 10  # rows of each reason
 
 ALIKE = "all candidates of the group are the same tokens, so there is nothing to learn"
 CONTRADICTION = "two candidates are the same tokens and have different rewards"
+EQUAL = "the rewards of all candidates are equal, so none is preferred"
 TIE = "two candidates share the highest reward, so none is preferred"
 FEW = "fewer candidates than a group needs"
 UNLEARNED = "none of a candidate's tokens count within the longest completion"
@@ -98,6 +99,16 @@ class LeftOut:
             f"{what}: {count:,} group{'s' * (count > 1)} left out: {reason} ({_listed(self.places[reason], count)})"
             for reason, count in self.counts.items()
         ]
+
+
+def left_out_lines(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines of each split of a summary, whose counts have `left_out` and `left_out_rows`."""
+    return [
+        line
+        for name, counts in splits.items()
+        if counts.get("left_out")
+        for line in LeftOut(counts["left_out"], counts["left_out_rows"]).lines(name)
+    ]
 
 
 def _listed(places: list[str], count: int) -> str:

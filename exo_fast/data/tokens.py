@@ -3,9 +3,9 @@
 - A prompt is its text as the tokenizer reads it alone, behind what the tokenizer puts before a text (BOS), once: also
   where a chat template has written it already.
 - A candidate is the rest of the text, tokenised *after* the prompt: the ids of both together, without those of the
-  prompt. Where the two would melt into one token at their boundary, the prompt's ids stand, because the model is asked
-  with them, and the candidate is tokenised as it reads in the middle of a text. (Tokenised alone, a SentencePiece
-  tokenizer would put a space before it.)
+  prompt (of whose text the end is enough). Where the two would melt into one token at their boundary, the prompt's ids
+  stand, because the model is asked with them, and the candidate is tokenised as it reads in the middle of a text.
+  (Tokenised alone, a SentencePiece tokenizer would put a space before it.)
 - A candidate ends with EOS, or with the end of turn that the chat template writes, and never with both.
 - Ids that were drawn are taken as they are: with EOS if that was drawn, without where sampling was cut short.
 """
@@ -22,6 +22,7 @@ from exo_fast.data.conversations import ChatTemplate, Learn
 from exo_fast.data.examples import Example
 from exo_fast.data.forms import Row, standard
 
+CONTEXT = 128  # characters before a text, which say how it begins: words are shorter
 CARRIERS = ("\n", ".", "a", "1")  # something to read before a text, so that it does not stand at the beginning
 
 
@@ -83,28 +84,28 @@ class RowTokenizer:
         """Ids of the prompt and of the candidates of each example. Raises ValueError for a tokenizer without EOS where
         there is text."""
         prompts = self._bodies([example.prompt for example in examples])
-        pieces = [list(_pieces(example)) for example in examples]
-        joint = iter(
-            self.encode(
-                [
-                    example.prompt + "".join(parts[: index + 1])
-                    for example, candidates in zip(examples, pieces, strict=True)
-                    for parts, _ in candidates
-                    for index in range(len(parts))
-                ]
-            )
+        written = [list(_pieces(example)) for example in examples]
+        behind = [
+            [(example.prompt + "".join(parts[:index]))[-CONTEXT:] for index in range(len(parts))]
+            for example, candidates in zip(examples, written, strict=True)
+            for parts, _ in candidates
+        ]
+        texts = [parts for candidates in written for parts, _ in candidates]
+        pairs = [pair for before, parts in zip(behind, texts, strict=True) for pair in zip(before, parts, strict=True)]
+        contexts = list(dict.fromkeys(before for before, _ in pairs))
+        known = dict(zip(contexts, self._bodies(contexts), strict=True))
+        wholes = self._bodies([before + part for before, part in pairs])
+        ids_of = iter(
+            whole[len(known[before]) :] if self._begins(whole, known[before]) else self._after(part)
+            for whole, (before, part) in zip(wholes, pairs, strict=True)
         )
         found = []
-        for example, prompt, candidates in zip(examples, prompts, pieces, strict=True):
+        for example, prompt, candidates in zip(examples, prompts, written, strict=True):
             ids, learned = list(example.completion_ids or ()), []
-            for parts, counts in candidates:
-                known, marks = list(self._unprefixed(prompt)), []
-                start = len(known)
-                for part, count in zip(parts, counts, strict=True):
-                    whole = self._unprefixed(next(joint))
-                    known = whole if self._begins(whole, known) else known + self._after(part)
-                    marks += [count] * (len(known) - start - len(marks))
-                candidate = known[start:]
+            for _, counts in candidates:
+                pieces = [(next(ids_of), count) for count in counts]
+                candidate = [i for piece, _ in pieces for i in piece]
+                marks = [count for piece, count in pieces for _ in piece]
                 if not candidate or candidate[-1] not in self.ends:
                     candidate.append(self.eos)
                     marks.append(True)

@@ -439,19 +439,24 @@ def test_conversations_of_candidates(tmp_path: Path, tiny_llama: str) -> None:
     arguments = config(tmp_path, ExoDPOConfig, loss_type="exo-rw")
     trainer = ExoDPOTrainer(model, args=arguments, train_dataset=chat, processing_class=tokenizer)
     row = trainer.train_dataset[0]
-    assert tokenizer.decode(row["prompt_ids"]).split() == text[0]["prompt"].split()
-    assert [tokenizer.decode(ids).split() for ids in row["candidate_ids"]] == [
-        c.split() for c in text[0]["completions"]
+    # BOS, which the tokenizer puts before a text, and EOS, as this template ends turns in plain text.
+    assert tokenizer.decode(row["prompt_ids"]).split() == ["<s>", *text[0]["prompt"].split()]
+    assert [tokenizer.decode(ids).replace("</s>", " </s>").split() for ids in row["candidate_ids"]] == [
+        [*c.split(), "</s>"] for c in text[0]["completions"]
     ]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rewards": [0.0, 1.0]}, "row 1: `rewards` is \\[0.0, 1.0\\]; one number for each"),
-        ({"rewards": [0.0, float("nan"), 1.0]}, "finite numbers"),
-        ({"rewards": [1.0, 1.0, 0.0]}, "no candidate has the highest reward alone"),
-        ({"completions": ["good", "bad"]}, "row 1: 2 completions; all rows need the same number"),
+        ({"rewards": [0.0, 1.0]}, "row 1: field `rewards`, value .0.0, 1.0.: one number per completion is needed: 3"),
+        ({"rewards": [0.0, float("nan"), 1.0]}, "a finite float32 number is needed"),
+        ({"rewards": [1.0, 1.0, 0.0]}, "two candidates share the highest reward.*ties=share"),
+        (
+            {"completions": ["good", "bad"], "rewards": [1.0, 0.0]},
+            "row 1: .*2 candidates, where all rows need the same",
+        ),
+        ({"prompt": None}, "row 1: field `prompt`, value missing.*Rows have: prompt, completions, rewards"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, tiny_llama: str, change: dict, message: str) -> None:

@@ -20,7 +20,7 @@ from exo_fast.data import examples, forms
 from exo_fast.data.conversations import Learn, conversation_field
 from exo_fast.data.examples import Example, Text
 from exo_fast.data.fields import BadField
-from exo_fast.data.selection import FEW, LeftOut
+from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.data.faults import collect
 from exo_fast.training.data.records import Place, Source, read_records
@@ -66,48 +66,36 @@ def load_examples(
     return found
 
 
-def load_pairs(source: Source, *, tokenizer: Tokenizer = None) -> list[Example]:
+def load_pairs(source: Source, *, tokenizer: Tokenizer = None, left_out: LeftOut | None = None) -> list[Example]:
     """Preferences: two candidates each, the better one first, with rewards 1 and 0.
 
     Of more candidates with rewards the best and the worst are taken (of equals the first). Rows whose rewards are all
-    equal, or whose best and worst are the same text, tell nothing and are left out, and how many is printed. Raises
-    InputError as load_examples does.
+    equal, or whose best and worst are the same text, tell nothing: they are left out, noted in `left_out` and printed.
+    Raises InputError as load_examples does.
     """
     text_of = _Reader(tokenizer)
-    ties = same = 0
+    left_out = LeftOut() if left_out is None else left_out
 
     def convert(place: Place, record: Any) -> Example | None:
-        nonlocal ties, same
         example = examples.candidates(place, text_of(record))
         best, worst = int(np.argmax(example.rewards)), int(np.argmin(example.rewards))
-        if example.rewards[best] == example.rewards[worst]:
-            ties += 1
+        equal = example.rewards[best] == example.rewards[worst]
+        if equal or example.completions[best] == example.completions[worst]:
+            left_out.add(EQUAL if equal else ALIKE, place)
             return None
-        if example.completions[best] == example.completions[worst]:
-            same += 1
-            return None
-        pick = lambda values: None if values is None else [values[best], values[worst]]  # noqa: E731
-        return Example(
-            place,
-            example.prompt,
-            pick(example.completions),
-            [1.0, 0.0],
-            pick(example.completion_ids),
-            pick(example.spans),
-        )
+
+        def both(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[best], values[worst]]
+
+        texts, ids, spans = (both(v) for v in (example.completions, example.completion_ids, example.spans))
+        return Example(place, example.prompt, texts, [1.0, 0.0], ids, spans)
 
     pairs = collect(source, read_records(source, tokenizer), convert)
+    lines = left_out.lines(str(source))
     if not pairs:
-        raise InputError(
-            f"{source}: the candidates of every row have equal rewards, or are the same text; there is nothing to "
-            "prefer."
-        )
-    count = ties + same + len(pairs)
-    if os.environ.get("RANK", "0") == "0":
-        if ties:
-            print(f"{source}: {ties} of {count} rows have equal rewards and are left out", flush=True)
-        if same:
-            print(f"{source}: {same} of {count} rows prefer a text to itself and are left out", flush=True)
+        raise InputError("no pair is left to learn from:\n  " + "\n  ".join(lines))
+    if lines and os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines), flush=True)
     return pairs
 
 

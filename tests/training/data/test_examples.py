@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from exo_fast.data.selection import FEW, LeftOut
+from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut
 from exo_fast.training.data import records
 from exo_fast.training.data.examples import (
     load_examples,
@@ -140,9 +140,9 @@ def test_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["c", "d"], [1.0, 0.0], [[2], [3]]),  # of equals the first
     ]
     said = capsys.readouterr().out
-    assert "train.json: 1 of 5 rows have equal rewards and are left out" in said
-    assert "train.json: 1 of 5 rows prefer a text to itself and are left out" in said
-    with pytest.raises(InputError, match="there is nothing to prefer"):
+    assert f"train.json: 1 group left out: {EQUAL} ({tmp_path / 'train.json'}, line 1 (row 3))" in said
+    assert f"train.json: 1 group left out: {ALIKE} ({tmp_path / 'train.json'}, line 1 (row 4))" in said
+    with pytest.raises(InputError, match=r"no pair is left to learn from:\n.*the rewards of all candidates are equal"):
         load_pairs(Source(write(tmp_path, rows[3:])))
     with pytest.raises(InputError, match="at least 2 candidates are needed, not 1"):
         load_pairs(Source(write(tmp_path, [{"prompt": "a", "completions": ["b"], "rewards": [1]}])))

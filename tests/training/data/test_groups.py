@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from exo_fast.data.examples import Example
+from exo_fast.data.selection import ALIKE, CONTRADICTION, TIE, UNLEARNED
 from exo_fast.layout import pack
 from exo_fast.training.data.groups import GroupCollator, GroupDataset, SftCollator, tokenize
 from exo_fast.training.data.records import Place
@@ -144,3 +145,91 @@ def test_one_completion_and_the_weights_of_its_tokens(run: Any, ids: Ids) -> Non
     assert batch["weights"].dtype == torch.float32
     assert torch.equal(batch["weights"].diff(), torch.from_numpy(batch["cu_seqlens"]).diff().float().diff())
     assert GroupCollator(pad_token_id=EOS)([data[0], data[1]])["weights"].tolist() == [1.0, 1.0]
+
+
+SAME = ["good", "bad", "good"]
+
+
+def test_groups_that_teach_nothing_are_left_out_and_named(run: Any) -> None:
+    long = "very " * 10
+    rows = [
+        example("the", "good", "bad"),
+        Example(Place("f.json", 1, 2), "film", ["good", "good"], [1.0, 0.0]),
+        Example(Place("f.json", 2, 3), "was", [long + "good", long + "bad"], [1.0, 0.0]),  # cut before they differ
+        Example(Place("f.json", 3, 4), "and", ["good", "bad"], [1.0, 1.0]),
+    ]
+    data = run(rows, loss_type="exo-rw", max_gen_len=8)
+    assert len(data) == 2
+    assert data.counts.left_out == {ALIKE: 2}
+    assert data.counts.left_out_rows == {ALIKE: ["f.json, line 2 (row 1)", "f.json, line 3 (row 2)"]}
+    assert len(run(rows, loss_type="exo-rw", max_gen_len=8, duplicates="keep")) == 4
+    assert len(run(rows, max_gen_len=8)) == 4  # nothing is judged where nothing is compared
+    with pytest.raises(InputError) as error:
+        run(rows, loss_type="exo-rw", max_gen_len=8, duplicates="error")
+    assert "2 groups cannot be learned from" in str(error.value)
+    assert f"f.json, line 3 (row 2), candidates 0, 1: {ALIKE}. duplicates=drop leaves such" in str(error.value)
+    with pytest.raises(InputError, match=r"no group is left to learn from:\n  f\.json: 2 groups left out"):
+        run(rows[1:3], loss_type="exo-rw", max_gen_len=8)
+
+
+def test_the_same_text_with_other_rewards(run: Any) -> None:
+    contradicting = Example(Place("f.json", 0, 1), "the", SAME, [1.0, 0.5, 0.0])
+    agreeing = Example(Place("f.json", 1, 2), "the", SAME, [1.0, 0.5, 1.0])
+    data = run([contradicting, agreeing], loss_type="exo-rw")
+    assert (len(data), data.counts.left_out) == (1, {CONTRADICTION: 1})
+    assert data.rewards.tolist() == [[1.0, 0.5, 1.0]]
+
+
+def test_ties_for_the_best(run: Any) -> None:
+    tied = Example(Place("f.json", 0, 1), "the", ["good", "bad", "long", "plot"], [8.0, 8.0, 7.0, 6.0])
+    other = Example(Place("f.json", 1, 2), "the", ["good", "bad", "long", "plot"], [8.0, 7.0, 7.0, 6.0])
+    with pytest.raises(InputError, match=r"f\.json, line 1 \(row 0\), candidates 0, 1, 2, 3: two candidates share"):
+        run([tied, other], loss_type="exo-pref")
+    dropped = run([tied, other], loss_type="dpo-pref", ties="drop")
+    assert (dropped.rewards.tolist(), dropped.counts.left_out) == ([[8.0, 7.0, 7.0, 6.0]], {TIE: 1})
+    assert len(run([tied, other], loss_type="exo-pref", ties="share")) == 2
+    assert len(run([tied, other], loss_type="exo-rw")) == 2
+    # In groups of two one tie is left, and one is gone.
+    pairs = run([tied], loss_type="exo-pref", ties="drop", num_contrastive=2)
+    assert (pairs.rewards.tolist(), pairs.counts.left_out) == ([[7.0, 6.0]], {TIE: 1})
+
+
+def test_groups_are_drawn_where_candidates_do_not_come_out_even(run: Any) -> None:
+    rows = [example("the", *WORDS[: 5 + k]) for k in range(3)]
+    data = run(rows, num_contrastive=3)
+    assert data.rewards.shape == (1 + 2 + 2, 3)
+    assert all(row == sorted(set(row)) for row in data.rewards.tolist())
+    assert data.rewards[1:3].flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]  # six come out even
+    assert torch.equal(run(rows, num_contrastive=3).rewards, data.rewards)
+
+
+def test_only_what_counts_is_predicted(run: Any, ids: Ids) -> None:
+    row = Example(
+        Place("f.json", 0, 1), "the", ["good film bad", "plot"], [1.0, 0.0], spans=[[(0, 4), (10, 13)], [(0, 4)]]
+    )
+    data = run([row], loss_type="exo-rw")
+    group = data.group(0)
+    assert group.completions == [[*ids("good film bad"), EOS], [*ids("plot"), EOS]]
+    assert group.learned == [[True, False, False, False, True, True], [True, True]]
+    for share_prompt in (True, False):
+        batch = GroupCollator(pad_token_id=EOS, share_prompt=share_prompt)([data[0]])
+        assert batch["targets"].tolist() == [*ids("good"), *ids("bad"), EOS, *ids("plot"), EOS]
+        assert batch["cu_seqlens"].tolist() == [0, 3, 5]
+        read = batch["input_ids"].flatten()[batch["source"]].tolist()
+        assert read == [*ids("the"), *ids(" "), *ids("bad"), *ids("the"), *ids("plot")]
+    assert run([example("the", "good", "bad")]).learned is None
+    # Nothing that counts is left: with a loss the group is left out.
+    late = Example(Place("f.json", 0, 1), "the", ["good film bad", "plot"], [1.0, 0.0], spans=[[(10, 13)], [(0, 4)]])
+    assert run([row, late], loss_type="exo-rw", max_gen_len=3).counts.left_out == {UNLEARNED: 1}
+
+
+def test_ids_without_a_token_are_the_models_to_judge(run: Any, ids: Ids) -> None:
+    """A head may have more rows than the tokenizer has tokens, and what was drawn was drawn."""
+    row = Example(
+        Place("f.json", 0, 1), "the", ["good", "bad"], [1.0, 0.0], [[*ids("good"), 60, EOS], [61, *ids("bad")]]
+    )
+    assert run([row]).group(0).completions == row.completion_ids
+    rows = [Example(Place("f.json", i, 1), "the", ["good"], [1.0], [ids("good")]) for i in range(40)]
+    rows.append(Example(Place("f.json", 40, 1), "the", ["good"], [1.0], [ids("bad")]))
+    with pytest.raises(InputError, match=r"row 40\), field `completion_ids\[0\]`: the tokenizer"):
+        run(rows)

@@ -133,7 +133,10 @@ def test_pref_to_rw(tmp_path: Path) -> None:
     run_prepare(HH, tmp_path / "pref")
     config = PrefToRwConfig(data=str(tmp_path / "pref"), output_dir=str(tmp_path / "rw"))
     summary = pref_to_rw(config)
-    assert summary["splits"] == {"train": {"rows": 6}, "test": {"rows": 1}}
+    assert summary["splits"] == {
+        "train": {"rows": 6, "left_out": {}, "left_out_rows": {}},
+        "test": {"rows": 1, "left_out": {}, "left_out_rows": {}},
+    }
     # As the original writes it, fields in that order.
     assert (tmp_path / "rw" / "test.json").read_text() == (
         '[\n {\n  "prompt": "\\n\\nHuman: How do I boil an egg?\\n\\nAssistant:",\n  "completions": [\n   " Gently.",\n'
@@ -146,7 +149,7 @@ def test_pref_to_rw(tmp_path: Path) -> None:
     pref_to_rw(PrefToRwConfig(data=HH, output_dir=str(tmp_path / "direct")))
     assert content(tmp_path / "direct")["train.json"] == first["train.json"]
     only = pref_to_rw(PrefToRwConfig(data=HH, split="test", output_dir=str(tmp_path / "test")))
-    assert only["splits"] == {"test": {"rows": 1}}
+    assert only["splits"] == {"test": {"rows": 1, "left_out": {}, "left_out_rows": {}}}
 
 
 def test_only_the_first_of_several_processes_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,78 @@
+"""Which candidates make groups, and which groups teach nothing."""
+
+from typing import Any
+
+import pytest
+
+from exo_fast.data.selection import (
+    ALIKE,
+    CONTRADICTION,
+    FEW,
+    TIE,
+    UNLEARNED,
+    LeftOut,
+    fault,
+    groups_of,
+    verdict,
+)
+
+A, B, C = [5, 2], [6, 7, 2], [8, 2]
+FAULTS: dict[str, tuple[list[list[int]], list[float], str, str | None]] = {
+    "nothing": ([A, B, C], [1.0, 0.5, 0.0], "exo-pref", None),
+    "all alike": ([A, A, A], [1.0, 0.5, 0.0], "exo-rw", ALIKE),
+    "a pair of one": ([B, B], [1.0, 0.0], "dpo-pref", ALIKE),
+    "the same text, other rewards": ([A, B, A], [1.0, 0.5, 0.0], "exo-rw", CONTRADICTION),
+    "sampled twice, scored alike": ([A, B, A], [0.0, 0.5, 0.0], "exo-pref", None),
+    "the best sampled twice": ([A, B, A], [1.0, 0.5, 1.0], "exo-pref", TIE),
+    "a tie": ([A, B, C], [8.0, 8.0, 6.0], "dpo-pref", TIE),
+    "a tie where all rewards count": ([A, B, C], [8.0, 8.0, 6.0], "exo-rw", None),
+    "a tie of others": ([A, B, C], [8.0, 6.0, 6.0], "exo-pref", None),
+    "a tie in float32": ([A, B, C], [2.0, 2.0 + 1e-9, 0.0], "exo-pref", TIE),
+    "other rewards in float64 alone": ([A, B, A], [2.0, 0.0, 2.0 + 1e-9], "exo-rw", None),
+}
+
+
+@pytest.mark.parametrize(("candidates", "rewards", "loss_type", "expected"), FAULTS.values(), ids=FAULTS.keys())
+def test_faults(candidates: Any, rewards: Any, loss_type: str, expected: str | None) -> None:
+    assert fault(candidates, rewards, loss_type=loss_type) == expected
+
+
+def test_a_candidate_of_which_nothing_counts() -> None:
+    marks = [[True, True], [False, False, False]]
+    assert fault([A, B], [1.0, 0.0], loss_type="exo-rw", learned=marks) == UNLEARNED
+    assert fault([A, B], [1.0, 0.0], loss_type="exo-rw", learned=[[True, True], [False, True, True]]) is None
+
+
+def test_verdicts() -> None:
+    for reason in (ALIKE, CONTRADICTION):
+        assert [verdict(reason, choice, "error") for choice in ("error", "drop", "keep")] == ["error", "drop", "keep"]
+    assert [verdict(TIE, "drop", choice) for choice in ("error", "drop", "share")] == ["error", "drop", "keep"]
+    assert verdict(None, "error", "error") == "keep"
+    assert verdict(UNLEARNED, "keep", "share") == "drop"
+
+
+def test_groups_of_a_row() -> None:
+    assert groups_of(6, 3, 0) == [[0, 1, 2], [3, 4, 5]]
+    assert groups_of(4, 4, 9) == [[0, 1, 2, 3]]
+    drawn = [groups_of(8, 3, seed) for seed in range(200)]
+    assert groups_of(8, 3, 5) == drawn[5]  # a function of its arguments
+    for groups in drawn:
+        assert [len(group) for group in groups] == [3, 3]
+        flat = [place for group in groups for place in group]
+        assert flat == sorted(set(flat))
+    # Every candidate is left out as often as any other: 2 of 8.
+    left_out = [sum(all(place not in group for group in groups) for groups in drawn) for place in range(8)]
+    assert all(25 <= count <= 75 for count in left_out)
+
+
+def test_what_is_left_out_is_counted_and_named() -> None:
+    left_out = LeftOut()
+    for row in range(12):
+        left_out.add(FEW, f"row {row}")
+    left_out.add(TIE, "row 3")
+    left_out.add(TIE, "row 3")  # two groups of one row
+    assert left_out.total == 14
+    few, tie = left_out.lines("train")
+    assert few.startswith("train: 12 groups left out: fewer candidates than a group needs (row 0; row 1;")
+    assert few.endswith("row 9, …)")
+    assert tie.endswith("(row 3, …)")
