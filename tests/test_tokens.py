@@ -174,15 +174,50 @@ def test_a_turn_that_is_written_otherwise_when_others_follow(chats: ModuleType) 
     """A template that drops what was said before: nobody could tell whose words are whose."""
     turns = [chats.say("good"), chats.user("film"), chats.say("long")]
     dropping = "{{ m.content if loop.last or loop.first else '' }}"
+    others = dropping.replace("loop.first", "loop.first or m.role == 'assistant'")
     backwards = "{% for m in messages | reverse %}" + chats.CHATML.partition("%}")[2]
     with pytest.raises(BadField, match="give each answer a row of its own, or a template with"):
-        tokens_of(chats.byte_level(chats.CHATML.replace("{{ m.content }}", dropping)), pair(turns, chats.say("x")))
+        tokens_of(chats.byte_level(chats.CHATML.replace("{{ m.content }}", others)), pair(turns, chats.say("x")))
     with pytest.raises(BadField, match=r"field `prompt`.* otherwise when an answer follows"):
         tokens_of(chats.byte_level(backwards), pair(turns, chats.say("x")))
-    tokenizer = chats.byte_level(chats.MARKED.replace("{{ m.content }}", dropping))
-    tokens = tokens_of(tokenizer, pair(turns, chats.say("x")))
+    with pytest.raises(BadField, match=r"field `chosen`.*'good'.*writes nothing of what the assistant says"):
+        tokens_of(chats.byte_level(chats.MARKED.replace("{{ m.content }}", dropping)), pair(turns, chats.say("x")))
+
+
+def test_an_answer_that_the_template_does_not_write(chats: ModuleType) -> None:
+    """Of a call by a template without tools, and of text by one that reads parts, no word would be learned."""
+    call = {"type": "function", "function": {"name": "tool", "arguments": {}}}
+    calls = pair([chats.say("", tool_calls=[call])], chats.say("x"))
+    with pytest.raises(BadField, match=r"field `chosen`.*writes nothing of what the assistant says"):
+        tokens_of(chats.byte_level(chats.CHATML), calls)
+    parts = chats.byte_level(
+        chats.CHATML.replace("{{ m.content }}", "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}")
+    )
+    with pytest.raises(BadField, match="writes nothing of what the assistant says"):
+        tokens_of(parts, pair([chats.say("good")], chats.say("x")))
+    part = lambda text: [{"type": "text", "text": text}]  # noqa: E731
+    asked = [{"role": "user", "content": part("hello")}]
+    tokens = tokens_of(parts, pair([chats.say(part("good"))], [chats.say(part("x"))], asked))
+    assert read(parts, tokens.prompt).endswith("hello<|im_end|>\n<|im_start|>assistant\n")
+    assert [read(parts, ids) for ids in tokens.candidates] == ["good<|im_end|>", "x<|im_end|>"]
+
+
+def test_marks_of_an_answer_and_of_its_end(chats: ModuleType) -> None:
+    """A template may mark the end of turn by itself: what it marks overlaps with the end that follows the words."""
+    mark = "{% generation %}<|im_end|>\n{% endgeneration %}"
+    template = chats.MARKED.replace("{% endif %}<|im_end|>\n", "{% endif %}" + mark)
+    turns = [chats.say("good"), chats.user("film"), chats.say("long")]
+    tokens = tokens_of(
+        chats.byte_level(
+            template.replace(
+                "{% else %}{{ m.content }}" + "{% endif %}" + mark,
+                mark + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}",
+            )
+        ),
+        pair(turns, chats.say("x")),
+    )
     learned = [i for i, counts in zip(tokens.candidates[0], tokens.learned[0], strict=True) if counts]
-    assert read(tokenizer, learned) == "<|im_end|>long<|im_end|>"  # as the template marks it
+    assert read(chats.byte_level(None), learned) == "good<|im_end|>\nlong<|im_end|>"
 
 
 MISTRAL_V3 = (

@@ -66,11 +66,7 @@ class ChatTemplate:
     @cached_property
     def tail(self) -> str:
         """What it writes after the words of an answer; empty where it cannot be asked."""
-        try:
-            text = self._apply([_message("user", PROBE), _message("assistant", PROBE)])
-        except Exception:  # a template is a program: one that refuses this conversation may take others
-            return ""
-        return text.rpartition(PROBE)[2]
+        return self._probed(PROBE)
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
@@ -78,15 +74,22 @@ class ChatTemplate:
         of a tool ends with, where that is another. Empty for a template that ends turns in plain text."""
         found = self._tokens_in(self.tail)[:1]
         call = {"type": "function", "function": {"name": PROBE, "arguments": {PROBE: PROBE}}}
-        try:
-            called = {"role": "assistant", "content": "", "tool_calls": [call]}
-            tail = self._apply([_message("user", PROBE), called]).rpartition(PROBE)[2]
-        except Exception:
-            tail = ""
-        special = self._tokens_in(tail, special=True)
+        special = self._tokens_in(self._probed("", tool_calls=[call]), special=True)
         if found and found[0] not in special:
             found += special[:1]
         return tuple(found)
+
+    def _probed(self, words: str, **more: Any) -> str:
+        """What it writes after the probe in an answer; empty where it refuses that, or writes nothing of it."""
+        for content in (str, lambda text: [{"type": "text", "text": text}]):  # which some templates read alone
+            asked = {"role": "user", "content": content("hello")}
+            try:
+                text = self._apply([asked, {"role": "assistant", "content": content(words), **more}])
+            except Exception:  # a template is a program: one that refuses this conversation may take others
+                continue
+            if PROBE in text:
+                return text.rpartition(PROBE)[2]
+        return ""
 
     def _tokens_in(self, text: str, *, special: bool = False) -> list[str]:
         """The added tokens, or only the special ones of these, that stand in `text`, in order."""
@@ -148,6 +151,7 @@ class ChatTemplate:
             )
         turns = {}
         for key, text in whole_text.items():
+            self._check_written(key, prompt, candidates[key], continued, text, start, options)
             kept = text if whole else self.trimmed(text)
             spans = self._spans(key, prompt, candidates[key], kept, start, continued, options)
             turns[key] = Turn(kept[start:], spans)
@@ -205,6 +209,29 @@ class ChatTemplate:
         start = self._agreed([opening, *texts])
         return start if start >= len(said) else -1
 
+    def _check_written(
+        self, name: str, prompt: Messages, answer: Messages, continued: bool, text: str, start: int, options: dict
+    ) -> None:
+        """Raises BadField where the template leaves out what the assistant says: with other words `text` is the same."""
+        for index, message in enumerate(answer):
+            said = message.get("content") or message.get("tool_calls")
+            if message["role"] != "assistant" or not said or (isinstance(said, str) and said.strip() in text[start:]):
+                continue
+            other = {key: value for key, value in message.items() if key != "tool_calls"}
+            other["content"] = PROBE if message.get("content") else ""
+            others = _join(prompt, [*answer[:index], other, *answer[index + 1 :]], continued)
+            try:
+                same = self._apply(others, **options) == text
+            except Exception:  # so it reads what was taken away
+                continue
+            if same:
+                raise BadField(
+                    name,
+                    message,
+                    "the chat template writes nothing of what the assistant says here, so nothing is there to learn; "
+                    "give it in a form that the template has (text, a list of parts, or no calls of tools).",
+                )
+
     def _agreed(self, texts: Sequence[str]) -> int:
         """How many characters the texts share of which the tokens are the same in all, and are whole."""
         ids = self._encode(list(texts))
@@ -253,10 +280,12 @@ class ChatTemplate:
         except Exception as error:
             raise BadField(name, messages, f"the chat template refuses it: {error}") from error
         spans = []
-        for begin, end in places:
+        for begin, end in sorted(places):
             follows = next((token for token in self.ends if text.startswith(token, end)), "")
             begin, end = max(begin, start), min(end + len(follows), stop)
-            if begin < end:
+            if begin < end and spans and begin <= spans[-1][1]:  # the end of turn may be marked by itself
+                spans[-1] = (min(begin, spans[-1][0]), max(end, spans[-1][1]))
+            elif begin < end:
                 spans.append((begin, end))
         if not spans:
             raise BadField(name, messages, "the template's {% generation %} marks none of the assistant's words.")

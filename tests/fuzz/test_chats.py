@@ -121,7 +121,7 @@ def templates(draw: st.DrawFn) -> Template:
     if kind == 1:
         condition = draw(st.sampled_from(["loop.last", "m == asked[-1]", "loop.index < 3"]))
         return Template(MOVING.replace("CONDITION", condition), honest=True)
-    pick = lambda choices: draw(st.sampled_from(choices))  # noqa: E731
+    pick = lambda choices: draw(st.sampled_from([choices[0]] * len(choices) + choices))  # noqa: E731
     head, spoken, stop = pick(HEADS), pick(SPOKEN), pick(STOPS)
     begin, end = "{% generation %}", "{% endgeneration %}"
     message = head + spoken + stop
@@ -355,8 +355,7 @@ def test_templates(tokenizers: Tokenizers, template: Template, row: dict[str, An
 def test_hostile_rows(tokenizers: Tokenizers, data: st.DataObject, template: Template, name: str) -> None:
     tokenizer = template.on(tokenizers[name], name)
     row = data.draw(conversations(("candidates", "pair", "implicit", "beside texts")))
-    for _ in range(data.draw(st.integers(1, 3))):
-        row = data.draw(mutated(row, JUNK))
+    row = data.draw(mutated(row, JUNK))
     if not isinstance(row, dict):
         row = {"prompt": row}
     result = judge(lambda: tokenize_candidates(row, tokenizer), ValueError, LIBRARY)
@@ -413,9 +412,8 @@ def test_loaders(tokenizers: Tokenizers, loader: str, data: st.DataObject, templ
     written(rows, call, template, tokenizer, name)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@fuzzed(30)
-@given(data=st.data(), template=templates(), name=st.sampled_from(NAMES))
+@fuzzed(100)
+@given(loader=st.sampled_from(list(LOADERS)), data=st.data(), template=templates(), name=st.sampled_from(NAMES))
 def test_other_forms(tokenizers: Tokenizers, loader: str, data: st.DataObject, template: Template, name: str) -> None:
     tokenizer = template.on(tokenizers[name], name)
     rows = [other_forms(data.draw)]
