@@ -1,4 +1,5 @@
-"""Shared fixtures: the tiny random models of `families.py`, and one thread for tensors too small to gain from two.
+"""Shared fixtures: the tiny random models of `families.py`, the chat templates of `chat_forms.py`, and one thread for
+tensors too small to gain from two.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
 """
@@ -30,13 +31,19 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-_families, _chats = _load("families"), _load("chats")
+_families, _chats, _chat_forms = _load("families"), _load("chats"), _load("chat_forms")
 
 
 @pytest.fixture
 def families() -> ModuleType:
     """`tests/families.py`: tiny_model(name), random_model(model_type), and the tables SHARING, REFUSING, FAMILIES."""
     return _families
+
+
+@pytest.fixture(scope="session")
+def chat_forms() -> ModuleType:
+    """`tests/chat_forms.py`: chat_tokenizer(name) of each of FORMS, with a real chat template."""
+    return _chat_forms
 
 
 @pytest.fixture(scope="session")

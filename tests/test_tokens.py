@@ -173,15 +173,93 @@ def test_the_last_turn_or_all_of_them(chats: ModuleType) -> None:
 def test_a_turn_that_is_written_otherwise_when_others_follow(chats: ModuleType) -> None:
     """A template that drops what was said before: nobody could tell whose words are whose."""
     turns = [chats.say("good"), chats.user("film"), chats.say("long")]
-    dropping = "{{ m.content if loop.last else '' }}"
+    dropping = "{{ m.content if loop.last or loop.first else '' }}"
+    others = dropping.replace("loop.first", "loop.first or m.role == 'assistant'")
     backwards = "{% for m in messages | reverse %}" + chats.CHATML.partition("%}")[2]
-    for template in (chats.CHATML.replace("{{ m.content }}", dropping), backwards):
-        with pytest.raises(BadField, match="give each answer a row of its own, or a template with"):
-            tokens_of(chats.byte_level(template), pair(turns, chats.say("x")))
-    tokenizer = chats.byte_level(chats.MARKED.replace("{{ m.content }}", dropping))
-    tokens = tokens_of(tokenizer, pair(turns, chats.say("x")))
+    with pytest.raises(BadField, match="give each answer a row of its own, or a template with"):
+        tokens_of(chats.byte_level(chats.CHATML.replace("{{ m.content }}", others)), pair(turns, chats.say("x")))
+    with pytest.raises(BadField, match=r"field `prompt`.* otherwise when an answer follows"):
+        tokens_of(chats.byte_level(backwards), pair(turns, chats.say("x")))
+    with pytest.raises(BadField, match=r"field `chosen`.*'good'.*writes nothing of what the assistant says"):
+        tokens_of(chats.byte_level(chats.MARKED.replace("{{ m.content }}", dropping)), pair(turns, chats.say("x")))
+
+
+def test_an_answer_that_the_template_does_not_write(chats: ModuleType) -> None:
+    """Of a call by a template without tools, and of text by one that reads parts, no word would be learned."""
+    call = {"type": "function", "function": {"name": "tool", "arguments": {}}}
+    calls = pair([chats.say("", tool_calls=[call])], chats.say("x"))
+    with pytest.raises(BadField, match=r"field `chosen`.*writes nothing of what the assistant says"):
+        tokens_of(chats.byte_level(chats.CHATML), calls)
+    parts = chats.byte_level(
+        chats.CHATML.replace("{{ m.content }}", "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}")
+    )
+    with pytest.raises(BadField, match="writes nothing of what the assistant says"):
+        tokens_of(parts, pair([chats.say("good")], chats.say("x")))
+    part = lambda text: [{"type": "text", "text": text}]  # noqa: E731
+    asked = [{"role": "user", "content": part("hello")}]
+    tokens = tokens_of(parts, pair([chats.say(part("good"))], [chats.say(part("x"))], asked))
+    assert read(parts, tokens.prompt).endswith("hello<|im_end|>\n<|im_start|>assistant\n")
+    assert [read(parts, ids) for ids in tokens.candidates] == ["good<|im_end|>", "x<|im_end|>"]
+
+
+def test_marks_of_an_answer_and_of_its_end(chats: ModuleType) -> None:
+    """A template may mark the end of turn by itself: what it marks overlaps with the end that follows the words."""
+    mark = "{% generation %}<|im_end|>\n{% endgeneration %}"
+    template = chats.MARKED.replace("{% endif %}<|im_end|>\n", "{% endif %}" + mark)
+    turns = [chats.say("good"), chats.user("film"), chats.say("long")]
+    tokens = tokens_of(
+        chats.byte_level(
+            template.replace(
+                "{% else %}{{ m.content }}" + "{% endif %}" + mark,
+                mark + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}",
+            )
+        ),
+        pair(turns, chats.say("x")),
+    )
     learned = [i for i, counts in zip(tokens.candidates[0], tokens.learned[0], strict=True) if counts]
-    assert read(tokenizer, learned) == "<|im_end|>long<|im_end|>"  # as the template marks it
+    assert read(chats.byte_level(None), learned) == "good<|im_end|>\nlong<|im_end|>"
+
+
+MISTRAL_V3 = (
+    "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.system = m.content + '\\n\\n' %}"
+    "{% elif m.role == 'user' %}[INST] {{ ns.system if loop.last }}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_prompt_that_is_written_otherwise_when_an_answer_follows(chats: ModuleType) -> None:
+    """Mistral v0.3 writes the system's words only before a last message of the user: with an answer behind it, what
+    the prompt and the candidates share ends before the user's words, which must not be learned."""
+    tokenizer = chats.metaspace(MISTRAL_V3)
+    system = {"role": "system", "content": "call"}
+    with pytest.raises(BadField, match=r"field `prompt`.*\(the system's words in the user's message"):
+        tokens_of(tokenizer, pair([chats.say("good")], chats.say("x"), [system, chats.user("hello")]))
+    tokens = tokens_of(tokenizer, pair([chats.say("good")], chats.say("x"), [chats.user("call\n\nhello")]))
+    assert read(tokenizer, tokens.prompt) == "<s>[INST] call\n\nhello[/INST]"
+    # A call that is written without the words that the prompt has begun: they belong to no candidate.
+    calling = chats.CHATML.replace("{{ m.content }}", "{{ m.tool_calls | tojson if m.tool_calls else m.content }}")
+    call = {"type": "function", "function": {"name": "tool", "arguments": {}}}
+    begun = [*HELLO, chats.say("film")]
+    with pytest.raises(BadField, match="otherwise when an answer follows"):
+        tokens_of(chats.byte_level(calling), pair([chats.say("good")], chats.say("", tool_calls=[call]), begun))
+
+
+def test_what_marks_and_spans_leave_nothing_of(chats: ModuleType) -> None:
+    nothing = chats.MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}")
+    nothing = nothing.replace("<|im_end|>", "")
+    with pytest.raises(BadField, match="marks none of the assistant's words"):
+        tokens_of(chats.byte_level(nothing), pair([chats.say("a"), chats.user("b"), chats.say("c")], chats.say("x")))
+    row = {"prompt": "a", "completions": ["good", "film"], "rewards": [1, 0]}
+    with pytest.raises(BadField, match=r"completion_spans\[1\].*one at least that is not empty"):
+        examples.candidates("row", {**row, "completion_spans": [[[0, 1]], [[1, 1], [3, 3]]]})
+
+
+def test_halves_of_surrogate_pairs_are_no_text(chats: ModuleType) -> None:
+    tokenizer = chats.byte_level(chats.CHATML)
+    for row in (pair([chats.say("\ud800")], chats.say("x")), {"prompt": "a", "chosen": "b", "rejected": "\udfff"}):
+        with pytest.raises(BadField, match="half a surrogate pair"):
+            tokens_of(tokenizer, row)
 
 
 def test_ids_that_were_drawn_and_spans_of_text(chats: ModuleType) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from exo_fast.data.fields import BadField
+from exo_fast.data.fields import BadField, is_unicode
 from exo_fast.data.forms import Messages, Row
 
 RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
@@ -66,11 +66,7 @@ class ChatTemplate:
     @cached_property
     def tail(self) -> str:
         """What it writes after the words of an answer; empty where it cannot be asked."""
-        try:
-            text = self._apply([_message("user", PROBE), _message("assistant", PROBE)])
-        except Exception:  # a template is a program: one that refuses this conversation may take others
-            return ""
-        return text.rpartition(PROBE)[2]
+        return self._probed(PROBE)
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
@@ -78,15 +74,22 @@ class ChatTemplate:
         of a tool ends with, where that is another. Empty for a template that ends turns in plain text."""
         found = self._tokens_in(self.tail)[:1]
         call = {"type": "function", "function": {"name": PROBE, "arguments": {PROBE: PROBE}}}
-        try:
-            called = {"role": "assistant", "content": "", "tool_calls": [call]}
-            tail = self._apply([_message("user", PROBE), called]).rpartition(PROBE)[2]
-        except Exception:
-            tail = ""
-        special = self._tokens_in(tail, special=True)
+        special = self._tokens_in(self._probed("", tool_calls=[call]), special=True)
         if found and found[0] not in special:
             found += special[:1]
         return tuple(found)
+
+    def _probed(self, words: str, **more: Any) -> str:
+        """What it writes after the probe in an answer; empty where it refuses that, or writes nothing of it."""
+        for content in (str, lambda text: [{"type": "text", "text": text}]):  # which some templates read alone
+            asked = {"role": "user", "content": content("hello")}
+            try:
+                text = self._apply([asked, {"role": "assistant", "content": content(words), **more}])
+            except Exception:  # a template is a program: one that refuses this conversation may take others
+                continue
+            if PROBE in text:
+                return text.rpartition(PROBE)[2]
+        return ""
 
     def _tokens_in(self, text: str, *, special: bool = False) -> list[str]:
         """The added tokens, or only the special ones of these, that stand in `text`, in order."""
@@ -137,11 +140,18 @@ class ChatTemplate:
         whole_text = {
             key: self._text(key, _join(prompt, messages, continued), options) for key, messages in candidates.items()
         }
-        start = len(opening)
-        if not all(text.startswith(opening) for text in whole_text.values()):
-            start = self._agreed([opening, *whole_text.values()])
+        start = self._begin("prompt", prompt, opening, [*whole_text.values()], continued, options)
+        if start < 0:
+            raise BadField(
+                "prompt",
+                prompt,
+                "the chat template writes these messages otherwise when an answer follows, so that their words cannot "
+                "be told from the answer's; write them as it keeps them (the system's words in the user's message, "
+                "say), or mend the template.",
+            )
         turns = {}
         for key, text in whole_text.items():
+            self._check_written(key, prompt, candidates[key], continued, text, start, options)
             kept = text if whole else self.trimmed(text)
             spans = self._spans(key, prompt, candidates[key], kept, start, continued, options)
             turns[key] = Turn(kept[start:], spans)
@@ -171,9 +181,12 @@ class ChatTemplate:
 
     def _text(self, name: str, messages: Messages, options: dict[str, Any], **how: Any) -> str:
         try:
-            return self._apply(messages, **how, **options)
+            text = self._apply(messages, **how, **options)
         except Exception as error:  # a template is a program, which may raise anything
             raise BadField(name, messages, f"the chat template refuses it: {error}") from error
+        if not is_unicode(text):
+            raise BadField(name, messages, "half a surrogate pair, which is no character; mend or remove the row.")
+        return text
 
     def _opening(
         self, name: str, prompt: Messages, continued: bool, options: dict[str, Any], *, answer: bool = True
@@ -182,6 +195,42 @@ class ChatTemplate:
         not begin with the assistant's words) the messages alone."""
         how = {"continue_final_message": True} if continued else {"add_generation_prompt": answer}
         return self._text(name, prompt, options, **how)
+
+    def _begin(
+        self, name: str, before: Messages, opening: str, texts: list[str], continued: bool, options: dict[str, Any]
+    ) -> int:
+        """Where in `texts` the answers to the messages `before` begin, of which `opening` is the generation prompt; -1
+        where the template writes these messages otherwise when an answer follows, so that their words cannot be told
+        from the answer's."""
+        if all(text.startswith(opening) for text in texts):
+            return len(opening)
+        alone = opening if continued else self._text(name, before, options)
+        said = os.path.commonprefix([opening, alone]).rstrip()  # noqa: RUF071 - of characters
+        start = self._agreed([opening, *texts])
+        return start if start >= len(said) else -1
+
+    def _check_written(
+        self, name: str, prompt: Messages, answer: Messages, continued: bool, text: str, start: int, options: dict
+    ) -> None:
+        """Raises BadField where the template leaves out what the assistant says: with other words `text` is the same."""
+        for index, message in enumerate(answer):
+            said = message.get("content") or message.get("tool_calls")
+            if message["role"] != "assistant" or not said or (isinstance(said, str) and said.strip() in text[start:]):
+                continue
+            other = {key: value for key, value in message.items() if key != "tool_calls"}
+            other["content"] = PROBE if message.get("content") else ""
+            others = _join(prompt, [*answer[:index], other, *answer[index + 1 :]], continued)
+            try:
+                same = self._apply(others, **options) == text
+            except Exception:  # so it reads what was taken away
+                continue
+            if same:
+                raise BadField(
+                    name,
+                    message,
+                    "the chat template writes nothing of what the assistant says here, so nothing is there to learn; "
+                    "give it in a form that the template has (text, a list of parts, or no calls of tools).",
+                )
 
     def _agreed(self, texts: Sequence[str]) -> int:
         """How many characters the texts share of which the tokens are the same in all, and are whole."""
@@ -231,10 +280,13 @@ class ChatTemplate:
         except Exception as error:
             raise BadField(name, messages, f"the chat template refuses it: {error}") from error
         spans = []
-        for begin, end in places:
+        for begin, end in sorted(places):
             follows = next((token for token in self.ends if text.startswith(token, end)), "")
-            if end > start and begin < stop:
-                spans.append((max(begin, start), min(end + len(follows), stop)))
+            begin, end = max(begin, start), min(end + len(follows), stop)
+            if begin < end and spans and begin <= spans[-1][1]:  # the end of turn may be marked by itself
+                spans[-1] = (min(begin, spans[-1][0]), max(end, spans[-1][1]))
+            elif begin < end:
+                spans.append((begin, end))
         if not spans:
             raise BadField(name, messages, "the template's {% generation %} marks none of the assistant's words.")
         return spans
@@ -249,7 +301,8 @@ class ChatTemplate:
             reached = spans[-1][1] if spans else start
             begin = start
             if index > first:
-                begin = self._begin_of_turn(name, messages[:index], text, options)
+                opening = self._opening(name, messages[:index], False, options)
+                begin = self._begin(name, messages[:index], opening, [text], False, options)
             upto = self._text(name, messages[: index + 1], options)
             end = self._end_of_turn(upto, text, begin, is_last=index == len(messages) - 1)
             if not reached <= begin < end:
@@ -262,14 +315,6 @@ class ChatTemplate:
                 )
             spans.append((begin, end))
         return spans
-
-    def _begin_of_turn(self, name: str, before: Messages, text: str, options: dict) -> int:
-        """Where in `text` the answer to the messages `before` begins, -1 where the template wrote these otherwise."""
-        opening = self._opening(name, before, False, options)
-        if text.startswith(opening):
-            return len(opening)
-        said = self.trimmed(self._text(name, before, options))
-        return self._agreed([opening, text]) if text.startswith(said) else -1
 
     def _end_of_turn(self, upto: str, text: str, begin: int, *, is_last: bool) -> int:
         """Where in `text` the answer that begins at `begin` ends, -1 where that cannot be told. `upto` is what the

@@ -14,7 +14,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from exo_fast.data.fields import BadField, Missing, field_names
+from exo_fast.data.fields import BadField, Missing, field_names, is_unicode
 from exo_fast.data.forms import Row
 
 MAX_FLOAT32 = 3.4028234663852886e38
@@ -145,11 +145,13 @@ def _spans(row: Row, completions: list[str]) -> list[list[tuple[int, int]]] | No
         pairs: list[Any] = found if isinstance(found, list) else [None]
         whole = all(isinstance(p, list) and len(p) == 2 and all(type(edge) is int for edge in p) for p in pairs)
         edges = [edge for pair in pairs for edge in pair] if whole else []
-        if not edges or edges != sorted(edges) or edges[0] < 0 or edges[-1] > len(text) or edges[0] == edges[-1]:
+        ordered = edges == sorted(edges) and edges[:1] >= [0] and edges[-1:] <= [len(text)]
+        if not ordered or edges[::2] == edges[1::2]:  # all of them empty
             raise BadField(
                 f"completion_spans[{index}]",
                 found,
-                f"pairs of begin and end, in order, inside the {len(text)} characters of the completion, are needed.",
+                f"pairs of begin and end, in order, inside the {len(text)} characters of the completion, are needed, "
+                "one at least that is not empty.",
             )
     return [[(begin, end) for begin, end in found] for found in spans]
 
@@ -191,6 +193,8 @@ def _check_text(name: str, value: Any, may_be_empty: bool = False) -> None:
         raise conversation_without_template(name, value)
     if not isinstance(value, str):
         raise BadField(name, value, f"a string is needed, not {type(value).__name__}.")
+    if not is_unicode(value):
+        raise BadField(name, value, "half a surrogate pair, which is no character; mend or remove the row.")
     if not value and not may_be_empty:
         raise BadField(name, value, "an empty completion has nothing to learn from; remove the row or give its text.")
 

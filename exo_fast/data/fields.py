@@ -29,6 +29,15 @@ def short(value: Any, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether `text` has no half of a surrogate pair, which is no character and which tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def field_names(row: dict[str, Any]) -> str:
     """The names of a row's fields, the first ten of them, for an error's text."""
     names = [short(name)[1:-1] for name in list(row)[:MAX_NAMES]]

@@ -1,0 +1,228 @@
+"""Token ids of conversations beside TRL's own, for real chat templates: equal, or different for a reason that is ours.
+
+TRL tokenises a conversation whole and cuts it where the ids of the prompt and of the candidates part. Here the model
+learns what inference sees: the generation prompt as a server tokenises it, and the answer up to its end of turn. So the
+ids differ where the template writes more after the end of turn, where a token would cross the boundary, and where a
+candidate goes on with a message that the prompt has begun. Each difference is explained by the template and the
+tokenizer alone; one that is not fails the test.
+"""
+
+import random
+import re
+from collections import Counter
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+
+from exo_fast.integrations.trl import DPOTrainer, tokenize_candidates
+
+ROWS = 1000  # of each form
+TAIL = "after the end of turn"
+INSIDE = "the prompt ends inside a token"
+EDGE = "another's words end inside a token"
+LONGER = "the generation prompt is longer than what stands before an answer"
+CONTINUED = "the assistant's turn is continued"
+EQUAL = "equal"
+# The reasons that must occur, and no other: what each template does is known.
+REASONS = {
+    "chatml": {TAIL, INSIDE, EDGE, CONTINUED},
+    "llama-3": {EQUAL, CONTINUED},
+    "gemma": {TAIL},
+    "mistral": {EQUAL, INSIDE, EDGE},
+    "qwen3-thinking": {TAIL, INSIDE, CONTINUED, LONGER},
+    "qwen2.5-tools": {TAIL, INSIDE, EDGE, CONTINUED},
+    "llama-3.1-tools": {EQUAL, CONTINUED},
+}
+# What a template writes between two turns of the assistant, and whose words do not count.
+BETWEEN = {
+    "chatml": r"\n<\|im_start\|>user.*?<\|im_start\|>assistant\n",
+    "llama-3": r"<\|start_header_id\|>(?:user|ipython).*?<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
+    "gemma": r"\n<start_of_turn>user.*?<start_of_turn>model\n",
+    "mistral": r"\[INST\].*?\[/INST\]",
+}
+BETWEEN |= {"qwen3-thinking": BETWEEN["chatml"], "qwen2.5-tools": BETWEEN["chatml"]}
+BETWEEN |= {"llama-3.1-tools": BETWEEN["llama-3"]}
+NO_THOUGHT = r"(?:<think>(?:\n\n</think>\n\n)?)?"  # of Qwen3's generation prompt with enable_thinking=False
+
+Message = dict[str, Any]
+PARTS = ["the film", " was good", "The", ".", "\n", "\n\n", " ", "  ", "\t", "\r\n", "é", "日本語", "👍🏽", "\u200d",
+         "'s", "“quoted”", '"x"', "{'a': 1}", "```python\nprint(1)\n```", "# Title\n\n- one\n- two", "**bold**",
+         "a_b", "1234", "<b>", "user", "assistant", "\\n", "{{ x }}", "{% y %}", "ß", "\u0301", "\xa0", "؟", " \n",
+         "\n "]  # fmt: skip
+TOOL = {"type": "function", "function": {"name": "look", "description": "Finds “films”.",
+        "parameters": {"type": "object", "properties": {"name": {"type": "string"}}}}}  # fmt: skip
+
+
+class Conversations:
+    """Random rows of a form: prompt, chosen, rejected."""
+
+    def __init__(self, form: Any, seed: str):
+        self.form, self.random = form, random.Random(seed)
+
+    def often(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def words(self) -> str:
+        if self.often(0.05):
+            return ""
+        text = "".join(self.random.choices(PARTS, k=self.random.randint(1, 8)))
+        edge = self.random.choice(["", "", " ", "\n", "\n\n", "  "])
+        return edge + text + self.random.choice(["", "", edge])
+
+    def user(self) -> Message:
+        return {"role": "user", "content": self.words()}
+
+    def assistant(self) -> Message:
+        message = {"role": "assistant", "content": self.words()}
+        if self.form.reasoning and self.often(0.4):
+            message["reasoning_content"] = self.words()
+        elif self.form.reasoning and self.often(0.2):
+            message["content"] = f"<think>\n{self.words()}\n</think>\n\n{message['content']}"
+        return message
+
+    def called(self) -> list[Message]:
+        """A call of a tool, what it gave, and an answer."""
+        call = {"type": "function", "function": {"name": "look", "arguments": {"name": self.words()}}}
+        asked = {"role": "assistant", "content": self.words() if self.often(0.3) else "", "tool_calls": [call]}
+        return [asked, {"role": "tool", "name": "look", "content": self.words()}, self.assistant()]
+
+    def answer(self) -> list[Message]:
+        if self.form.tools and self.often(0.3):
+            return self.called()[: self.random.choice([1, 3])]
+        if self.often(0.1):
+            return [self.assistant(), self.user(), self.assistant()]
+        return [self.assistant()]
+
+    def row(self) -> dict[str, Any]:
+        prompt = [{"role": "system", "content": self.words()}] if self.form.system and self.often(0.5) else []
+        for _ in range(self.random.choice([0, 0, 1, 2, 3])):
+            prompt.append(self.user())
+            prompt += self.called() if self.form.tools and self.often(0.2) else [self.assistant()]
+        prompt.append(self.user())
+        chosen, rejected = self.answer(), self.answer()
+        if self.often(0.08) and not self.form.alternating:
+            prompt.append({"role": "assistant", "content": self.words()})
+            chosen, rejected = ([{"role": "assistant", "content": self.words()}] for _ in range(2))
+        row: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        if self.form.tools and self.often(0.7):
+            row["tools"] = [TOOL]
+        if self.form.reasoning and self.often(0.3):
+            row["chat_template_kwargs"] = {"enable_thinking": self.often(0.3)}
+        return row
+
+
+class Rows(list):
+    """As much of a data set as TRL needs, without a detour over Arrow, which would put nulls into the messages."""
+
+    def map(self, function: Any, fn_kwargs: dict[str, Any] | None = None) -> "Rows":
+        return Rows(function(dict(row), **(fn_kwargs or {})) for row in self)
+
+
+def by_trl(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    return DPOTrainer._prepare_dataset(trainer, Rows(rows), tokenizer, arguments, "train")
+
+
+class Judge:
+    """What the rule asks for, from the template and the tokenizer alone, and why TRL's ids are others."""
+
+    def __init__(self, name: str, form: Any, tokenizer: Any):
+        self.tokenizer, self.end, self.bos = tokenizer, form.end_of_turn, form.bos or ""
+        self.between = BETWEEN[name]
+        self.ends = tokenizer.convert_tokens_to_ids([form.end_of_turn, form.eos])
+
+        self.letter = self.ids("a")[0]
+
+    def ids(self, *texts: str) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    def inside(self, text: str) -> list[int]:
+        """Ids of a text behind a special token, which nothing melts with."""
+        return self.ids(self.bos + text)[0][bool(self.bos) :]
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def reasons(self, row: dict[str, Any], theirs: dict[str, Any], ours: dict[str, Any]) -> set[str]:
+        options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {}), "tokenize": False}
+        write = lambda messages, **how: self.tokenizer.apply_chat_template(messages, **how, **options)  # noqa: E731
+        thinks = options.get("enable_thinking", True)
+        between = re.compile(self.between + ("" if thinks else NO_THOUGHT), re.DOTALL)
+        prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
+        begun = prompt[-1] if prompt[-1]["role"] == "assistant" else None
+        if begun is None:
+            opening = write(prompt, add_generation_prompt=True)
+            whole = [write(prompt + answer) for answer in answers]
+        else:
+            opening = write(prompt, continue_final_message=True)
+            merged = [{**a[0], "content": begun["content"] + a[0]["content"]} for a in answers]
+            whole = [write([*prompt[:-1], m, *a[1:]]) for m, a in zip(merged, answers, strict=True)]
+        turns = [text[: text.rindex(self.end) + len(self.end)] for text in whole]
+        kept, cut = ours["prompt_ids"], [theirs["chosen_ids"], theirs["rejected_ids"]]
+        found = {CONTINUED} if begun is not None else set()
+
+        # The prompt
+        if all(text.startswith(opening) for text in whole):
+            assert kept == self.ids(opening)[0], "the prompt's ids are not those of inference"
+        else:
+            opening = self.text(kept)
+            assert all(text.startswith(opening) for text in whole), "the prompt is no beginning of all"
+            assert kept == self.ids(opening)[0], "the prompt's ids are not those of its text"
+            assert kept == theirs["prompt_ids"], "the prompt is not what all share"
+            found.add(LONGER)
+
+        # The candidates
+        for turn, text, ids, marks, other in zip(
+            turns, whole, ours["candidate_ids"], ours["candidate_masks"], cut, strict=True
+        ):
+            rest = turn[len(opening) :]
+            assert self.text(kept + ids) == turn, "the text is not what the template writes up to its end of turn"
+            assert [i in self.ends for i in ids[-2:]] in ([True], [False, True]), "not one end"
+            learned = [i for i, mark in zip(ids, marks, strict=True) if mark]
+            assert self.inside_text(learned) == between.sub("", rest), "the wrong words count"
+            edges = [len(opening), *(len(opening) + edge for m in between.finditer(rest) for edge in m.span())]
+            whole_ids, turn_ids, *upto = self.ids(text, turn, *(turn[:edge] for edge in edges))
+            inside = {edge for edge, part in zip(edges, upto, strict=True) if part != turn_ids[: len(part)]}
+            if not inside:
+                assert kept + ids == turn_ids, "the ids are not those of the text"
+            elif len(edges) == 1:
+                assert ids == self.inside(rest), "the answer is not tokenised as inside a text"
+            if begun is not None:
+                continue
+            assert theirs["prompt_ids"] + other == whole_ids
+            if turn != text:
+                assert not text[len(turn) :].strip()
+                found.add(TAIL)
+            found |= {INSIDE} if len(opening) in inside else set()
+            found |= {EDGE} if inside - {len(opening)} else set()
+        same = (kept, ours["candidate_ids"]) == (theirs["prompt_ids"], cut)
+        assert same == (not found - {LONGER}), f"TRL's ids are {'' if same else 'not '}the same, with {found}"
+        return found or {EQUAL}
+
+    def inside_text(self, ids: list[int]) -> str:
+        """The text of ids that do not stand at the beginning."""
+        return self.text([*self.letter, *ids])[1:]
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_ids_are_those_of_trl_or_differ_for_a_reason(name: str, chat_forms: ModuleType) -> None:
+    form, tokenizer = chat_forms.FORMS[name], chat_forms.chat_tokenizer(name)
+    conversations, judge = Conversations(form, name), Judge(name, form, tokenizer)
+    rows = [conversations.row() for _ in range(ROWS)]
+    counts: Counter[str] = Counter()
+    for index, (row, theirs) in enumerate(zip(rows, by_trl(rows, tokenizer), strict=True)):
+        ours = tokenize_candidates(row, tokenizer)
+        try:
+            counts.update(judge.reasons(row, theirs, ours))
+        except AssertionError as error:
+            raise AssertionError(f"{name}, row {index}: {error}: {row}") from error
+    print(
+        f"\n{name}: {ROWS:,} rows of which",
+        *(f"  {count:,} {reason}" for reason, count in counts.most_common()),
+        sep="\n",
+    )
+    assert set(counts) == REASONS[name]
