@@ -67,6 +67,9 @@ class ScorerConfig(InferenceConfig):
         "module:function, called as function(prompts, completions) with two lists of strings; it returns a list of "
         "numbers. The current directory is searched first.",
     )
+    tokenizer: str | None = _field(
+        None, "For conversations with --function: a model whose tokenizer has a chat template. Others have their own."
+    )
     reward_at: Literal["auto", "before_end", "end"] = _field(
         "auto",
         "Where a reward model or classifier is read: at the last token before EOS or the end of the turn, as exo-fast "
@@ -74,7 +77,7 @@ class ScorerConfig(InferenceConfig):
     )
     max_seq_len: int = _field(512, "Longest prompt plus completion, in tokens; what is too long is cut on the left.")
 
-    scorer_fields: ClassVar[tuple[str, ...]] = (*SCORERS, "reward_at")
+    scorer_fields: ClassVar[tuple[str, ...]] = (*SCORERS, "tokenizer", "reward_at")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +88,9 @@ class ScorerConfig(InferenceConfig):
             )
         if given[0] != "function":
             check_model_name(self, given[0])
+            self._need(self.tokenizer is None, "tokenizer", f"{given[0]} has its own; leave it out.")
+        elif self.tokenizer is not None:
+            check_model_name(self, "tokenizer")
         self._need(self.max_seq_len >= 2, "max_seq_len", "at least 2 tokens are needed.")
 
 
@@ -175,8 +181,10 @@ class FunctionScorer(Scorer):
     """A Python function of the user's. Another version of its module, or of the file that it stands in, counts as
     another scorer; so does another batch size: batches are stored as they are, and it may look at all of one."""
 
-    def __init__(self, name: str, batch_size: int):
+    def __init__(self, config: ScorerConfig):
+        name = config.function
         self.label = f"function={name!r}"
+        self.tokenizer = None if config.tokenizer is None else load_tokenizer(config, config.tokenizer)
         self.function = _import_function(name)
         source = hashlib.sha256()
         # The module too: what a decorator returns stands in the decorator's file, and an object in none.
@@ -189,7 +197,7 @@ class FunctionScorer(Scorer):
             "scorer": "function",
             "function": name,
             "source": source.hexdigest(),
-            "batch_size": batch_size,
+            "batch_size": config.batch_size,
         }
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -216,7 +224,7 @@ class FunctionScorer(Scorer):
 def load_scorer(config: ScorerConfig) -> Scorer:
     """The scorer that a configuration names. Raises InputError where there is none, or none that works."""
     kind = next(name for name in SCORERS if getattr(config, name))
-    return FunctionScorer(config.function, config.batch_size) if kind == "function" else ModelScorer(config, kind)
+    return FunctionScorer(config) if kind == "function" else ModelScorer(config, kind)
 
 
 def plan_batches(
