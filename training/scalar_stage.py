@@ -80,6 +80,8 @@ class Kind:
 class ScalarTrainer(StageTrainer):
     """Saves a whole model at the end, also where adapters were trained: a scalar model is there to be loaded."""
 
+    saves_whole_model = True
+
     def __init__(self, *args: Any, load: Callable[[], nn.Module], **kwargs: Any):
         self._load = load  # the model as it was before it got adapters
         self.layout: dict[str, Any] = {}

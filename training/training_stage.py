@@ -74,6 +74,8 @@ def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     set_seed(config.seed)
     output = Path(config.output_dir)
     locks.hold(output)
+    if config.process_index == 0:
+        publish.warn_of_logging_dir(config.report_to)
     checkpoint, summary = _found(config)
     if config.process_index == 0:
         if summary is not None:
@@ -350,6 +352,7 @@ def train(
     `about()` gives the stage's own entries of the summary, and `closing(summary)` a line or more for the terminal.
     Raises Stopped after a SIGTERM, when a checkpoint is saved, and RunError where training cannot go on.
     """
+    trainer.check_room()
     with trainer.watch.signals():
         output = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.watch.stopping:
@@ -361,7 +364,7 @@ def train(
     evaluated = _evaluated_at(trainer.state.log_history, trainer.state.global_step)
     if trainer.eval_dataset is not None and (config.load_best_model_at_end or not evaluated):
         trainer.evaluate()
-    trainer.save_state()
+    _or_warn("trainer_state.json", trainer.save_state)
     summary = {
         "stage": config.stage,
         "config": config.to_dict(),
@@ -381,15 +384,21 @@ def train(
         "command": run_facts.command_line(),
         "warnings": config.warnings,
     }
-    samples = _samples(trainer)
+    samples = _or_warn("samples", lambda: run_facts.take_samples(trainer))  # a collective call
     if config.process_index == 0:
         ran = machine.describe()
         summary |= {"machine": ran["machine"], "commit": ran["commit"]}
-        summary["data_files"] = run_facts.data_files(find_splits(config))
+        summary["data_files"] = _or_warn("data_files", lambda: run_facts.data_files(find_splits(config))) or {}
         if samples is not None:
-            run_facts.write_samples(Path(config.output_dir), samples)
+            _or_warn(run_facts.SAMPLES, lambda: run_facts.write_samples(Path(config.output_dir), samples))
         content = json.dumps(summary, indent=2, default=str) + "\n"
-        write_file(Path(config.output_dir), "summary.json", content.encode())  # it says that the run is finished
+        try:
+            write_file(Path(config.output_dir), "summary.json", content.encode())  # it says that the run is finished
+        except OSError as error:
+            raise RunError(
+                f"the training is finished and the model saved in {config.output_dir}, but summary.json could not be "
+                f"written there: {error.strerror or error}."
+            ) from error
         seconds = summary["train_seconds"]
         print(f"{summary['steps']} steps in {seconds:.0f} s; the model is in {config.output_dir}", flush=True)
         print(closing(summary), flush=True)
@@ -397,13 +406,12 @@ def train(
     return summary
 
 
-def _samples(trainer: StageTrainer) -> dict[str, Any] | None:
-    """What the trained model makes of a few rows, for the report; a collective call. None, and a warning, where that
-    fails: the model is saved already."""
+def _or_warn(what: str, value: Callable[[], Any]) -> Any:
+    """What `value` gives; None, and a warning, where it fails: the model is saved already."""
     try:
-        return run_facts.take_samples(trainer)
+        return value()
     except Exception as error:
-        logger.warning(f"the report has no samples: {type(error).__name__}: {error}")
+        logger.warning(f"{what}: not written, or not in the report: {type(error).__name__}: {error}")
         return None
 
 
