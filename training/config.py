@@ -29,6 +29,7 @@ from exo_fast.training.paths import user_path
 from exo_fast.training.precision import PRECISION_HELP, resolve
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+TEMPERATURES = 1e-6, 1e6  # the least and the largest
 SEQUENCE_PARALLEL_CORES = ("sdpa", "flex_attention")
 # Fields of alignment whose default a preset may replace: None until it is known whether one does.
 AFTER_PRESETS = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "tiled_mlp": False}
@@ -65,6 +66,15 @@ TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
     "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "publishing": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token"),
 }
+
+
+def temperature_problem(temperature: float) -> str | None:
+    """What is needed of a sampling temperature, in words; None where it is that.
+
+    Logits are divided by it in float32: a smaller one makes them infinite, a larger one all the same.
+    """
+    least, largest = TEMPERATURES
+    return None if least <= temperature <= largest else f"a number from {least} to {largest:.0e} is needed"
 
 
 def _field(default: Any, help: str) -> Any:
