@@ -10,9 +10,9 @@ The model runs inside `transformers`' own `generate`: the draw is a logits proce
 finite score, which greedy decoding then picks.
 
 Only tokens that exist are drawn. A model's vocabulary may be larger than its tokenizer's (embeddings padded to a round
-number, ids left out), and an id without a token is no text: such ids are masked before everything else, so what is drawn
-from is the model's softmax renormalised over the others. (`exo-fast logprobs` gives log-probs under the model's own
-softmax, over all ids.)
+number, ids left out), and an id without a token is no text: such ids are masked before everything else, so completions
+are drawn from the model's softmax renormalised over the others. (`exo-fast logprobs` gives log-probs under the model's
+own softmax, over all ids.)
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from exo_fast.training.inference import (
     load_tokenizer,
     start_processes,
 )
-from exo_fast.training.loading import check_fits_model, from_pretrained, is_adapter
+from exo_fast.training.loading import check_fits_model, from_pretrained, is_adapter, merge_advice
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 
@@ -497,7 +497,7 @@ def _check_vllm(config: GenerateConfig, num_processes: int) -> None:
     elif num_processes > 1:
         problem = "vLLM starts processes of its own; run this stage without a launcher."
     elif is_adapter(config.model_name_or_path):
-        problem = "needs a whole model; merge the adapter first (merge_and_unload) and save it."
+        problem = f"needs a whole model; merge the adapter first: {merge_advice(config.model_name_or_path)}"
     config._need(problem is None, "engine", problem or "")
 
 

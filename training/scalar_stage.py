@@ -1,6 +1,7 @@
 """What `exo-fast reward-model` and `exo-fast classifier` have in common, from the data to the saved model."""
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import logging
 
+from exo_fast.training import checkpoints
 from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
-from exo_fast.training.loading import check_fits_model
+from exo_fast.training.loading import check_fits_model, merge_adapter
 from exo_fast.training.module import TrainedModule
+from exo_fast.training.saving import save_model
 from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
 from exo_fast.training.scalar_module import RewardModule, RowCollator, RowDataset, settle_layout, tokenize_rows
 from exo_fast.training.trainer import StageTrainer
@@ -28,6 +32,7 @@ from exo_fast.training.training_stage import (
     training_scope,
 )
 
+logger = logging.get_logger(__name__)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -103,15 +108,21 @@ class ScalarTrainer(StageTrainer):
             self._merge_adapter(Path(output_dir or self.args.output_dir))
 
     def _merge_adapter(self, directory: Path) -> None:
-        from peft import PeftModel
-
         unset_hf_deepspeed_config()  # with ZeRO-3 all processes would have to load together, into shards
         try:
-            merged = PeftModel.from_pretrained(self._load(), directory).merge_and_unload()
+            merged = merge_adapter(self._load(), str(directory))
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".merged-") as folder:
+                save_model(merged, None, Path(folder))
+                checkpoints.replace_files(Path(folder), directory)
+        except Exception as error:
+            logger.warning(
+                f"{directory}: holds the trained adapter, which could not be merged into its base: "
+                f"{type(error).__name__}: {error}"
+            )
+            return
         finally:
             if self.is_deepspeed_enabled:
                 set_hf_deepspeed_config(self.args.hf_deepspeed_config)
-        merged.save_pretrained(directory)
         for name in ADAPTER_FILES:
             (directory / name).unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 COLOURS = {"red": 31, "green": 32, "yellow": 33}
 
 _results: TextIO | None = None  # where results go; None: nobody asked for them
-_stdout: "_Sturdy | None" = None  # what stdout is written through, once it is sturdy
+_stdout: _Sturdy | None = None  # what stdout is written through, once it is sturdy
 
 
 class _Sturdy(io.FileIO):
