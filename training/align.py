@@ -23,6 +23,7 @@ from exo_fast.training.trainer import AlignTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
+    check_lora,
     find_splits,
     load_causal_lm,
     load_tokenizer,
@@ -49,6 +50,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     sources = find_splits(config)
     tokenizer = load_tokenizer(config)
     check_models(config)
+    check_lora(config, "CAUSAL_LM")
     examples = read_data(config, sources, tokenizer)
     datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=config.num_contrastive)
     if config.process_index == 0:

@@ -224,6 +224,11 @@ class TrainConfig(TrainingArguments):
         return self.world_size // getattr(self, "sequence_parallel", 1)
 
     @property
+    def global_batch(self) -> int:
+        """How many rows an optimizer step is of."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
+
+    @property
     def data_parallel_rank(self) -> int:
         """Which of them this is; the processes of one sequence-parallel group have the same."""
         return self.process_index // getattr(self, "sequence_parallel", 1)

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from exo_fast.training import checkpoints
 from exo_fast.training.config import TrainConfig, _field
 from exo_fast.training.errors import InputError
-from exo_fast.training.loading import check_fits_model, merge_adapter
+from exo_fast.training.loading import SCALAR_TASK, check_fits_model, merge_adapter
 from exo_fast.training.module import TrainedModule
 from exo_fast.training.saving import save_model
 from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
@@ -23,6 +23,8 @@ from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
+    check_batches,
+    check_lora,
     find_splits,
     load_tokenizer,
     model_options,
@@ -145,6 +147,7 @@ def train_scalar(
     if finished is not None:
         return finished
     tokenizer = pad_with_eos(load_tokenizer(config))
+    check_lora(config, SCALAR_TASK)
     datasets = {}
     for name, source in find_splits(config).items():
         rows, labels = zip(*map(to_row, load(source, tokenizer=tokenizer)), strict=True)
@@ -158,6 +161,7 @@ def train_scalar(
         )
     if config.load_best_model_at_end and "eval" not in datasets:
         raise InputError("load_best_model_at_end=True: needs held-out data; set eval_data, or put test.json beside.")
+    check_batches(config, len(datasets["train"]))
     counts = [data.counts for data in datasets.values()]
     check_fits_model(
         config,
@@ -182,7 +186,7 @@ def train_scalar(
         model = load_model()
         if config.disable_dropout:
             switch_off_dropout(model)
-        module = kind.module(add_lora(config, model, "SEQ_CLS"))
+        module = kind.module(add_lora(config, model, SCALAR_TASK))
         collate = kind.collator(tokenizer.pad_token_id)
         trainer = ScalarTrainer(module, config, datasets, tokenizer, collate, load=load_model)
 

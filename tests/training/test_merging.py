@@ -192,7 +192,8 @@ def test_an_adapter_of_a_larger_vocabulary(tiny_llama: str, tmp_path: Path) -> N
     base.resize_token_embeddings(20)
     lora = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
     noisy(get_peft_model(base, lora)).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    with pytest.raises(InputError, match=r"does not fit its base .*\[20, 32\]\) from checkpoint.*resize_token_embeddings"):
+    message = r"does not fit its base .*\[20, 32\]\) from checkpoint.*resize_token_embeddings"
+    with pytest.raises(InputError, match=message):
         merge_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), str(tmp_path / "adapter"))
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     base.resize_token_embeddings(20)
