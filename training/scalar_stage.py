@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from exo_fast.training import checkpoints
 from exo_fast.training.config import TrainConfig, _field
-from exo_fast.training.errors import InputError
 from exo_fast.training.loading import SCALAR_TASK, check_fits_model, merge_adapter
 from exo_fast.training.module import TrainedModule
 from exo_fast.training.saving import save_model
@@ -50,6 +49,7 @@ class ScalarConfig(TrainConfig):
     )
     metric_for_best_model: str | None = _field("accuracy", "What load_best_model_at_end compares: accuracy or loss.")
 
+    best_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
         **TrainConfig.field_groups,
         "evaluation, logging, checkpoints": (
@@ -58,19 +58,6 @@ class ScalarConfig(TrainConfig):
             "metric_for_best_model",
         ),
     }
-
-    def _check_fields(self) -> None:
-        super()._check_fields()
-        self._need(
-            self.metric_for_best_model in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss is needed."
-        )
-        if self.load_best_model_at_end:
-            self._need(
-                self.eval_strategy != "no" and self.save_strategy in (self.eval_strategy, "best"),
-                "save_strategy",
-                f"load_best_model_at_end needs a checkpoint at each evaluation: give save_strategy the value of "
-                f"eval_strategy ({self.eval_strategy!r}), or best.",
-            )
 
 
 @dataclass(frozen=True)
@@ -159,8 +146,6 @@ def train_scalar(
             description=f"tokenising ({name})",
             progress=config.process_index == 0 and not config.disable_tqdm,
         )
-    if config.load_best_model_at_end and "eval" not in datasets:
-        raise InputError("load_best_model_at_end=True: needs held-out data; set eval_data, or put test.json beside.")
     check_batches(config, len(datasets["train"]))
     counts = [data.counts for data in datasets.values()]
     check_fits_model(

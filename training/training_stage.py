@@ -209,6 +209,9 @@ def find_splits(config: TrainConfig) -> dict[str, Source]:
         if held_out is not None:
             sources["eval"] = held_out
     if "eval" not in sources:
+        for name, value in (("load_best_model_at_end", True), ("save_strategy", "best")):
+            if getattr(config, name) == value:
+                raise InputError(f"{name}={value!r}: needs held-out data; set eval_data, or put test.json beside.")
         config.eval_strategy, config.do_eval = IntervalStrategy.NO, False
     return sources
 
