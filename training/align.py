@@ -33,6 +33,7 @@ from exo_fast.training.training_stage import (
     train,
     training_scope,
 )
+from exo_fast.validate import LARGEST
 
 
 def align(config: AlignConfig) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     check_lora(config, "CAUSAL_LM")
     examples = read_data(config, sources, tokenizer)
     datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=config.num_contrastive)
+    check_rewards(config, datasets)
     if config.process_index == 0:
         print(data_table(datasets, config.max_seq_len, config.max_gen_len), flush=True)
         if config.preset:
@@ -87,6 +89,17 @@ def read_data(
     """The checked rows of each split; conversations become text through the tokenizer's chat template."""
     options = {"loss_type": config.loss_type, "num_contrastive": config.num_contrastive, "tokenizer": tokenizer}
     return {name: load_examples(source, **options) for name, source in sources.items()}
+
+
+def check_rewards(config: AlignConfig, datasets: dict[str, GroupDataset]) -> None:
+    """Raises InputError where rewards are too large to be divided by beta_r."""
+    if config.loss_type.endswith("-rw"):
+        largest = max(float(dataset.rewards.abs().max()) for dataset in datasets.values())
+        if largest / config.beta_r > LARGEST:
+            raise InputError(
+                f"beta_r={config.beta_r!r}: rewards of up to {largest:.3g} divided by it are infinite in float32; give "
+                "beta_r the size of the differences between rewards."
+            )
 
 
 def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len: int) -> str:

@@ -7,6 +7,7 @@ transformers elsewhere. Everything is checked when the object is made, so a wron
 
 import copy
 import math
+import multiprocessing
 import os
 import re
 import time
@@ -310,7 +311,7 @@ class TrainConfig(TrainingArguments):
         """Raises InputError where the optimizer or the schedule cannot be made, by making both for one number."""
         from transformers import Trainer, get_scheduler
 
-        optim = getattr(self.optim, "value", self.optim)
+        self.optim = optim = getattr(self.optim, "value", self.optim)
         for part, reason in REFUSED_OPTIMIZERS.items():
             self._need(part not in optim, "optim", f"it {reason}; use adamw_torch or another.")
         takes_modules = optim.startswith(("galore", "apollo"))
@@ -322,8 +323,8 @@ class TrainConfig(TrainingArguments):
             same = not self.optim_args or options == Trainer.get_optimizer_cls_and_kwargs(plain, torch.nn.Module())[1]
             made = None if takes_modules else kind([torch.nn.Parameter(torch.zeros(1))], **options)
         except Exception as error:  # each optimizer and each package that is missing has its own
-            text = str(error) or type(error).__name__
-            raise InputError(f"optim={optim!r}: {text}{self._suspects({'optim': optim}, text)}") from error
+            given = "" if self.optim_args is None else f", optim_args={self.optim_args!r}"
+            raise InputError(f"optim={optim!r}{given}: {str(error) or type(error).__name__}") from error
         self._need(not self.optim_args or not same, "optim_args", f"optim {optim} takes none of them.")
         if made is None:
             return
@@ -371,6 +372,25 @@ class TrainConfig(TrainingArguments):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 is needed.")
         for name in ("eval_delay", "dataloader_num_workers"):
             need(getattr(self, name) >= 0, name, "a number of at least 0 is needed.")
+        need(
+            not self.dataloader_persistent_workers or self.dataloader_num_workers > 0,
+            "dataloader_persistent_workers",
+            "needs dataloader_num_workers above 0.",
+        )
+        contexts = multiprocessing.get_all_start_methods()
+        need(
+            self.dataloader_multiprocessing_context in (None, *contexts),
+            "dataloader_multiprocessing_context",
+            f"one of {', '.join(contexts)} is needed.",
+        )
+        need(
+            self.dataloader_multiprocessing_context is None or self.dataloader_num_workers > 0,
+            "dataloader_multiprocessing_context",
+            "needs dataloader_num_workers above 0.",
+        )
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        need(not (self.ddp_backend and alone), "ddp_backend", "needs several processes (torchrun --nproc-per-node).")
+        need(self.ddp_timeout >= 1, "ddp_timeout", "at least 1 second is needed.")
         need((self.save_total_limit or 0) >= 0, "save_total_limit", "at least 1 is needed, or 0 to keep all.")
         for strategy, name in (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps")):
             steps = getattr(self, name)

@@ -91,7 +91,7 @@ BAD_VALUES = {
     "no room": ({"max_seq_len": 64, "max_gen_len": 64}, "max_seq_len=64: must be larger than max_gen_len=64"),
     "no completion": ({"max_gen_len": 0}, "max_gen_len=0: at least 1"),
     "beta_pi": ({"beta_pi": 0.0}, "beta_pi=0.0: a positive number"),
-    "beta_r nan": ({"beta_r": float("nan")}, "beta_r=nan: a positive number"),
+    "beta_r nan": ({"beta_r": float("nan")}, "beta_r=nan: a finite number"),
     "temperature": ({"temperature": -1.0}, "temperature=-1.0: a number from 1e-06 to 1e"),
     "smoothing of rewards": ({"loss_type": "exo-rw", "label_smoothing": 0.1}, "label_smoothing=0.1: exo-rw takes"),
     "smoothing too large": ({"label_smoothing": 1.0}, r"label_smoothing=1.0: a number in \[0, 1\)"),

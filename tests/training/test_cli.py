@@ -359,3 +359,18 @@ def test_a_disk_that_is_full_under_stdout_is_said(tmp_path: Path) -> None:
         )
     assert done.returncode == 1
     assert done.stderr == "exo-fast: what it printed is not all written: No space left on device\n"
+
+
+def test_warnings_that_a_run_listens_to_are_shown_as_ever(tmp_path: Path) -> None:
+    body = (
+        "from exo_fast.training import run_facts\n"
+        "import logging\n"
+        "def main(argv):\n"
+        "    with run_facts.heard_warnings() as heard:\n"
+        "        logging.getLogger('exo_fast.mine').warning('a warning of ours')\n"
+        "        logging.getLogger('transformers').warning('one of transformers')\n"
+        "    print(heard)\n"
+    )
+    done = run_mine(tmp_path, body, "mine")
+    assert done.stdout == "{'a warning of ours': 1, 'one of transformers': 1}\n"
+    assert done.stderr.count("a warning of ours") == done.stderr.count("one of transformers") == 1
