@@ -261,7 +261,7 @@ def test_errors(settings: Settings, tmp_path: Path, tiny_llama: str) -> None:
         reward_model(RewardModelConfig(**settings(data=str(tmp_path / "other"))))
     with pytest.raises(InputError, match="save_strategy='no': the best model is known by a checkpoint"):
         RewardModelConfig(**settings(load_best_model_at_end=True))
-    with pytest.raises(InputError, match="metric_for_best_model='f1': accuracy or loss is needed"):
+    with pytest.raises(InputError, match="metric_for_best_model='f1': one of accuracy, loss is needed"):
         RewardModelConfig(**settings(metric_for_best_model="f1"))
     alone = settings(data=str(tmp_path / "train.json"), load_best_model_at_end=True, save_strategy="epoch")
     with pytest.raises(InputError, match="load_best_model_at_end=True: needs held-out data"):
