@@ -173,7 +173,8 @@ def _output_layer(causal_lm: Any) -> Any:
         raise ValueError(
             f"the lm_head is under an adapter ({kind}), so its weight alone does not give the logits. "
             "Take 'lm_head' out of target_modules, or train it in full with "
-            "modules_to_save=['lm_head'], or merge the adapter first (merge_and_unload)."
+            "modules_to_save=['lm_head'], or merge the adapter first (merge_and_unload; a head that is tied to the "
+            "input embedding has to get a weight of its own before)."
         )
     if kind.startswith("deepspeed.module_inject.") and kind not in _AUTOTP_SLICES:
         raise ValueError(

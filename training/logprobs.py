@@ -2,7 +2,9 @@
 
 No logits of the whole vocabulary are kept, and a prompt is run once for its completions where the model can share it.
 The token ids that were drawn are scored where the data has them, so that with the settings of `exo-fast generate` the
-result is the log-prob under the distribution that they were drawn from.
+result is the log-prob under the distribution that they were drawn from: the model's own softmax, over its whole
+vocabulary. (Where that has ids without a token, `exo-fast generate` never draws them, and what it draws from is that
+softmax renormalised over the others.)
 """
 
 import functools
@@ -25,7 +27,7 @@ from exo_fast.layout import Group, check_sharing, model_inputs, pack, plan_mask
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.masks import neighbours_hint
 from exo_fast.reference import sequence_logps
-from exo_fast.training.config import _field
+from exo_fast.training.config import _field, temperature_problem
 from exo_fast.training.data.examples import load_samples
 from exo_fast.training.data.groups import EXAMPLES_PER_CALL, cut_left, encoded
 from exo_fast.training.errors import InputError, not_its_own
@@ -94,7 +96,7 @@ def sequence_log_probs(
 
     Args:
         model: a causal LM in eval mode.
-        temperature: divides the logits.
+        temperature: divides the logits; a positive number.
         progress: words before the progress bar, None for no bar.
         batch_size: groups that run together.
         share_prompt: None asks `can_share_prompts`.
@@ -202,7 +204,8 @@ examples:
     def __post_init__(self) -> None:
         super().__post_init__()
         check_model_name(self)
-        self._need(self.temperature > 0, "temperature", "a positive number is needed.")
+        problem = temperature_problem(self.temperature)
+        self._need(problem is None, "temperature", f"{problem}.")
         self._need(self.max_gen_len >= 1, "max_gen_len", "at least 1 token is needed.")
         self._need(
             self.max_seq_len > self.max_gen_len,

@@ -19,6 +19,7 @@ from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
+    check_lora,
     find_splits,
     load_causal_lm,
     load_tokenizer,
@@ -98,6 +99,7 @@ def sft(config: SftConfig) -> dict[str, Any]:
         return finished
     sources = find_splits(config)
     tokenizer = load_tokenizer(config)
+    check_lora(config, "CAUSAL_LM")
     examples = {name: load_sft(source, tokenizer=tokenizer, learn=config.learn) for name, source in sources.items()}
     datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=1)
     if config.process_index == 0:

@@ -38,9 +38,10 @@ from transformers import DefaultFlowCallback, EvalPrediction, PreTrainedTokenize
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from exo_fast.training import checkpoints, elastic, non_finite, processes, publish
+from exo_fast.training import checkpoints, elastic, non_finite, processes, publish, saving
 from exo_fast.training.config import AlignConfig, TrainConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
+from exo_fast.training.data.records import first_line
 from exo_fast.training.data.sampler import EvaluationBatches, GlobalBatches, Repeated, order_by_length, random_order
 from exo_fast.training.deepspeed import undo_first_step
 from exo_fast.training.errors import RunError
@@ -83,6 +84,8 @@ class StageTrainer(Trainer):
     Batches carry `index` (R,) and `weights` (R,) float32 of their R rows and `num_tokens` () long.
     """
 
+    saves_whole_model = False  # at the end, also where adapters were trained
+
     def __init__(
         self,
         module: TrainedModule,
@@ -97,6 +100,7 @@ class StageTrainer(Trainer):
         self._checkpoint: tuple[int, Path] | None = None  # the last one written or read, after its step
         self._writing_to: str | None = None  # in place of the output directory, while a checkpoint is written
         use_cache = getattr(module.config, "use_cache", None)
+        saving.check_can_be_saved(module.model, tokenizer)
         super().__init__(
             module,
             config,
@@ -113,6 +117,7 @@ class StageTrainer(Trainer):
         self.step_batches: list[non_finite.MicroBatch] = []  # of the optimizer step that is under way
         self._last_step: tuple[Any, float | None] = (None, None)  # its gradient norm and learning rate
         self._guard = non_finite.GradientGuard()
+        publish.keep_trackers_harmless(self.callback_handler.callbacks)
         self.watch = RunWatch(self)
         self.add_callback(self.watch)
         self._reset_interval()
@@ -163,6 +168,7 @@ class StageTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             generator=torch.Generator().manual_seed(self.args.seed),
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
 
     # Loss and metrics
@@ -438,6 +444,18 @@ class StageTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._writing_to or super()._get_output_dir(trial)
 
+    def check_room(self) -> None:
+        """Raises RunError, in every process, where the model that training will end with has no room."""
+        output = Path(self.args.output_dir)
+        total, trained = self._bytes()
+        needed = total if self.saves_whole_model or not self.model.is_peft else trained
+        free = shutil.disk_usage(output).free
+        if processes.from_first(free < needed):
+            raise RunError(
+                f"output_dir={str(output)!r}: the trained model needs about {needed / 1e6:,.1f} MB, and "
+                f"{free / 1e6:,.1f} MB are free; make room, or name another directory."
+            )
+
     def _check_space(self, output: Path) -> None:
         """Raises RunError, in every process and before anything is written, where a checkpoint has no room."""
         before = checkpoints.numbered(output)
@@ -449,12 +467,18 @@ class StageTrainer(Trainer):
 
     def _estimated_bytes(self) -> int:
         """Of a checkpoint: the model, and for what is trained float32 weights and two moments."""
+        total, _ = self._bytes()
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
+        return (0 if self.model.is_peft else total) + 12 * trained
+
+    def _bytes(self) -> tuple[int, int]:
+        """Of all weights, and of those that are trained."""
         total = trained = 0
         for parameter in self.model.parameters():
-            count = getattr(parameter, "ds_numel", parameter.numel())
-            total += count * parameter.element_size()
-            trained += count * parameter.requires_grad
-        return (0 if self.model.is_peft else total) + 12 * trained
+            size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            total += size
+            trained += size * parameter.requires_grad
+        return total, trained
 
     def _unwritten(self, output: Path, name: str, problem: str) -> str:
         whole = checkpoints.numbered(output)
@@ -472,13 +496,23 @@ class StageTrainer(Trainer):
                 exclude_frozen_parameters=self.model.is_peft
             )
         if output_dir is None:  # the end of the run: files that others read are replaced in one step each
-            output = Path(self.args.output_dir)
-            with checkpoints.unfinished(output, "model") as folder:
+            self._save_at_the_end(Path(self.args.output_dir), state_dict)
+        else:
+            self._save(output_dir, state_dict)
+
+    def _save_at_the_end(self, output: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Raises RunError, in every process, where the weights have no room."""
+        problem = None
+        with checkpoints.unfinished(output, "model") as folder:
+            try:
                 self._save(str(folder / "model"), state_dict)
                 if self.args.should_save:
                     checkpoints.replace_files(folder / "model", output)
-        else:
-            self._save(output_dir, state_dict)
+            except (OSError, SafetensorError) as error:
+                free = shutil.disk_usage(output).free
+                problem = f"{first_line(error)}; {free / 1e6:,.1f} MB are free"
+        if (problem := processes.from_first(problem)) is not None:
+            raise RunError(self._unwritten(output, "the trained model", problem))
 
     # exo_fast.training.publish uploads, and less than the Trainer would: no optimizer states, no logs.
 
@@ -489,12 +523,12 @@ class StageTrainer(Trainer):
         """Nothing: it would upload what is still being written."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         if state_dict is not None:
             state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        with self._inner_model():
-            super()._save(output_dir, state_dict)
-        # The Trainer's pickle of its arguments; the configuration is in summary.json.
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        saving.save_model(self.model.model, self.processing_class, folder, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._inner_model():

@@ -277,9 +277,9 @@ def test_errors(settings: Settings, tmp_path: Path, tiny_llama: str) -> None:
     (tmp_path / "other" / "train.json").write_text(json.dumps([{"text": "the film", "label": "pos"}]))
     with pytest.raises(InputError, match=r"line 1.*the row has text, label; add `prompt`"):
         reward_model(RewardModelConfig(**settings(data=str(tmp_path / "other"))))
-    with pytest.raises(InputError, match="save_strategy='no': load_best_model_at_end needs a checkpoint"):
+    with pytest.raises(InputError, match="save_strategy='no': the best model is known by a checkpoint"):
         RewardModelConfig(**settings(load_best_model_at_end=True))
-    with pytest.raises(InputError, match="metric_for_best_model='f1': accuracy or loss is needed"):
+    with pytest.raises(InputError, match="metric_for_best_model='f1': one of accuracy, loss is needed"):
         RewardModelConfig(**settings(metric_for_best_model="f1"))
     alone = settings(data=str(tmp_path / "train.json"), load_best_model_at_end=True, save_strategy="epoch")
     with pytest.raises(InputError, match="load_best_model_at_end=True: needs held-out data"):
@@ -315,3 +315,17 @@ def test_batches_of_similar_length_train_too(settings: Settings) -> None:
     assert reward_model(RewardModelConfig(**options))["steps"] == 2
     data = tokenized(options["model_name_or_path"], make_pairs(3, seed=0))
     assert data.lengths().tolist() == [max(map(len, data[i]["ids"])) for i in range(3)]
+
+
+def test_an_adapter_that_cannot_be_merged_at_the_end_is_kept(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise InputError("the logits of 16 tokens differ")
+
+    monkeypatch.setattr("exo_fast.training.scalar_stage.merge_adapter", refuse)
+    options = settings(lora_r=2, engine="torch", max_steps=1)
+    summary = reward_model(RewardModelConfig(**options))
+    assert summary["steps"] == 1
+    assert Path(options["output_dir"], "adapter_model.safetensors").is_file()
+    assert any("could not be merged into its base" in text for text in summary["warnings"])
