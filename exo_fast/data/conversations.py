@@ -212,7 +212,7 @@ class ChatTemplate:
     def _check_written(
         self, name: str, prompt: Messages, answer: Messages, continued: bool, text: str, start: int, options: dict
     ) -> None:
-        """Raises BadField where the template leaves out what the assistant says: with other words `text` is the same."""
+        """Raises BadField where the template leaves out what the assistant says: other words give the same `text`."""
         for index, message in enumerate(answer):
             said = message.get("content") or message.get("tool_calls")
             if message["role"] != "assistant" or not said or (isinstance(said, str) and said.strip() in text[start:]):
