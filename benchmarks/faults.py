@@ -1,13 +1,15 @@
 """Whether training survives what clusters do to it: processes killed at any moment, checkpoints damaged, disks full.
 
-    python -m exo_fast.benchmarks.faults [--kills 50] [--markdown docs/reliability.md]
+    python -m exo_fast.benchmarks.faults [--kills 60] [--markdown docs/reliability.md]
 
-The trainings are those of `consistency`, tiny Llamas in two processes, saved every second step. A killed training is
-started again by the same command until it ends, and must then have the bits of one that nobody disturbed (`KINDS`, one
-with dropout among them, so that random states count). Half of the kills come at a random moment, half while a
-checkpoint is being written; some end one process only, as a crash would. Each damage (`DAMAGES`) is done to the newest
-checkpoint of a training that was stopped half-way: it must be noticed, and the training go on from the checkpoint
-before and end with the same bits, or refuse with an error that says why.
+The trainings are tiny Llamas on the data of `consistency`, in two processes: four epochs of four steps, saved every
+second step, evaluated after every epoch, most with dropout, so that random states count (`KINDS`). A killed training is
+started again by the same command until it ends, and must then have the bits and the log (every loss, every evaluation)
+of one that nobody disturbed. The kills come in turn in an evaluation, which at an epoch's end comes after the
+checkpoint, between two epochs, while a checkpoint is being written, and at a random moment (`PLACES`); some end one
+process only, as a crash would. Each damage (`DAMAGES`) is done to the newest checkpoint of a training that was stopped
+half-way: it must be noticed, and the training go on from the checkpoint before and end with the same bits, or refuse
+with an error that says why.
 
 The exit status is 1 when something did not hold.
 """
@@ -26,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +44,56 @@ from exo_fast.training import checkpoints
 
 OUTPUT = machine.REPOSITORY / "benchmarks" / "results" / "faults.json"
 EXAMPLES = """examples:
-  python -m exo_fast.benchmarks.faults                                   50 kills, all damages
+  python -m exo_fast.benchmarks.faults                                   60 kills, all damages
   python -m exo_fast.benchmarks.faults --kills 200 --seed 7
   python -m exo_fast.benchmarks.faults --markdown docs/reliability.md    also rewrite the tables of that page
 """
-PROCESSES, EPOCHS, SAVE_STEPS = 2, 1, 2
+PROCESSES, GLOBAL_BATCH, EPOCHS, SAVE_STEPS = 2, 16, 4, 2  # an epoch is four steps, the last of 5 of the 53 groups
+DROPOUT, LORA_DROPOUT = {"disable_dropout": False}, {"lora_r": 4, "lora_dropout": 0.2}
 KINDS: dict[str, dict[str, Any]] = {
-    "ZeRO 2": {"zero_stage": 2},
-    "ZeRO 3": {"zero_stage": 3},
-    "ZeRO 1, LoRA with dropout": {"zero_stage": 1, "lora_r": 4, "lora_dropout": 0.2},
-    "ZeRO 2, bf16, accumulation": {
-        "zero_stage": 2,
-        "bf16": True,
-        "gradient_accumulation_steps": 3,
-        "num_train_epochs": 3,  # of five steps each
-    },
-    "no DeepSpeed": {"engine": "torch"},
+    "ZeRO 2 with dropout": {"zero_stage": 2, **DROPOUT},
+    "ZeRO 3": {"zero_stage": 3, "logging_strategy": "epoch"},
+    "ZeRO 1, LoRA with dropout": {"zero_stage": 1, **LORA_DROPOUT},
+    "ZeRO 2, LoRA with dropout": {"zero_stage": 2, **LORA_DROPOUT, "eval_strategy": "steps", "eval_steps": 2},
+    "ZeRO 2, bf16, accumulation": {"zero_stage": 2, "bf16": True, "gradient_accumulation_steps": 4},
+    "no DeepSpeed, with dropout": {"engine": "torch", **DROPOUT},
 }
+PLAIN = "ZeRO 2 with dropout"  # of the trainings that are damaged, or kept from their disk
+# Where a kill comes. Of the first two: calls of StageTrainer's methods that a process does not survive.
+PLACES: dict[str, tuple[tuple[str, int], ...]] = {
+    "evaluation": tuple(("prediction_step", call) for call in range(1, 5)),  # two to an evaluation
+    "boundary": (("evaluate", 1), ("evaluate", 2), ("_run_epoch", 2), ("_finalize_training", 1)),
+    "writing": (),
+    "any": (),
+}
+TIMES = ("runtime", "per_second", "peak_memory_mb")  # how names in the log end that no two runs share
 WATCH_SECONDS = 60
+PAGE = 4096  # bytes; files take whole ones
 
 
 class Broken(AssertionError):
     """Something did not hold. The message says what."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training has made: its weights, and the entries of its log without times."""
+
+    weights: dict[str, torch.Tensor]
+    log: list[dict[str, Any]]
+
+    def evaluated(self) -> list[int]:
+        """The steps at which it was evaluated."""
+        return [entry["step"] for entry in self.log if "eval_loss" in entry]
+
+
+def write_inputs(folder: Path) -> None:
+    """Those of `consistency`, whose models get dropout in their attention (of the probabilities; off by default)."""
+    folder.mkdir()
+    consistency.write_inputs(folder)
+    for head in consistency.HEADS:
+        path = folder / head / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.2}))
 
 
 class Training:
@@ -72,22 +102,24 @@ class Training:
     def __init__(self, folder: Path, inputs: Path, kind: str, **changes: Any):
         self.folder, self.output = folder, folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
+        accumulation = KINDS[kind].get("gradient_accumulation_steps", 1)
         options = {
             **consistency.settings(inputs, "tied", "full", "unused", engine="deepspeed"),
             "output_dir": str(self.output),
             "reference_cache_dir": str(folder / "reference"),
-            "per_device_train_batch_size": 2,
+            "per_device_train_batch_size": GLOBAL_BATCH // PROCESSES // accumulation,
             "num_train_epochs": EPOCHS,
             "save_strategy": "steps",
             "save_steps": SAVE_STEPS,
-            "eval_strategy": "no",
+            "logging_steps": 3,  # so that entries of the log are of steps before and after a kill
             **KINDS[kind],
             **changes,
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(options))
 
-    def start(self, processes: int = PROCESSES) -> Team:
-        return Team(["align", "--config", str(self.folder / "recipe.yaml")], self.folder / "log", processes)
+    def start(self, processes: int = PROCESSES, deaths: dict[int, tuple[str, int]] | None = None) -> Team:
+        """Start it. `deaths` are the calls that processes do not survive (exo_fast.benchmarks.teams)."""
+        return Team(["align", "--config", str(self.folder / "recipe.yaml")], self.folder / "log", processes, deaths)
 
     def finish(self, processes: int = PROCESSES) -> Team:
         """Start it and wait for its end, which must be a good one."""
@@ -103,10 +135,17 @@ class Training:
         settings = other.output / "settings.json"  # names directories of this one
         settings.write_text(settings.read_text().replace(str(self.folder), str(other.folder)))
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights it saved at its end."""
+    def result(self) -> Result:
+        """What it saved at its end."""
         adapter = self.output / "adapter_model.safetensors"
-        return load_file(adapter if adapter.exists() else self.output / "model.safetensors")
+        weights = load_file(adapter if adapter.exists() else self.output / "model.safetensors")
+        entries = json.loads((self.output / "trainer_state.json").read_text())["log_history"]
+        log = [
+            {name: value for name, value in entry.items() if not name.endswith(TIMES)}
+            for entry in entries
+            if "train_runtime" not in entry  # the last, which is of the last start
+        ]
+        return Result(weights, log)
 
     def newest(self) -> Path | None:
         return next(iter(checkpoints.numbered(self.output)), None)
@@ -119,33 +158,45 @@ def last_words(said: str, lines: int = 3) -> str:
     return " / ".join(said.strip().splitlines()[-lines:])[-600:]
 
 
-def check_same(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """Raises Broken unless both have the same bits."""
-    if found.keys() != right.keys():
+def check_same(found: Result, right: Result) -> None:
+    """Raises Broken unless both have the same bits and the same log."""
+    if found.weights.keys() != right.weights.keys():
         raise Broken("other tensors were saved")
-    for name, tensor in right.items():
-        if not torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)):
-            raise Broken(f"{name} has other bits, the largest difference is {(found[name] - tensor).abs().max():.1e}")
+    for name, tensor in right.weights.items():
+        other = found.weights[name]
+        if not torch.equal(other.view(torch.uint8), tensor.view(torch.uint8)):
+            raise Broken(f"{name} has other bits, the largest difference is {(other - tensor).abs().max():.1e}")
+    check_evaluated(found, right)
+    for ours, theirs in zip(found.log, right.log, strict=False):
+        if ours != theirs:
+            names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+            raise Broken(f"the log of step {theirs['step']} has other values: {', '.join(names[:3])}")
+    if len(found.log) != len(right.log):
+        raise Broken(f"the log has {len(found.log)} entries where {len(right.log)} are right")
+
+
+def check_evaluated(found: Result, right: Result) -> None:
+    """Raises Broken unless both were evaluated at the same steps."""
+    if found.evaluated() != right.evaluated():
+        raise Broken(f"it was evaluated at steps {found.evaluated()} where {right.evaluated()} are right")
 
 
 # Kills
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kill:
-    """One kill, and what the start after it said."""
+    """One kill: where it came, and whether to all processes."""
 
-    kind: str
-    while_writing: bool
-    newest: str | None  # checkpoint at that moment
+    place: str
     all_processes: bool
 
 
-def undisturbed(folder: Path, inputs: Path, kind: str) -> tuple[dict[str, torch.Tensor], float]:
-    """The weights of a training that nobody disturbed, and its seconds."""
+def undisturbed(folder: Path, inputs: Path, kind: str) -> tuple[Result, float]:
+    """The result of a training that nobody disturbed, and its seconds."""
     training, begun = Training(folder, inputs, kind), time.monotonic()
     training.finish()
-    return training.weights(), time.monotonic() - begun
+    return training.result(), time.monotonic() - begun
 
 
 def kills(folder: Path, inputs: Path, kind: str, count: int, rng: random.Random, bar: Any) -> dict[str, Any]:
@@ -158,44 +209,52 @@ def kills(folder: Path, inputs: Path, kind: str, count: int, rng: random.Random,
         training = Training(folder / f"training-{trainings}", inputs, kind)
         while True:
             before = training.newest()
-            team = training.start()
-            wanted = _kill(training, team, kind, seconds, rng) if len(done) < count else None
+            if len(done) == count:
+                team, kill = training.start(), None
+            else:
+                team, kill = _start_and_kill(training, list(PLACES)[len(done) % len(PLACES)], seconds, rng)
             statuses = team.wait()
             _check_resumed(team.said(), before)
-            if wanted is None:
+            if kill is None:
                 if any(statuses):
                     raise Broken(f"the start after kill {len(done)} ended with {statuses}: {last_words(team.said())}")
                 break
-            done.append(wanted)
+            done.append(kill)
             bar.update()
-        check_same(training.weights(), right)
+        check_same(training.result(), right)
         shutil.rmtree(training.folder)
     return {
         "kind": kind,
         "kills": len(done),
-        "while_writing": sum(kill.while_writing for kill in done),
+        **{place: sum(kill.place == place for kill in done) for place in PLACES},
         "one_process": sum(not kill.all_processes for kill in done),
         "trainings": trainings,
         "seconds_undisturbed": round(seconds, 1),
     }
 
 
-def _kill(training: Training, team: Team, kind: str, seconds: float, rng: random.Random) -> Kill | None:
-    """Kill at a moment of chance; None when the training ended before it came."""
-    if rng.random() < 0.5:
-        times = rng.randint(1, 4)
-        for _ in range(times):
-            if not _wait_for(team, lambda: not training.is_writing()) or not _wait_for(team, training.is_writing):
-                return None
-        time.sleep(rng.uniform(0, 0.05))
-    else:
+def _start_and_kill(training: Training, place: str, seconds: float, rng: random.Random) -> tuple[Team, Kill | None]:
+    """Start a training and kill it there; None when it ended before."""
+    ranks = range(PROCESSES) if rng.random() < 0.7 else [rng.randrange(PROCESSES)]
+    kill = Kill(place, len(ranks) == PROCESSES)
+    if PLACES[place]:
+        call = rng.choice(PLACES[place])
+        team = training.start(deaths=dict.fromkeys(ranks, call))
+        team.wait()
+        return team, kill if team.died() else None
+    team = training.start()
+    if place == "any":
         _wait_for(team, lambda: False, rng.uniform(0, 1.2 * seconds))
+    else:
+        for _ in range(rng.randint(1, 4)):
+            if not _wait_for(team, lambda: not training.is_writing()) or not _wait_for(team, training.is_writing):
+                return team, None
+        time.sleep(rng.uniform(0, 0.05))
     if not team.alive():
-        return None
-    newest = training.newest()
-    every = rng.random() < 0.7
-    team.kill(None if every else [rng.randrange(PROCESSES)])
-    return Kill(kind, training.is_writing(), newest.name if newest else None, every)
+        return team, None
+    writing = training.is_writing()
+    team.kill(ranks)
+    return team, replace(kill, place="writing" if writing else "any")
 
 
 def _wait_for(team: Team, happened: Callable[[], bool], seconds: float = WATCH_SECONDS) -> bool:
@@ -219,24 +278,25 @@ def _check_resumed(said: str, before: Path | None) -> None:
 
 def resized(folder: Path, inputs: Path, kind: str) -> dict[str, Any]:
     """Trainings stopped half-way in two processes and continued by one and by four; the row of the table."""
-    same = {"lora_dropout": 0.0}  # other processes would draw other random numbers
+    same = {"lora_dropout": 0.0, "disable_dropout": True}  # other processes would draw other random numbers
     training = Training(folder / "undisturbed", inputs, kind, **same)
     training.finish()
-    right, row = training.weights(), {"kind": kind.removesuffix(" with dropout")}
+    right, row = training.result(), {"kind": kind.removesuffix(" with dropout").rstrip(",")}
     template = stopped_halfway(folder / "template", inputs, kind, **same)
     for processes in (1, 4):
         place = folder / f"by-{processes}"
-        per_process = 2 * PROCESSES // processes
-        training = Training(place, inputs, kind, **same, per_device_train_batch_size=per_process)
+        cut = {"per_device_train_batch_size": GLOBAL_BATCH // processes, "gradient_accumulation_steps": 1}
+        training = Training(place, inputs, kind, **same, **cut)
         template.copy_to(training)
         newest = training.newest()
         said = training.finish(processes).said()
         if f"continuing from {newest}" not in said:
             raise Broken(f"{processes} processes did not continue from {newest.name}: {last_words(said)}")
-        found = training.weights()
+        found = training.result()
+        check_evaluated(found, right)
         row[f"by {processes}"] = max(
-            ((found[name].double() - right[name].double()).norm() / right[name].double().norm()).item()
-            for name in right
+            ((found.weights[name].double() - tensor.double()).norm() / tensor.double().norm()).item()
+            for name, tensor in right.weights.items()
         )
         if not row[f"by {processes}"] <= consistency.LIMITS["bf16" if KINDS[kind].get("bf16") else "fp32"]:
             raise Broken(f"continued by {processes} processes, weights differ by {row[f'by {processes}']:.1e}")
@@ -336,11 +396,11 @@ def stopped_halfway(folder: Path, inputs: Path, kind: str, **changes: Any) -> Tr
     return training
 
 
-def damage(template: Training, inputs: Path, name: str, right: dict, rng: random.Random) -> dict[str, Any]:
+def damage(template: Training, inputs: Path, name: str, right: Result, rng: random.Random) -> dict[str, Any]:
     """Do one damage to a copy of a stopped training, start it, and see what becomes of it; the row of the table."""
     folder = template.folder.with_name("damaged")
     shutil.rmtree(folder, ignore_errors=True)
-    training = Training(folder, inputs, "ZeRO 2")
+    training = Training(folder, inputs, PLAIN)
     template.copy_to(training)
     newest, before = checkpoints.numbered(training.output)[:2]
     pattern, act = DAMAGES[name]
@@ -355,7 +415,7 @@ def damage(template: Training, inputs: Path, name: str, right: dict, rng: random
         raise Broken(f"it did not continue from {before.name}: {last_words(said)}")
     if list(folder.rglob("payload-has-run")) or Path("payload-has-run").exists():
         raise Broken("the payload has run")
-    check_same(training.weights(), right)
+    check_same(training.result(), right)
     return {"damage": name, "noticed": passed_over.split("cannot be continued from: ", 1)[1], "then": "the one before"}
 
 
@@ -376,12 +436,12 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def full_disk(folder: Path, inputs: Path, right: dict, size_mb: float, *, while_writing: bool) -> dict[str, Any]:
+def full_disk(folder: Path, inputs: Path, right: Result, size_mb: float, *, while_writing: bool) -> dict[str, Any]:
     """A training on a disk that has room for two and a half checkpoints, or fills up while the third is written."""
     name = "disk fills up while a checkpoint is written" if while_writing else "disk full before a checkpoint"
     room = 50 * size_mb if while_writing else 2.5 * size_mb
     with small_disk(folder, room) as disk:
-        training = Training(disk, inputs, "ZeRO 2")
+        training = Training(disk, inputs, PLAIN)
         team = training.start()
         if while_writing:
             there = lambda: len(checkpoints.numbered(training.output)) >= 2 and training.is_writing()  # noqa: E731
@@ -403,7 +463,7 @@ def full_disk(folder: Path, inputs: Path, right: dict, size_mb: float, *, while_
         again = training.finish()
         if f"continuing from {whole[0]}" not in again.said():
             raise Broken(f"with room again it did not continue from {whole[0].name}")
-        check_same(training.weights(), right)
+        check_same(training.result(), right)
         noticed = error.split(" (", 1)[1].split("); ", 1)[0]
         return {"damage": name, "noticed": noticed, "then": f"an error; with room, {whole[0].name}"}
 
@@ -422,7 +482,7 @@ def unwritable(folder: Path, inputs: Path) -> dict[str, Any]:
     """An output directory on a file system that is mounted read-only."""
     with small_disk(folder, 1) as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        training = Training(folder.with_name("unwritable-training"), inputs, "ZeRO 2", output_dir=str(disk / "run"))
+        training = Training(folder.with_name("unwritable-training"), inputs, PLAIN, output_dir=str(disk / "run"))
         team = training.start()
         if not any(team.wait()) or "cannot be written" not in team.said():
             raise Broken(f"no error that says so: {last_words(team.said())}")
@@ -432,7 +492,7 @@ def unwritable(folder: Path, inputs: Path) -> dict[str, Any]:
 
 def occupied(folder: Path, inputs: Path) -> dict[str, Any]:
     """A second run to a directory that one writes to."""
-    training = Training(folder, inputs, "ZeRO 2", num_train_epochs=1000)
+    training = Training(folder, inputs, PLAIN, num_train_epochs=1000)
     first = training.start()
     _wait_for(first, lambda: training.newest() is not None)
     second = training.start()
@@ -444,9 +504,9 @@ def occupied(folder: Path, inputs: Path) -> dict[str, Any]:
     return {"damage": "a second run to the same output_dir", "noticed": "the first one's lock", "then": "an error"}
 
 
-def asked_to_stop(folder: Path, inputs: Path, right: dict) -> dict[str, Any]:
+def asked_to_stop(folder: Path, inputs: Path, right: Result) -> dict[str, Any]:
     """SIGTERM in the middle."""
-    training = Training(folder, inputs, "ZeRO 2")
+    training = Training(folder, inputs, PLAIN)
     team = training.start()
     _wait_for(team, lambda: training.newest() is not None)
     team.terminate()
@@ -456,7 +516,7 @@ def asked_to_stop(folder: Path, inputs: Path, right: dict) -> dict[str, Any]:
     saved = training.newest()
     if f"continuing from {saved}" not in training.finish().said():
         raise Broken(f"it did not continue from {saved.name}")
-    check_same(training.weights(), right)
+    check_same(training.result(), right)
     return {"damage": "SIGTERM", "noticed": f"{saved.name} was saved, exit status 0", "then": saved.name}
 
 
@@ -474,8 +534,7 @@ def measure(
     """Rows of kills, continuations in another number of processes, and damages (by default all); a row that did not
     hold has `broken`, why."""
     inputs = folder / "inputs"
-    inputs.mkdir()
-    consistency.write_inputs(inputs)
+    write_inputs(inputs)
     rng = random.Random(seed)
     killed, resizes, damages = [], [], []
     for index, kind in enumerate(kinds):
@@ -486,9 +545,10 @@ def measure(
         place = folder / f"resized-{index}"
         resizes.append(_held({"kind": kind}, lambda p=place, k=kind: resized(p, inputs, k)))
         bar.update()
-    right, _ = undisturbed(folder / "undisturbed", inputs, "ZeRO 2")
-    template = stopped_halfway(folder / "template", inputs, "ZeRO 2")
-    size_mb = checkpoints.size(template.newest()) / 1e6
+    right, _ = undisturbed(folder / "undisturbed", inputs, PLAIN)
+    template = stopped_halfway(folder / "template", inputs, PLAIN)
+    sizes = [path.stat().st_size for path in template.newest().rglob("*") if path.is_file()]
+    size_mb = sum(-(-size // PAGE) * PAGE for size in sizes) / 1e6
     found: dict[str, Callable[[], dict]] = {
         name: lambda n=name: damage(template, inputs, n, right, rng) for name in DAMAGES
     } | {
@@ -514,18 +574,20 @@ def _held(about: dict, case: Callable[[], dict]) -> dict:
 
 
 def kills_table(results: dict) -> str:
-    header = ["training", "kills", "while a checkpoint was written", "of one process", "trainings", "final weights"]
-    lines = [
-        [
-            row["kind"],
-            *(str(row[name]) for name in ("kills", "while_writing", "one_process", "trainings")),
-            "same bits",
-        ]
-        if "broken" not in row
-        else [row["kind"], "", "", "", "", f"**{row['broken']}**"]
-        for row in results["kills"]
-    ]
-    return f"{markdown(header, lines)}\n\n{_from(results)}"
+    columns = {
+        "kills": "kills",
+        "evaluation": "in an evaluation",
+        "boundary": "between two epochs",
+        "writing": "while a checkpoint was written",
+        "one_process": "of one process",
+        "trainings": "trainings",
+    }
+    lines = []
+    for row in results["kills"]:
+        why = row.get("broken")
+        cells = ["" if why else str(row[name]) for name in columns]
+        lines.append([row["kind"], *cells, f"**{why}**" if why else "same bits, same log"])
+    return f"{markdown(['training', *columns.values(), 'at the end'], lines)}\n\n{_from(results)}"
 
 
 def resized_table(results: dict) -> str:
@@ -560,7 +622,7 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="how many, over all kinds [%(default)s]")
+    parser.add_argument("--kills", type=int, default=60, metavar="N", help="how many, over all kinds [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the damages [%(default)s]")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help="results as JSON [%(default)s]")
     parser.add_argument("--markdown", type=Path, metavar="PAGE", help="rewrite the tables of this page")

@@ -18,7 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from exo_fast.positions import by_text
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,20 @@ class Head:
     tied: bool = False  # the weight is also the input embedding
     process_group: Any = None  # whose ranks hold a slice of the vocabulary each
 
+    def multiplied(self, hidden: Tensor) -> Tensor:
+        """`hidden` in the dtype in which the lm_head multiplies it: the weight's. Mamba's final states are float32 in a
+        bf16 model, for one. Under torch.autocast as it is: there both operands are cast, the fused losses' too."""
+        return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
+
 
 # What a model does to `lm_head(hidden)`, by model type: nothing …
 # fmt: off
 _PLAIN = frozenset({
-    "apertus", "arcee", "bloom", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "gemma", "glm", "glm4",
-    "gpt2", "gpt_neox", "gpt_oss", "hunyuan_v1_dense", "llama", "mamba", "ministral", "ministral3",
-    "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
-    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "apertus", "arcee", "bloom", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "falcon_mamba", "gemma",
+    "glm", "glm4", "gpt2", "gpt_neox", "gpt_oss", "hunyuan_v1_dense", "llama", "mamba", "mamba2",
+    "ministral", "ministral3", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+    "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+    "stablelm", "starcoder2",
 })
 # fmt: on
 # … a factor …
@@ -111,13 +120,16 @@ def _numbers(config: Any, model_type: str) -> tuple[float, float | None]:
     return scale, softcap
 
 
-def final_hidden(model: nn.Module, **inputs: Any) -> Tensor:
-    """(B, T, D): what the model feeds its lm_head, with no logits computed and no key-value cache kept.
+def final_hidden(model: nn.Module, *, text_lengths: Tensor | None = None, **inputs: Any) -> Tensor:
+    """(B, T, D): the states that the model's lm_head reads, with no logits computed and no key-value cache kept.
 
     `inputs` are those of the model's forward: input_ids (B, T), attention_mask, position_ids …; `model` is a
-    transformers causal LM or a `PeftModel` around one (its adapters stay in effect).
+    transformers causal LM or a `PeftModel` around one (its adapters stay in effect). `text_lengths` (B, T), which
+    `exo_fast.masks.model_inputs` gives where it matters: the tokens of each token's text (`exo_fast.positions`).
     """
-    return decoder(model)(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    base = decoder(model)
+    with by_text(base, text_lengths):
+        return base(**inputs, use_cache=False, return_dict=True).last_hidden_state
 
 
 def decoder(model: nn.Module) -> Any:
@@ -161,7 +173,8 @@ def _output_layer(causal_lm: Any) -> Any:
         raise ValueError(
             f"the lm_head is under an adapter ({kind}), so its weight alone does not give the logits. "
             "Take 'lm_head' out of target_modules, or train it in full with "
-            "modules_to_save=['lm_head'], or merge the adapter first (merge_and_unload)."
+            "modules_to_save=['lm_head'], or merge the adapter first (merge_and_unload; a head that is tied to the "
+            "input embedding has to get a weight of its own before)."
         )
     if kind.startswith("deepspeed.module_inject.") and kind not in _AUTOTP_SLICES:
         raise ValueError(

@@ -13,10 +13,10 @@ batches map onto the same three lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from exo_fast.head import Head, decoder, read_head
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.masks import MaskPlan, model_inputs, plan_mask
+from exo_fast.positions import LengthRules, by_text, length_class
 from exo_fast.validate import INTEGERS, check_devices, check_tensor
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MaskPlan",
     "Packed",
     "SharingReport",
+    "check_neighbours",
     "check_sharing",
     "from_padded",
     "model_inputs",
@@ -77,6 +79,11 @@ class Group:
                 if not any(marks):
                     raise ValueError(f"Group.learned[{k}] marks no token: at least one must count.")
 
+    def some(self, which: Sequence[int]) -> Group:
+        """A group of these candidates."""
+        learned = None if self.learned is None else [self.learned[k] for k in which]
+        return Group(self.prompt, [self.completions[k] for k in which], learned)
+
     def tokens(self) -> int:
         """Tokens of the group in a row that shares the prompt."""
         return len(self.prompt) + sum(map(len, self.completions))
@@ -102,6 +109,7 @@ def pack(
     share_prompt: bool = True,
     row_length: int | None = None,
     pad_token_id: int = 0,
+    by_length: LengthRules = (),
 ) -> Packed:
     """Lay groups out in rows.
 
@@ -109,7 +117,8 @@ def pack(
     `row_length` tokens by first-fit decreasing. `row_length` defaults to the longest group: a dense mask
     and attention cost T² a row, so longer rows pay only where FlexAttention skips what is masked.
     share_prompt=False: one right-padded row `[prompt][candidate]` for each sequence. The order of `source`,
-    `targets` and `cu_seqlens` is that of the input.
+    `targets` and `cu_seqlens` is that of the input. `by_length` (of a `MaskPlan`): candidates to whose lengths the
+    model's rotary embedding gives other positions do not share; each run of like ones has the prompt before it.
 
     Raises ValueError when there is no group, when one does not fit into `row_length`, and for ids that are none.
     """
@@ -121,7 +130,11 @@ def pack(
     if len(groups) == 0:
         raise ValueError("groups is empty: at least one group is needed.")
     # An unshared batch is the same thing with one candidate a group and one group a row.
-    blocks = groups if share_prompt else [alone for group in groups for alone in _one_by_one(group)]
+    blocks: list[Group] | tuple[Group, ...] = groups
+    if not share_prompt:
+        blocks = [group.some([k]) for group in groups for k in range(len(group.completions))]
+    elif by_length:
+        blocks = [block for group in groups for block in _of_like_length(group, by_length)]
     sizes = [block.tokens() for block in blocks]
     longest = max(sizes)
     if row_length is None:
@@ -176,12 +189,6 @@ def pack(
     )
 
 
-def _one_by_one(group: Group) -> Iterator[Group]:
-    """A group of one candidate for each of the group's."""
-    for k, completion in enumerate(group.completions):
-        yield Group(group.prompt, [completion], None if group.learned is None else [group.learned[k]])
-
-
 def _marks(group: Group) -> Iterator[bool]:
     """Whether each token of the prompt (none) and of the candidates counts."""
     yield from [False] * len(group.prompt)
@@ -189,6 +196,13 @@ def _marks(group: Group) -> Iterator[bool]:
         yield from [True] * (group.tokens() - len(group.prompt))
     else:
         yield from (bool(mark) for marks in group.learned for mark in marks)
+
+
+def _of_like_length(group: Group, rules: LengthRules) -> list[Group]:
+    """The group in runs of candidates that can share the prompt."""
+    classes = [length_class(rules, len(group.prompt) + len(ids)) for ids in group.completions]
+    runs = groupby(range(len(classes)), key=classes.__getitem__)
+    return [group.some(list(run)) for _, run in runs]
 
 
 def _as_ids(tokens: list[int]) -> Tensor:
@@ -279,7 +293,7 @@ def from_padded(
 
 @dataclass(frozen=True)
 class SharingReport:
-    """What `check_sharing` measured. Differences are shared minus unshared log-probs, in nats."""
+    """What `check_sharing` or `check_neighbours` measured. Differences are of log-probs, in nats."""
 
     ok: bool
     reason: str = ""  # why not; empty when ok
@@ -318,22 +332,25 @@ def check_sharing(
         atol = 0.15 if half and not upcast else 1e-4
     tensors = dict(chain(base.named_parameters(), base.named_buffers())) if upcast else {}
     weights = {name: t.float() for name, t in tensors.items() if t.is_floating_point()}
+    if upcast:
+        head = replace(head, weight=head.weight.float())
 
     def token_logps(packed: Packed) -> Tensor:
         inputs = model_inputs(
             packed,
             plan,
-            dtype=torch.float32 if upcast else head.weight.dtype,
+            dtype=head.weight.dtype,
             device=head.weight.device,
             attn_implementation=base.config._attn_implementation,
         )
-        hidden = torch.func.functional_call(base, weights, (), {**inputs, "use_cache": False}).last_hidden_state
+        with by_text(base, inputs.pop("text_lengths", None)):
+            hidden = torch.func.functional_call(base, weights, (), {**inputs, "use_cache": False}).last_hidden_state
         source, targets = packed.source.to(hidden.device), packed.targets.to(hidden.device)
         return linear_logprobs(
-            hidden.reshape(-1, hidden.shape[-1])[source],
-            head.weight.to(hidden.dtype),
+            head.multiplied(hidden.flatten(0, 1)[source]),
+            head.weight,
             targets,
-            bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            bias=head.bias,
             scale=head.scale,
             softcap=head.softcap,
             process_group=head.process_group,
@@ -349,23 +366,37 @@ def check_sharing(
     ):
         expected = token_logps(unshared)
         try:
-            found = token_logps(pack(groups, row_length=two_to_a_row))
+            found = token_logps(pack(groups, row_length=two_to_a_row, by_length=plan.by_length))
         except Exception as error:
             if plan.known or isinstance(error, torch.OutOfMemoryError):
                 raise
             return SharingReport(ok=False, reason=f"its forward does not take the mask: {error!r}", atol=atol)
+    return compared(found, expected, unshared.cu_seqlens, atol, "shared and unshared prompts give different log-probs")
+
+
+def check_neighbours(
+    token_logps: Callable[[list[Group]], Tensor], shortest: Group, longest: Group, *, atol: float
+) -> SharingReport:
+    """Whether a group's log-probs are its own: of `shortest` alone and beside `longest`.
+
+    `token_logps` runs a batch of groups as a run does and gives the log-probs (N,) of their tokens, in eval mode and
+    without gradients. Meant for models of which `exo_fast.masks.neighbours_hint` has something to say.
+    """
+    expected = token_logps([shortest])
+    found = token_logps([shortest, longest])[: len(expected)]
+    bounds = _boundaries(torch.tensor([len(ids) for ids in shortest.completions]))
+    return compared(found, expected, bounds, atol, "a group has other log-probs beside a longer one than alone")
+
+
+def compared(found: Tensor, expected: Tensor, cu_seqlens: Tensor, atol: float, problem: str) -> SharingReport:
+    """The report of two times the same tokens' log-probs (N,); `problem` says what it means that they differ."""
     difference = (found - expected).double()
-    boundaries = torch.nn.functional.pad(difference.cumsum(0), (1, 0))[unshared.cu_seqlens.long()]
+    boundaries = torch.nn.functional.pad(difference.cumsum(0), (1, 0))[cu_seqlens.long()]
     token_rms = difference.square().mean().sqrt().item()
     sequence_max = boundaries.diff().abs().max().item()
     ok = token_rms <= atol  # False for NaN
-    reason = (
-        ""
-        if ok
-        else f"shared and unshared prompts give different log-probs: rms {token_rms:.1e} nats a token where "
-        f"{atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
-    )
-    return SharingReport(ok=ok, reason=reason, token_rms=token_rms, sequence_max=sequence_max, atol=atol)
+    numbers = f"rms {token_rms:.1e} nats a token where {atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
+    return SharingReport(ok, "" if ok else f"{problem}: {numbers}", token_rms, sequence_max, atol)
 
 
 def shortened(group: Group, plan: MaskPlan) -> Group:

@@ -3,7 +3,7 @@
 Definitions and sources: `exo_fast.reference`. Closed-form gradient: `exo_fast.groups`. Schedules: `exo_fast.backends`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ def group_loss(
     beta_pi: float = 0.1,
     beta_r: float = 0.1,
     label_smoothing: float | None = None,
+    ties: Literal["error", "share"] = "error",
     reduction: str = "mean",
 ) -> Tensor:
     """EXO or DPO loss of groups of K candidates from their sequence log-probs (arXiv 2402.00856).
@@ -39,22 +40,29 @@ def group_loss(
     Args:
         policy_logps: (G, K) sequence log-probs under the policy, in nats; differentiable.
         ref_logps: (G, K) the same under the reference.
-        rewards: (G, K) a finite number for each candidate. `*-pref` uses only which one is highest.
+        rewards: (G, K) a finite number for each candidate, in a floating dtype (of integers or booleans pass
+            `rewards.float()`). `*-pref` uses only which one is highest.
         loss_type: exo-pref, exo-rw, dpo-pref or dpo-rw.
         beta_pi: coefficient of the log-ratio, r = beta_pi · (policy − reference).
         beta_r: temperature of the rewards in `*-rw` targets, softmax(reward / beta_r).
         label_smoothing: ε of the `*-pref` targets, 1 − ε for the best candidate and ε / (K − 1) for each other.
             Default 1e-3 for EXO, which needs ε > 0, and 0 for dpo-pref.
+        ties: what `*-pref` does where m candidates share the highest reward. "error" refuses the group; "share" gives
+            (1 − ε) / m to each of them and ε / (K − m) to each other, and 1 / K to each where all K are tied. For
+            `*-rw` a tie is nothing special.
         reduction: mean over groups, sum, or none for (G,).
 
     Raises:
-        ValueError: a wrong shape, dtype or number, a non-finite reward, or a tie for the highest in `*-pref`.
+        ValueError: a wrong shape, dtype or number, a non-finite reward, or with ties="error" a tie for the highest in
+            `*-pref`.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is not known; choose mean, sum or none")
     check_tensor("policy_logps", policy_logps)
     check_floating("policy_logps", policy_logps)
-    smoothing = check_groups(tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
+    smoothing = check_groups(
+        tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, ties
+    )
     check_devices("policy_logps", policy_logps.device, ref_logps=ref_logps, rewards=rewards)
     losses = reference.group_loss(
         policy_logps,
@@ -80,6 +88,7 @@ def linear_group_loss(
     beta_pi: float = 0.1,
     beta_r: float = 0.1,
     label_smoothing: float | None = None,
+    ties: Literal["error", "share"] = "error",
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -98,7 +107,8 @@ def linear_group_loss(
             (pinned, where a CUDA graph is captured) chunks are cut at group boundaries without a wait for the GPU; on
             the GPU, whose values the host does not know, one pass is made when all N rows fit the memory budget, else
             two.
-        ref_logps, rewards: (G, K) float; see `group_loss`, also for loss_type, beta_pi, beta_r and label_smoothing.
+        ref_logps, rewards: (G, K) float; see `group_loss`, also for loss_type, beta_pi, beta_r, label_smoothing
+            and ties.
         bias: (V,) or None. scale, softcap: see `exo_fast.logprobs.linear_logprobs`.
         memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU). A group whose
             rows do not fit makes the ones beyond it again; less memory costs time, never correctness.
@@ -121,7 +131,7 @@ def linear_group_loss(
     check_tensor("weight", weight)
     hidden, weight = autocast_operands(hidden, weight)
     part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
-    smoothing = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing)
+    smoothing = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, ties)
     check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}")
@@ -172,6 +182,7 @@ class GroupLoss(nn.Module):
         beta_r: float = 0.1,
         label_smoothing: float | None = None,
         reduction: str = "mean",
+        ties: Literal["error", "share"] = "error",
     ):
         super().__init__()
         self.options: dict[str, Any] = {
@@ -180,6 +191,7 @@ class GroupLoss(nn.Module):
             "beta_r": beta_r,
             "label_smoothing": label_smoothing,
             "reduction": reduction,
+            "ties": ties,
         }
 
     def forward(self, policy_logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Tensor:
@@ -203,6 +215,7 @@ class LinearGroupLoss(nn.Module):
         memory_budget: int | None = None,
         backend: str = "auto",
         process_group: Any = None,
+        ties: Literal["error", "share"] = "error",
     ):
         super().__init__()
         self.options = {
@@ -215,6 +228,7 @@ class LinearGroupLoss(nn.Module):
             "memory_budget": memory_budget,
             "backend": backend,
             "process_group": process_group,
+            "ties": ties,
         }
 
     def forward(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from exo_fast.attention import SharedPromptMask, spans, worthwhile
+from exo_fast.positions import LengthRules, check_classes, length_rules, packed_lengths, rope_hint
 from exo_fast.validate import readable
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class MaskPlan:
 
     `kind`: "plain", every layer sees all earlier tokens; "windowed", every layer sees the `window` nearest
     positions, its own included; "by_layer", a dict of masks by layer type, in which "sliding_attention" has
-    the window.
+    the window. `by_length`: how the model's rotary embedding depends on a text's length (`exo_fast.positions`), empty
+    where it does not; `pack` takes it, so that only candidates of the same frequencies share a prompt.
     """
 
     model_type: str
@@ -77,6 +79,7 @@ class MaskPlan:
     window: int | None = None
     layer_types: tuple[str, ...] = ()
     known: bool = True  # False: a model type on trial
+    by_length: LengthRules = ()
 
 
 def plan_mask(config: Any) -> MaskPlan:
@@ -86,6 +89,10 @@ def plan_mask(config: Any) -> MaskPlan:
     callers pack with `share_prompt=False`. A plan with `known=False` must pass `check_sharing` before it is
     used.
     """
+    return replace(_plan(config), by_length=length_rules(config))
+
+
+def _plan(config: Any) -> MaskPlan:
     model_type = config.model_type
     known = model_type in KNOWN_SHARING
     reason = _refusal(config) or ("" if known else _untried(config))
@@ -104,6 +111,16 @@ def plan_mask(config: Any) -> MaskPlan:
             layer_types=names,
         )
     return MaskPlan(model_type, share=True, known=known)
+
+
+def neighbours_hint(config: Any) -> str:
+    """Why a text's numbers in a model of this config might depend on the other texts of its batch, so that it is to be
+    seen that they do not (`exo_fast.layout.check_neighbours`); empty where nothing hints at it."""
+    if getattr(config, "auto_map", None):
+        return "code of its own"
+    if config.model_type not in KNOWN_SHARING:
+        return f"a model type, {config.model_type!r}, whose rows are not among those that are tested"
+    return rope_hint(config)
 
 
 def _refusal(config: Any) -> str:
@@ -181,14 +198,18 @@ def model_inputs(
     compute dtype, 0 where a token is seen and the lowest finite value where not, or a BlockMask when
     `attn_implementation` is "flex_attention", or a dict of either by layer type. For "sdpa" on CPU the mask
     may be a `exo_fast.attention.SharedPromptMask`, which has the values only where something asks for them.
+    Where the plan says that length matters, `text_lengths` (B, T) comes too, for `final_hidden` alone.
 
     Raises ValueError for shared rows when the plan refuses sharing or the attention implementation reads no
-    such mask.
+    such mask, and when candidates share a prompt that the model gives different positions.
     """
     input_ids = packed.input_ids.to(device, non_blocking=True)
+    lengths: dict[str, Any] = {}
+    if plan.by_length:
+        lengths = {"text_lengths": packed_lengths(packed.group_ids, packed.position_ids).to(device)}
     if not packed.share_prompt:
         # No position_ids: a right-padded row starts at position 0, and Mamba and Bloom take none.
-        return {"input_ids": input_ids, "attention_mask": (packed.group_ids.to(device) >= 0).long()}
+        return {"input_ids": input_ids, "attention_mask": (packed.group_ids.to(device) >= 0).long(), **lengths}
     if not plan.share:
         raise ValueError(
             f"these rows share prompts, which this model cannot: {plan.reason}. Pack with share_prompt=False."
@@ -198,6 +219,8 @@ def model_inputs(
             f"attn_implementation={attn_implementation!r} reads no ready-made mask, which shared prompts need. "
             f"Load the model with one of {', '.join(MASKED_ATTENTION)}, or pack with share_prompt=False."
         )
+    if plan.by_length:
+        check_classes(plan.by_length, packed.group_ids, packed.candidate_ids, packed.position_ids)
     position_ids = packed.position_ids.to(device, non_blocking=True)
     segments = (packed.group_ids.to(device), packed.candidate_ids.to(device), position_ids)
 
@@ -221,7 +244,7 @@ def model_inputs(
         attention_mask = {name: mask(plan.window if name == "sliding_attention" else None) for name in plan.layer_types}
     else:
         attention_mask = mask(plan.window)
-    return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+    return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **lengths}
 
 
 def sees(

@@ -103,14 +103,16 @@ def target_logps(rewards: Tensor, loss_type: str, beta_r: float, label_smoothing
 
     `*-rw`: p = softmax(reward / beta_r), the reward's own distribution over the candidates (paper, eq. 14).
     `*-pref`: the candidate of the highest reward gets 1 − ε, each other ε / (K − 1) (the paper's preference case,
-    for any K). log p is −inf where ε = 0, which only DPO may ask for.
+    for any K). Of m that share the highest reward each gets (1 − ε) / m, and each other ε / (K − m); where all K share
+    it, 1 / K. log p is −inf where ε = 0, which only DPO may ask for.
     """
     if loss_type.endswith("-rw"):
         return torch.log_softmax(rewards / beta_r, dim=-1)
-    num_candidates = rewards.shape[-1]
-    best = torch.nn.functional.one_hot(rewards.argmax(-1), num_candidates).to(rewards.dtype)
-    p = best * (1 - label_smoothing) + (1 - best) * (label_smoothing / (num_candidates - 1))
-    return p.log()
+    best = rewards == rewards.amax(-1, keepdim=True)
+    tied, candidates = best.sum(-1, keepdim=True), rewards.shape[-1]
+    mass = torch.full_like(rewards, label_smoothing, dtype=torch.float64).masked_fill(best, 1 - label_smoothing)
+    p = mass.masked_fill(tied == candidates, 1.0) / torch.where(best, tied, candidates - tied)
+    return p.to(rewards.dtype).log()
 
 
 def group_loss(

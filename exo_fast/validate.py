@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from exo_fast.reference import LOSS_TYPES, compute_dtype, default_label_smoothing
 
 INTEGERS = (torch.int32, torch.int64)
+TIES = ("error", "share")
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 # Numbers are used in float32 where tensors are.
 LEAST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -59,7 +60,8 @@ def check_tensor(name: str, value: object) -> None:
 def check_floating(name: str, value: Tensor) -> None:
     """A dtype that can be computed with, which those of 8 bits and fewer are not."""
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
-        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+        fix = "" if value.dtype.is_floating_point or value.dtype.is_complex else f": pass {name}.float()"
+        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}{fix}")
 
 
 def check_devices(where: str, device: torch.device, **tensors: Tensor | None) -> None:
@@ -148,11 +150,13 @@ def check_budget(memory_budget: int | None) -> None:
 
 def check_groups(
     policy_shape: tuple[int, ...] | None, ref_logps: Tensor, rewards: Tensor, loss_type: str, beta_pi: float,
-    beta_r: float, label_smoothing: float | None,
+    beta_r: float, label_smoothing: float | None, ties: str,
 ) -> float:  # fmt: skip
     """Checks what the K-way loss needs and returns the label smoothing to use."""
     if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={_shown(loss_type)} is not known; choose one of {', '.join(LOSS_TYPES)}")
+    if not isinstance(ties, str) or ties not in TIES:
+        raise ValueError(f"ties={_shown(ties)} is not known; choose one of {', '.join(TIES)}")
     check_tensor("ref_logps", ref_logps)
     check_tensor("rewards", rewards)
     if ref_logps.dim() != 2 or ref_logps.shape[1] < 2 or ref_logps.shape[0] < 1:
@@ -182,7 +186,8 @@ def check_groups(
         if not lowest <= smoothing < 1:
             need = "0 <= label_smoothing < 1" if lowest == 0 else "0 < label_smoothing < 1, for log p to be finite"
             raise ValueError(f"label_smoothing={_shown(smoothing)}: {loss_type} needs {need}")
-        check_ties(rewards, loss_type)
+        if ties == "error":
+            check_ties(rewards, loss_type)
     return smoothing
 
 
@@ -202,7 +207,7 @@ def check_ties(rewards: Tensor, loss_type: str) -> None:
     single = (rewards == rewards.amax(dim=1, keepdim=True)).sum(dim=1) <= 1
     problem = (
         f"a tie for the highest reward, so {loss_type} has no preferred candidate; "
-        "drop the row or break the tie, or use a *-rw loss"
+        "drop the row or break the tie, let the tied ones share the target (ties='share'), or use a *-rw loss"
     )
 
     def error() -> str:

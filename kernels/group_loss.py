@@ -2,7 +2,8 @@
 
     s_k = Σ_t ℓ_t over candidate k's tokens              sequence log-prob
     r_k = beta_pi · (s_k − s_k^ref),   log q = log_softmax_k(r)
-    p   = softmax(reward / beta_r), or 1 − ε for the highest reward and ε / (K − 1) for each other (PREF)
+    p   = softmax(reward / beta_r), or (PREF) (1 − ε) / m for each of the m that share the highest reward and
+          ε / (K − m) for each other, 1 / K where m = K
     EXO L = Σ q (log q − log p),   ∂L/∂s_k = beta_pi · q_k (log q_k − log p_k − L)
     DPO L = −Σ p log q,            ∂L/∂s_k = beta_pi · (q_k − p_k)
 
@@ -86,8 +87,13 @@ def group_loss(
     q = tl.exp(log_q)
     log_q = tl.where(valid, log_q, 0.0)
     if PREF:
-        best = k == tl.argmax(reward, axis=0)
-        p = tl.where(best, 1.0 - label_smoothing, label_smoothing / (CANDIDATES - 1))
+        best = reward == tl.max(reward, axis=0)  # none of the lanes beyond K, whose reward is −inf
+        tied = tl.sum(best.to(tl.float32), axis=0)
+        others = CANDIDATES - tied
+        mass = tl.where(others > 0, 1.0 - label_smoothing, 1.0)
+        p = tl.where(best, mass / tied, label_smoothing / tl.maximum(others, 1.0))  # beyond K: finite, and q is 0
+        one = tl.where(best, 1.0 - label_smoothing, label_smoothing / (CANDIDATES - 1))
+        p = tl.where(tied == 1, one, p)  # exactly, however `/` rounds
     else:
         log_p = log_softmax(reward / beta_r, valid)
         p = tl.exp(log_p)

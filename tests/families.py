@@ -7,6 +7,7 @@ norms far from 0 and 1, and weights are large enough that attending to one wrong
 log-prob after it.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -27,8 +28,19 @@ _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
 _NO_GQA = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
 _HEAD_DIM = {"head_dim": 8}
 _MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+# Rotary embeddings that change beyond 12 positions, which some sequences have and some have not.
+_DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 12,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+_STATE = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 
 # name -> (model type, config entries); several names may share a model type.
 SHARING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,6 +74,19 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**LLAMA, **_HEAD_DIM, **_MIXED, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {**LLAMA, **_HEAD_DIM, **_MIXED}),
     "gemma3-softcap": ("gemma3_text", {**LLAMA, **_HEAD_DIM, **_MIXED, "final_logit_softcapping": 3.0}),
+    "gemma3-dynamic": (
+        "gemma3_text",
+        {
+            **LLAMA,
+            **_HEAD_DIM,
+            **_MIXED,
+            "max_position_embeddings": 12,
+            "rope_parameters": {
+                "full_attention": _DYNAMIC,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
     "glm": ("glm", {**LLAMA, **_HEAD_DIM}),
     "glm4": ("glm4", {**LLAMA, **_HEAD_DIM}),
     "gpt2": ("gpt2", _GPT2),
@@ -71,6 +96,7 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {**LLAMA, **_LOCAL_EXPERTS, "logits_scaling": 4.0}),
     "hunyuan": ("hunyuan_v1_dense", {**LLAMA, **_HEAD_DIM}),
     "llama": ("llama", LLAMA),
+    "llama-dynamic": ("llama", {**LLAMA, "max_position_embeddings": 12, "rope_parameters": _DYNAMIC}),
     "llama-tied": ("llama", {**LLAMA, "tie_word_embeddings": True}),
     "ministral": ("ministral", {**LLAMA, **_HEAD_DIM, **_MIXED}),
     "ministral3": ("ministral3", {**LLAMA, **_HEAD_DIM, "sliding_window": WINDOW}),
@@ -86,6 +112,24 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {**_NO_GQA, "ffn_dim": 48, "word_embed_proj_dim": 16}),
     "phi": ("phi", LLAMA),
     "phi3": ("phi3", {**LLAMA, "sliding_window": WINDOW}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            **LLAMA,
+            "sliding_window": WINDOW,
+            "original_max_position_embeddings": 12,
+            "rope_parameters": {**_LONG, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "phimoe-longrope": (
+        "phimoe",
+        {
+            **LLAMA,
+            **_LOCAL_EXPERTS,
+            "rope_parameters": {**_LONG, "short_mscale": 1.3, "long_mscale": 0.6},
+            "original_max_position_embeddings": 12,
+        },
+    ),
     "phimoe": ("phimoe", {**LLAMA, **_LOCAL_EXPERTS, "sliding_window": WINDOW, "lm_head_bias": True}),
     "qwen2": ("qwen2", LLAMA),
     "qwen2-window": (
@@ -125,7 +169,9 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSING: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon-alibi": ("falcon", {**_NO_GQA, "alibi": True}),
-    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "falcon-mamba": ("falcon_mamba", _STATE),
+    "mamba": ("mamba", _STATE),
+    "mamba2": ("mamba2", {**_STATE, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 24}),
 }
 FAMILIES = {**SHARING, **REFUSING}
@@ -141,7 +187,8 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, **config: Any) 
 
 def random_model(model_type: str, *, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
     """A random model of any type, in eval mode."""
-    config = CONFIG_MAPPING[model_type](vocab_size=VOCAB, **_SPECIAL_TOKENS, **config)
+    # What a config is made of is its own to change.
+    config = CONFIG_MAPPING[model_type](vocab_size=VOCAB, **_SPECIAL_TOKENS, **copy.deepcopy(config))
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

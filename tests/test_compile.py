@@ -85,6 +85,13 @@ def group_loss_module(made: dict, backend: str) -> tuple[Tensor, ...]:
     return 2.5 * loss, policy_logps
 
 
+def tied_group_loss(made: dict, backend: str) -> tuple[Tensor, ...]:
+    made = {**made, "rewards": torch.ones_like(made["rewards"]).tril(1)}  # two of three are tied, and all
+    loss, policy_logps = linear_group_loss(**made, loss_type="dpo-pref", ties="share", backend=backend)
+    given = policy_logps, made["ref_logps"], made["rewards"]
+    return loss, group_loss(*given, loss_type="exo-pref", ties="share", reduction="none")
+
+
 def logprobs_of(made: dict, backend: str) -> tuple[Tensor, ...]:
     logps = linear_logprobs(
         made["hidden"].view(1, N, D), made["weight"], made["targets"].view(1, N).int(), bias=made["bias"], scale=0.7,
@@ -104,7 +111,7 @@ def logprobs_then_group_loss(made: dict, backend: str) -> tuple[Tensor, ...]:
 
 
 IGNORED = problem(grad=False)["targets"][2]
-FUNCTIONS = (group_loss_of, group_loss_module, logprobs_of, logprobs_then_group_loss)
+FUNCTIONS = (group_loss_of, group_loss_module, tied_group_loss, logprobs_of, logprobs_then_group_loss)
 
 
 def assert_compiled_is_eager(

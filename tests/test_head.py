@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from exo_fast import reference
 from exo_fast.head import KNOWN_HEADS, Head, final_hidden, read_head
+from exo_fast.logprobs import linear_logprobs
 
 
 @pytest.fixture
@@ -132,3 +133,19 @@ def test_numbers_that_make_no_logits_are_refused(families: ModuleType, value: fl
         setattr(model.config, name, value)
         with pytest.raises(ValueError, match=f"model type '{family}': its config has"):
             read_head(model)
+
+
+def test_hidden_states_are_multiplied_in_the_dtype_of_the_weight(families: ModuleType, input_ids: Tensor):
+    """Float32 states below a bf16 head, bf16 ones below a float32 head, whatever the bias is; autocast casts both."""
+    for weight, states in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2):
+        head = Head(torch.randn(61, 32, dtype=weight), torch.randn(61))
+        hidden = torch.randn(2, 11, 32, dtype=states)
+        assert head.multiplied(hidden).dtype == weight
+        with torch.autocast("cpu", torch.bfloat16):
+            assert head.multiplied(hidden) is hidden
+        found = linear_logprobs(head.multiplied(hidden), head.weight, input_ids, bias=head.bias)
+        expected = logits(head, hidden.to(weight)).log_softmax(-1).gather(-1, input_ids[..., None])[..., 0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        if weight != states:
+            with pytest.raises(ValueError, match=r"cast one of them, or call under torch\.autocast"):
+                linear_logprobs(hidden, head.weight, input_ids)

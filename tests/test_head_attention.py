@@ -85,6 +85,20 @@ def test_against_float64_of_the_same_inputs(shape: str, schedule, monkeypatch: p
         assert (a.double() - b).norm() <= 3e-3 * b.norm() + 5e-4  # 0 where V = 1: the halves of dW cancel
 
 
+@pytest.mark.parametrize("loss_type", ["exo-pref", "dpo-pref"])
+def test_tied_best_candidates_share_the_target(loss_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(chunked.Gradients, "add_head")  # of the other schedule
+    made = problem([7, 3, 2, 5, 4, 6], 3, 16, 601)
+    made["rewards"] = torch.tensor([[2.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+    exact = exactly(made)
+    loss, _ = linear_group_loss(**made, loss_type=loss_type, ties="share")
+    want, _ = linear_group_loss(**exact, loss_type=loss_type, ties="share", backend="reference")
+    torch.testing.assert_close(loss.double(), want, atol=1e-5, rtol=1e-4)
+    got = torch.autograd.grad(loss, [made["hidden"], made["weight"]])
+    for a, b in zip(got, torch.autograd.grad(want, [exact["hidden"], exact["weight"]]), strict=True):
+        assert (a.double() - b).norm() <= 3e-3 * b.norm()
+
+
 @pytest.mark.usefixtures("many_threads")
 def test_parts_of_a_slice_for_idle_threads() -> None:
     made = problem([7, 31, 2, 5], 2, 32, 1000)

@@ -290,7 +290,7 @@ def test_shared_prompts_change_nothing(families: ModuleType, sharing_family: str
     plan = plan_mask(model.config)
     assert plan.share
     assert plan.known
-    packed = pack(MIXED, row_length=MIXED_ROW)
+    packed = pack(MIXED, row_length=MIXED_ROW, by_length=plan.by_length)
     assert (packed.group_ids.max(1).values != packed.group_ids[:, 0]).any(), "several groups must be in a row"
     assert (packed.group_ids < 0).any(), "and one row must be padded"
     logps, gradients = logps_and_gradients(model, packed, plan)
@@ -312,10 +312,11 @@ def test_families_with_windows_are_cut(families: ModuleType):
     """The comparison above rests on windows shorter than the sequences: with one more or none it must fail."""
     windowed = [name for name in families.SHARING if plan_mask(families.tiny_model(name).config).window]
     assert {"mistral-window", "gemma2", "gemma3", "cohere2", "qwen2-window", "gpt_oss", "smollm3-window"} <= {*windowed}
-    expected, packed = pack(MIXED, share_prompt=False), pack(MIXED, row_length=MIXED_ROW)
+    expected = pack(MIXED, share_prompt=False)
     for name in windowed:
         model = families.tiny_model(name)
         plan = plan_mask(model.config)
+        packed = pack(MIXED, row_length=MIXED_ROW, by_length=plan.by_length)
         assert plan.window == families.WINDOW
         with torch.no_grad():
             unshared = token_logps(model, expected, plan)

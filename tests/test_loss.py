@@ -86,6 +86,70 @@ def test_closed_form_coefficients_are_the_derivative(loss_type: str, num_candida
     assert_same((losses, coefficients), (want.detach(), derivative), atol=1e-12)
 
 
+def tie(rewards: Tensor, tied: int) -> Tensor:
+    """`tied` candidates of each group share its highest reward: not the same places in every group."""
+    best = torch.argsort(torch.rand(rewards.shape, generator=torch.Generator().manual_seed(tied)), dim=1)[:, :tied]
+    return rewards.scatter(1, best, rewards.amax(1, keepdim=True).expand(-1, tied) + 1)
+
+
+def shared_target(rewards: Tensor, smoothing: float) -> Tensor:
+    """p of each candidate, row by row in Python's own numbers."""
+    rows = []
+    for row in rewards.tolist():
+        tied = row.count(max(row))
+        one, other = (1 - smoothing) / tied, smoothing / max(1, len(row) - tied)
+        rows.append([1 / tied] * tied if tied == len(row) else [one if r == max(row) else other for r in row])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss_type", ["exo-pref", "dpo-pref"])
+@pytest.mark.parametrize("num_candidates", [2, 3, 4, 5, 7, 8, 16])
+def test_tied_best_candidates_share_the_target(loss_type: str, num_candidates: int) -> None:
+    """Loss and gradient by hand from the target, for every number of tied candidates; one is as without `ties`."""
+    g = torch.Generator().manual_seed(2)
+    policy, ref, rewards = torch.randn(3, 4, num_candidates, generator=g, dtype=torch.float64).unbind(0)
+    policy = (policy * 5).requires_grad_()
+    log_q = torch.log_softmax(0.3 * (policy - ref), dim=1)
+    for tied in range(1, num_candidates + 1):
+        made = tie(rewards, tied)
+        for smoothing in (0.01, 0.3, *([0.0] if loss_type == "dpo-pref" else [])):
+            options = {"loss_type": loss_type, "beta_pi": 0.3, "label_smoothing": smoothing}
+            p = shared_target(made, smoothing)
+            forward = -(p * log_q).sum(1)
+            want = forward if loss_type == "dpo-pref" else (log_q.exp() * (log_q - p.log())).sum(1)
+            (derivative,) = torch.autograd.grad(want.sum(), policy, retain_graph=True)
+            got = group_loss(policy, ref, made, **options, ties="share", reduction="none")
+            assert_same((got, *torch.autograd.grad(got.sum(), policy)), (want, derivative), atol=1e-12)
+            closed = groups.losses_and_coefficients(policy.detach(), ref, made, **options, beta_r=0.1)
+            assert_same(closed, (want.detach(), derivative), atol=1e-12)
+            if tied == 1:
+                assert torch.equal(got, group_loss(policy, ref, made, **options, reduction="none"))
+            else:
+                with pytest.raises(ValueError, match=r"rewards\[0\] .* has a tie for the highest"):
+                    group_loss(policy, ref, made, **options)
+
+
+@pytest.mark.parametrize("rows", [None, 5, 1], ids=lambda rows: f"budget-{rows}-rows")
+@pytest.mark.parametrize("loss_type", ["exo-pref", "dpo-pref"])
+def test_ties_are_shared_in_one_pass_too(loss_type: str, rows: int | None) -> None:
+    made = problem([4, 1, 1, 7, 2, 2, 3, 3, 13], 3, 8, 67, bias=True)
+    budget = None if rows is None else rows * (67 * 8 + 2 * 32 * 8 + 4 * 8 * 8)
+    for tied in (1, 2, 3):
+        options = {"loss_type": loss_type, "ties": "share"}
+        given = {**made, "rewards": tie(made["rewards"], tied)}
+        want, want_logps = linear_group_loss(**given, **options, backend="reference")
+        want_grads = torch.autograd.grad(want, leaves(made))
+        p = shared_target(given["rewards"], reference.default_label_smoothing(loss_type))
+        log_q = torch.log_softmax(0.1 * (want_logps - made["ref_logps"]), dim=1)
+        by_hand = -(p * log_q) if loss_type == "dpo-pref" else log_q.exp() * (log_q - p.log())
+        torch.testing.assert_close(want, by_hand.sum(1).mean())
+        got, logps = linear_group_loss(**given, **options, memory_budget=budget)
+        assert_same((got, logps, *torch.autograd.grad(got, leaves(made))), (want, want_logps, *want_grads))
+        module = LinearGroupLoss(loss_type, ties="share", memory_budget=budget)
+        bias = given.pop("bias")
+        assert torch.equal(module(**given, bias=bias)[0], got)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_group_loss_reductions(reduction: str) -> None:
     g = torch.Generator().manual_seed(0)

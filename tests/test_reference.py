@@ -77,6 +77,23 @@ def test_targets_are_distributions_with_the_best_candidate_on_top() -> None:
     torch.testing.assert_close(preferred[0], torch.tensor([0.1, 0.7, 0.1, 0.1], dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("rewards", "smoothing", "target"),
+    [
+        ([8.0, 8.0, 7.0, 6.0], 0.2, [0.4, 0.4, 0.1, 0.1]),
+        ([7.0, 8.0, 6.0, 8.0], 0.0, [0.0, 0.5, 0.0, 0.5]),
+        ([5.0, 5.0, 5.0, 1.0], 0.1, [0.3, 0.3, 0.3, 0.1]),
+        ([2.0, 2.0, 2.0, 2.0], 0.1, [0.25, 0.25, 0.25, 0.25]),
+        ([2.0, 2.0], 0.0, [0.5, 0.5]),
+        ([1.0, 1.0, 3.0], 0.5, [0.25, 0.25, 0.5]),
+    ],
+)
+def test_tied_best_candidates_share_the_target(rewards: list, smoothing: float, target: list) -> None:
+    for dtype in (torch.float64, torch.float32):
+        found = reference.target_logps(torch.tensor([rewards], dtype=dtype), "dpo-pref", 0.1, smoothing).exp()
+        torch.testing.assert_close(found, torch.tensor([target], dtype=dtype))
+
+
 def test_reverse_and_forward_kl_vanish_at_the_target_and_only_there() -> None:
     rewards = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64)
     ref = torch.tensor([[-40.0, -30.0, -50.0]], dtype=torch.float64)

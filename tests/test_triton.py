@@ -103,14 +103,14 @@ def check_logprobs(made: dict, limit: float, **options) -> Tensor:
 
 def check_group_loss(made: dict, batch: dict, limit: float, loss_type: str = "exo-rw", **options) -> Tensor:
     exact = in_float64(made)
-    budget = options.pop("memory_budget", None)
+    budget, ties = options.pop("memory_budget", None), options.pop("ties", "error")
     # References that the policy is near: far from them the losses saturate, and their derivative is all rounding.
     with torch.no_grad():
         tokens = reference.linear_logprobs(**exact, **options)
         sums = reference.sequence_logps(tokens, batch["cu_seqlens"]).view_as(batch["ref_logps"])
         batch = {**batch, "ref_logps": (sums + 3 * batch["ref_logps"]).float()}
     loss, logps = linear_group_loss(
-        **made, **batch, loss_type=loss_type, memory_budget=budget, backend="triton", **options
+        **made, **batch, loss_type=loss_type, memory_budget=budget, backend="triton", ties=ties, **options
     )
     smoothing = {} if loss_type != "dpo-pref" else {"label_smoothing": 0.0}
     wide = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
@@ -177,6 +177,22 @@ def test_group_loss(backend, dtype, num_groups: int, num_candidates: int, n: int
         for value in made.values():
             value.grad = None
         check_group_loss(made, batch, GRADIENT_ERROR[dtype], loss_type, memory_budget=budget)
+
+
+@pytest.mark.parametrize("loss_type", ["exo-pref", "dpo-pref"])
+@pytest.mark.parametrize("budget", [None, 1], ids=["whole", "fused"])
+def test_tied_best_candidates_share_the_target(backend, loss_type: str, budget: int | None) -> None:
+    made, batch = head(19, 16, 131, FP32), groups(3, 5, 19)
+    batch["rewards"] = torch.tensor([[8.0, 8, 7, 6, 8], [1, 2, 0, 0, 0], [3, 3, 3, 3, 3]])
+    check_group_loss(made, batch, GRADIENT_ERROR[FP32], loss_type, memory_budget=budget, ties="share")
+
+
+@pytest.mark.parametrize("loss_type", ["exo-pref", "exo-rw"])
+def test_rewards_that_only_float64_tells_apart(backend, loss_type: str) -> None:
+    """1e9 + 1 and 1e9 are one number in float32: no tie, and the best is not the first."""
+    made, batch = head(19, 16, 131, FP32), groups(3, 2, 19)
+    batch["rewards"] = torch.tensor([[1e9, 1e9 + 1], [0.0, 1.0], [1e9 + 2, 1e9]], dtype=torch.float64)
+    check_group_loss(made, batch, GRADIENT_ERROR[FP32], loss_type)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

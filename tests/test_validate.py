@@ -63,11 +63,14 @@ CASES = {
     "rewards-shape": ({"rewards": torch.zeros(2, 2)}, r"rewards must be \(G, K\) = \(1, 2\)"),
     "rewards-dtype": (
         {"rewards": torch.tensor([[1, 0]])},
-        "rewards must be float64, float32, bfloat16 or float16, got torch.int64",
+        r"rewards must be float64, float32, bfloat16 or float16, got torch.int64: pass rewards.float\(\)",
     ),
+    "rewards-bool": ({"rewards": torch.tensor([[True, False]])}, r"got torch.bool: pass rewards.float\(\)"),
     "rewards-nan": ({"rewards": torch.tensor([[1.0, float("nan")]])}, r"rewards\[0, 1\] is nan; every value"),
     "ref-inf": ({"ref_logps": torch.tensor([[float("-inf"), 0.0]])}, r"ref_logps\[0, 0\] is -inf; every value"),
     "rewards-tie": ({"rewards": torch.tensor([[1.0, 1.0]])}, r"rewards\[0\] = \[1.0, 1.0\] has a tie for the highest"),
+    "ties": ({"ties": "drop"}, "ties='drop' is not known; choose one of error, share"),
+    "ties-none": ({"ties": None}, "ties=None is not known; choose one of error, share"),
     "beta-pi": ({"beta_pi": 0.0}, "beta_pi must be a positive number, got 0.0"),
     "beta-r": ({"beta_r": -1.0}, "beta_r must be a positive number, got -1.0"),
     "smoothing-zero": ({"label_smoothing": 0.0}, "label_smoothing=0.0: exo-pref needs 0 < label_smoothing < 1"),
@@ -149,6 +152,8 @@ def test_group_loss_errors() -> None:
         group_loss(zeros.long(), zeros, rewards, loss_type="exo-rw")
     with pytest.raises(ValueError, match="reduction='max' is not known"):
         group_loss(zeros, zeros, rewards, loss_type="exo-rw", reduction="max")
+    with pytest.raises(ValueError, match=r"got torch.bool: pass rewards.float\(\)"):
+        group_loss(zeros, zeros, rewards > 0, loss_type="exo-rw")
     # a tie that is not for the highest reward, or in *-rw data, is no error
     group_loss(zeros, zeros, torch.tensor([[0.0, 0.0, 1.0]] * 2), loss_type="exo-pref")
     group_loss(zeros, zeros, torch.tensor([[0.0, 1.0, 1.0]] * 2), loss_type="exo-rw")

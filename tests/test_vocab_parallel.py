@@ -78,6 +78,13 @@ CASES |= {
     for candidates in (2, 3, 4, 5)
 }  # fmt: skip
 CASES |= {
+    f"{loss_type}-tied": PLAIN | {
+        "slices": FOUR, "loss_type": loss_type, "candidates": 4, "shape": (41,), "options": {"ties": "share"},
+        "rewards": [[8.0, 8.0, 7.0, 6.0], [1.0, 1.0, 1.0, 1.0]],
+    }
+    for loss_type in ("exo-pref", "dpo-pref")
+}  # fmt: skip
+CASES |= {
     f"group-{str(dtype)[6:]}": PLAIN | {"dtype": dtype, "loss_type": "exo-rw", "candidates": 2, "shape": (41,)}
     for dtype in (FP64, BF16)
 }
@@ -120,6 +127,8 @@ def problem(case: dict[str, Any]) -> dict[str, Tensor]:
         cuts = torch.randperm(shape[0] - 1, generator=g)[: groups * candidates - 1].add(1).sort().values.tolist()
         made["cu_seqlens"] = torch.tensor([0, *cuts, shape[0]])
         made["rewards"] = torch.randn(groups, candidates, generator=g)
+        if "rewards" in case:
+            made["rewards"] = torch.tensor(case["rewards"])
         # References that the policy is near: far from them the losses saturate.
         exact = {name: made[name].double() if name in NAMES else made[name] for name in (*NAMES, "targets")}
         scale = case.get("options", {}).get("scale", 1.0)

@@ -25,6 +25,7 @@ from exo_fast.training.trainer import AlignTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
+    check_lora,
     find_splits,
     load_causal_lm,
     load_tokenizer,
@@ -34,6 +35,7 @@ from exo_fast.training.training_stage import (
     train,
     training_scope,
 )
+from exo_fast.validate import LARGEST
 
 
 def align(config: AlignConfig) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     sources = find_splits(config)
     tokenizer = load_tokenizer(config)
     check_models(config)
+    check_lora(config, "CAUSAL_LM")
     left_out = {name: LeftOut() for name in sources}
     datasets = tokenize_splits(
         config,
@@ -62,6 +65,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         ties=config.ties,
         left_out=left_out,
     )
+    check_rewards(config, datasets)
     if config.process_index == 0:
         print(data_table(datasets, config.max_seq_len, config.max_gen_len), flush=True)
         if config.preset:
@@ -103,6 +107,17 @@ def read_data(
     return {name: load_examples(source, left_out=left_out.get(name), **options) for name, source in sources.items()}
 
 
+def check_rewards(config: AlignConfig, datasets: dict[str, GroupDataset]) -> None:
+    """Raises InputError where rewards are too large to be divided by beta_r."""
+    if config.loss_type.endswith("-rw"):
+        largest = max(float(dataset.rewards.abs().max()) for dataset in datasets.values())
+        if largest / config.beta_r > LARGEST:
+            raise InputError(
+                f"beta_r={config.beta_r!r}: rewards of up to {largest:.3g} divided by it are infinite in float32; give "
+                "beta_r the size of the differences between rewards."
+            )
+
+
 def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len: int) -> str:
     """What will be trained on and what sharing prompts saves, as aligned lines."""
     counts = [dataset.counts for dataset in datasets.values()]
@@ -141,6 +156,7 @@ def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:
         beta_pi=config.beta_pi,
         beta_r=config.beta_r,
         label_smoothing=config.label_smoothing,
+        ties="share" if config.ties == "share" else "error",
         temperature=config.temperature,
         memory_budget=config.memory_budget_bytes,
         backend=config.backend,

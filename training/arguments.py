@@ -107,9 +107,11 @@ def parse_config(config_class: type[Config], argv: Sequence[str], **parser_optio
     if unknown:
         option = unknown[0].split("=")[0]
         raise InputError(f"unknown option {option!r}{_nearest(option, parser._option_string_actions)}.")
-    names = {field.name for field in dataclasses.fields(config_class) if field.init}
-    values = {name: value for name, value in vars(namespace).items() if name in names}
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class) if field.init}
+    values = {name: value for name, value in vars(namespace).items() if name in defaults}
     for name, value in values.items():
+        if value == defaults[name]:
+            continue  # below ~ too, which need not be a place where nothing was asked for
         for one in value if isinstance(value, list) else [value]:
             _check_value(name, one)
     return config_class(**values)

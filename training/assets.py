@@ -199,12 +199,15 @@ def read_member(archive: Path | IO[bytes], member: str) -> bytes:
 
 
 def write_file(folder: Path, name: str, content: bytes) -> Path:
-    """Write `folder/name` in one step. Raises InputError when `name` is more than a plain file name."""
+    """Write `folder/name` in one step, forced to disk. Raises InputError when `name` is more than a plain file name."""
     if not is_plain_name(name):
         raise InputError(f"refusing to write {name!r}: a plain file name is needed.")
     folder.mkdir(parents=True, exist_ok=True)
     with _scratch(folder) as scratch:
-        (scratch / name).write_bytes(content)
+        with (scratch / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a name could outlive a power cut, and its content not
         os.replace(scratch / name, folder / name)
     return folder / name
 

@@ -31,6 +31,7 @@ UNFINISHED, MANIFEST = ".unfinished", "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST_LIMIT = 64 * 2**20  # bytes: of a million files, more than any checkpoint has
 PICKLES = (".pt", ".pth", ".bin")
+WEIGHTS_SUFFIX = ".safetensors"
 # What DeepSpeed's and transformers' training states hold beside tensors and plain values; all are inert.
 PICKLED = frozenset(
     {
@@ -128,10 +129,20 @@ def _discard(path: Path) -> None:
 
 
 def replace_files(source: Path, target: Path) -> None:
-    """Move the files of `source` into `target`, each in one step and forced to disk, over those of the same names."""
-    for path in sorted(source.iterdir()):
-        _force(path)
-        os.replace(path, target / path.name)
+    """Move the files of `source` into `target`, each in one step and forced to disk, over those of the same names; the
+    weights first. Raises OSError where they cannot be; of another file that is a warning."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: (path.suffix != WEIGHTS_SUFFIX, path.name)):
+        try:
+            if path.is_dir():
+                replace_files(path, target / path.name)
+            else:
+                _force(path)
+                os.replace(path, target / path.name)
+        except OSError as error:
+            if path.suffix == WEIGHTS_SUFFIX:
+                raise
+            logger.warning(f"{target / path.name} was not written: {error.strerror or error}")
     _force(target)
 
 

@@ -40,7 +40,7 @@ exit status:
   1    the run failed: no memory or disk, a number that is not finite, a check or a comparison that was not passed
   2    the command, a recipe, data or a model cannot be used as it is, or a package is missing; the message says the fix
   130  stopped by Ctrl-C
-  141  who read the output went away, as `head` does
+  141  who read the output went away, as `head` does; the work is done all the same
 `run` ends with the status of the stage that failed: 128 + n for one that signal n ended."""
 
 
@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return _main(argv)
+    terminal.sturdy_streams()
     try:
         status = _main(sys.argv[1:])
     except SystemExit as end:  # of argparse or a library, which say the status
@@ -144,8 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(end.code, file=sys.stderr)
     except KeyboardInterrupt:  # while the words above were printed
         status = INTERRUPTED
-    if not _flush():
-        status = status or PIPE_CLOSED
+    if (lost := terminal.lost_output()) is not None:
+        if isinstance(lost, BrokenPipeError):
+            status = status or PIPE_CLOSED
+        else:
+            print(f"exo-fast: what it printed is not all written: {lost.strerror}", file=sys.stderr)
+            status = status or 1
     _leave_processes(status)
     return status
 
@@ -182,18 +187,6 @@ def _main(argv: Sequence[str]) -> int:
             begun = f"exo-fast {options.stage}: {terminal.paint('error:', 'red', sys.stderr)}"
             print(f"{begun} {_explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) or _is_missing_package(error) else 1
-
-
-def _flush() -> bool:
-    """Write what stdout still holds; False where nobody reads it."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # The rest stays in the buffer, and would fail again at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
 
 
 def _run_or_stop(name: str, arguments: Sequence[str]) -> int:
@@ -235,8 +228,6 @@ def _leave_processes(status: int) -> None:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-    except BrokenPipeError:
-        status = status or PIPE_CLOSED
     except Exception:
         status = status or 1
         traceback.print_exc()

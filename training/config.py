@@ -5,7 +5,9 @@ Defaults are those of the original EXO repository where it has one (cosine sched
 transformers elsewhere. Everything is checked when the object is made, so a wrong value costs no model load.
 """
 
+import copy
 import math
+import multiprocessing
 import os
 import re
 import time
@@ -26,13 +28,63 @@ from exo_fast.training.deepspeed import (
     ensure_launcher_environment,
 )
 from exo_fast.training.errors import InputError
+from exo_fast.training.metrics import GROUP_METRICS
 from exo_fast.training.paths import user_path
 from exo_fast.training.precision import PRECISION_HELP, resolve
+from exo_fast.validate import LARGEST, LEAST, LEAST_SMOOTHING
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+MOST_EPOCHS = 10**6
+TEMPERATURES = 1e-6, 1e6  # the least and the largest
 SEQUENCE_PARALLEL_CORES = ("sdpa", "flex_attention")
 # Fields of alignment whose default a preset may replace: None until it is known whether one does.
 AFTER_PRESETS = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "tiled_mlp": False}
+
+# Fields of transformers.TrainingArguments that mean nothing here, or something wrong, and what is right instead.
+REFUSED = {
+    "label_smoothing_factor": "that is transformers' smoothing over the vocabulary; label_smoothing of `exo-fast "
+    "align` smooths targets.",
+    "fp16": "gradients are formed before the loss is scaled; use bf16.",
+    "fp16_full_eval": "evaluation runs in the precision of training, or its numbers could not be compared.",
+    "bf16_full_eval": "evaluation runs in the precision of training, or its numbers could not be compared; use bf16.",
+    "tf32": "matmul_precision says in which precision products are formed; use matmul_precision tf32.",
+    "use_liger_kernel": "the head is fused by exo_fast, and Liger's would be in its way.",
+    "liger_kernel_config": "the head is fused by exo_fast, and Liger's would be in its way.",
+    "neftune_noise_alpha": "noise on the embeddings would stand between the policy and its reference, and its size "
+    "follows from the length of a row, which here holds several sequences.",
+    "use_cache": "training keeps no key-value cache.",
+    "auto_find_batch_size": "another batch size is another training; `exo-fast memory` says which one fits.",
+    "average_tokens_across_devices": "the loss is always the mean over the global batch.",
+    "include_num_input_tokens_seen": "tokens_per_second is logged.",
+    "prediction_loss_only": "evaluation always gives the loss and the metrics of the stage.",
+    "batch_eval_metrics": "evaluation keeps a few numbers a row, however many rows there are.",
+    "eval_do_concat_batches": "evaluation averages over all rows.",
+    "eval_use_gather_object": "evaluation gathers tensors of numbers.",
+    "include_for_metrics": "the metrics of a stage are its own.",
+    "label_names": "batches are made by exo_fast.",
+    "remove_unused_columns": "batches are made by exo_fast.",
+    "length_column_name": "lengths are those of the tokenised rows.",
+    "dataloader_in_order": "the order of the batches is that of the seed, so that a run can be repeated and continued.",
+    "accelerator_config": "batches are divided over the processes by exo_fast; see gradient_accumulation_steps, seed.",
+    "parallelism_config": "rows are divided by sequence_parallel (`exo-fast align`), weights by zero_stage.",
+    "fsdp": "weights are divided by zero_stage 3.",
+    "fsdp_config": "weights are divided by zero_stage 3.",
+    "ignore_data_skip": "a run is continued with the rows that it has not seen, or it would be another one.",
+    "restore_callback_states_from_checkpoint": "a run that is continued has the callbacks of its own command.",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint as it is.",
+    "save_on_each_node": "all processes see one output_dir, and the first writes to it.",
+    "hub_always_push": "an upload is waited for.",
+    "do_predict": "`exo-fast generate`, `logprobs` and `score` run a trained model.",
+}
+# Optimizers of transformers that work in another way than by a step on gradients.
+REFUSED_OPTIMIZERS = {
+    "lomo": "changes weights in the backward pass, before it is known whether gradients are finite",
+    "adalomo": "changes weights in the backward pass, before it is known whether gradients are finite",
+    "schedule_free": "evaluates and saves other weights than it trains, which has to be said to it each time",
+    "layerwise": "changes weights in the backward pass, before it is known whether gradients are finite",
+}
+CHECKPOINTING_KEYS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+CHECKPOINTING_KEYS += ("every_n_layers", "offload")  # transformers' own
 
 TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
     "training": (
@@ -66,6 +118,15 @@ TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
     "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "publishing": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token"),
 }
+
+
+def temperature_problem(temperature: float) -> str | None:
+    """What is needed of a sampling temperature, in words; None where it is that.
+
+    Logits are divided by it in float32: a smaller one makes them infinite, a larger one all the same.
+    """
+    least, largest = TEMPERATURES
+    return None if least <= temperature <= largest else f"a number from {least} to {largest:.0e} is needed"
 
 
 def _field(default: Any, help: str) -> Any:
@@ -168,6 +229,9 @@ class TrainConfig(TrainingArguments):
         self.changed = sorted(
             field.name for field in fields(self) if field.init and not _same(getattr(self, field.name), _default(field))
         )
+        for name in self.changed:
+            if name in REFUSED:
+                raise InputError(f"{name}={getattr(self, name)!r}: {REFUSED[name]}")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.zero_stage is None:
             self.zero_stage = default_zero_stage(on_cpu=self.use_cpu, bf16=self.bf16, offload=self.offload)
@@ -179,6 +243,12 @@ class TrainConfig(TrainingArguments):
                 setattr(self, name, str(user_path(path).resolve()))
             elif path is not None and path.startswith(("/", "./", "../", "~")):
                 raise InputError(f"{name}={path!r}: no such directory.")
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            given = getattr(self, name)
+            unknown = [key for key in given if key not in CHECKPOINTING_KEYS] if isinstance(given, dict) else []
+            self._need(
+                not unknown, name, f"there is no {', '.join(map(str, unknown))}; {', '.join(CHECKPOINTING_KEYS)}."
+            )
         if self.gradient_checkpointing is not None and self.activation_checkpointing is None:
             # transformers' new name, so that the usual one brings no deprecation warning
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
@@ -201,8 +271,10 @@ class TrainConfig(TrainingArguments):
         except Exception as error:  # transformers, accelerate and DeepSpeed each have their own, and few name the field
             text = str(error) or type(error).__name__
             raise InputError(text + self._suspects(given, text)) from error
+        self._check_optimizer()
 
     model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
+    best_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # of a stage's evaluation
 
     @property
     def stage(self) -> str:
@@ -213,6 +285,11 @@ class TrainConfig(TrainingArguments):
     def data_parallel_size(self) -> int:
         """How many processes are given batches of their own."""
         return self.world_size // getattr(self, "sequence_parallel", 1)
+
+    @property
+    def global_batch(self) -> int:
+        """How many rows an optimizer step is of."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
 
     @property
     def data_parallel_rank(self) -> int:
@@ -231,6 +308,35 @@ class TrainConfig(TrainingArguments):
         if not ok:
             raise InputError(f"{name}={getattr(self, name)!r}: {fix}")
 
+    def _check_optimizer(self) -> None:
+        """Raises InputError where the optimizer or the schedule cannot be made, by making both for one number."""
+        from transformers import Trainer, get_scheduler
+
+        self.optim = optim = getattr(self.optim, "value", self.optim)
+        for part, reason in REFUSED_OPTIMIZERS.items():
+            self._need(part not in optim, "optim", f"it {reason}; use adamw_torch or another.")
+        takes_modules = optim.startswith(("galore", "apollo"))
+        self._need(takes_modules or not self.optim_target_modules, "optim_target_modules", f"optim {optim} takes none.")
+        try:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Module())
+            plain = copy.copy(self)
+            plain.optim_args = None
+            same = not self.optim_args or options == Trainer.get_optimizer_cls_and_kwargs(plain, torch.nn.Module())[1]
+            made = None if takes_modules else kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        except Exception as error:  # each optimizer and each package that is missing has its own
+            given = "" if self.optim_args is None else f", optim_args={self.optim_args!r}"
+            raise InputError(f"optim={optim!r}{given}: {str(error) or type(error).__name__}") from error
+        self._need(not self.optim_args or not same, "optim_args", f"optim {optim} takes none of them.")
+        if made is None:
+            return
+        try:
+            get_scheduler(self.lr_scheduler_type, made, 0, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
+        except Exception as error:
+            name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+            raise InputError(
+                f"lr_scheduler_type={name!r}, lr_scheduler_kwargs={self.lr_scheduler_kwargs!r}: {error}"
+            ) from error
+
     def _check_fields(self) -> None:
         """Raises InputError for the first field that cannot work."""
         need = self._need
@@ -246,17 +352,72 @@ class TrainConfig(TrainingArguments):
         need(self.max_seq_len >= 2, "max_seq_len", "at least 2 tokens are needed.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             need(getattr(self, name) >= 1, name, "at least 1 is needed.")
-        need(0 <= self.learning_rate < math.inf, "learning_rate", "a number of at least 0 is needed.")
-        need(self.num_train_epochs > 0 or self.max_steps > 0, "num_train_epochs", "a positive number is needed.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            need(0 <= getattr(self, name) <= LARGEST, name, "a number of at least 0 is needed, that float32 has.")
+        need(LEAST <= self.adam_epsilon <= LARGEST, "adam_epsilon", "a positive number is needed, that float32 has.")
         need(
-            self.label_smoothing_factor == 0,
-            "label_smoothing_factor",
-            "that is transformers' smoothing over the vocabulary; label_smoothing of `exo-fast align` smooths targets.",
+            self.max_steps > 0 or 0 < self.num_train_epochs <= MOST_EPOCHS,
+            "num_train_epochs",
+            f"a positive number is needed, of at most {MOST_EPOCHS:,}.",
+        )
+        need(
+            self.max_steps > 0 or self.max_steps == -1, "max_steps", "at least 1 is needed, or -1 for num_train_epochs."
         )
         need(0 <= self.seed < 2**32, "seed", "a number from 0 to 4294967295 is needed.")
-        need(not self.fp16, "fp16", "gradients are formed before the loss is scaled; use bf16.")
+        need(
+            self.data_seed is None or 0 <= self.data_seed < 2**32,
+            "data_seed",
+            "a number from 0 to 4294967295 is needed.",
+        )
+        for name in ("eval_accumulation_steps", "torch_empty_cache_steps"):
+            need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 is needed.")
+        for name in ("eval_delay", "dataloader_num_workers"):
+            need(getattr(self, name) >= 0, name, "a number of at least 0 is needed.")
+        need(
+            not self.dataloader_persistent_workers or self.dataloader_num_workers > 0,
+            "dataloader_persistent_workers",
+            "needs dataloader_num_workers above 0.",
+        )
+        contexts = multiprocessing.get_all_start_methods()
+        need(
+            self.dataloader_multiprocessing_context in (None, *contexts),
+            "dataloader_multiprocessing_context",
+            f"one of {', '.join(contexts)} is needed.",
+        )
+        need(
+            self.dataloader_multiprocessing_context is None or self.dataloader_num_workers > 0,
+            "dataloader_multiprocessing_context",
+            "needs dataloader_num_workers above 0.",
+        )
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        need(not (self.ddp_backend and alone), "ddp_backend", "needs several processes (torchrun --nproc-per-node).")
+        need(self.ddp_timeout >= 1, "ddp_timeout", "at least 1 second is needed.")
+        need((self.save_total_limit or 0) >= 0, "save_total_limit", "at least 1 is needed, or 0 to keep all.")
+        for strategy, name in (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps")):
+            steps = getattr(self, name)
+            is_used = getattr(self, strategy) == "steps" and steps is not None
+            need(not is_used or steps > 0, name, f"a positive number is needed for {strategy} steps.")
+        need(
+            self.logging_strategy != "steps" or self.logging_steps > 0, "logging_steps", "a positive number is needed."
+        )
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        need(
+            metric in self.best_metrics,
+            "metric_for_best_model",
+            f"one of {', '.join(self.best_metrics)} is needed.",
+        )
+        keeps_best = self.load_best_model_at_end or self.save_strategy == "best"
+        if keeps_best:
+            self.metric_for_best_model = metric
+            need(
+                self.eval_strategy != "no" and self.save_strategy in (self.eval_strategy, "best"),
+                "save_strategy",
+                "the best model is known by a checkpoint at each evaluation: give save_strategy the value of "
+                f"eval_strategy ({self.eval_strategy!r}), or best.",
+            )
         self.matmul_precision = resolve(self.matmul_precision, on_cpu=self.use_cpu)
         need(self.lora_r >= 0, "lora_r", "a rank of at least 1 is needed, or 0 for no LoRA.")
+        need(LEAST <= self.lora_alpha <= LARGEST, "lora_alpha", "a positive number is needed, that float32 has.")
         need(0 <= self.lora_dropout < 1, "lora_dropout", "a number in [0, 1) is needed.")
         need(
             self.zero_stage in (0, 1, 2, 3),
@@ -272,6 +433,9 @@ class TrainConfig(TrainingArguments):
             "train_sampling_strategy",
             "random, sequential or group_by_length is needed.",
         )
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name, None)
+            need(not isinstance(value, float) or math.isfinite(value), name, "a finite number is needed.")
 
 
 @dataclass
@@ -428,6 +592,7 @@ class AlignConfig(CausalConfig):
         ),
     }
     model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path", "ref_name_or_path")
+    best_metrics: ClassVar[tuple[str, ...]] = ("loss", *GROUP_METRICS)
     description: ClassVar[str] = """\
 Align a language model by EXO or DPO on K candidate completions per prompt.
 
@@ -476,8 +641,10 @@ examples:
             "attn_implementation",
             f"sequence_parallel exchanges heads around one of {', '.join(SEQUENCE_PARALLEL_CORES)}; name one of them.",
         )
-        for name in ("beta_pi", "beta_r", "temperature"):
-            need(0 < getattr(self, name) < math.inf, name, "a positive number is needed.")
+        for name in ("beta_pi", "beta_r"):
+            need(LEAST <= getattr(self, name) <= LARGEST, name, "a positive number is needed, that float32 has.")
+        problem = temperature_problem(self.temperature)
+        need(problem is None, "temperature", f"{problem}.")
         if self.label_smoothing is not None:
             need(
                 self.loss_type.endswith("-pref"),
@@ -486,9 +653,10 @@ examples:
             )
             need(0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1) is needed.")
             need(
-                self.label_smoothing > 0 or self.loss_type == "dpo-pref",
+                self.label_smoothing >= LEAST_SMOOTHING or self.loss_type == "dpo-pref",
                 "label_smoothing",
-                "exo-pref needs more than 0, because it takes the logarithm of every target (default 1e-3).",
+                f"exo-pref needs at least {LEAST_SMOOTHING}, because it takes the logarithm of every target (default "
+                "1e-3).",
             )
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -23,3 +24,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}."
+
+
+def not_its_own(config: Any, hint: str, found: str) -> InputError:
+    """The error for a model of this transformers config that gives a text other numbers in other company: `hint` says
+    what it has that does so (`exo_fast.masks.neighbours_hint`), `found` what was seen."""
+    return InputError(
+        f"model type {config.model_type!r}: it has {hint}, and what it gives for a text depends on the other texts of "
+        f"the batch: {found}. Numbers from different batches cannot be compared; use another model."
+    )

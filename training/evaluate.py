@@ -28,7 +28,7 @@ import numpy as np
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from exo_fast.training.assets import write_file
-from exo_fast.training.config import _field
+from exo_fast.training.config import _field, temperature_problem
 from exo_fast.training.errors import InputError
 from exo_fast.training.generate import GenerateConfig, generate
 from exo_fast.training.inference import InferenceConfig, check_model_name, json_digest, start_processes
@@ -103,7 +103,8 @@ examples:
         check_model_name(self, "reference")
         self._need(self.checkpoints == -1 or self.checkpoints >= 1, "checkpoints", "-1 (all) or at least 1 is needed.")
         self._need(self.return_num >= 1, "return_num", "at least 1 is needed.")
-        self._need(self.temperature > 0, "temperature", "a positive number is needed: KL is between distributions.")
+        problem = temperature_problem(self.temperature)
+        self._need(problem is None, "temperature", f"{problem}: KL is between distributions.")
         self._need(
             self.max_seq_len > self.max_new_tokens >= 1,
             "max_seq_len",

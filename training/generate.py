@@ -8,6 +8,11 @@ entry, which took 30-40% of the sampling time of a 135M model on a CPU.
 
 The model runs inside `transformers`' own `generate`: the draw is a logits processor that leaves a single
 finite score, which greedy decoding then picks.
+
+Only tokens that exist are drawn. A model's vocabulary may be larger than its tokenizer's (embeddings padded to a round
+number, ids left out), and an id without a token is no text: such ids are masked before everything else, so completions
+are drawn from the model's softmax renormalised over the others. (`exo-fast logprobs` gives log-probs under the model's
+own softmax, over all ids.)
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +31,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -36,9 +43,10 @@ from transformers import (
 )
 
 from exo_fast.data.tokens import RowTokenizer
-from exo_fast.training.config import _field
+from exo_fast.positions import length_rules, start_anew
+from exo_fast.training.config import _field, temperature_problem
 from exo_fast.training.data.examples import load_prompts
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, RunError
 from exo_fast.training.inference import (
     InferenceConfig,
     check_model_name,
@@ -51,10 +59,11 @@ from exo_fast.training.inference import (
     load_tokenizer,
     start_processes,
 )
-from exo_fast.training.loading import check_fits_model, is_adapter
+from exo_fast.training.loading import check_fits_model, from_pretrained, is_adapter, merge_advice, model_config
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 
+SMALLEST_SHARE = 1e-6  # a smaller top_p keeps one token: the most likely one has more in every vocabulary there is
 Sampler = Callable[[list[str], list[list[int]]], list[list[list[int]]]]  # prompts and their ids -> ids of completions
 
 
@@ -73,12 +82,38 @@ class Sampling:
         for name in ("return_num", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; 0 (greedy) or a positive number is needed")
+        if self.temperature != 0 and (problem := temperature_problem(self.temperature)) is not None:
+            raise ValueError(f"temperature is {self.temperature}; 0 (greedy), or {problem}")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; 0 (the whole vocabulary) or a positive number is needed")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; a number above 0 and at most 1 is needed")
+        greedy = [
+            f"{name}={getattr(self, name)}"
+            for name, is_greedy in (
+                ("temperature", self.temperature == 0),
+                ("top_k", self.top_k == 1),
+                ("top_p", self.top_p < SMALLEST_SHARE),
+            )
+            if is_greedy
+        ]
+        if greedy and self.return_num > 1:
+            raise ValueError(
+                f"return_num is {self.return_num}; {greedy[0]} takes the most likely token and so gives the same "
+                "completion each time: it needs return_num=1"
+            )
+
+
+class _TokensThatExist(LogitsProcessor):
+    """Masks ids that no token has, and notes whether what the model says is finite."""
+
+    def __init__(self, without_token: Tensor):
+        self.without_token = without_token  # (n,) int64, ids
+        self.finite: Tensor | bool = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.finite = torch.isfinite(scores.amax(dim=-1)).all() & self.finite  # NaN where any is
+        return scores.index_fill(-1, self.without_token, -torch.inf) if len(self.without_token) else scores
 
 
 class _Draw(LogitsProcessor):
@@ -95,7 +130,8 @@ class _Draw(LogitsProcessor):
         draw = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * total
         # Strictly below the total, so that the entry found is one where the sum grows: never a masked token.
         draw = torch.minimum(draw, torch.nextafter(total, torch.zeros_like(total)))
-        chosen = torch.searchsorted(cumulative, draw, right=True)
+        # Of scores that are not finite it finds no entry, which `sample_batch` says when the batch is done.
+        chosen = torch.searchsorted(cumulative, draw, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
@@ -109,11 +145,20 @@ def _uniforms(seed: int, prompt: str, candidate: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).random(count, np.float32)
 
 
-def plan_batches(lengths: Sequence[int], return_num: int, batch_size: int) -> list[list[int]]:
-    """Prompt indices, longest first, so that a batch pads little and the largest batch comes first."""
+def plan_batches(
+    lengths: Sequence[int], return_num: int, batch_size: int, *, of_one_length: bool = False
+) -> list[list[int]]:
+    """Prompt indices, longest first, so that a batch pads little and the largest batch comes first.
+
+    `of_one_length`: only prompts of the same length in a batch, for a model whose rotary embedding depends on the
+    longest one (`exo_fast.positions`): all its rows are then of one length at every step.
+    """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     step = max(1, batch_size // return_num)
-    return [order[start : start + step] for start in range(0, len(order), step)]
+    runs = [order]
+    if of_one_length:
+        runs = [list(run) for _, run in itertools.groupby(order, key=lambda index: lengths[index])]
+    return [run[start : start + step] for run in runs for start in range(0, len(run), step)]
 
 
 def end_tokens(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -121,6 +166,11 @@ def end_tokens(generation_config: GenerationConfig, tokenizer: PreTrainedTokeniz
     EOS and what its chat template ends the assistant's turn with."""
     end = generation_config.eos_token_id
     return {*([end] if isinstance(end, int) else end or ()), *RowTokenizer(tokenizer).ends}
+
+
+def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
+    """The ids below `vocab_size`, the model's, that the tokenizer has no token for, in order."""
+    return sorted(set(range(vocab_size)).difference(tokenizer.get_vocab().values()))
 
 
 @contextmanager
@@ -142,18 +192,24 @@ def sample_batch(
     encoded: Sequence[list[int]],
     sampling: Sampling,
     batch_size: int,
+    without_token: Sequence[int],
 ) -> list[list[list[int]]]:
     """One batch of `sample_tokens`: as many completions run together as `batch_size` allows.
 
     `encoded[i]` is what the model reads of `prompts[i]`, whose text only seeds its streams. The model is in eval
-    mode. Returns for each prompt `return_num` lists of 1 … max_new_tokens ids.
+    mode. `without_token` are ids that are never drawn (`ids_without_token`). Returns for each prompt `return_num` lists
+    of 1 … max_new_tokens ids. Raises RunError where the model's logits are not finite.
+
+    Where the model's rotary embedding depends on the longest text (`exo_fast.positions`), prompts of one length are
+    needed, and a completion is then what transformers' own generation gives of its prompt alone.
     """
     ends = end_tokens(model.generation_config, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )
-    warpers = _warpers(sampling)
+    existing = _TokensThatExist(torch.tensor(without_token, dtype=torch.int64, device=model.device))
+    warpers = [existing, *_warpers(sampling)]
     width = max(map(len, encoded))
     rows = [(index, candidate) for index in range(len(prompts)) for candidate in range(sampling.return_num)]
     found: list[list[list[int]]] = [[] for _ in prompts]
@@ -166,12 +222,19 @@ def sample_batch(
         if sampling.temperature > 0:
             uniforms = np.stack([_uniforms(sampling.seed, prompts[i], k, sampling.max_new_tokens) for i, k in some])
             processors.append(_Draw(torch.from_numpy(uniforms).to(model.device), width))
+        if length_rules(model.config):
+            start_anew(model)
         with _nothing_shipped(model):
             output = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
                 logits_processor=processors,
+            )
+        if not bool(existing.finite):
+            raise RunError(
+                "the model's logits are not finite (NaN or infinite), so nothing can be sampled: its weights may be "
+                "damaged, or overflow in the dtype that it runs in."
             )
         for (index, _), ids in zip(some, output[:, width:].tolist(), strict=True):
             stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
@@ -210,10 +273,11 @@ def sample_tokens(
     """Sample token ids: for each prompt, in the order given, `return_num` lists of 1 … max_new_tokens ids.
 
     A list that ended by itself ends with the end-of-sequence token it drew; one that was cut does not. The
-    same prompt given twice gets the same completions twice: ask for more with `return_num`.
+    same prompt given twice gets the same completions twice: ask for more with `return_num`. Ids that the tokenizer has
+    no token for are never drawn.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token (greedy).
+        temperature: divides the logits; 0 takes the most likely token (greedy), and needs return_num=1.
         top_k: keep only the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
         seed: of the random streams; the global random state is neither read nor changed.
@@ -221,7 +285,8 @@ def sample_tokens(
         progress: words before the progress bar, None for no bar.
 
     Raises:
-        ValueError: an argument out of range, named with its value.
+        ValueError: an argument out of range, named with its value; several greedy completions of a prompt.
+        RunError: the model's logits are not finite.
     """
     sampling = Sampling(return_num, max_new_tokens, temperature, top_k, top_p, seed)
     if batch_size < 1:
@@ -235,14 +300,15 @@ def sample_tokens(
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{index}] is {prompts[index]!r}, which gives no token; give it some text")
+    without_token = ids_without_token(tokenizer, model.config.get_text_config().vocab_size)
     was_training = model.training
     model.eval()
     found: list[list[list[int]]] = [[] for _ in prompts]
     with tqdm(total=len(prompts) * return_num, desc=progress, unit="seq", disable=progress is None) as bar:
-        for batch in plan_batches([len(ids) for ids in encoded], return_num, batch_size):
-            groups = sample_batch(
-                model, tokenizer, [prompts[i] for i in batch], [encoded[i] for i in batch], sampling, batch_size
-            )
+        of_one_length = bool(length_rules(model.config))
+        for batch in plan_batches(list(map(len, encoded)), return_num, batch_size, of_one_length=of_one_length):
+            some = [prompts[i] for i in batch], [encoded[i] for i in batch]
+            groups = sample_batch(model, tokenizer, *some, sampling, batch_size, without_token)
             for index, group in zip(batch, groups, strict=True):
                 found[index] = group
             bar.update(len(batch) * return_num)
@@ -291,7 +357,7 @@ class GenerateConfig(InferenceConfig):
     model_name_or_path: str | None = _field(None, "The model to sample from: a directory (a LoRA adapter's too) or a "
                                                   "Hub name.")  # fmt: skip
     return_num: int = _field(4, "Completions of each prompt.")
-    temperature: float = _field(1.0, "Divides the logits; 0 takes the most likely token.")
+    temperature: float = _field(1.0, "Divides the logits; 0 takes the most likely token, and needs return_num 1.")
     top_k: int = _field(0, "Sample from the k most likely tokens only; 0: from all.")
     top_p: float = _field(1.0, "Sample from the fewest tokens whose probability reaches top_p only; 1: from all.")
     max_new_tokens: int = _field(256, "Longest completion, in tokens with EOS.")
@@ -313,7 +379,7 @@ Sample completions of prompts from a model.
 Reads rows with a prompt (other fields are ignored, and a prompt that comes again is left out) and writes prompt,
 completions and completion_ids, the token ids that were drawn. A completion depends on the model, the settings, its
 prompt and its number alone: an interrupted run continues when the same command is given again, on any number of
-processes, and ends with the same text."""
+processes, and ends with the same text. Ids that the tokenizer has no token for are never drawn."""
     examples: ClassVar[str] = """\
 examples:
   exo-fast generate --model_name_or_path models/sft --data data/sft --output_dir data/samples
@@ -366,6 +432,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         longest=max(map(len, ids)) + config.max_new_tokens,
         largest_id=max(map(max, ids)),
     )
+    rules = length_rules(model_config(config, config.model_name_or_path))
     identity = {
         "stage": "generate",
         "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),
@@ -373,6 +440,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         **asdict(config.sampling),
         "max_seq_len": config.max_seq_len,
         "engine": config.engine,
+        **({"batches": "of one length"} if rules else {}),
         **config.numerics(),
     }
     run = ResumableRun(config.output_dir, identity, state)
@@ -383,7 +451,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     files, counts = {}, {}
     for split, texts in prompts.items():
         ids = [row for row, _ in encoded[split]]
-        batches = plan_batches([len(row) for row in ids], config.return_num, config.batch_size)
+        batches = plan_batches(list(map(len, ids)), config.return_num, config.batch_size, of_one_length=bool(rules))
 
         def compute(index: int, texts: list[str] = texts, ids: list[list[int]] = ids, batches=batches) -> Any:
             return sampler()([texts[i] for i in batches[index]], [ids[i] for i in batches[index]])
@@ -433,7 +501,12 @@ def _make_sampler(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) ->
     if config.engine == "vllm":
         return _vllm_sampler(config, tokenizer)
     model = load_model(config, config.model_name_or_path, sampling=True)
-    return lambda prompts, encoded: sample_batch(model, tokenizer, prompts, encoded, config.sampling, config.batch_size)
+    without_token = ids_without_token(tokenizer, model.config.get_text_config().vocab_size)
+
+    def sample(prompts: list[str], encoded: list[list[int]]) -> list[list[list[int]]]:
+        return sample_batch(model, tokenizer, prompts, encoded, config.sampling, config.batch_size, without_token)
+
+    return sample
 
 
 def _check_vllm(config: GenerateConfig, num_processes: int) -> None:
@@ -445,7 +518,7 @@ def _check_vllm(config: GenerateConfig, num_processes: int) -> None:
     elif num_processes > 1:
         problem = "vLLM starts processes of its own; run this stage without a launcher."
     elif is_adapter(config.model_name_or_path):
-        problem = "needs a whole model; merge the adapter first (merge_and_unload) and save it."
+        problem = f"needs a whole model; merge the adapter first: {merge_advice(config.model_name_or_path)}"
     config._need(problem is None, "engine", problem or "")
 
 
@@ -464,6 +537,11 @@ def _vllm_sampler(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) ->
     except OSError:
         generation_config = GenerationConfig()
     ends = sorted(end_tokens(generation_config, tokenizer))
+    shape = from_pretrained(AutoConfig, config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    vocab_size = shape.get_text_config().vocab_size
+    masked = {}
+    if ids_without_token(tokenizer, vocab_size):
+        masked["allowed_token_ids"] = sorted(id for id in set(tokenizer.get_vocab().values()) if id < vocab_size)
     model = LLM(
         model=config.model_name_or_path,
         dtype="bfloat16" if config.bf16 else "float32",
@@ -484,6 +562,7 @@ def _vllm_sampler(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) ->
                 max_tokens=config.max_new_tokens,
                 seed=int.from_bytes(_stream_key(config.seed, prompts[index], candidate)[:4], "little"),
                 stop_token_ids=ends,
+                **masked,
             )
             for index, candidate in rows
         ]

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,7 +27,13 @@ from exo_fast.training.data.groups import cut_left
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import announce_cpu
 from exo_fast.training.errors import InputError
-from exo_fast.training.loading import adapter_base, from_pretrained, is_adapter
+from exo_fast.training.loading import (
+    adapter_base,
+    from_pretrained,
+    is_adapter,
+    merge_adapter,
+    refuse_scalar_adapter,
+)
 from exo_fast.training.paths import user_path
 from exo_fast.training.precision import PRECISION_HELP, resolve
 from exo_fast.training.reference_logps import model_digest
@@ -134,7 +139,8 @@ def load_tokenizer(config: InferenceConfig, name_or_path: str) -> PreTrainedToke
 
 
 def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = False) -> nn.Module:
-    """A causal LM in `config.dtype` on this process's device, in eval mode; a LoRA adapter is merged into its base.
+    """A causal LM in `config.dtype` on this process's device, in eval mode; a LoRA adapter is merged into its base
+    (`loading.merge_adapter`).
 
     For `sampling` on a CPU attention is eager unless the config names one: with bf16 products, PyTorch's fused
     attention is the slower one for single queries (15 against 24 sequences a second of a 135M model).
@@ -143,18 +149,12 @@ def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = F
     attention = config.attn_implementation or ("eager" if sampling and config.use_cpu else None)
     options = {"trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
     options |= {} if attention is None else {"attn_implementation": attention}
-    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
-    model = from_pretrained(AutoModelForCausalLM, base, **options)
-    if is_adapter(name_or_path):
-        from peft import PeftModel
-
-        try:
-            with warnings.catch_warnings():
-                # of a name that transformers changed and PEFT still uses
-                warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
-                model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
-        except Exception as error:  # of a file that anyone may have written
-            raise InputError(f"{name_or_path!r}: its adapter does not fit its base {base!r}: {error}") from error
+    if not is_adapter(name_or_path):
+        model = from_pretrained(AutoModelForCausalLM, name_or_path, **options)
+    else:
+        refuse_scalar_adapter(name_or_path)
+        base = from_pretrained(AutoModelForCausalLM, adapter_base(name_or_path), **options)
+        model = merge_adapter(base, name_or_path)
     return model.to(PartialState().device).eval()
 
 

@@ -3,24 +3,42 @@
 A model is other people's data. Weights are read from safetensors alone, because a pickle (pytorch_model.bin) runs what
 stands in it; and what a directory says of itself is judged before it is followed: its shards must lie inside it, and
 nobody waits for a billion layers to be built.
+
+An adapter is merged by `merge_adapter` alone, which shows by numbers that merging changed nothing.
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from exo_fast.data.fields import short
 from exo_fast.data.tokens import RowTokenizer
+from exo_fast.layout import _true_float32
+from exo_fast.positions import longest_text
 from exo_fast.training.data.records import first_line, read_json
 from exo_fast.training.errors import InputError
 from exo_fast.training.paths import is_plain_name, user_path
 
 ADAPTER = "adapter_config.json"
 TO_SAFETENSORS = "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
+SCALAR_TASK = "SEQ_CLS"  # PEFT's name for what reward models and classifiers do
+PROBED_TOKENS = 16
+# How far numbers may be from those before an adapter was merged, of their root mean square: rounding, by dtype.
+MERGE_TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 0.05}
+MERGE_TOLERANCE = 1e-4
 # What a configuration may count, and how large: more would be built, or filled, until the memory is full.
 LIMITS = {re.compile(r"(num|n)_.*(layer|expert|head|label)"): 4096, re.compile(r".*_(size|dim|embd|inner)$"): 2**24}
 
@@ -118,7 +136,21 @@ def refuse_adapter(name_or_path: str) -> None:
     if is_adapter(name_or_path):
         raise InputError(
             f"{name_or_path!r}: a LoRA adapter, where a whole model is needed; merge it first: "
-            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)."
+            f"{merge_advice(name_or_path)}"
+        )
+
+
+def merge_advice(adapter: str) -> str:
+    """The command that merges an adapter, for an error's text."""
+    call = f"save_merged({adapter!r}, {Path(adapter).name + '-merged'!r})"
+    return f'python -c "from exo_fast.training.loading import save_merged; {call}"'
+
+
+def refuse_scalar_adapter(name_or_path: str) -> None:
+    """Raises InputError for an adapter of a reward model or a classifier, which is no language model."""
+    if adapter_task(name_or_path) == SCALAR_TASK:
+        raise InputError(
+            f"{name_or_path!r}: an adapter of a reward model or a classifier, where one of a language model is needed."
         )
 
 
@@ -144,6 +176,130 @@ def adapter_base(path: str) -> str:
     return base
 
 
+# Merging adapters
+
+
+def merge_adapter(model: nn.Module, path: str) -> nn.Module:
+    """`model`, the base of the adapter in the directory `path`, with the adapter merged into its weights.
+
+    An adapter on the input embedding of a model whose head is tied to it does not touch the head: such a head gets
+    weights of its own before, and `config.tie_word_embeddings` becomes false, unless both are equal after all. Raises
+    InputError for an adapter that does not fit, and where the merged model gives other numbers than the adapted one.
+    """
+    from peft import PeftModel
+
+    base = getattr(model, "name_or_path", "")
+    try:
+        with warnings.catch_warnings():
+            # of a name that transformers changed and PEFT still uses
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+            adapted = PeftModel.from_pretrained(model, path).eval()
+            if not hasattr(adapted.base_model, "merge_and_unload"):
+                kind = adapted.active_peft_config.peft_type.value
+                raise InputError(f"{path!r}: a {kind} adapter, which adds to the input and cannot be merged.")
+            expected = _probe(adapted)
+            was_tied = _give_head_its_own_weights(adapted)
+            merged = adapted.merge_and_unload()
+    except InputError:
+        raise
+    except Exception as error:  # of a file that anyone may have written
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "size mismatch" in reason:
+            reason += (
+                " Where the base's embeddings were resized before the adapter was trained, save the base after "
+                f"resize_token_embeddings and name it as base_model_name_or_path in {Path(path, ADAPTER)}."
+            )
+        raise InputError(f"{path!r}: its adapter does not fit its base {base!r}: {reason}") from error
+    if was_tied:
+        _tie_where_equal(merged)
+    found = _probe(merged)
+    limit = MERGE_TOLERANCES.get(merged.dtype, MERGE_TOLERANCE)
+    for what, before in expected.items():
+        difference = _rms(found[what] - before) / max(_rms(before), 1e-30)
+        if not difference <= limit:  # NaN too
+            raise InputError(
+                f"{path!r}: its adapter cannot be merged into its base {base!r}: the {what} of {len(before)} tokens "
+                f"differ by {difference:.1e} of their size before and after, where {limit:.0e} is allowed in "
+                f"{str(merged.dtype).removeprefix('torch.')}."
+            )
+    return merged
+
+
+def save_merged(adapter: str, directory: str, *, trust_remote_code: bool = False) -> None:
+    """Merge the adapter in the directory `adapter` into its base, and save a whole model and its tokenizer to
+    `directory`. Raises InputError for what cannot be loaded or merged."""
+    from exo_fast.training.saving import save_model
+
+    base = adapter_base(adapter)
+    kind, options = AutoModelForCausalLM, {}
+    if adapter_task(adapter) == SCALAR_TASK:
+        kind, options = AutoModelForSequenceClassification, {"num_labels": 1}
+    model = from_pretrained(kind, base, trust_remote_code=trust_remote_code, dtype="auto", **options)
+    source = adapter if any(Path(adapter).glob("tokenizer*")) else base
+    tokenizer = from_pretrained(AutoTokenizer, source, trust_remote_code=trust_remote_code)
+    if kind is AutoModelForSequenceClassification and model.config.get_text_config().pad_token_id is None:
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    save_model(merge_adapter(model, adapter), tokenizer, Path(directory))
+
+
+def adapter_task(path: str) -> str | None:
+    """PEFT's word for what the adapter in a directory was trained to do; None where it has none."""
+    content = read_json(Path(path, ADAPTER))
+    task = content.get("task_type") if isinstance(content, dict) else None
+    return task if isinstance(task, str) else None
+
+
+@torch.no_grad()
+def _probe(model: nn.Module) -> dict[str, Tensor]:
+    """(T, ·) float64: what `model` makes of a few tokens, those that an adapter trains among them."""
+    embedding = model.get_input_embeddings().weight
+    ids = torch.linspace(0, embedding.shape[0] - 1, PROBED_TOKENS).long().unique()
+    with _true_float32():
+        output = model(input_ids=ids[None].to(embedding.device), use_cache=False, output_hidden_states=True)
+    numbers = {"logits": output.logits}
+    if output.hidden_states is not None:
+        numbers["hidden states"] = output.hidden_states[-1]
+    return {what: value.double().cpu().flatten(0, -2) for what, value in numbers.items()}
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """The input embedding and the head as they are without adapters; an empty list where there is no head."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [] if None in ends else [_bare(layer) for layer in ends]
+
+
+def _bare(layer: nn.Module) -> nn.Module:
+    """A layer without the wrappers that PEFT puts around it."""
+    for name in ("base_layer", "original_module"):
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return _bare(getattr(layer, name))
+    return layer
+
+
+def _give_head_its_own_weights(adapted: nn.Module) -> bool:
+    """Whether the head of a PeftModel was tied to its input embedding; it no longer is."""
+    ends = _ends(adapted.get_base_model())
+    if not ends or ends[0].weight is not ends[1].weight:
+        return False
+    ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def _tie_where_equal(merged: nn.Module) -> None:
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    equal = torch.equal(embedding.weight, head.weight)
+    if equal:
+        head.weight = embedding.weight
+    merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = equal
+
+
+# Fitting data
+
+
 def need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of EOS. Raises InputError for a tokenizer without one."""
     try:
@@ -152,14 +308,20 @@ def need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
         raise InputError(str(error)) from error
 
 
+def model_config(config: Any, name_or_path: str) -> Any:
+    """The transformers config of a language model, or of the one that an adapter is for. `config` is one with
+    `trust_remote_code`."""
+    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
+    return from_pretrained(AutoConfig, base, trust_remote_code=config.trust_remote_code).get_text_config()
+
+
 def check_fits_model(config: Any, name_or_path: str, *, longest: int, largest_id: int = 0) -> None:
     """Raises InputError where a sequence is longer than the model has positions for, or an id is not in its vocabulary.
 
     `config` is one with `max_seq_len` and `trust_remote_code`.
     """
-    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
-    model = from_pretrained(AutoConfig, base, trust_remote_code=config.trust_remote_code).get_text_config()
-    limit = getattr(model, "max_position_embeddings", None)
+    model = model_config(config, name_or_path)
+    limit = longest_text(model)
     if limit is not None and longest > limit:
         raise InputError(
             f"max_seq_len={config.max_seq_len}: the longest sequence has {longest} tokens, and the model has positions "

@@ -2,7 +2,9 @@
 
 No logits of the whole vocabulary are kept, and a prompt is run once for its completions where the model can share it.
 The token ids that were drawn are scored where the data has them, so that with the settings of `exo-fast generate` the
-result is the log-prob under the distribution that they were drawn from.
+result is the log-prob under the distribution that they were drawn from: the model's own softmax, over its whole
+vocabulary. (Where that has ids without a token, `exo-fast generate` never draws them, and what it draws from is that
+softmax renormalised over the others.)
 """
 
 import functools
@@ -23,11 +25,12 @@ from exo_fast.data.tokens import RowTokenizer
 from exo_fast.head import final_hidden, read_head
 from exo_fast.layout import Group, check_sharing, model_inputs, pack, plan_mask
 from exo_fast.logprobs import linear_logprobs
+from exo_fast.masks import neighbours_hint
 from exo_fast.reference import sequence_logps
-from exo_fast.training.config import _field
+from exo_fast.training.config import _field, temperature_problem
 from exo_fast.training.data.examples import load_samples
 from exo_fast.training.data.groups import EXAMPLES_PER_CALL, cut_left, encoded
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, not_its_own
 from exo_fast.training.inference import (
     InferenceConfig,
     check_model_name,
@@ -60,6 +63,25 @@ def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
     return report.ok
 
 
+def need_own_numbers(model: nn.Module, groups: Sequence[Group], *, share_prompt: bool) -> None:
+    """Raises InputError where the log-prob of the shortest sequence is another beside the longest group than alone;
+    looks where `neighbours_hint` says that it might be."""
+    hint = neighbours_hint(model.config)
+    if not hint:
+        return
+    shortest = min(
+        (Group(group.prompt, [min(group.completions, key=len)]) for group in groups), key=lambda group: group.tokens()
+    )
+    longest = max(groups, key=lambda group: len(group.prompt) + max(map(len, group.completions)))
+    options = {"temperature": 1.0, "batch_size": 2, "share_prompt": share_prompt}
+    alone, beside = (sequence_log_probs(model, some, **options)[0][0] for some in ([shortest], [shortest, longest]))
+    allowed = 1e-4 if model.dtype == torch.float32 else 0.15  # nats a token, as `check_sharing` allows
+    difference = float(abs(beside - alone)) / len(shortest.completions[0])
+    if not difference <= allowed:  # also where it is not a number
+        found = f"{difference:.1e} nats a token beside a longer one, where {allowed} is allowed"
+        raise not_its_own(model.config, hint, found)
+
+
 @torch.no_grad()
 def sequence_log_probs(
     model: nn.Module,
@@ -74,7 +96,7 @@ def sequence_log_probs(
 
     Args:
         model: a causal LM in eval mode.
-        temperature: divides the logits.
+        temperature: divides the logits; a positive number.
         progress: words before the progress bar, None for no bar.
         batch_size: groups that run together.
         share_prompt: None asks `can_share_prompts`.
@@ -93,14 +115,14 @@ def sequence_log_probs(
     with tqdm(total=len(groups), desc=progress, unit="prompt", disable=progress is None) as bar:
         for first in range(0, len(groups), batch_size):
             batch = list(groups[first : first + batch_size])
-            packed = pack(batch, share_prompt=share_prompt)
+            packed = pack(batch, share_prompt=share_prompt, by_length=plan.by_length)
             implementation = model.config._attn_implementation
             inputs = model_inputs(
                 packed, plan, dtype=model.dtype, device=model.device, attn_implementation=implementation
             )
             hidden = final_hidden(model, **inputs).flatten(0, 1)[packed.source.to(model.device)]
             token_logps = linear_logprobs(
-                hidden,
+                head.multiplied(hidden),
                 head.weight,
                 packed.targets.to(model.device),
                 bias=head.bias,
@@ -149,11 +171,6 @@ def tokenize_rows(
     return rows
 
 
-def _part(group: Group, which: slice) -> Group:
-    """A group of some of the completions."""
-    return Group(group.prompt, group.completions[which], None if group.learned is None else group.learned[which])
-
-
 @dataclass
 class LogprobsConfig(InferenceConfig):
     """`exo-fast logprobs`: fields of every inference stage, the model, and how to cut."""
@@ -187,7 +204,8 @@ examples:
     def __post_init__(self) -> None:
         super().__post_init__()
         check_model_name(self)
-        self._need(self.temperature > 0, "temperature", "a positive number is needed.")
+        problem = temperature_problem(self.temperature)
+        self._need(problem is None, "temperature", f"{problem}.")
         self._need(self.max_gen_len >= 1, "max_gen_len", "at least 1 token is needed.")
         self._need(
             self.max_seq_len > self.max_gen_len,
@@ -236,7 +254,9 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
     @functools.cache  # loaded with the first batch: not at all when nothing is left to do
     def model() -> tuple[nn.Module, bool]:
         loaded = load_model(config, config.model_name_or_path)
-        return loaded, can_share_prompts(loaded, groups)
+        share_prompt = can_share_prompts(loaded, groups)
+        need_own_numbers(loaded, groups, share_prompt=share_prompt)
+        return loaded, share_prompt
 
     files, counts = {}, {}
     for split, found in rows.items():
@@ -269,7 +289,7 @@ def _split_logprobs(
     # Groups of many completions are cut up, and each part has its prompt.
     together = min(MAX_TOGETHER, config.batch_size)
     parts = [
-        (index, _part(group, slice(first, first + together)))
+        (index, group.some(range(first, min(first + together, len(group.completions)))))
         for index, group in enumerate(groups)
         for first in range(0, len(group.completions), together)
     ]

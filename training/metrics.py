@@ -4,7 +4,7 @@ All are computed per group from the sequence log-probs s_k of the policy and s_k
 and the given rewards, and then averaged over the groups of an interval or of the evaluation split, whatever
 batches and processes they came in. r_k = beta_pi · (s_k − s_k^ref) is the policy's implicit reward. *chosen*
 is the candidate of the highest given reward, *rejected* that of the lowest (with two candidates, TRL's
-meaning).
+meaning); of several that share the highest or the lowest reward, their mean.
 
     loss                 EXO or DPO (exo_fast.reference), the mean over groups
     rewards/chosen       r of the chosen candidate
@@ -13,8 +13,8 @@ meaning).
     rewards/margins      rewards/chosen − rewards/rejected
     logps/chosen         s of the chosen candidate
     logps/rejected       s of the rejected candidate
-    group_accuracy       1 where the candidate of the highest r is the chosen one, 1/n where n candidates share the
-                         highest r and it is among them (so it starts at 1/K, chance), else 0
+    group_accuracy       1 where the candidate of the highest r is the chosen one (or one of several), else 0; where n
+                         candidates share the highest r, the share of them that are chosen (so it starts at chance)
     kl                   mean over the candidates of s^ref − s: the KL(π_ref ‖ π) per sequence in nats, where the
                          candidates were sampled from the reference (an unbiased estimate; elsewhere just a distance)
     entropy              −Σ_k q_k log q_k with q = softmax(r): log K at the start, 0 when the policy picks one candidate
@@ -48,8 +48,8 @@ def group_metrics(policy_logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta
     """(G, K) each -> (G, len(GROUP_METRICS)) float32, one column per metric in that order."""
     policy_logps, ref_logps = policy_logps.float(), ref_logps.float()
     implicit = beta_pi * (policy_logps - ref_logps)
-    best, worst = rewards.argmax(-1, keepdim=True), rewards.argmin(-1, keepdim=True)
-    chosen, rejected = implicit.gather(-1, best).squeeze(-1), implicit.gather(-1, worst).squeeze(-1)
+    best, worst = rewards == rewards.amax(-1, keepdim=True), rewards == rewards.amin(-1, keepdim=True)
+    chosen, rejected = _mean(implicit, best), _mean(implicit, worst)
     highest = implicit == implicit.amax(-1, keepdim=True)
     log_q = torch.log_softmax(implicit, dim=-1)
     columns = {
@@ -57,13 +57,18 @@ def group_metrics(policy_logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta
         "rewards/rejected": rejected,
         "rewards/accuracies": chosen > rejected,
         "rewards/margins": chosen - rejected,
-        "logps/chosen": policy_logps.gather(-1, best).squeeze(-1),
-        "logps/rejected": policy_logps.gather(-1, worst).squeeze(-1),
-        "group_accuracy": highest.gather(-1, best).squeeze(-1) / highest.sum(-1),
+        "logps/chosen": _mean(policy_logps, best),
+        "logps/rejected": _mean(policy_logps, worst),
+        "group_accuracy": (highest & best).sum(-1) / highest.sum(-1),
         "kl": (ref_logps - policy_logps).mean(-1),
         "entropy": -(log_q.exp() * log_q).sum(-1),
     }
     return torch.stack([columns[name].float() for name in GROUP_METRICS], dim=-1)
+
+
+def _mean(values: Tensor, of: Tensor) -> Tensor:
+    """(G,): the mean of (G, K) values over the candidates that a mask (G, K) names."""
+    return values.where(of, torch.zeros_like(values)).sum(-1) / of.sum(-1)
 
 
 def peak_memory_mb() -> float:

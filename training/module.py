@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -25,16 +26,19 @@ from exo_fast.layout import (
     SharingReport,
     _eval_mode,
     _true_float32,
+    check_neighbours,
     check_sharing,
+    compared,
     model_inputs,
     pack,
     shortened,
 )
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
+from exo_fast.masks import neighbours_hint
 from exo_fast.reference import sequence_logps
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, not_its_own
 from exo_fast.training.metrics import GROUP_METRICS, group_metrics
 from exo_fast.training.sequence_parallel import SequenceParallel
 
@@ -105,11 +109,57 @@ class CausalModule(TrainedModule):
     def __init__(self, model: nn.Module, plan: MaskPlan, *, memory_budget: int | None, backend: str):
         super().__init__(model)
         self.plan = plan
+        self.temperature = 1.0  # divides the logits
         self.kernel_options = {"memory_budget": memory_budget, "backend": backend}
 
     def predicting_hidden(self, packed: Packed) -> Tensor:
         """(N, D): the hidden state that predicts each completion token."""
-        return self.packed_hidden(packed, self.plan)[packed.source]
+        return self.packed_hidden(packed, self.plan)[packed.source.to(self.model.device)]
+
+    def projection(self, head: Head) -> dict[str, Any]:
+        """What the fused losses need to know of `head` beside its weight, and how they are to work."""
+        scale = head.scale / self.temperature
+        options = {"bias": head.bias, "scale": scale, "softcap": head.softcap, "process_group": head.process_group}
+        return options | self.kernel_options
+
+    def token_logps(self, packed: Packed) -> Tensor:
+        """(N,) float32, the log-prob of each completion token."""
+        return self.projected(self.predicting_hidden(packed), packed.targets)
+
+    def projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(N,) float32, the log-prob of each target under the hidden state that predicts it."""
+        head = read_head(self.model)
+        targets = targets.to(hidden.device)
+        return linear_logprobs(head.multiplied(hidden), head.weight, targets, **self.projection(head))
+
+    def check_neighbours(self, shortest: Group, longest: Group, *, shared: bool) -> SharingReport:
+        """Whether the log-probs of a group are its own, in rows as the run will have them. To be called in a forward of
+        the module: only there does ZeRO-3 have the head in one piece. Tolerances are those of `check_sharing`."""
+
+        def token_logps(groups: list[Group]) -> Tensor:
+            return self.token_logps(self.packed(groups, shared=shared))
+
+        with self.as_it_is():
+            return check_neighbours(token_logps, shortest, longest, atol=self.atol)
+
+    def packed(self, groups: list[Group], *, shared: bool, **options: Any) -> Packed:
+        """`groups` in rows, on the model's device."""
+        rows = pack(groups, share_prompt=shared, by_length=self.plan.by_length, **options)
+        tensors = {field.name: getattr(rows, field.name) for field in fields(Packed)}
+        device = self.model.device
+        return Packed(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()})
+
+    @property
+    def atol(self) -> float:
+        """What two computations of a token's log-prob may differ by, as in `check_sharing`."""
+        return 0.15 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-4
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """The model without dropout, gradients and rounded products, to compare what it computes."""
+        device = self.model.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False), _eval_mode(self.model), _true_float32():
+            yield
 
     def register_head(self) -> None:
         """Tell ZeRO-3 that this module's forward needs the head; without partitioned parameters, nothing."""
@@ -145,6 +195,7 @@ class AlignModule(CausalModule):
         beta_r: float,
         label_smoothing: float,
         temperature: float,
+        ties: str = "error",
         memory_budget: int | None,
         backend: str,
         sequence: SequenceParallel | None = None,
@@ -158,6 +209,7 @@ class AlignModule(CausalModule):
             "beta_pi": beta_pi,
             "beta_r": beta_r,
             "label_smoothing": label_smoothing,
+            "ties": ties,
         }
 
     @property
@@ -169,6 +221,7 @@ class AlignModule(CausalModule):
         *,
         check: list[Group] | None = None,
         check_shared: bool = True,
+        neighbours: tuple[Group, Group] | None = None,
         reference: bool = False,
         only_logps: bool = False,
         **batch: Tensor,
@@ -179,8 +232,10 @@ class AlignModule(CausalModule):
         (G, M)) in evaluation, and (sequence log-probs (G, K) float32,) with `only_logps`, and with `reference` of the
         policy with its adapters off. With `check`, and no batch, the report of `check_sharing` on those groups, or with
         `sequence` of `check_parts`, to which `check_shared` goes: a forward, because only inside one does ZeRO-3
-        have the head in one piece.
+        have the head in one piece. With `neighbours`, a short group and a long one, that of `check_neighbours`.
         """
+        if neighbours is not None:
+            return (self.check_neighbours(*neighbours, shared=check_shared),)
         if check is not None:
             if self.sequence is None:
                 return (check_sharing(self.policy, check, self.plan),)
@@ -190,7 +245,7 @@ class AlignModule(CausalModule):
         if self.training and not (reference or only_logps) and self.sequence is None:
             head = read_head(self.policy)
             loss, policy_logps = linear_group_loss(
-                self.predicting_hidden(packed),
+                head.multiplied(self.predicting_hidden(packed)),
                 head.weight,
                 packed.targets,
                 packed.cu_seqlens,
@@ -209,51 +264,33 @@ class AlignModule(CausalModule):
         loss = group_loss(policy_logps, ref_logps, rewards, **self.loss_options, reduction=reduction)
         return loss, group_metrics(policy_logps.detach(), ref_logps, rewards, self.beta_pi)
 
-    def projection(self, head: Head) -> dict[str, Any]:
-        """What the fused losses need to know of `head` beside its weight, and how they are to work."""
-        scale = head.scale / self.temperature
-        options = {"bias": head.bias, "scale": scale, "softcap": head.softcap, "process_group": head.process_group}
-        return options | self.kernel_options
-
     def token_logps(self, packed: Packed, *, whole_rows: bool = False) -> Tensor:
         """(N,) float32, the log-prob of each completion token. With `whole_rows` this rank runs all of them, where it
         would share them out by `sequence`."""
         if self.sequence is None:
-            return self._logps(self.predicting_hidden(packed), packed.targets)
+            return super().token_logps(packed)
         device = self.model.device
         options = {"dtype": self.compute_dtype, "device": device}
         targets = packed.targets.to(device)
         if whole_rows:
             hidden = final_hidden(self.model, **self.sequence.whole(packed, self.plan, **options))
-            return self._logps(hidden.flatten(0, 1)[packed.source.to(device)], targets)
+            return self.projected(hidden.flatten(0, 1)[packed.source.to(device)], targets)
         inputs, rows, tokens = self.sequence.part(packed, self.plan, **options)
         hidden = final_hidden(self.model, **inputs).flatten(0, 1)
-        return self.sequence.gather(self._logps(hidden[rows], targets[tokens]), tokens, len(targets))
-
-    def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        head = read_head(self.policy)
-        return linear_logprobs(hidden, head.weight, targets, **self.projection(head))
+        return self.sequence.gather(self.projected(hidden[rows], targets[tokens]), tokens, len(targets))
 
     def check_parts(self, groups: list[Group], shared: bool) -> SharingReport:
         """Run `groups` in rows of which each rank has a part, and in unshared ones that each runs alone, and compare
         the log-probs: with `shared` what `check_sharing` does, and in any case whether the parts make the row.
         Tolerances are those of `check_sharing`."""
-        unshared = pack(groups, share_prompt=False)
-        rows = pack(groups, row_length=2 * max(group.tokens() for group in groups)) if shared else unshared
-        device = self.model.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False), _eval_mode(self.policy), _true_float32():
+        unshared = self.packed(groups, shared=False)
+        longest = max(group.tokens() for group in groups)
+        rows = self.packed(groups, shared=True, row_length=2 * longest) if shared else unshared
+        with self.as_it_is():
             expected = self.token_logps(unshared, whole_rows=True)
             found = self.token_logps(rows)
-        difference = (found - expected).double()
-        token_rms = difference.square().mean().sqrt().item()
-        sequence_max = sequence_logps(difference, unshared.cu_seqlens.to(difference.device)).abs().max().item()
-        atol = 0.15 if self.policy.dtype in (torch.bfloat16, torch.float16) else 1e-4
-        ok = token_rms <= atol  # False for NaN
-        problem = (
-            f"rows in {self.sequence.size} parts give other log-probs than whole, unshared ones: rms {token_rms:.1e} "
-            f"nats a token where {atol:.1e} is allowed, up to {sequence_max:.1e} nats a sequence"
-        )
-        return SharingReport(ok, "" if ok else problem, token_rms, sequence_max, atol)
+        problem = f"rows in {self.sequence.size} parts give other log-probs than whole, unshared ones"
+        return compared(found, expected, unshared.cu_seqlens, self.atol, problem)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -270,7 +307,7 @@ def settle_layout(
 
     Warns where candidates are to share their prompt and cannot. Returns the decision, its reason, and what
     was measured (nats, `SharingReport`), for the summary. Raises InputError where sequence parallelism gives other
-    log-probs than rows in one piece.
+    log-probs than rows in one piece, and as `need_own_numbers`.
     """
     shared = share_prompt and module.plan.share
     reason = "" if shared else module.plan.reason if share_prompt else "switched off"
@@ -290,5 +327,22 @@ def settle_layout(
     if share_prompt and not shared:
         candidates = dataset.counts.candidates
         logger.warning(f"Candidates cannot share their prompt, which is run {candidates} times instead: {reason}")
-    collate.share_prompt = shared
+    collate.share_prompt, collate.by_length = shared, module.plan.by_length
+    need_own_numbers(module, dataset, shared=shared)
     return {"share_prompt": shared, "reason": reason, "mask": module.plan.kind, **measured}
+
+
+@torch.no_grad()
+def need_own_numbers(module: CausalModule, dataset: GroupDataset, *, shared: bool) -> None:
+    """Raises InputError where the log-probs of the shortest sequence are others beside the longest group than alone;
+    looks where `neighbours_hint` says that they might be. `shared`: whether candidates share their prompt."""
+    hint = neighbours_hint(module.config)
+    if not hint:
+        return
+    lengths = dataset.sequence_lengths()
+    index, candidate = np.unravel_index(lengths.argmin(), lengths.shape)
+    group = dataset.group(int(index))
+    shortest, longest = Group(group.prompt, [group.completions[candidate]]), dataset.group(int(lengths.max(1).argmax()))
+    (report,) = module.eval()(neighbours=(shortest, longest), check_shared=shared)
+    if not report.ok:
+        raise not_its_own(module.config, hint, report.reason)

@@ -4,6 +4,7 @@
 not be entered.
 """
 
+import tempfile
 from pathlib import Path
 
 from exo_fast.training.errors import InputError
@@ -25,6 +26,19 @@ def user_path(text: str | Path, field: str | None = None) -> Path:
         reason = str(getattr(error, "strerror", None) or error).rstrip(".")
         raise InputError(f"{name}: cannot be a path: {reason}.") from error
     return path
+
+
+def why_not_writable(folder: str | Path) -> str | None:
+    """Why no file can be written to `folder`, which is made where it is not there; None where one can."""
+    try:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path) as file:
+            file.write(b"x")
+            file.flush()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody knows where ~ is
+        return str(getattr(error, "strerror", None) or error).rstrip(".")
+    return None
 
 
 def is_plain_name(name: str) -> bool:

@@ -158,9 +158,10 @@ def write_rows(config: Any, files: dict[str, list[Any]], summary: dict[str, Any]
                     f"output_dir={config.output_dir!r}: holds another {name}{_difference(folder / SUMMARY, settings)}; "
                     "choose another output_dir, or delete that one to write it again."
                 )
-        for name, data in content.items():
-            write_file(folder, name, data)
-        write_file(folder, SUMMARY, to_json(whole))
+        for name, data in (content | {SUMMARY: to_json(whole)}).items():
+            # A training that is to continue takes a file of another time for another file.
+            if not (folder / name).is_file() or (folder / name).read_bytes() != data:
+                write_file(folder, name, data)
     return whole
 
 

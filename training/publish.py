@@ -8,16 +8,20 @@ tells of the machine and its paths. An upload that fails loses nothing, because 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import TrainerCallback
 from transformers.utils import logging
 
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, RunError, Stopped
+from exo_fast.training.paths import why_not_writable
 
 if TYPE_CHECKING:
     from exo_fast.training.config import TrainConfig
@@ -74,6 +78,41 @@ def check_trackers(report_to: list[str]) -> None:
         module, package = TRACKERS[name]
         if importlib.util.find_spec(module) is None:
             raise InputError(f"report_to={name!r}: needs {package}: pip install {package} (or --report_to none).")
+
+
+def warn_of_logging_dir(report_to: list[str]) -> None:
+    """Say before work starts that TensorBoard's files have no place, where one outside the run's own was named."""
+    folder = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if folder and "tensorboard" in report_to and (reason := why_not_writable(folder)) is not None:
+        logger.warning(f"TENSORBOARD_LOGGING_DIR={folder!r}: cannot be written ({reason}); the run goes on without it")
+
+
+def keep_trackers_harmless(callbacks: Iterable[TrainerCallback]) -> None:
+    """Let a tracker that fails be a warning, after which it is told nothing more. (A tracker hears of the end of the
+    training before the model is saved.)"""
+    for callback in callbacks:
+        if type(callback).__module__.startswith("transformers.integrations"):
+            failed: list[Exception] = []
+            for event in dir(TrainerCallback):
+                if event.startswith("on_"):
+                    setattr(callback, event, _harmless(getattr(callback, event), type(callback).__name__, failed))
+
+
+def _harmless(tell: Callable[..., Any], name: str, failed: list[Exception]) -> Callable[..., Any]:
+    @functools.wraps(tell)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if failed:
+            return None
+        try:
+            return tell(*args, **kwargs)
+        except (InputError, RunError, Stopped):
+            raise
+        except Exception as error:
+            failed.append(error)
+            logger.warning(f"{name}: {type(error).__name__}: {one_line(error)}; the run goes on without it")
+            return None
+
+    return guarded
 
 
 def check_hub(config: TrainConfig) -> None:

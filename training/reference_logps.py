@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
+from exo_fast.training.data.records import first_line
 from exo_fast.training.module import AlignModule
+from exo_fast.training.paths import why_not_writable
+
+logger = logging.get_logger(__name__)
 
 FORMAT = 1  # raised when what is stored, or how it is computed, changes
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
@@ -62,22 +67,24 @@ def cache_key(dataset: GroupDataset, model: str, **settings: Any) -> str:
 
 def load(directory: str | Path, key: str, shape: tuple[int, int]) -> Tensor | None:
     """The cached (G, K) float32 log-probs, or None where there are none, or none of this shape."""
-    path = _path(directory, key)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(_path(directory, key), framework="pt") as file:
             logps = file.get_tensor("reference_logps")
-    except (OSError, SafetensorError):
+    except (OSError, RuntimeError, SafetensorError):  # RuntimeError: nobody knows where ~ is
         return None
     return logps if logps.shape == shape and bool(torch.isfinite(logps).all()) else None
 
 
 def save(directory: str | Path, key: str, logps: Tensor) -> Path:
-    """Write the log-probs so that a reader sees all of them or nothing."""
+    """Write the log-probs so that a reader sees all of them or nothing. Raises OSError or SafetensorError."""
     path = _path(directory, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"reference_logps": logps.contiguous()}, temporary)
-    os.replace(temporary, path)
+    try:
+        save_file({"reference_logps": logps.contiguous()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -100,6 +107,8 @@ def fill_reference_logps(
     writes the cache, so no shared file system is needed.
     """
     main, device = config.process_index == 0, config.device
+    if main and datasets and (reason := why_not_writable(config.reference_cache_dir)) is not None:
+        _warn_of_cache(config, reason)
     model = model_digest(name_or_path) if main and datasets else ""
     hits = {}
     for name, dataset in datasets.items():
@@ -114,6 +123,8 @@ def fill_reference_logps(
                 matmul_precision=config.matmul_precision,
                 attention=module.config._attn_implementation,
                 share_prompt=collate.share_prompt,
+                # Before there were these, such numbers depended on the batches that they were computed in.
+                **({"by_length": [asdict(rule) for rule in collate.by_length]} if collate.by_length else {}),
             )
             logps = load(config.reference_cache_dir, key, tuple(dataset.rewards.shape))
         hits[name] = bool(_from_main(torch.tensor(logps is not None, device=device), config).item())
@@ -140,8 +151,18 @@ def fill_reference_logps(
             progress=main and not config.disable_tqdm,
         )
         if main:
-            save(config.reference_cache_dir, key, dataset.ref_logps)
+            try:
+                save(config.reference_cache_dir, key, dataset.ref_logps)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                _warn_of_cache(config, first_line(error))
     return hits
+
+
+def _warn_of_cache(config: AlignConfig, reason: str) -> None:
+    logger.warning(
+        f"reference_cache_dir={config.reference_cache_dir!r}: cannot be written ({reason}); the run goes on, and the "
+        "next one computes its reference log-probs anew"
+    )
 
 
 def _from_main(tensor: Tensor, config: AlignConfig) -> Tensor:

@@ -93,6 +93,17 @@ class _Listener(logging.Handler):
         text = record.getMessage()
         if text in self.messages or len(self.messages) < MOST_WARNINGS:
             self.messages[text] = self.messages.get(text, 0) + 1
+        if not self._is_shown(record) and logging.lastResort is not None:
+            logging.lastResort.handle(record)  # which Python asks only where there is no handler at all
+
+    def _is_shown(self, record: logging.LogRecord) -> bool:
+        """Whether another handler gets the record."""
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
 
 
 @contextmanager

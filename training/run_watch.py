@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 class RunWatch(TrainerCallback):
     """Ends the run after a SIGTERM, with a checkpoint, and where a loss or gradient is not finite (with non_finite=skip
-    the run goes on without the step)."""
+    the run goes on without the step). What a SIGTERM leaves out, the run that continues makes up, before it starts."""
 
     def __init__(self, trainer: StageTrainer):
         self.trainer = trainer
@@ -53,6 +53,7 @@ class RunWatch(TrainerCallback):
         self.asked = True
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.take_up()  # the last moment before the first step, and the last callback
         self.in_steps = True
 
     def on_step_end(

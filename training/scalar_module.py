@@ -22,16 +22,21 @@ from exo_fast.data.selection import LeftOut
 from exo_fast.head import unwrap
 from exo_fast.layout import Group, Packed, pack, plan_mask
 from exo_fast.masks import MASKED_ATTENTION
+from exo_fast.positions import LengthRules, length_class
 from exo_fast.training.module import TrainedModule, packed_batch
-from exo_fast.training.scalar_model import HEAD, cut, encode_whole, pad, scalars
+from exo_fast.training.scalar_model import (
+    HEAD,
+    ROUNDED_TOLERANCE,
+    TOLERANCE,
+    cut,
+    encode_whole,
+    pad,
+    scalars,
+)
 
 logger = logging.get_logger(__name__)
 ROWS_PER_CALL = 1000  # of the tokenizer, between two steps of the progress bar
 CHECKED_PAIRS = 4
-# Largest difference that sharing prompts may make to a reward, over the rewards' root mean square. On a trained 135M
-# model the right mask gave 2e-6 in float32, but 0.03 with bf16 products and 0.05 in bf16; a plain causal one 0.5. So
-# rounded products can only show a gross fault, and a model type that nobody has tried is not shared on their word.
-TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.2
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class PairCollator(RowCollator):
     """The same for pairs; with `share_prompt` the texts may come as packed rows (the fields of layout.Packed)."""
 
     share_prompt: bool = False
+    by_length: LengthRules = ()  # of the model's MaskPlan
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(items)
@@ -131,13 +137,15 @@ class PairCollator(RowCollator):
         return batch | packed
 
     def packed(self, items: list[dict[str, Any]]) -> dict[str, Tensor] | None:
-        """The texts in packed rows: what a pair begins with, then the rest of each. None where one shares nothing."""
+        """The texts in packed rows: what a pair begins with, then the rest of each. None where one shares nothing, or
+        where the model gives other positions to one of the texts than to another, or than to it with EOS."""
         groups = []
         for item in items:
             chosen, rejected = item["ids"]
             pairs = enumerate(zip(chosen, rejected, strict=False))
             shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-            if shared == 0:
+            lengths = {length for text in (chosen, rejected) for length in (len(text), len(text) + 1)}
+            if shared == 0 or len({length_class(self.by_length, length) for length in lengths}) > 1:
                 return None
             # The layout names the state that predicts a token; the one that predicts this EOS is read by the head.
             rest = [[*text[shared:], self.pad_token_id] for text in (chosen, rejected)]
@@ -185,6 +193,7 @@ def settle_layout(
     """
     attention = module.config._attn_implementation
     reason, measured = "", {}
+    collate.by_length = module.plan.by_length
     if not share_prompt:
         reason = "switched off"
     elif not module.plan.share:
@@ -195,7 +204,7 @@ def settle_layout(
         items = [dataset[index] for index in range(min(CHECKED_PAIRS, len(dataset)))]
         apart = PairCollator(collate.pad_token_id)(items)
         if (together := collate.packed(items)) is None:
-            reason = "the first pairs have no token in common"
+            reason = "the first pairs have no token in common, or lengths to which the model gives other positions"
         else:
             rewards = [_rewards(module, {**apart, **batch}) for batch in ({}, together)]
             difference = ((rewards[1] - rewards[0]).abs().max() / rewards[0].square().mean().sqrt()).item()

@@ -1,6 +1,7 @@
 """What `exo-fast reward-model` and `exo-fast classifier` have in common, from the data to the saved model."""
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,18 +9,28 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import logging
 
 from exo_fast.data.selection import LeftOut
+from exo_fast.training import checkpoints
 from exo_fast.training.config import TrainConfig, _field
-from exo_fast.training.errors import InputError
-from exo_fast.training.loading import check_fits_model
+from exo_fast.training.loading import SCALAR_TASK, check_fits_model, merge_adapter
 from exo_fast.training.module import TrainedModule
-from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
+from exo_fast.training.saving import save_model
+from exo_fast.training.scalar_model import (
+    ROUNDED_TOLERANCE,
+    TOLERANCE,
+    load_scalar_model,
+    need_own_numbers,
+    pad_with_eos,
+)
 from exo_fast.training.scalar_module import RewardModule, RowCollator, RowDataset, settle_layout, tokenize_rows
 from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
+    check_batches,
+    check_lora,
     find_splits,
     load_tokenizer,
     model_options,
@@ -29,6 +40,7 @@ from exo_fast.training.training_stage import (
     training_scope,
 )
 
+logger = logging.get_logger(__name__)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -44,6 +56,7 @@ class ScalarConfig(TrainConfig):
     )
     metric_for_best_model: str | None = _field("accuracy", "What load_best_model_at_end compares: accuracy or loss.")
 
+    best_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
         **TrainConfig.field_groups,
         "evaluation, logging, checkpoints": (
@@ -52,19 +65,6 @@ class ScalarConfig(TrainConfig):
             "metric_for_best_model",
         ),
     }
-
-    def _check_fields(self) -> None:
-        super()._check_fields()
-        self._need(
-            self.metric_for_best_model in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss is needed."
-        )
-        if self.load_best_model_at_end:
-            self._need(
-                self.eval_strategy != "no" and self.save_strategy in (self.eval_strategy, "best"),
-                "save_strategy",
-                f"load_best_model_at_end needs a checkpoint at each evaluation: give save_strategy the value of "
-                f"eval_strategy ({self.eval_strategy!r}), or best.",
-            )
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,26 @@ class Kind:
 class ScalarTrainer(StageTrainer):
     """Saves a whole model at the end, also where adapters were trained: a scalar model is there to be loaded."""
 
+    saves_whole_model = True
+
     def __init__(self, *args: Any, load: Callable[[], nn.Module], **kwargs: Any):
         self._load = load  # the model as it was before it got adapters
         self.layout: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
     def _before_start(self) -> None:
+        rounded = self.args.bf16 or self.args.matmul_precision != "ieee"
         if isinstance(self.model, RewardModule):
             self.layout = settle_layout(
                 self.model,
                 self.train_dataset,
                 self.data_collator,
                 share_prompt=self.args.share_prompt == "auto",
-                rounded=self.args.bf16 or self.args.matmul_precision != "ieee",
+                rounded=rounded,
             )
+        texts = (ids for row in self.train_dataset.ids for ids in row)
+        allowed = ROUNDED_TOLERANCE if rounded else TOLERANCE
+        need_own_numbers(self.model.eval().model, texts, allowed=allowed)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -102,15 +108,21 @@ class ScalarTrainer(StageTrainer):
             self._merge_adapter(Path(output_dir or self.args.output_dir))
 
     def _merge_adapter(self, directory: Path) -> None:
-        from peft import PeftModel
-
         unset_hf_deepspeed_config()  # with ZeRO-3 all processes would have to load together, into shards
         try:
-            merged = PeftModel.from_pretrained(self._load(), directory).merge_and_unload()
+            merged = merge_adapter(self._load(), str(directory))
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".merged-") as folder:
+                save_model(merged, None, Path(folder))
+                checkpoints.replace_files(Path(folder), directory)
+        except Exception as error:
+            logger.warning(
+                f"{directory}: holds the trained adapter, which could not be merged into its base: "
+                f"{type(error).__name__}: {error}"
+            )
+            return
         finally:
             if self.is_deepspeed_enabled:
                 set_hf_deepspeed_config(self.args.hf_deepspeed_config)
-        merged.save_pretrained(directory)
         for name in ADAPTER_FILES:
             (directory / name).unlink(missing_ok=True)
 
@@ -133,6 +145,7 @@ def train_scalar(
     if finished is not None:
         return finished
     tokenizer = pad_with_eos(load_tokenizer(config))
+    check_lora(config, SCALAR_TASK)
     datasets = {}
     for name, source in find_splits(config).items():
         left_out = LeftOut()
@@ -146,8 +159,7 @@ def train_scalar(
             description=f"tokenising ({name})",
             progress=config.process_index == 0 and not config.disable_tqdm,
         )
-    if config.load_best_model_at_end and "eval" not in datasets:
-        raise InputError("load_best_model_at_end=True: needs held-out data; set eval_data, or put test.json beside.")
+    check_batches(config, len(datasets["train"]))
     counts = [data.counts for data in datasets.values()]
     check_fits_model(
         config,
@@ -164,8 +176,6 @@ def train_scalar(
             new_head=True,
             **model_options(config),
         )
-        # One that is trained here is read before EOS from then on, whatever it was before.
-        model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.problem_type = kind.problem_type
         model.config.id2label, model.config.label2id = {0: kind.label}, {kind.label: 0}
         return model
@@ -174,7 +184,7 @@ def train_scalar(
         model = load_model()
         if config.disable_dropout:
             switch_off_dropout(model)
-        module = kind.module(add_lora(config, model, "SEQ_CLS"))
+        module = kind.module(add_lora(config, model, SCALAR_TASK))
         collate = kind.collator(tokenizer.pad_token_id)
         trainer = ScalarTrainer(module, config, datasets, tokenizer, collate, load=load_model)
 

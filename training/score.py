@@ -40,7 +40,16 @@ from exo_fast.training.inference import (
 from exo_fast.training.loading import check_fits_model, from_pretrained
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
-from exo_fast.training.scalar_model import encode, load_scalar_model, pad, reads_at_end, scalars
+from exo_fast.training.scalar_model import (
+    ROUNDED_TOLERANCE,
+    TOLERANCE,
+    encode,
+    load_scalar_model,
+    need_own_numbers,
+    pad,
+    reads_at_end,
+    scalars,
+)
 
 logger = logging.get_logger(__name__)
 EXTRAS = ("completion_ids", "completion_spans")  # of each completion, beside its text
@@ -58,6 +67,9 @@ class ScorerConfig(InferenceConfig):
         "module:function, called as function(prompts, completions) with two lists of strings; it returns a list of "
         "numbers. The current directory is searched first.",
     )
+    tokenizer: str | None = _field(
+        None, "For conversations with --function: a model whose tokenizer has a chat template. Others have their own."
+    )
     reward_at: Literal["auto", "before_end", "end"] = _field(
         "auto",
         "Where a reward model or classifier is read: at the last token before EOS or the end of the turn, as exo-fast "
@@ -65,7 +77,7 @@ class ScorerConfig(InferenceConfig):
     )
     max_seq_len: int = _field(512, "Longest prompt plus completion, in tokens; what is too long is cut on the left.")
 
-    scorer_fields: ClassVar[tuple[str, ...]] = (*SCORERS, "reward_at")
+    scorer_fields: ClassVar[tuple[str, ...]] = (*SCORERS, "tokenizer", "reward_at")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +88,9 @@ class ScorerConfig(InferenceConfig):
             )
         if given[0] != "function":
             check_model_name(self, given[0])
+            self._need(self.tokenizer is None, "tokenizer", f"{given[0]} has its own; leave it out.")
+        elif self.tokenizer is not None:
+            check_model_name(self, "tokenizer")
         self._need(self.max_seq_len >= 2, "max_seq_len", "at least 2 tokens are needed.")
 
 
@@ -103,6 +118,7 @@ class ModelScorer(Scorer):
 
     def __init__(self, config: ScorerConfig, kind: str):
         self.config, self.name = config, getattr(config, kind)
+        self.checked: list[list[int]] = []  # the shortest and the longest text that there is
         self.tokenizer = load_tokenizer(config, self.name)
         self.at_end = config.reward_at == "end"
         if config.reward_at == "auto":
@@ -132,7 +148,12 @@ class ModelScorer(Scorer):
             trust_remote_code=config.trust_remote_code,
             new_head=False,
         )
-        return model.to(PartialState().device).eval()
+        model = model.to(PartialState().device).eval()
+        if self.checked:
+            rounded = config.dtype != torch.float32 or config.matmul_precision != "ieee"
+            with matmul_precision(config.matmul_precision, model.device.type):
+                need_own_numbers(model, self.checked, allowed=ROUNDED_TOLERANCE if rounded else TOLERANCE)
+        return model
 
     def prepare(self) -> None:
         _ = self.model
@@ -140,6 +161,7 @@ class ModelScorer(Scorer):
     def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
         ids = self._encode(prompts, completions)
         check_fits_model(self.config, self.name, longest=max(map(len, ids)), largest_id=max(map(max, ids)))
+        self.checked = [min(ids, key=len), max(ids, key=len)]
         return [len(row) for row in ids]
 
     @torch.no_grad()
@@ -159,8 +181,10 @@ class FunctionScorer(Scorer):
     """A Python function of the user's. Another version of its module, or of the file that it stands in, counts as
     another scorer; so does another batch size: batches are stored as they are, and it may look at all of one."""
 
-    def __init__(self, name: str, batch_size: int):
+    def __init__(self, config: ScorerConfig):
+        name = config.function
         self.label = f"function={name!r}"
+        self.tokenizer = None if config.tokenizer is None else load_tokenizer(config, config.tokenizer)
         self.function = _import_function(name)
         source = hashlib.sha256()
         # The module too: what a decorator returns stands in the decorator's file, and an object in none.
@@ -173,7 +197,7 @@ class FunctionScorer(Scorer):
             "scorer": "function",
             "function": name,
             "source": source.hexdigest(),
-            "batch_size": batch_size,
+            "batch_size": config.batch_size,
         }
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -200,7 +224,7 @@ class FunctionScorer(Scorer):
 def load_scorer(config: ScorerConfig) -> Scorer:
     """The scorer that a configuration names. Raises InputError where there is none, or none that works."""
     kind = next(name for name in SCORERS if getattr(config, name))
-    return FunctionScorer(config.function, config.batch_size) if kind == "function" else ModelScorer(config, kind)
+    return FunctionScorer(config) if kind == "function" else ModelScorer(config, kind)
 
 
 def plan_batches(

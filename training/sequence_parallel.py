@@ -60,20 +60,9 @@ def refusal(config: Any, size: int) -> str:
         return "its attention is not the standard one of transformers, which can be replaced"
     if config.model_type == "gpt_oss":
         return "its attention sinks belong to heads, which are spread"
-    scaled = sorted(_rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"})
-    if scaled:
-        return f"its {scaled[0]} rotary embedding depends on the longest position, of which a rank sees only its own"
     if size > config.num_attention_heads:
         return f"it has {config.num_attention_heads} attention heads, and each rank needs one"
     return ""
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    """The kinds of rotary embedding in a config's `rope_parameters`, which may be a dict of them by layer type."""
-    if not isinstance(parameters, dict):
-        return set()
-    own = {parameters["rope_type"]} if "rope_type" in parameters else set()
-    return own.union(*map(_rope_types, parameters.values()))
 
 
 class SequenceParallel:
@@ -113,7 +102,7 @@ class SequenceParallel:
         length = packed.input_ids.shape[1]
         size = length // self.size
         begin = self.rank * size
-        for name in ("input_ids", "position_ids"):
+        for name in {"input_ids", "position_ids", "text_lengths"} & set(inputs):
             inputs[name] = inputs[name][:, begin : begin + size]
         source = packed.source.to(device)
         row, column = source // length, source % length

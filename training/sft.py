@@ -9,18 +9,17 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from exo_fast.head import read_head
-from exo_fast.layout import plan_mask
-from exo_fast.logprobs import linear_logprobs
+from exo_fast.layout import Group, SharingReport, plan_mask
 from exo_fast.reference import sequence_logps
 from exo_fast.training.config import CausalConfig, _field
 from exo_fast.training.data.examples import load_sft
 from exo_fast.training.data.groups import GroupDataset, SftCollator
-from exo_fast.training.module import CausalModule, packed_batch
+from exo_fast.training.module import CausalModule, need_own_numbers, packed_batch
 from exo_fast.training.trainer import StageTrainer
 from exo_fast.training.training_stage import (
     add_lora,
     begin,
+    check_lora,
     find_splits,
     load_causal_lm,
     load_tokenizer,
@@ -69,25 +68,27 @@ examples:
 class SftModule(CausalModule):
     """A causal LM whose forward is the mean negative log-prob of completion tokens, in nats."""
 
-    def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
-        """`batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)), in evaluation ((R,), (R, 0))."""
+    def forward(
+        self, *, neighbours: tuple[Group, Group] | None = None, check_shared: bool = False, **batch: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[SharingReport]:
+        """`batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)), in evaluation ((R,), (R, 0)). With
+        `neighbours`, and no batch, the report of `check_neighbours`."""
+        if neighbours is not None:
+            return (self.check_neighbours(*neighbours, shared=check_shared),)
         packed = packed_batch(batch)
-        head = read_head(self.model)
-        token_logps = linear_logprobs(
-            self.predicting_hidden(packed),
-            head.weight,
-            packed.targets,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            process_group=head.process_group,
-            **self.kernel_options,
-        )
+        token_logps = self.token_logps(packed)
         no_metrics = token_logps.new_empty(len(batch["weights"]), 0)
         if self.training:
             return -token_logps.mean(), no_metrics
         sums = sequence_logps(token_logps, packed.cu_seqlens.to(token_logps.device))
         return -sums / batch["weights"], no_metrics
+
+
+class SftTrainer(StageTrainer):
+    """Trains an SftModule on a GroupDataset of one completion each."""
+
+    def _before_start(self) -> None:
+        need_own_numbers(self.model, self.train_dataset, shared=False)
 
 
 def sft(config: SftConfig) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def sft(config: SftConfig) -> dict[str, Any]:
         return finished
     sources = find_splits(config)
     tokenizer = load_tokenizer(config)
+    check_lora(config, "CAUSAL_LM")
     examples = {name: load_sft(source, tokenizer=tokenizer, learn=config.learn) for name, source in sources.items()}
     datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=1)
     if config.process_index == 0:
@@ -106,7 +108,7 @@ def sft(config: SftConfig) -> dict[str, Any]:
         model = add_lora(config, load_causal_lm(config, config.model_name_or_path), "CAUSAL_LM")
         options = {"memory_budget": config.memory_budget_bytes, "backend": config.backend}
         module = SftModule(model, plan_mask(model.config), **options)
-        trainer = StageTrainer(module, config, datasets, tokenizer, SftCollator(tokenizer.eos_token_id))
+        trainer = SftTrainer(module, config, datasets, tokenizer, SftCollator(tokenizer.eos_token_id))
         return train(
             trainer,
             config,

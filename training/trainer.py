@@ -6,18 +6,23 @@ What differs from the Trainer's own loop, and why:
 - The loss is a mean over the rows (groups, pairs, tokens: what the batch's `weights` count) of the *global*
   batch: each micro-batch is weighted by its share of all micro-batches and processes, so that it does not
   matter how the batch was cut. What each process runs is said in exo_fast.training.data.sampler.
-- Metrics are sums and weights until they are logged.
+- Losses and metrics are sums and weights until they are logged: a log's means are over its rows, not over its steps.
 - A checkpoint is whole or not there (exo_fast.training.checkpoints). SIGTERM saves one and ends the run; a loss or
   gradient that is not finite ends it before the weights see it, or has its step left out
   (exo_fast.training.non_finite).
 - Training continues on another number of processes, with the same global batch: DeepSpeed's optimizer shards are then
   converted by its universal checkpoints.
+- A checkpoint also holds the sums of the log entry that is under way, and a run that continues makes up what was due at
+  the checkpoint's step and came after it was written (`take_up`). Nothing but training steps draws from the global
+  random states, so what is evaluated, or not, changes no bit of the weights.
 - In alignment, once the engine stands and before it loads a checkpoint, the policy is still the reference:
   there the prompt-sharing layout is checked and reference log-probs are computed, through the forward
   (ZeRO-3, autocast, precision) of training.
 """
 
 import contextlib
+import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -29,13 +34,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers import DefaultFlowCallback, EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from exo_fast.training import checkpoints, elastic, non_finite, processes, publish
+from exo_fast.training import checkpoints, elastic, non_finite, processes, publish, saving
 from exo_fast.training.config import AlignConfig, TrainConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
+from exo_fast.training.data.records import first_line
 from exo_fast.training.data.sampler import EvaluationBatches, GlobalBatches, Repeated, order_by_length, random_order
 from exo_fast.training.deepspeed import undo_first_step
 from exo_fast.training.errors import RunError
@@ -45,6 +51,7 @@ from exo_fast.training.reference_logps import fill_reference_logps
 from exo_fast.training.run_watch import RunWatch
 
 logger = logging.get_logger(__name__)
+INTERVAL = "interval_{}.json"  # in a checkpoint, of each process: its sums since the last entry of the log
 
 
 @dataclass
@@ -77,6 +84,8 @@ class StageTrainer(Trainer):
     Batches carry `index` (R,) and `weights` (R,) float32 of their R rows and `num_tokens` () long.
     """
 
+    saves_whole_model = False  # at the end, also where adapters were trained
+
     def __init__(
         self,
         module: TrainedModule,
@@ -87,8 +96,11 @@ class StageTrainer(Trainer):
     ):
         self._run_tokens = self._run_seconds = 0.0
         self._before_resume = True
+        self._continued_from: Path | None = None
+        self._checkpoint: tuple[int, Path] | None = None  # the last one written or read, after its step
         self._writing_to: str | None = None  # in place of the output directory, while a checkpoint is written
         use_cache = getattr(module.config, "use_cache", None)
+        saving.check_can_be_saved(module.model, tokenizer)
         super().__init__(
             module,
             config,
@@ -103,7 +115,9 @@ class StageTrainer(Trainer):
         # num_items_in_batch (weights, see below) reaches compute_loss, and the loss it returns is already normalised.
         self.model_accepts_loss_kwargs = True
         self.step_batches: list[non_finite.MicroBatch] = []  # of the optimizer step that is under way
+        self._last_step: tuple[Any, float | None] = (None, None)  # its gradient norm and learning rate
         self._guard = non_finite.GradientGuard()
+        publish.keep_trackers_harmless(self.callback_handler.callbacks)
         self.watch = RunWatch(self)
         self.add_callback(self.watch)
         self._reset_interval()
@@ -143,7 +157,8 @@ class StageTrainer(Trainer):
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Dataset, sampler: GlobalBatches | EvaluationBatches) -> DataLoader:
-        """Not prepared by accelerate, which would divide the batches over the processes once more."""
+        """Not prepared by accelerate, which would divide the batches over the processes once more; with a generator of
+        its own for the seed that PyTorch draws for workers, in every iteration and whether there are workers or not."""
         return DataLoader(
             CountedRows(dataset),
             batch_sampler=sampler,
@@ -152,6 +167,8 @@ class StageTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
 
     # Loss and metrics
@@ -184,7 +201,8 @@ class StageTrainer(Trainer):
         loss, metrics = model(**inputs)
         self.step_batches.append(non_finite.MicroBatch(inputs, loss.detach(), metrics.detach()))
         weights = inputs["weights"] * counted
-        self._interval_metrics += (metrics * weights.unsqueeze(-1)).sum(0)
+        numbers = torch.cat([loss.detach().expand(len(metrics), 1), metrics], dim=1)
+        self._interval_numbers += (numbers * weights.unsqueeze(-1)).sum(0)
         self._interval_weight += weights.sum()
         self._interval_tokens += inputs["num_tokens"] * counted.amax() / self._copies
         self._interval_is_empty = False
@@ -195,19 +213,23 @@ class StageTrainer(Trainer):
         self.step_batches = []
         return super().get_batch_samples(*args, **kwargs)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if self._step_start is not None:  # the first thing after one (but also called at the end of an epoch)
             self._interval_seconds += time.perf_counter() - self._step_start
             self._step_start = None
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+            self._last_step = grad_norm, kwargs["learning_rate"]
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and not self._interval_is_empty:
-            logs = {**logs, **self._interval_averages()}
+            averages = self._interval_averages()
+            if self.args.logging_nan_inf_filter and not math.isfinite(averages["loss"]):
+                del averages["loss"]  # the Trainer's, of those that are finite, stays
+            logs = {**logs, **averages}
         super().log(logs, start_time)
 
     def _reset_interval(self) -> None:
-        self._interval_metrics = torch.zeros(len(self.model.metric_names), device=self.args.device)
+        self._interval_numbers = torch.zeros(1 + len(self.model.metric_names), device=self.args.device)
         self._interval_weight = torch.zeros((), device=self.args.device)
         self._interval_is_empty = True
         self._interval_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -217,16 +239,16 @@ class StageTrainer(Trainer):
     def _interval_averages(self) -> dict[str, float]:
         """Averages over all rows of all processes since the last call; a collective call."""
         totals = torch.stack([self._interval_weight.double(), self._interval_tokens.double()])
-        sums = self.accelerator.reduce(torch.cat([self._interval_metrics.double(), totals]))
+        sums = self.accelerator.reduce(torch.cat([self._interval_numbers.double(), totals]))
         largest = self.accelerator.gather(
             torch.tensor([[self._interval_seconds, peak_memory_mb()]], device=self.args.device)
         ).amax(0)
-        *metrics, weight, tokens = sums.tolist()
+        *numbers, weight, tokens = sums.tolist()
         seconds, peak = largest.tolist()
         self._run_tokens, self._run_seconds = self._run_tokens + tokens, self._run_seconds + seconds
         self._reset_interval()
         return {
-            **{name: value / weight for name, value in zip(self.model.metric_names, metrics, strict=True)},
+            **{n: value / weight for n, value in zip(("loss", *self.model.metric_names), numbers, strict=True)},
             "tokens_per_second": tokens / seconds,
             "peak_memory_mb": peak,
         }
@@ -279,6 +301,8 @@ class StageTrainer(Trainer):
         self._before_start()
         self._before_resume = False
         if resume_from_checkpoint is not None:
+            self._continued_from = Path(resume_from_checkpoint)
+            self._checkpoint = self.state.global_step, self._continued_from
             if self.is_deepspeed_enabled:
                 elastic.load(self.deepspeed, Path(resume_from_checkpoint), strict=not self.model.is_peft)
             else:
@@ -289,6 +313,87 @@ class StageTrainer(Trainer):
 
     def _before_start(self) -> None:
         """What a stage computes with the engine that stands and the model as it was given; here nothing."""
+
+    # Continuing
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        """As the Trainer's, which would make one more step where the last was within an epoch and is made."""
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
+
+    def take_up(self) -> None:
+        """Take up the log where the checkpoint has left it, and make up what an undisturbed run does after writing that
+        checkpoint and before its next step: an entry of the log, an evaluation. A collective call."""
+        if self._continued_from is None:
+            return
+        self._restore_interval(self._continued_from)
+        due, flow = TrainerControl(), DefaultFlowCallback()
+        flow.on_step_end(self.args, self.state, due)
+        if due.should_training_stop or self.state.epoch == int(self.state.epoch):
+            flow.on_epoch_end(self.args, self.state, due)
+        self.control.should_log, self.control.should_evaluate, self.control.should_save = due.should_log, False, False
+        grad_norm, learning_rate = self._last_step
+        epoch, now = self.state.epoch, time.time()
+        # It logs once a step; a checkpoint is there already.
+        super()._maybe_log_save_evaluate(self._tr_loss, grad_norm, self.model, None, epoch, None, now, learning_rate)
+        if due.should_evaluate and not self.is_evaluated():
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def is_evaluated(self) -> bool:
+        """Whether the log has an evaluation after this step."""
+        return any("eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict:
+        if skip_scheduler and self._continued_from is not None:
+            return {}  # eval_on_start: of the run's start, which is in the log
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self._checkpoint is not None:
+            step, path = self._checkpoint
+            if self.state.best_global_step == step:  # written before it was evaluated
+                self.state.best_model_checkpoint = str(path)
+        return is_best
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        grad_norm, learning_rate = self._last_step
+        interval = {
+            "logged": self._globalstep_last_logged,
+            "loss": self._tr_loss.item(),
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "learning_rate": learning_rate,
+            "numbers": self._interval_numbers.tolist(),
+            "weight": self._interval_weight.item(),
+            "copies": self._copies,
+            "tokens": self._interval_tokens.item(),
+            "seconds": self._interval_seconds,
+            "steps_left_out": self.watch.skipped,
+        }
+        Path(output_dir, INTERVAL.format(self.args.process_index)).write_text(json.dumps(interval) + "\n")
+
+    def _restore_interval(self, checkpoint: Path) -> None:
+        """Add the sums of the checkpoint's processes to those of as many, or other, processes; a collective call."""
+        files = [checkpoint / INTERVAL.format(index) for index in range(checkpoints.facts(checkpoint).processes)]
+        if not files[0].exists():  # a checkpoint of exo_fast 0.2 or older: the next entry is of fewer steps
+            return
+        parts = [json.loads(file.read_text()) for file in files]
+        processes, copies = self.args.world_size, self._copies / parts[0]["copies"]
+        for part in parts[self.args.process_index :: processes]:
+            self._tr_loss += part["loss"] * (processes / len(parts))  # the Trainer logs the mean over processes
+            self._interval_numbers += copies * torch.tensor(part["numbers"], device=self.args.device)
+            self._interval_weight += copies * part["weight"]
+            self._interval_tokens += part["tokens"]
+            self._interval_seconds = max(self._interval_seconds, part["seconds"])
+        self._globalstep_last_logged = parts[0]["logged"]
+        self._interval_is_empty = self._globalstep_last_logged == self.state.global_step
+        self._last_step = parts[0]["grad_norm"], parts[0]["learning_rate"]
+        self.watch.skipped = parts[0]["steps_left_out"]
+        # The Trainer's train_loss is over the steps from here on.
+        self._total_loss_scalar -= self.accelerator.gather(self._tr_loss).mean().item()
 
     # During the run
 
@@ -314,10 +419,10 @@ class StageTrainer(Trainer):
                     super()._save_checkpoint(model, trial)
                 finally:
                     self._writing_to = None
+                best = self.state.best_global_step and output / f"checkpoint-{self.state.best_global_step}"
+                if best and (best.name == name or best.exists()):
+                    self.state.best_model_checkpoint = str(best)  # not where it was just written
                 if self.args.should_save:
-                    best = self.state.best_global_step and output / f"checkpoint-{self.state.best_global_step}"
-                    if best and (best.name == name or best.exists()):
-                        self.state.best_model_checkpoint = str(best)  # not where it was just written
                     self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
                 facts = checkpoints.Facts(
                     step=self.state.global_step,
@@ -327,6 +432,7 @@ class StageTrainer(Trainer):
                     resumable=not self.args.save_only_model,
                 )
                 checkpoints.publish(folder / name, output / name, facts)
+                self._checkpoint = self.state.global_step, output / name
                 if self.args.should_save:
                     checkpoints.rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
                 publish.push_checkpoint(self.args, output / name)
@@ -337,6 +443,18 @@ class StageTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._writing_to or super()._get_output_dir(trial)
+
+    def check_room(self) -> None:
+        """Raises RunError, in every process, where the model that training will end with has no room."""
+        output = Path(self.args.output_dir)
+        total, trained = self._bytes()
+        needed = total if self.saves_whole_model or not self.model.is_peft else trained
+        free = shutil.disk_usage(output).free
+        if processes.from_first(free < needed):
+            raise RunError(
+                f"output_dir={str(output)!r}: the trained model needs about {needed / 1e6:,.1f} MB, and "
+                f"{free / 1e6:,.1f} MB are free; make room, or name another directory."
+            )
 
     def _check_space(self, output: Path) -> None:
         """Raises RunError, in every process and before anything is written, where a checkpoint has no room."""
@@ -349,12 +467,18 @@ class StageTrainer(Trainer):
 
     def _estimated_bytes(self) -> int:
         """Of a checkpoint: the model, and for what is trained float32 weights and two moments."""
+        total, _ = self._bytes()
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
+        return (0 if self.model.is_peft else total) + 12 * trained
+
+    def _bytes(self) -> tuple[int, int]:
+        """Of all weights, and of those that are trained."""
         total = trained = 0
         for parameter in self.model.parameters():
-            count = getattr(parameter, "ds_numel", parameter.numel())
-            total += count * parameter.element_size()
-            trained += count * parameter.requires_grad
-        return (0 if self.model.is_peft else total) + 12 * trained
+            size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            total += size
+            trained += size * parameter.requires_grad
+        return total, trained
 
     def _unwritten(self, output: Path, name: str, problem: str) -> str:
         whole = checkpoints.numbered(output)
@@ -372,13 +496,23 @@ class StageTrainer(Trainer):
                 exclude_frozen_parameters=self.model.is_peft
             )
         if output_dir is None:  # the end of the run: files that others read are replaced in one step each
-            output = Path(self.args.output_dir)
-            with checkpoints.unfinished(output, "model") as folder:
+            self._save_at_the_end(Path(self.args.output_dir), state_dict)
+        else:
+            self._save(output_dir, state_dict)
+
+    def _save_at_the_end(self, output: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Raises RunError, in every process, where the weights have no room."""
+        problem = None
+        with checkpoints.unfinished(output, "model") as folder:
+            try:
                 self._save(str(folder / "model"), state_dict)
                 if self.args.should_save:
                     checkpoints.replace_files(folder / "model", output)
-        else:
-            self._save(output_dir, state_dict)
+            except (OSError, SafetensorError) as error:
+                free = shutil.disk_usage(output).free
+                problem = f"{first_line(error)}; {free / 1e6:,.1f} MB are free"
+        if (problem := processes.from_first(problem)) is not None:
+            raise RunError(self._unwritten(output, "the trained model", problem))
 
     # exo_fast.training.publish uploads, and less than the Trainer would: no optimizer states, no logs.
 
@@ -389,12 +523,12 @@ class StageTrainer(Trainer):
         """Nothing: it would upload what is still being written."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         if state_dict is not None:
             state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        with self._inner_model():
-            super()._save(output_dir, state_dict)
-        # The Trainer's pickle of its arguments; the configuration is in summary.json.
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        saving.save_model(self.model.model, self.processing_class, folder, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._inner_model():

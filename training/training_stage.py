@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -36,8 +43,8 @@ from exo_fast.training.config import CausalConfig, TrainConfig, _default
 from exo_fast.training.data.groups import GroupDataset, tokenize
 from exo_fast.training.data.records import Source, find_source
 from exo_fast.training.deepspeed import pickle_plainly, start_on_cpu
-from exo_fast.training.errors import InputError, RunError, Stopped
-from exo_fast.training.loading import check_fits_model, from_pretrained, refuse_adapter
+from exo_fast.training.errors import InputError, RunError, Stopped, nearest
+from exo_fast.training.loading import SCALAR_TASK, check_fits_model, from_pretrained, refuse_adapter
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.trainer import StageTrainer
 
@@ -76,6 +83,8 @@ def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     set_seed(config.seed)
     output = Path(config.output_dir)
     locks.hold(output)
+    if config.process_index == 0:
+        publish.warn_of_logging_dir(config.report_to)
     checkpoint, summary = _found(config)
     if config.process_index == 0:
         if summary is not None:
@@ -164,9 +173,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
             values[name] = str(Path(values[name]).expanduser().resolve())
     if config.engine == "torch":
         values["zero_stage"] = None  # whose default follows the number of processes
-    values["global batch"] = (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * config.data_parallel_size
-    )
+    values["global batch"] = config.global_batch
     for name in ("data", "eval_data", *config.model_fields):
         values[f"files of {name}"] = _files_digest(values[name])
     return json.loads(json.dumps(values, default=str))
@@ -207,7 +214,10 @@ def find_splits(config: TrainConfig) -> dict[str, Source]:
         if held_out is not None:
             sources["eval"] = held_out
     if "eval" not in sources:
-        config.eval_strategy, config.do_eval = IntervalStrategy.NO, False
+        for name, value in (("load_best_model_at_end", True), ("save_strategy", "best")):
+            if getattr(config, name) == value:
+                raise InputError(f"{name}={value!r}: needs held-out data; set eval_data, or put test.json beside.")
+        config.eval_strategy, config.do_eval, config.eval_on_start = IntervalStrategy.NO, False, False
     return sources
 
 
@@ -250,6 +260,7 @@ def tokenize_splits(
         )
         for name, rows in examples.items()
     }
+    check_batches(config, len(datasets["train"]))
     check_fits_model(
         config,
         config.model_name_or_path,
@@ -257,6 +268,21 @@ def tokenize_splits(
         largest_id=max(int(max(data.prompt_ids.max(), data.completion_ids.max())) for data in datasets.values()),
     )
     return datasets
+
+
+def check_batches(config: TrainConfig, rows: int) -> None:
+    """Raises InputError where dataloader_drop_last leaves none of the training data's rows."""
+    if config.dataloader_drop_last and rows < config.global_batch:
+        parts = (
+            (config.per_device_train_batch_size, "per_device_train_batch_size"),
+            (config.gradient_accumulation_steps, "gradient_accumulation_steps"),
+            (config.data_parallel_size, "processes"),
+        )
+        product = " x ".join(f"{number} {name}" for number, name in parts if number > 1)
+        raise InputError(
+            f"dataloader_drop_last=True: {rows} rows make no whole batch of {config.global_batch} ({product}), so "
+            "nothing would be trained on; leave dataloader_drop_last out, or make the batch smaller."
+        )
 
 
 # Models
@@ -292,6 +318,44 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def check_lora(config: TrainConfig, task_type: str) -> None:
+    """Raises InputError where `add_lora` would fail, or would not do what `config` says; reads no weights."""
+    if config.lora_r == 0:
+        return
+    shape = from_pretrained(AutoConfig, config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    options = {"trust_remote_code": config.trust_remote_code}
+    kind = AutoModelForCausalLM
+    if task_type == SCALAR_TASK:
+        kind, shape.num_labels = AutoModelForSequenceClassification, 1
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(shape, **options)
+    except Exception:  # what is wrong with it is said where it is loaded
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in [] if adapts_all_linear(config) else config.lora_target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            last = {name.rpartition(".")[2] for name in names} - {""}
+            raise InputError(
+                f"lora_target_modules={config.lora_target_modules!r}: no module of {config.model_name_or_path!r} is "
+                f"called {target!r} (names are taken as they are, not as patterns)"
+                f"{nearest(target, sorted(name for name in last if not name.isdigit()))}"
+            )
+    adapted = add_lora(config, model, task_type)
+    head = adapted.get_base_model().get_output_embeddings()
+    if task_type != SCALAR_TASK and hasattr(head, "base_layer"):
+        raise InputError(
+            f"lora_target_modules={config.lora_target_modules!r}: one of them is the head, whose weight the fused loss "
+            "reads without adapters; leave it out (without lora_target_modules every linear layer but the head is "
+            "adapted)."
+        )
+
+
+def adapts_all_linear(config: TrainConfig) -> bool:
+    """Whether every linear layer but the head gets adapters."""
+    return config.lora_target_modules in (None, [], ["all-linear"])
+
+
 def add_lora(config: TrainConfig, model: nn.Module, task_type: str) -> nn.Module:
     """`model` with the adapters that `config` asks for; `task_type` is one of PEFT's (CAUSAL_LM, SEQ_CLS)."""
     if config.lora_r == 0:
@@ -302,11 +366,15 @@ def add_lora(config: TrainConfig, model: nn.Module, task_type: str) -> nn.Module
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
+        target_modules="all-linear" if adapts_all_linear(config) else config.lora_target_modules,
         task_type=task_type,
     )
     try:
-        return get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            # An adapter on the embedding of a tied model is merged without the head (`loading.merge_adapter`).
+            warnings.filterwarnings("ignore", message=r"Model (has|with) `tie_word_embeddings=True`")
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+            return get_peft_model(model, lora)
     except ValueError as error:
         raise InputError(f"lora_target_modules={config.lora_target_modules!r}: {error}") from error
 
@@ -359,6 +427,7 @@ def train(
     `about()` gives the stage's own entries of the summary, and `closing(summary)` a line or more for the terminal.
     Raises Stopped after a SIGTERM, when a checkpoint is saved, and RunError where training cannot go on.
     """
+    trainer.check_room()
     with trainer.watch.signals():
         output = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.watch.stopping:
@@ -367,10 +436,9 @@ def train(
         raise Stopped(f"stopped by SIGTERM after step {step} of {steps}; {place} is saved; the same command continues.")
     trainer.save_model()
     # The model that is saved, which with load_best_model_at_end is not the one that was evaluated last.
-    evaluated = _evaluated_at(trainer.state.log_history, trainer.state.global_step)
-    if trainer.eval_dataset is not None and (config.load_best_model_at_end or not evaluated):
+    if trainer.eval_dataset is not None and (config.load_best_model_at_end or not trainer.is_evaluated()):
         trainer.evaluate()
-    trainer.save_state()
+    _or_warn("trainer_state.json", trainer.save_state)
     summary = {
         "stage": config.stage,
         "config": config.to_dict(),
@@ -390,15 +458,21 @@ def train(
         "command": run_facts.command_line(),
         "warnings": config.warnings,
     }
-    samples = _samples(trainer)
+    samples = _or_warn("samples", lambda: run_facts.take_samples(trainer))  # a collective call
     if config.process_index == 0:
         ran = machine.describe()
         summary |= {"machine": ran["machine"], "commit": ran["commit"]}
-        summary["data_files"] = run_facts.data_files(find_splits(config))
+        summary["data_files"] = _or_warn("data_files", lambda: run_facts.data_files(find_splits(config))) or {}
         if samples is not None:
-            run_facts.write_samples(Path(config.output_dir), samples)
+            _or_warn(run_facts.SAMPLES, lambda: run_facts.write_samples(Path(config.output_dir), samples))
         content = json.dumps(summary, indent=2, default=str) + "\n"
-        write_file(Path(config.output_dir), "summary.json", content.encode())  # it says that the run is finished
+        try:
+            write_file(Path(config.output_dir), "summary.json", content.encode())  # it says that the run is finished
+        except OSError as error:
+            raise RunError(
+                f"the training is finished and the model saved in {config.output_dir}, but summary.json could not be "
+                f"written there: {error.strerror or error}."
+            ) from error
         seconds = summary["train_seconds"]
         print(f"{summary['steps']} steps in {seconds:.0f} s; the model is in {config.output_dir}", flush=True)
         print(closing(summary), flush=True)
@@ -406,13 +480,12 @@ def train(
     return summary
 
 
-def _samples(trainer: StageTrainer) -> dict[str, Any] | None:
-    """What the trained model makes of a few rows, for the report; a collective call. None, and a warning, where that
-    fails: the model is saved already."""
+def _or_warn(what: str, value: Callable[[], Any]) -> Any:
+    """What `value` gives; None, and a warning, where it fails: the model is saved already."""
     try:
-        return run_facts.take_samples(trainer)
+        return value()
     except Exception as error:
-        logger.warning(f"the report has no samples: {type(error).__name__}: {error}")
+        logger.warning(f"{what}: not written, or not in the report: {type(error).__name__}: {error}")
         return None
 
 
@@ -470,10 +543,6 @@ def losses_line(summary: dict[str, Any], name: str) -> str:
 def perplexity(loss: float) -> float:
     """exp of a mean loss per token in nats; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _evaluated_at(history: list[dict[str, Any]], step: int) -> bool:
-    return any("eval_loss" in entry and entry["step"] == step for entry in history)
 
 
 def _first_and_last(history: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -542,6 +542,8 @@ def group_loss_forward(
     """Losses (G,), policy log-probs (G, K) and the gradients of the mean loss."""
     groups, candidates = ref_logps.shape
     bounds = group_bounds(cu_seqlens, candidates)
+    if rewards.dtype == torch.float64:  # two of them that differ may be one in float32; what counts is the difference
+        rewards = rewards - rewards.amax(dim=1, keepdim=True)
     with on(hidden.device):
         rows = Rows(hidden, head, targets)
         logps, coefficients, losses = rows.floats(rows.n), rows.floats(rows.n), rows.floats(groups)

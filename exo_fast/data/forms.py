@@ -153,8 +153,8 @@ def _sharegpt(row: Row) -> Row:
     if not (isinstance(messages[0], dict) and messages[0].get("role") == "system"):
         messages = _system(row, "system") + messages
     rest = {name: value for name, value in row.items() if name not in ("conversations", "system")}
-    ranked = "chosen" in row and "rejected" in row
-    return {**rest, "prompt": messages} if ranked or "completions" in row else {**rest, "messages": messages}
+    answered = any(name in row for name in ("chosen", "rejected", "completions"))
+    return {**rest, "prompt" if answered else "messages": messages}
 
 
 def _instruction(row: Row) -> Row:

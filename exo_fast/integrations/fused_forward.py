@@ -9,6 +9,7 @@ DDP, FSDP and DeepSpeed ZeRO-3 expect parameters to be read.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from exo_fast.head import Head, read_head
+from exo_fast.head import Head, final_hidden, read_head
 from exo_fast.integrations.padded import SharedRows, share_rows
 from exo_fast.layout import CHECKED_GROUPS, MaskPlan, check_sharing, model_inputs, shortened
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import linear_group_loss
+from exo_fast.positions import by_text, packed_lengths, padded_texts
 from exo_fast.statistics import OUTPUTS, TokenStatistics, linear_logprobs_with_statistics
 
 logger = logging.get_logger(__name__)
@@ -76,7 +78,7 @@ class FusedForward:
             places, shape = shared.places.to(hidden.device), (len(labels), labels.shape[1] - 1)
             mask = labels[:, 1:].to(hidden.device) != -100
         else:
-            outputs = model.base_model(*args, **kwargs)
+            outputs = self.ordinary(model, *args, **kwargs)
             router = {"router_logits": getattr(outputs, "router_logits", None)}
             hidden = outputs.last_hidden_state if shift_labels is not None else outputs.last_hidden_state[:, :-1]
             targets = (labels[:, 1:] if shift_labels is None else shift_labels).to(hidden.device)
@@ -119,12 +121,12 @@ class FusedForward:
             bounds = shared.packed.cu_seqlens
         else:
             # The last T positions: prompt-learning PEFT has put tokens of its own before them.
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, -labels.shape[1] : -1]
+            hidden = self.ordinary(model, **inputs, use_cache=False).last_hidden_state[:, -labels.shape[1] : -1]
             mask = labels[:, 1:] != -100
             hidden, targets = hidden[mask], labels[:, 1:][mask]
             bounds = nn.functional.pad(mask.sum(1).cpu().cumsum(0), (1, 0))
         head = self.head(model)
-        hidden = hidden.to(head.weight.device)
+        hidden = head.multiplied(hidden.to(head.weight.device))
         mean, logps = linear_group_loss(
             hidden, head.weight, targets.to(hidden.device), bounds, ref_logps.to(hidden.device),
             rewards.to(hidden.device), bias=head.bias, scale=head.scale / self.temperature, softcap=head.softcap,
@@ -139,12 +141,14 @@ class FusedForward:
         shared against ordinary rows."""
         if not (self.share_prompts and self.plan.share) or labels is None or args or set(inputs) - SHAREABLE:
             return None
+        if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
+            return None  # NEFTune's noise goes by the length of a row, and is drawn for each completion
         if inputs.get("input_ids") is None or inputs.get("output_router_logits"):
             return None
         mask = inputs.get("attention_mask")
         if self.plan.model_type in LEARNED_POSITIONS and mask is not None and not bool(mask[:, 0].all()):
             return None
-        shared = share_rows(inputs["input_ids"], mask, labels, **options)
+        shared = share_rows(inputs["input_ids"], mask, labels, by_length=self.plan.by_length, **options)
         if shared is not None and self.too_wide(model, shared, labels):
             shared = None
         if not self.checked and not everywhere(model, shared is not None):
@@ -176,8 +180,17 @@ class FusedForward:
         inputs = model_inputs(
             shared.packed, self.plan, dtype=dtype, device=device, attn_implementation=model.config._attn_implementation
         )
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = final_hidden(model, **inputs)
         return hidden.flatten(0, 1)[shared.packed.source.to(hidden.device)]
+
+    def ordinary(self, model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
+        """What the model below its head gives of ordinary rows, each as it is alone."""
+        lengths = None
+        if self.plan.by_length:
+            inputs |= dict(zip(inspect.signature(model.base_model.forward).parameters, args, strict=False))
+            args, (lengths, inputs) = (), texts_of_rows(inputs)
+        with by_text(model.base_model, lengths):
+            return model.base_model(*args, **inputs)
 
     def head(self, model: PreTrainedModel) -> Head:
         """The head as it is in this forward: engines and adapters may have replaced it since the last one."""
@@ -199,8 +212,8 @@ class FusedForward:
             if self.cast_lm_head_to_fp32:
                 hidden, weight = hidden.float(), weight.float()
                 options["bias"] = None if bias is None else bias.float()
-            elif not autocast:
-                weight = weight.to(hidden.dtype)
+            else:
+                hidden = head.multiplied(hidden)
             targets = targets.to(hidden.device)
             if not names:
                 return linear_logprobs(hidden, weight, targets, **options), TokenStatistics()
@@ -240,6 +253,24 @@ def fusible(model: PreTrainedModel) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def texts_of_rows(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """(B, T) long, the tokens of the text of each token of an ordinary batch, and its inputs with positions that begin
+    with the texts. Where there are `position_ids`, several texts may stand in a row: one begins where they do not go
+    on."""
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if positions is not None:
+        begins = positions.diff(dim=1, prepend=positions[:, :1] - 2) != 1
+        texts = begins.flatten().cumsum(0).view(begins.shape)  # every row begins one
+        return packed_lengths(texts, positions), inputs
+    ids = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+    if mask is None:
+        return torch.full(ids.shape[:2], ids.shape[1], device=ids.device), inputs
+    lengths, positions = padded_texts(mask)
+    if not bool(mask[:, 0].all()):
+        inputs = {**inputs, "position_ids": positions[:, -ids.shape[1] :]}
+    return lengths, inputs
 
 
 def whole(head: Head) -> Head:

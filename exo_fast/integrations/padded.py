@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from exo_fast.layout import Group, Packed, pack
+from exo_fast.positions import LengthRules
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ def share_rows(
     labels: Tensor,  # (B, T), −100 on what is not learned
     *,
     candidates: int | None = None,
+    by_length: LengthRules = (),
 ) -> SharedRows | None:
     """Rows of equal prompts in one row each; None where no two rows have one, or where rows cannot be read so.
 
     A row's prompt is what comes before its first label. With `candidates` only the K rows that follow one another are
     a group, and `packed` has the sequences in the order of the batch; without, rows of one prompt anywhere in the batch
-    are. Reads the batch on the host: on a GPU it waits for the device.
+    are. With `by_length` (of a MaskPlan) only rows of like lengths share, and rows are packed whole: what comes after
+    their last label counts for their length. Reads the batch on the host: on a GPU it waits for the device.
     """
     ids, wanted = input_ids.cpu(), labels.cpu()
     mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
@@ -50,7 +53,7 @@ def share_rows(
     begin = torch.where(mask, position, length).amin(1)
     end = torch.where(mask, position, -1).amax(1) + 1
     first = torch.where(labelled, position, length).amin(1)
-    stop = torch.where(labelled, position, -1).amax(1) + 1
+    stop = end if by_length else torch.where(labelled, position, -1).amax(1) + 1
     if bool((mask.sum(1) != end - begin).any()) or bool((first <= begin).any()):  # a hole, or no prompt
         return None
     begins, firsts, stops, tokens = begin.tolist(), first.tolist(), stop.tolist(), ids.tolist()
@@ -75,7 +78,7 @@ def share_rows(
     at = torch.cat([labelled[row].nonzero().squeeze(1) + row * length for row in order])
     return SharedRows(
         groups=groups,
-        packed=pack(groups),
+        packed=pack(groups, by_length=by_length),
         targets=wanted.reshape(-1)[at],
         places=at - at // length - 1,  # rows of T − 1, and the position before
     )

@@ -24,7 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import slice_logits_to_keep
 
 from exo_fast.backends import BACKENDS
-from exo_fast.head import read_head, unwrap
+from exo_fast.head import Head, read_head, unwrap
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.validate import check_budget
 
@@ -43,6 +43,11 @@ def apply_exo_fast(
     `num_items_in_batch` replaces the mean by a sum over it, `logits_to_keep` selects the states that the labels belong
     to, and a mixture of experts adds its router loss where `output_router_logits` asks for it. It is float32, like the
     logits inside, also where the model is bf16 and its own logits would have been rounded to that.
+
+    What the model's forward does is left to it. In a model with LongRoPE or dynamic NTK that is to choose the rotary
+    frequencies of all rows by the longest of the batch, padding counted, so that there a text's loss depends on what it
+    is batched with, as it does without exo_fast; the stages and the TRL integration keep texts apart
+    (`exo_fast.positions`).
 
     The head is read at every call, so adapters may be added, switched and trained in full (`modules_to_save`) later.
     Gradient checkpointing, autocast, torch.compile, DDP and DeepSpeed (ZeRO-3 too) go on as usual: the loss is part of
@@ -115,14 +120,15 @@ class _Fused:
         self.options = {"memory_budget": memory_budget, "backend": backend}
         self.eval_logits = eval_logits
         self.handle: Any = None
-        self.keeping = False
+        self.keeping: Head | None = None  # the model's, while a forward with labels runs
         self.hidden: Tensor | None = None  # (B, T, D), between the decoder's end and the loss
 
     def keep_hidden(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        """The decoder's forward hook: keep the final hidden states, leave the lm_head (B, 0, D)."""
-        if self.keeping:
+        """The decoder's forward hook: keep the final hidden states, leave the lm_head (B, 0, D), of a dtype that it
+        takes."""
+        if self.keeping is not None:
             self.hidden = output.last_hidden_state
-            output.last_hidden_state = self.hidden[:, :0]
+            output.last_hidden_state = self.keeping.multiplied(self.hidden[:, :0])
 
 
 def _fused_forward(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,12 +169,12 @@ def _forward_with_loss(
     **kwargs: Any,
 ) -> Any:
     """The model's own forward on no rows of the lm_head, and the loss on all of them."""
-    fused.keeping = True
+    fused.keeping = read_head(model)  # its dtype; ZeRO-3 has its weight in one piece after the forward only
     try:
         output = own_forward(**kwargs, return_dict=True)
         hidden = fused.hidden
     finally:
-        fused.keeping, fused.hidden = False, None
+        fused.keeping, fused.hidden = None, None
     hidden = slice_logits_to_keep(hidden, logits_to_keep)
     loss = _causal_lm_loss(model, hidden, labels, fused.options, **kwargs)
     aux_loss = getattr(output, "aux_loss", None)
@@ -197,7 +203,7 @@ def _causal_lm_loss(
     targets = shift_labels.reshape(-1).to(hidden.device)
     head = read_head(model)
     logps = linear_logprobs(
-        hidden.flatten(0, -2),
+        head.multiplied(hidden.flatten(0, -2)),
         head.weight,
         targets,
         bias=head.bias,

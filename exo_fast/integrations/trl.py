@@ -25,6 +25,7 @@ import copy
 import hashlib
 import importlib
 import inspect
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -199,7 +200,8 @@ class ExoDPOConfig(DPOConfig):
     label_smoothing: float | None = field(
         default=None,
         metadata={
-            "help": "ε of '*-pref' and of TRL's losses that have one. Default: 1e-3 for EXO, which needs one, else 0."
+            "help": "ε of '*-pref' and of TRL's losses that have one. Default: 1e-3 for exo-pref and exo_pair, which "
+            "need one, else 0."
         },
     )
     precompute_ref_log_probs: bool | None = field(
@@ -238,8 +240,8 @@ class ExoDPOConfig(DPOConfig):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if self.label_smoothing is None:
-            exo = any(name.startswith("exo") for name in self.loss_type)
+        if self.label_smoothing is None:  # 0 where targets come from rewards
+            exo = any(name.startswith("exo") and name != "exo-rw" for name in self.loss_type)
             self.label_smoothing = default_label_smoothing("exo-pref") if exo else 0.0
         super().__post_init__()
         _check_options(self.memory_budget, self.backend)
@@ -263,8 +265,13 @@ class ExoDPOTrainer(DPOTrainer):
     Rows, token ids and what is left out are those of the pipeline (`exo_fast.data`): see `duplicates`, `ties` and
     `num_contrastive` of ExoDPOConfig.
 
+    For the losses over candidates, what a step learns is the mean over the groups of its global batch, whatever
+    micro-batches and processes they are cut into; what is logged is the mean over the groups since the last log, and
+    what an evaluation reports that over its data. `compute_metrics` is given the policy's sequence log-probs (N, K) as
+    predictions, and the rewards (N, K) as labels.
+
     Raises ValueError for data without `rewards`, another number of candidates, rewards that are not finite, ties for
-    the highest reward under '*-pref', and options of TRL that are about pairs (ld_alpha, use_weighting, f_divergence).
+    the highest reward under '*-pref', and options that are not for the loss over candidates (`_not_for_groups`).
     """
 
     _tag_names = ["trl", "dpo", "exo", "exo_fast"]  # noqa: RUF012  a class attribute of TRL's
@@ -312,13 +319,20 @@ class ExoDPOTrainer(DPOTrainer):
             causal_lm = causal_lm.get_base_model()
         # Otherwise TRL's head, or one that gives the router loss too, makes log-probs, and the loss is made of these.
         self.one_pass = not fusible(causal_lm) and not self.aux_loss_enabled
+        if self.group_loss is not None:
+            self.loss_is_scaled_for_ga = True  # by compute_loss
+        self._averages = {"train": Averages(), "eval": Averages()}
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # TRL names its cache after the data and the model alone; where rows are cut decides about the log-probs too.
+        # TRL names its cache after the data and the weights. Where rows are cut decides about the log-probs too, and
+        # so do the model's other numbers (rotary scale, softcap, logit scale …) and what it computes with.
+        config = self.accelerator.unwrap_model(self.ref_model or self.model).config
+        facts = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        computed = (config._attn_implementation, self.accelerator.mixed_precision, sorted(facts.items()))
         cut = (self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)
         if hasattr(dataset, "_fingerprint"):
             dataset = copy.copy(dataset)
-            dataset._fingerprint = hashlib.sha256(repr((dataset._fingerprint, cut)).encode()).hexdigest()[:16]
+            dataset._fingerprint = hashlib.sha256(repr((dataset._fingerprint, cut, computed)).encode()).hexdigest()[:16]
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
@@ -346,50 +360,159 @@ class ExoDPOTrainer(DPOTrainer):
         if self.group_loss is not None and "candidate_ids" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "candidate_ids", "candidate_masks", "rewards"]
 
+    # Which rows a step is the mean over
+
+    @property
+    def _copies(self) -> int:
+        """Processes that are given the same batch."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+
+    def _counted(self, groups: int) -> int:
+        """How many of the `groups` of the batch that was read last count. In several processes accelerate makes the
+        last batch of an epoch whole with rows that were there before; of data without a length it does not say which.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return groups
+        before = self.accelerator.process_index // self._copies * groups
+        return min(max(state.remainder - before, 0), groups)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """The groups of the global batch. Groups that do not count are taken off, but one, which weighs nothing: a
+        process without any must run a forward all the same where the others wait for it."""
+        if self.group_loss is None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        batch_samples[:] = [{**batch, "counted": len(batch["rewards"])} for batch in batch_samples]
+        last = batch_samples[-1]
+        groups, counted = last["counted"], self._counted(last["counted"])
+        if counted < groups:
+            kept = {k: v[: len(v) * max(counted, 1) // groups] for k, v in last.items() if k != "counted"}
+            batch_samples[-1] = {**kept, "counted": counted}
+        found = [(b["counted"], int(b["attention_mask"].sum()) if b["counted"] else 0) for b in batch_samples]
+        totals = self.accelerator.reduce(torch.tensor(found).sum(0).to(device)) // self._copies
+        groups, tokens = totals.tolist()
+        self._total_train_tokens += tokens
+        return groups
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """In a training step: this micro-batch's share of the mean over the groups of the global batch, times the
+        processes, over which engines average gradients and the Trainer the losses that it logs."""
+        found = super().compute_loss(model, inputs, return_outputs)
+        if self.group_loss is None or num_items_in_batch is None:
+            return found
+        share = inputs["counted"] * (self.accelerator.num_processes // self._copies) / num_items_in_batch
+        return (found[0] * share, found[1]) if return_outputs else found * share
+
+    # The loss and what is logged
+
+    def _prepare_input(self, data: Any) -> Any:
+        # The Trainer would cast rewards and reference log-probs, which may be thousands of nats, to DeepSpeed's dtype.
+        if isinstance(data, Tensor) and not self._is_vision_dataset:
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """TRL's two columns of reference log-probs, which it computes and keeps: here of the first candidate (G,), and
         of the others (G, K − 1)."""
         if self.group_loss is None:
             return super().compute_ref_log_probs(model, inputs)
-        rewards = inputs["rewards"]
-        halves = super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "rewards"})
-        logps = torch.cat(halves).view(rewards.shape)
+        training = model.training
+        model.eval()  # of a policy without its adapters too: dropout and noise on embeddings are not the reference's
+        try:
+            names = ("input_ids", "attention_mask", "completion_mask")
+            halves = super().compute_ref_log_probs(model, {name: inputs[name] for name in names})
+        finally:
+            model.train(training)
+        logps = torch.cat(halves).view(inputs["rewards"].shape)
         return logps[:, 0], logps[:, 1:]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.group_loss is None:
             return super()._compute_loss(model, inputs, return_outputs)
-        mode = "train" if self.model.training else "eval"
+        rewards = inputs["rewards"]
         if self.precompute_ref_logps:
             first, others = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             first, others = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         ref_logps = torch.cat([first.unsqueeze(1), others], dim=1)
+        rewards = rewards.to(ref_logps.device)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        numbers = {}
         if self.one_pass:
-            groups = {"labels": labels, "ref_logps": ref_logps, "rewards": inputs["rewards"], "loss": self.group_loss}
+            groups = {"labels": labels, "ref_logps": ref_logps, "rewards": rewards, "loss": self.group_loss}
             outputs = model(**batch, fused_groups=groups)
             loss, policy_logps = outputs.loss, outputs.logits
+            losses = group_loss(policy_logps, ref_logps, rewards, **self.group_loss, reduction="none")
         else:
             routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
             found = model(**batch, **routed, labels=labels, use_cache=False, fused_lm_head=True)
-            policy_logps = found.log_probs.sum(1).view_as(ref_logps)
-            loss = group_loss(policy_logps, ref_logps, inputs["rewards"].to(ref_logps.device), **self.group_loss)
-            if self.aux_loss_enabled:
-                loss = loss + self.router_aux_loss_coef * found.aux_loss
-                aux_loss = self.accelerator.gather_for_metrics(found.aux_loss).mean().item()
-                self._metrics[mode]["aux_loss"].append(aux_loss)
-            outputs = GroupOutput(loss=loss, logits=policy_logps.detach())
-        numbers = group_metrics(policy_logps.detach(), ref_logps, inputs["rewards"].to(ref_logps.device), self.beta)
-        means = self.accelerator.gather_for_metrics(numbers).mean(0).tolist()
-        for name, value in zip(GROUP_METRICS, means, strict=True):
-            self._metrics[mode]["group_entropy" if name == "entropy" else name].append(value)
-        if mode == "train":
-            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            logps = found.log_probs.sum(1).view_as(ref_logps)
+            losses = group_loss(logps, ref_logps, rewards, **self.group_loss, reduction="none")
+            if self.aux_loss_enabled:  # of the tokens of this micro-batch, so that it is one number of all its groups
+                losses = losses + self.router_aux_loss_coef * found.aux_loss
+                numbers["aux_loss"] = found.aux_loss.detach().expand(len(losses))
+            loss, policy_logps = losses.mean(), logps.detach()
+            outputs = GroupOutput(loss=loss, logits=policy_logps)
+        columns = group_metrics(policy_logps, ref_logps, rewards, self.beta).T
+        numbers |= {"group_entropy" if n == "entropy" else n: c for n, c in zip(GROUP_METRICS, columns, strict=True)}
+        mode = "train" if self.model.training else "eval"
+        self._averages[mode].add({"loss": losses.detach(), **numbers}, inputs.get("counted", len(losses)))
         return (loss, outputs) if return_outputs else loss
+
+    def _logged(self, mode: str, logs: dict[str, float], prefix: str = "") -> None:
+        """Puts into `logs` the means over the groups of all processes since the last time; a collective call."""
+        means = self._averages[mode].take(self.accelerator)
+        if self.args.logging_nan_inf_filter and not math.isfinite(means["loss"]):
+            del means["loss"]  # what the Trainer makes of such losses stays
+        logs.update({prefix + name: value for name, value in means.items()})
+        logs[prefix + "num_tokens"] = self._total_train_tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._averages["train"].sums is not None:
+            self._logged("train", logs)
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        if self.group_loss is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        rewards = inputs["rewards"]
+        inputs = {**inputs, "counted": self._counted(len(rewards))}
+        loss, logps, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss, logps, None if prediction_loss_only else rewards
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """The Trainer's, which counts a batch's mean as often as a whole batch has rows, in each process: here the
+        means are over the rows."""
+        self._averages["eval"] = Averages()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        if self._averages["eval"].sums is not None:
+            self._logged("eval", output.metrics, prefix=f"{metric_key_prefix}_")
+        return output
+
+
+@dataclass
+class Averages:
+    """Sums of numbers of groups, until their means are taken."""
+
+    names: tuple[str, ...] = ()
+    sums: Tensor | None = None  # (M + 1,) float64: of M numbers, and how many groups they are of
+
+    def add(self, numbers: dict[str, Tensor], counted: int) -> None:
+        """The first `counted` of numbers (G,) by name, the same names in every call."""
+        rows = torch.stack([value.double() for value in numbers.values()])[:, :counted]
+        found = torch.cat([rows.sum(1), rows.new_tensor([counted])])
+        self.names, self.sums = tuple(numbers), found if self.sums is None else self.sums + found
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The means over all processes, which all call this; then it is empty again."""
+        *sums, count = accelerator.reduce(self.sums).tolist()
+        self.sums = None
+        return {name: value / count for name, value in zip(self.names, sums, strict=True)}
 
 
 def _streamed(data: Any) -> bool:
@@ -421,28 +544,70 @@ def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any]
             f"loss_type={args.loss_type} is a loss of pairs, and train_dataset has a column `completions`. Choose one "
             f"of {', '.join((*LOSS_TYPES, *AS_GROUPS))}."
         )
-    if args.ld_alpha is not None or args.use_weighting or args.f_divergence_type != "reverse_kl":
-        raise ValueError(
-            f"ld_alpha, use_weighting and f_divergence_type are not for loss_type={args.loss_type} over candidates. "
-            "Leave them out, or choose one of TRL's losses of pairs, such as 'sigmoid'."
-        )
-    if args.loss_weights is not None:
-        raise ValueError(f"loss_weights={args.loss_weights}: loss_type={args.loss_type} is one loss; leave them out.")
+    for option, is_wrong, problem in _not_for_groups(args, AS_GROUPS.get(name, name)):
+        if is_wrong:
+            raise ValueError(f"{option} is not for loss_type={args.loss_type} over candidates: {problem}.")
     options = {
         "loss_type": AS_GROUPS.get(name, name),
         "beta_pi": args.beta,
         "beta_r": getattr(args, "beta_r", 0.1),
         "label_smoothing": args.label_smoothing,
+        "ties": "share" if getattr(args, "ties", "error") == "share" else "error",
     }
     check_groups(None, torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), **options)  # before the reference runs
     return options
 
 
+def _not_for_groups(args: DPOConfig, loss_type: str) -> list[tuple[str, bool, str]]:
+    """Options that the loss over candidates would leave out or get wrong: what was given, whether it is such a one, and
+    what to do."""
+    pairs = "leave it out, or choose one of TRL's losses of pairs, such as 'sigmoid'"
+    parallel = args.parallelism_config
+    parts = max(getattr(parallel, "cp_size", 1), getattr(parallel, "sp_size", 1))
+    return [
+        (f"ld_alpha={args.ld_alpha}", args.ld_alpha is not None, pairs),
+        (f"use_weighting={args.use_weighting}", args.use_weighting, pairs),
+        (f"f_divergence_type={args.f_divergence_type!r}", args.f_divergence_type != "reverse_kl", pairs),
+        (f"loss_weights={args.loss_weights}", args.loss_weights is not None, "it is one loss; leave them out"),
+        (
+            f"label_smoothing={args.label_smoothing}",
+            loss_type.endswith("-rw") and args.label_smoothing != 0,
+            "its targets come from rewards; leave it out, or choose exo-pref or dpo-pref",
+        ),
+        (
+            f"label_smoothing_factor={args.label_smoothing_factor}",
+            args.label_smoothing_factor != 0,
+            "it smooths over the vocabulary; label_smoothing smooths the targets of exo-pref and dpo-pref",
+        ),
+        (
+            f"truncation_mode={args.truncation_mode!r}",
+            args.truncation_mode not in ("keep_start", "keep_end"),
+            "choose keep_start or keep_end",
+        ),
+        (f"pad_token={args.pad_token!r}", args.pad_token is not None, "set the tokenizer's pad_token"),
+        (
+            f"include_for_metrics={args.include_for_metrics}",
+            "inputs" in args.include_for_metrics,
+            "a group has K rows of inputs; leave out 'inputs' (labels are the rewards)",
+        ),
+        (
+            "dispatch_batches=True",
+            bool(args.accelerator_config.dispatch_batches),
+            "it divides batches by rows, of which a group has K; leave it out",
+        ),
+        (
+            "parallelism_config: sequences in parts",
+            parts > 1,
+            "leave it out; `exo-fast align --sequence_parallel` trains on parts of sequences",
+        ),
+    ]
+
+
 @dataclass
 class CandidateCollator:
-    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` and `rewards` -> input_ids, attention_mask
-    and completion_mask (G·K, T), candidates of a group one after another, rewards (G, K), and reference log-probs where
-    they are known."""
+    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (without them all tokens count) and `rewards`
+    -> input_ids, attention_mask and completion_mask (G·K, T), candidates of a group one after another, rewards (G, K),
+    and reference log-probs where they are known."""
 
     pad_token_id: int = 0
     max_length: int | None = None
@@ -457,14 +622,15 @@ class CandidateCollator:
                 slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
             )
         for example in examples:
-            for ids, marks in zip(example["candidate_ids"], example["candidate_masks"], strict=True):
+            marked = example.get("candidate_masks") or [[True] * len(ids) for ids in example["candidate_ids"]]
+            for ids, marks in zip(example["candidate_ids"], marked, strict=True):
                 rows.append(torch.tensor((example["prompt_ids"] + ids)[kept]))
                 masks.append(torch.tensor(([False] * len(example["prompt_ids"]) + marks)[kept]).long())
         batch = {
             "input_ids": self._padded(rows, self.pad_token_id),
             "attention_mask": self._padded([torch.ones_like(row) for row in rows], 0),
             "completion_mask": self._padded(masks, 0),
-            "rewards": torch.tensor([example["rewards"] for example in examples]),
+            "rewards": torch.tensor([example["rewards"] for example in examples], dtype=torch.float32),
         }
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in examples[0]:

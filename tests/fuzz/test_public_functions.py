@@ -33,7 +33,23 @@ NUMBERS = st.sampled_from(
     [0, 1, -1, 0.5, 2.0, 1e-3, math.nan, math.inf, -math.inf, 5e-324, 1e300, 1e-300, 10**400, 10**5000, 2**63, True]
 )
 NO_NUMBERS = st.sampled_from([None, "0.1", "", [0.1], (), {}, 1j, object(), b"1", torch.tensor([1.0, 2.0])])
-CHOICES = [*reference.LOSS_TYPES, "auto", "torch", "reference", "sum", "none", "", "cuda", None, 3, [], {}, b"torch"]
+CHOICES = [
+    *reference.LOSS_TYPES,
+    "auto",
+    "torch",
+    "reference",
+    "sum",
+    "none",
+    "share",
+    "error",
+    "",
+    "cuda",
+    None,
+    3,
+    [],
+    {},
+    b"torch",
+]
 JUNK = st.sampled_from([None, "x", 3, 0.5, [1.0], [[1, 2], [3, 4]], {}, object(), math.nan, ()])
 
 
@@ -98,7 +114,7 @@ def changed(draw: st.DrawFn, arguments: dict[str, Any], fixed: tuple[str, ...] =
         if isinstance(value, Tensor):
             make = draw(st.sampled_from([other_dtype, other_layout, other_shape, other_values, other_values, None]))
             arguments[name] = draw(JUNK if make is None else make(value))
-        elif name in ("loss_type", "backend", "reduction"):
+        elif name in ("loss_type", "backend", "reduction", "ties"):
             arguments[name] = draw(st.sampled_from(CHOICES))
         else:
             arguments[name] = draw(NUMBERS | NO_NUMBERS)
@@ -174,7 +190,7 @@ LEAVES = ("hidden", "weight", "bias")
 @fuzzed(300)
 @given(data=st.data(), good=projections(), as_module=st.booleans())
 def test_linear_group_loss(data: st.DataObject, good: dict[str, Any], as_module: bool) -> None:
-    arguments, names = data.draw(changed(good))
+    arguments, names = data.draw(changed({**good, "ties": data.draw(st.sampled_from(["error", "share"]))}))
 
     def call() -> tuple[Tensor, Tensor]:
         if not as_module:
@@ -187,7 +203,7 @@ def test_linear_group_loss(data: st.DataObject, good: dict[str, Any], as_module:
     if found is REFUSED:
         return
     doubles = as_double(arguments, LEAVES)
-    for name in ("memory_budget", "backend"):
+    for name in ("memory_budget", "backend", "ties"):
         doubles.pop(name)
     if doubles["label_smoothing"] is None:
         doubles["label_smoothing"] = reference.default_label_smoothing(doubles["loss_type"])
@@ -233,6 +249,7 @@ def test_group_loss(data: st.DataObject, good: dict[str, Any], as_module: bool, 
     good = {name: good[name] for name in kept}
     good["policy_logps"] = (good["ref_logps"] + good["rewards"]).to(dtype)
     good["reduction"] = data.draw(st.sampled_from(["mean", "sum", "none"]))
+    good["ties"] = data.draw(st.sampled_from(["error", "share"]))
     arguments, names = data.draw(changed(good))
 
     def call() -> Tensor:
@@ -246,7 +263,7 @@ def test_group_loss(data: st.DataObject, good: dict[str, Any], as_module: bool, 
     if found is REFUSED:
         return
     doubles = as_double(arguments, ("policy_logps",))
-    reduction = doubles.pop("reduction")
+    reduction, _ = doubles.pop("reduction"), doubles.pop("ties")
     if doubles["label_smoothing"] is None:
         doubles["label_smoothing"] = reference.default_label_smoothing(doubles["loss_type"])
     losses = reference.group_loss(**doubles)

@@ -1,6 +1,7 @@
 """The tiny Llama and tokenizer of the training tests, for trainers that are not ours."""
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from exo_fast.benchmarks.step_styles import without_deepspeed
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what tests here share: the data and runs of test_trl.py
 
 _spec = importlib.util.spec_from_file_location(
     "exo_fast_training_conftest", Path(__file__).parents[1] / "training" / "conftest.py"

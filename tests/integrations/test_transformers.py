@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from exo_fast import reference
+from exo_fast.head import final_hidden, read_head
 from exo_fast.integrations.transformers import apply_exo_fast, remove_exo_fast
 
 IDS = torch.randint(3, 61, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -200,6 +202,48 @@ def test_bfloat16(families: ModuleType, weights: torch.dtype) -> None:
     logits = hidden.bfloat16().double() @ own.lm_head.weight.bfloat16().double().T
     exact = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten())
     assert abs(loss - exact) < 1e-5 < abs(own_loss - exact)
+
+
+STATES = ("falcon-mamba", "mamba", "mamba2")  # of float32 in a model of half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hidden_states_of_another_dtype_than_the_head(families: ModuleType, family: str, dtype: torch.dtype) -> None:
+    """The loss of each family in half precision: that of the product that its own lm_head makes, but for rounding."""
+    own = families.tiny_model(family, dtype=dtype)
+    hidden = own.base_model(input_ids=IDS).last_hidden_state
+    assert (hidden.dtype == torch.float32) == (family in STATES)
+    head = read_head(own)
+    exact = reference.linear_logprobs(
+        hidden.to(dtype)[:, :-1], head.weight, LABELS[:, 1:], bias=head.bias, scale=head.scale, softcap=head.softcap
+    )
+    exact = -exact.sum() / (LABELS[:, 1:] != -100).sum()
+    loss = apply_exo_fast(copy.deepcopy(own))(**BATCH).loss
+    torch.testing.assert_close(loss, exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, own(**BATCH).loss.float(), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bf16"])
+def test_gradients_of_states_of_another_dtype(families: ModuleType, name: str, weights: torch.dtype) -> None:
+    own = families.tiny_model(name, dtype=weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
+        assert_same_training(apply_exo_fast(copy.deepcopy(own)), own, rtol=4e-2, **BATCH)
+
+
+def test_a_head_kept_in_float32_on_a_bf16_model(families: ModuleType) -> None:
+    """As it is trained in full beside LoRA. Outside of autocast the model's own forward refuses this."""
+    model = adapted(families.tiny_model("llama", dtype=torch.bfloat16), modules_to_save=["lm_head"])
+    model.get_base_model().lm_head.modules_to_save["default"].float()
+    head = read_head(model)
+    hidden = final_hidden(model, input_ids=IDS)
+    assert (head.weight.dtype, hidden.dtype) == (torch.float32, torch.bfloat16)
+    logps = reference.linear_logprobs(hidden[:, :-1], head.weight, LABELS[:, 1:])
+    loss = apply_exo_fast(model)(**BATCH).loss
+    torch.testing.assert_close(loss, -logps.sum() / (LABELS[:, 1:] != -100).sum(), rtol=1e-5, atol=0)
+    loss.backward()
+    assert head.weight.grad.dtype == torch.float32
+    assert head.weight.grad.abs().sum() > 0
 
 
 def adapted(model: PreTrainedModel, **options: Any) -> nn.Module:

@@ -403,6 +403,115 @@ def test_candidates(tmp_path: Path, tiny_llama: str, loss_type: str, precomputed
     assert log[1]["kl"] != 0
 
 
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("name", ["mamba", "llama", "float32 head"])
+def test_hidden_states_of_another_dtype_than_the_head(families: Any, name: str, cast: bool) -> None:
+    """Of float32 in a bf16 Mamba, and of bf16 below a head that is kept in float32: as the model's lm_head multiplies
+    them, or all in float32 where TRL asks for that."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = families.tiny_model("mamba" if name == "mamba" else "llama", dtype=torch.bfloat16)
+    if name == "float32 head":
+        model.lm_head.float()
+    ids = torch.randint(3, families.VOCAB, (4, 9), generator=torch.Generator().manual_seed(2))
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    hidden = model.base_model(input_ids=ids).last_hidden_state[:, :-1]
+    assert hidden.dtype == (torch.float32 if name == "mamba" else torch.bfloat16)
+    operands = hidden if cast else hidden.to(model.lm_head.weight.dtype)
+    expected = reference.linear_logprobs(operands, model.lm_head.weight, labels[:, 1:])
+
+    ours = integration._fused_lm_head(add_fused_lm_head, True, {"memory_budget": None, "backend": "auto"})
+    ours(model, cast_lm_head_to_fp32=cast)
+    found = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 0.0}
+    groups = {"labels": labels, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
+    plain = reference.linear_logprobs(hidden.to(model.lm_head.weight.dtype), model.lm_head.weight, labels[:, 1:])
+    logps = model(input_ids=ids, fused_groups=groups).logits
+    torch.testing.assert_close(logps, plain.sum(1).view(2, 2), atol=1e-4, rtol=1e-5)
+
+
+# --- positions that depend on a text's length: every row's numbers are those that it has alone ---
+
+BY_LENGTH = ("gemma3-dynamic", "llama-dynamic", "phi3-longrope", "phimoe-longrope")  # beyond 12 tokens
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "both sides", "no mask", "positions", "two texts a row"])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_rows_are_run_as_each_alone(families: Any, name: str, share: bool, layout: str) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    draw = torch.Generator().manual_seed(1)
+    shared = torch.randint(3, families.VOCAB, (2, 4), generator=draw)
+    # Two prompts of three rows, on both sides of the limit and on it, and what is behind a row's last label.
+    lengths = (5, 8, 12, 3, 9, 8) if layout != "no mask" else (12,) * 6
+    texts = [
+        torch.cat([shared[row // 3], torch.randint(3, families.VOCAB, (length,), generator=draw)])
+        for row, length in enumerate(lengths)
+    ]
+    if layout == "two texts a row":
+        texts = [texts[0], texts[2]]
+    width = 12 + 4 + (2 if layout == "both sides" else 0)
+    rows = 1 if layout == "two texts a row" else len(texts)
+    width = sum(map(len, texts)) if layout == "two texts a row" else width
+    ids, mask = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, width, dtype=torch.long)
+    labels, positions = torch.full_like(ids, -100), torch.zeros_like(ids)
+    places = []
+    for row, text in enumerate(texts):
+        start = {"left": width - len(text), "both sides": 1}.get(layout, 0)
+        at, start = (0, len(texts[0]) * row) if layout == "two texts a row" else (row, start)
+        span = slice(start, start + len(text))
+        ids[at, span], mask[at, span], positions[at, span] = text, 1, torch.arange(len(text))
+        stop = start + len(text) - (2 if row == 2 else 0)  # of one over the limit, labels end before it
+        labels[at, start + 4 : stop] = ids[at, start + 4 : stop]
+        places.append((at, start, stop - start))
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": labels}
+    inputs |= {"positions": {"attention_mask": mask, "position_ids": positions}, "no mask": {}}.get(
+        layout, {"position_ids": positions} if layout == "two texts a row" else {"attention_mask": mask}
+    )
+    model = families.tiny_model(name, attn_implementation="eager")
+    integration._fused_lm_head(add_fused_lm_head, share, {"memory_budget": None, "backend": "auto"})(model)
+    found = model(**inputs, fused_lm_head=True).log_probs
+    for text, (at, start, length) in zip(texts, places, strict=True):
+        with torch.no_grad():
+            rows_of_text = families.tiny_model(name)(input_ids=text[None]).logits[0, :-1].log_softmax(-1)
+        expected = rows_of_text.gather(1, text[1:, None]).squeeze(1)[3 : length - 1]
+        torch.testing.assert_close(found[at, start + 3 : start + length - 1], expected, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_an_untrained_policy_is_its_own_precomputed_reference(
+    families: Any, tokenizer: Any, tmp_path: Path, name: str
+) -> None:
+    """References are computed in other batches, with other neighbours."""
+    model = tmp_path / "model"
+    quiet = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0} if "phimoe" in name else {}  # drawn in training
+    families.tiny_model(name, **quiet).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    data = candidates(7)
+    sizes = {
+        len(tokenizer(row["prompt"] + text + "</s>")["input_ids"]) > 12 for row in data for text in row["completions"]
+    }
+    assert sizes == {True, False}
+    for batch_size in (1, 4):
+        for share in (True, False):
+            settings = {
+                "learning_rate": 0.0,
+                "per_device_train_batch_size": batch_size,
+                "precompute_ref_batch_size": 3,
+                "precompute_ref_log_probs": True,
+                "max_steps": 3,
+            }
+            ours = config(tmp_path / "a", ExoDPOConfig, loss_type="exo-rw", share_prompts=share, **settings)
+            log, _ = run(ExoDPOTrainer, ours, str(model), data)
+            assert [entry["kl"] for entry in log] == pytest.approx([0.0] * 3, abs=1e-5)
+            patch_trl(share_prompts=share)
+            log, _ = run(trl.DPOTrainer, config(tmp_path / "b", **settings), str(model), pairs(7))
+            unpatch_trl()
+            assert [entry["rewards/margins"] for entry in log] == pytest.approx([0.0] * 3, abs=1e-5)
+
+
 def test_candidates_in_evaluation_and_lora(tmp_path: Path, tiny_llama: str) -> None:
     from peft import LoraConfig
 

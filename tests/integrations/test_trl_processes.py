@@ -68,6 +68,33 @@ if arguments.process_index == 0:
     print("LOG " + json.dumps(log), flush=True)
 """
 
+UNEVEN = """
+import json, sys
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer
+
+model, output, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for count, accumulation, size in json.loads(sys.argv[4]):
+    rows = Dataset.from_list(json.loads(sys.argv[5])[:count])
+    arguments = ExoDPOConfig(
+        output, per_device_train_batch_size=size, per_device_eval_batch_size=size,
+        gradient_accumulation_steps=accumulation, **settings,
+    )
+    trainer = ExoDPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=arguments, train_dataset=rows,
+        eval_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model),
+        compute_metrics=lambda given: {"mean": float(given.predictions.mean()), "rows": len(given.label_ids)},
+    )
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry] + [trainer.evaluate()]
+    weights = sum((i + 1) * float(p.detach().double().sum()) for i, p in enumerate(trainer.model.parameters()))
+    if arguments.process_index == 0:
+        print("LOG " + json.dumps([*log, {"weights": weights}]), flush=True)
+"""
+
 SHARDED = """
 import sys
 import torch
@@ -106,10 +133,10 @@ dist.destroy_process_group()
 """
 
 
-def run(script: str, folder: Path, *arguments: str) -> str:
+def run(script: str, folder: Path, *arguments: str, processes: int = 2) -> str:
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [sys.executable, *launcher, str(path), *arguments], capture_output=True, text=True, timeout=300
     )
@@ -138,6 +165,42 @@ def test_two_processes_equal_trl_in_one(tmp_path: Path, tiny_llama: str, what: s
     for mine, theirs in zip(found, expected, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+# Groups, micro-batches a step, and groups of a micro-batch in each of two processes: the last process of the last
+# micro-batch has a row less than the others, or none.
+UNEVEN_CUTS = [(7, 1, 2), (5, 1, 2), (7, 2, 1), (9, 2, 2)]
+
+
+@pytest.mark.slow
+def test_uneven_batches_in_two_processes_equal_one(tmp_path: Path, tiny_llama: str) -> None:
+    """Rows that accelerate repeats in the last batch count once: in steps, in logs, in the evaluation."""
+    texts = [
+        {
+            "prompt": " ".join(WORDS[i % 5 : i % 5 + 1 + i % 4]) + " ",
+            "completions": [" ".join([*WORDS[(i * k) % 9 :][: 2 + (i + k) % 3], WORDS[k]]) for k in (1, 2, 4)],
+            "rewards": [0.3 * i % 1, 0.1 * i, 0.5],
+        }
+        for i in range(9)
+    ]
+    settings = SETTINGS | {
+        "loss_type": "exo-rw", "max_steps": -1, "num_train_epochs": 1, "train_sampling_strategy": "sequential",
+        "lr_scheduler_type": "constant", "precompute_ref_log_probs": False, "learning_rate": 5e-2,
+    }  # fmt: skip
+
+    def logs(processes: int, cuts: list) -> list:
+        given = json.dumps(settings), json.dumps(cuts), json.dumps(texts)
+        output = run(UNEVEN, tmp_path, tiny_llama, str(tmp_path / "out"), *given, processes=processes)
+        return [json.loads(line[4:]) for line in output.splitlines() if line.startswith("LOG ")]
+
+    whole = logs(1, [(count, 1, 2 * accumulation * size) for count, accumulation, size in UNEVEN_CUTS])
+    for cut, mine, right in zip(UNEVEN_CUTS, logs(2, UNEVEN_CUTS), whole, strict=True):
+        assert len(mine) == len(right), cut
+        for found, expected in zip(mine, right, strict=True):
+            names = {n for n in expected if "per_second" not in n and "time" not in n and n != "epoch"}
+            assert names <= found.keys()
+            for name in names:
+                assert found[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-5), (cut, name)
 
 
 @pytest.mark.slow

@@ -157,6 +157,25 @@ def test_plain_dpo_has_no_nan_where_the_others_have_no_weight() -> None:
     assert got.coefficients.sum().abs() < 1e-8
 
 
+@pytest.mark.parametrize("loss_type", ["exo-pref", "dpo-pref"])
+@pytest.mark.parametrize("candidates", [2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16])
+def test_tied_best_candidates_share_the_target(candidates: int, loss_type: str) -> None:
+    """One group for each number of tied candidates, so also of K whose last lanes are no candidates, and all tied."""
+    lengths = [1 + i % 3 for i in range(candidates**2)]
+    logps, cu, ref_logps, rewards = problem(lengths, candidates, seed=candidates)
+    order = torch.argsort(torch.rand(rewards.shape, generator=torch.Generator().manual_seed(candidates)), dim=1)
+    rewards = torch.where(order <= torch.arange(candidates).unsqueeze(1), 9.0, rewards)
+    assert (rewards == 9).sum(1).tolist() == list(range(1, candidates + 1))
+    for smoothing in (1e-3, 0.3, *([0.0] if loss_type == "dpo-pref" else [])):
+        got = launch(logps, cu, ref_logps, rewards, loss_type, label_smoothing=smoothing)
+        loss = {"loss_type": loss_type, "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": smoothing}
+        check(got, logps, cu, ref_logps, rewards, 1.0, **loss)
+    log_q = torch.log_softmax(0.1 * (got.policy_logps[-1].double() - ref_logps[-1]), dim=0)  # of the last all are tied
+    gap = log_q + math.log(candidates)
+    by_hand = (log_q.exp() * gap).sum() if loss_type == "exo-pref" else -log_q.mean()
+    assert float(got.losses[-1]) == pytest.approx(float(by_hand), rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("value", [-0.1, -1 / 3, -11.7], ids=str)
 def test_sums_of_a_hundred_thousand_tokens(value: float) -> None:
     """The same number over and over rounds the same way every time: the worst case of a plain float32 sum."""

@@ -1,7 +1,8 @@
 """Run a training stage in a process of its own that is killed (SIGKILL) at a known moment.
 
 `python killing.py METHOD CALL STAGE …` ends at the CALLth call of StageTrainer.METHOD: `training_step` for a kill
-between two steps, `_save_rng_state` for one in the middle of writing a checkpoint.
+between two steps, `_save_rng_state` for one in the middle of writing a checkpoint. With METHOD:SIGTERM it is asked to
+stop there instead.
 """
 
 import os
@@ -42,7 +43,9 @@ def main() -> None:
     from exo_fast.training.cli import main as cli
     from exo_fast.training.trainer import StageTrainer
 
-    method, call, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    call, words = int(sys.argv[2]), sys.argv[3:]
+    method, _, name = sys.argv[1].partition(":")
+    deed = signal.Signals[name or "SIGKILL"]
     original = getattr(StageTrainer, method)
     calls = 0
 
@@ -50,7 +53,7 @@ def main() -> None:
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), deed)
         return original(*args, **kwargs)
 
     setattr(StageTrainer, method, deadly)

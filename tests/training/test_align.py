@@ -60,6 +60,20 @@ def log_history(settings: dict[str, Any]) -> list[dict[str, Any]]:
 # The step
 
 
+def test_a_log_of_several_steps_is_the_mean_over_their_groups(settings: Settings, tmp_path: Path) -> None:
+    """The last two of three steps, of six and four groups; as steps they would weigh the same."""
+    options = {"per_device_train_batch_size": 6, "num_train_epochs": 1}
+    logs = {}
+    for every in (1, 3):
+        made = settings(**options, logging_steps=every, output_dir=str(tmp_path / str(every)))
+        run(made)
+        logs[every] = [entry for entry in log_history(made) if "loss" in entry]
+    (_, second, third), (_, found) = logs[1], logs[3]  # the first step is logged in any case
+    for name in ("loss", *GROUP_METRICS):
+        assert found[name] == pytest.approx((6 * second[name] + 4 * third[name]) / 10, rel=1e-5, abs=1e-7), name
+    assert abs(found["loss"] - (second["loss"] + third["loss"]) / 2) > 1e-3
+
+
 @pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_step_equals_full_logits_on_padded_rows(settings: Settings, loss_type: str, share_prompt: bool) -> None:

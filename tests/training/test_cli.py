@@ -302,3 +302,75 @@ def test_warnings_are_yellow_and_errors_red(tmp_path: Path) -> None:
     assert "UserWarning: of Python" in done.stderr.split(end)[0].removeprefix(yellow)
     assert f"exo-fast mine: {red}error:{end} ValueError: the end" in done.stderr
     assert "\x1b" not in run_mine(tmp_path, WARNS, "mine").stderr
+
+
+# Output that cannot be written
+
+LONG_WORK = """
+import sys
+from pathlib import Path
+def main(argv):
+    print("begun", flush=True)
+    print("warned", file=sys.stderr, flush=True)
+    sys.stdout.buffer.write(b"bytes\\n")
+    sys.stdout.buffer.flush()
+    print("r\\xe9sultat \\u2713 \\udcff", flush=True)
+    Path("saved").touch()
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_characters_that_a_stream_has_no_bytes_for_end_no_run(tmp_path: Path, unbuffered: str) -> None:
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": unbuffered}
+    done = run_mine(tmp_path, LONG_WORK, "mine", env=env)
+    assert (done.returncode, done.stdout) == (0, "begun\nbytes\nr\\xe9sultat \\u2713 \\udcff\n")
+    assert (tmp_path / "saved").exists()
+    body = "from exo_fast.training.terminal import give_result\ndef main(argv): give_result({'d': 'r\\xe9 \\udcff'})"
+    asked = run_mine(tmp_path, body, "mine", "--json", env=env)
+    assert (asked.returncode, json.loads(asked.stdout)) == (0, {"d": "r\xe9 \udcff"})
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("place", "status"), [("no reader", 141), ("/dev/full", 1), ("closed", 0)])
+def test_output_that_is_lost_loses_no_work(tmp_path: Path, place: str, status: int, unbuffered: str) -> None:
+    (tmp_path / "mine.py").write_text(LONG_WORK)
+    if place == "no reader":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full" if place == "/dev/full" else os.devnull, os.O_WRONLY)
+    command = [sys.executable, "-c", STAGE, "mine"]
+    if place == "closed":
+        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
+    env = {**environment(), "PYTHONUNBUFFERED": unbuffered}
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=writer, timeout=60, cwd=tmp_path, env=env)
+    finally:
+        os.close(writer)
+    assert done.returncode == status
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_disk_that_is_full_under_stdout_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def main(argv): print('x')")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", STAGE, "mine"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+    assert done.returncode == 1
+    assert done.stderr == "exo-fast: what it printed is not all written: No space left on device\n"
+
+
+def test_warnings_that_a_run_listens_to_are_shown_as_ever(tmp_path: Path) -> None:
+    body = (
+        "from exo_fast.training import run_facts\n"
+        "import logging\n"
+        "def main(argv):\n"
+        "    with run_facts.heard_warnings() as heard:\n"
+        "        logging.getLogger('exo_fast.mine').warning('a warning of ours')\n"
+        "        logging.getLogger('transformers').warning('one of transformers')\n"
+        "    print(heard)\n"
+    )
+    done = run_mine(tmp_path, body, "mine")
+    assert done.stdout == "{'a warning of ours': 1, 'one of transformers': 1}\n"
+    assert done.stderr.count("a warning of ours") == done.stderr.count("one of transformers") == 1

@@ -93,7 +93,7 @@ def test_bad_settings(settings: Callable[..., dict], tmp_path: Path) -> None:
         ({"policies": ["a=empty", "b=./empty"]}, "neither|named twice"),
         ({"policies": settings()["policies"][:1] * 2}, "this directory is named twice"),
         ({"reference": None}, "reference=None: name a model"),
-        ({"temperature": 0}, "temperature=0: a positive number"),
+        ({"temperature": 0}, "temperature=0: a number from 1e-06 to"),
         ({"max_new_tokens": 32}, "max_seq_len=32: must be larger than max_new_tokens=32"),
         ({"classifier": "c"}, "exactly one of them is needed"),
         ({"checkpoints": 0}, "checkpoints=0: -1"),

@@ -12,10 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SPECIAL, WORDS
 from scipy import stats
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    set_seed,
+)
 
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, RunError
 from exo_fast.training.generate import GenerateConfig, _Draw, generate, sample_completions, sample_tokens
 from exo_fast.training.inference import encode_prompts
 
@@ -108,6 +119,89 @@ def test_the_ends_of_the_unit_interval_draw_only_possible_tokens() -> None:
     assert chosen.tolist() == [1, 2]
 
 
+# A vocabulary larger than the tokenizer's
+
+
+def sparse_tokenizer() -> PreTrainedTokenizerFast:
+    """The tests' words, with ids that nobody has between them."""
+    ids = {word: 3 * i for i, word in enumerate((*SPECIAL, " ", *WORDS))}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def padded_model(tiny_llama: str) -> PreTrainedModel:
+    """A Llama of 64 ids, for tokenizers of 17."""
+    config = AutoConfig.from_pretrained(tiny_llama)
+    config.vocab_size = 64
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["padded", "sparse"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.6}, {"temperature": 0, "return_num": 1}],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_ids_without_a_token_are_never_drawn(
+    padded_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any], sparse: bool
+) -> None:
+    words = sparse_tokenizer() if sparse else tokenizer
+    exist = sorted(words.get_vocab().values())
+    assert len(exist) == 17
+    assert words.get_vocab()["good"] == (21 if sparse else 7)
+    count = options.get("return_num", 4000)
+    (drawn,) = sample_tokens(
+        padded_model, words, ["the film"], max_new_tokens=1, batch_size=count, **{"return_num": count, **options}
+    )
+    observed = torch.bincount(torch.tensor(drawn).flatten(), minlength=64).double()
+    logits = padded_model(torch.tensor([words("the film")["input_ids"]])).logits[0, -1].detach().double()
+    assert logits.argmax().item() not in exist or sparse  # one would have been drawn
+    # The model's softmax renormalised over the tokens that exist, with transformers' own warpers on that.
+    alone = logits[exist][None] / (options.get("temperature") or 1.0)
+    if "top_k" in options:
+        alone = TopKLogitsWarper(options["top_k"])(None, alone)
+    if "top_p" in options:
+        alone = TopPLogitsWarper(options["top_p"])(None, alone)
+    if options.get("temperature") == 0:
+        assert drawn == [[exist[alone.argmax().item()]]]
+        return
+    expected = torch.zeros(64, dtype=torch.float64).scatter(0, torch.tensor(exist), alone[0].softmax(-1) * count)
+    assert observed[expected == 0].sum() == 0
+    common = expected >= 5
+    rest = [expected[~common].sum().item()] if expected[~common].sum() > 0 else []
+    f_obs = [*observed[common].tolist(), *([observed[~common].sum().item()] if rest else [])]
+    assert stats.chisquare(f_obs, [*expected[common].tolist(), *rest]).pvalue > 1e-4
+
+
+def test_what_is_drawn_of_a_padded_vocabulary_is_what_the_tokenizer_reads(
+    settings: Settings, padded_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    padded_model.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    config = GenerateConfig(**settings(model_name_or_path=str(tmp_path / "padded"), max_new_tokens=12))
+    generate(config)
+    ids = [token for row in read(config.output_dir) for drawn in row["completion_ids"] for token in drawn]
+    assert len(ids) > 16
+    assert max(ids) < len(tokenizer)
+
+
+def test_logits_that_are_not_finite_are_said(
+    tiny_llama: str, tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> None:
+    damaged = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        damaged.model.norm.weight[0] = float("nan")
+    for temperature in (0, 1):
+        with pytest.raises(RunError, match="logits are not finite"):
+            sample_tokens(damaged, tokenizer, PROMPTS, max_new_tokens=2, temperature=temperature)
+
+
+# What is drawn
+
+
 def test_a_completion_stops_at_the_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     end = tokenizer.eos_token_id
     groups = sample_tokens(model, tokenizer, PROMPTS, return_num=8, max_new_tokens=30, batch_size=48)
@@ -151,6 +245,12 @@ def test_global_random_state_and_training_mode_are_left_alone(
         ({"return_num": 0}, "return_num is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-40}, r"temperature is 1e-40; 0 \(greedy\), or a number from 1e-06 to 1e\+06 is needed"),
+        ({"temperature": 1e40}, r"temperature is 1e\+40; 0 \(greedy\), or a number from 1e-06"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 0, "return_num": 2}, "return_num is 2; temperature=0 takes .* it needs return_num=1"),
+        ({"top_k": 1, "return_num": 2}, "return_num is 2; top_k=1 takes .* it needs return_num=1"),
+        ({"top_p": 1e-9, "return_num": 2}, "return_num is 2; top_p=1e-09 takes .* it needs return_num=1"),
         ({"top_k": -5}, "top_k is -5"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"batch_size": 0}, "batch_size is 0"),
@@ -269,6 +369,8 @@ def test_the_same_command_again_samples_nothing(
         ({"model_name_or_path": str(Path(__file__).parent)}, "cannot be loaded as AutoTokenizer"),
         ({"return_num": 0}, "return_num is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-40}, r"temperature is 1e-40; 0 \(greedy\), or a number from 1e-06 to"),
+        ({"temperature": 0, "model_name_or_path": "gpt2"}, "temperature=0 takes .* it needs return_num=1"),
         ({"max_seq_len": 6}, "must be larger than max_new_tokens=6"),
         ({"max_seq_len": 400, "max_new_tokens": 300}, "positions for 128"),
         ({"prompt_num": 0}, "prompt_num=0"),

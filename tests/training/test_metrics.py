@@ -27,6 +27,18 @@ def test_hand_computed_case() -> None:
     assert metrics["entropy"][0].item() == pytest.approx(-sum(p * math.log(p) for p in q))
 
 
+def test_several_best_or_worst_candidates_count_as_their_mean() -> None:
+    policy = torch.tensor([[-10.0, -20.0, -30.0, -6.0], [-1.0, -2.0, -4.0, -3.0], [-1.0, -2.0, -3.0, -3.0]])
+    rewards = torch.tensor([[8.0, 8.0, 7.0, 6.0], [9.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    metrics = dict(zip(GROUP_METRICS, group_metrics(policy, policy + 1, rewards, beta_pi=1.0).T, strict=True))
+    assert metrics["logps/chosen"].tolist() == [-15.0, -1.0, -2.25]
+    assert metrics["logps/rejected"].tolist() == [-6.0, -3.0, -2.25]
+    assert metrics["rewards/accuracies"].tolist() == [0.0, 0.0, 0.0]  # r is −1 everywhere
+    assert metrics["group_accuracy"].tolist() == [0.5, 0.25, 1.0]  # by chance
+    better = group_metrics(policy, policy - torch.tensor([0.0, 2.0, 1.0, 1.0]), rewards, beta_pi=1.0)
+    assert dict(zip(GROUP_METRICS, better.T, strict=True))["group_accuracy"].tolist() == [1.0, 0.0, 1.0]
+
+
 def test_an_untrained_policy_is_at_chance() -> None:
     logps = torch.full((2, 4), -3.0)
     metrics = group_metrics(logps, logps, torch.rand(2, 4), beta_pi=0.1).mean(0).tolist()

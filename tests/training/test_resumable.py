@@ -128,6 +128,24 @@ def test_killed_between_the_files_and_the_summary(tmp_path: Path, state: Partial
     squares(run)
     (tmp_path / "train.json").write_text("[]")
     assert ResumableRun(tmp_path, {}, state).finished(["train.json"]) is None
+    calls: list[int] = []
+    again = ResumableRun(tmp_path, {}, state)
+    values = squares(again, calls=calls)
+    again.finish({"train.json": values}, {})
+    assert (calls, json.loads((tmp_path / "train.json").read_text())) == ([], values)
+
+
+def test_killed_between_the_summary_and_the_removal_of_what_it_was_made_from(
+    tmp_path: Path, state: PartialState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ResumableRun(tmp_path, {}, state)
+    values = squares(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("exo_fast.training.resumable.shutil.rmtree", lambda *_, **__: None)
+        summary = run.finish({"train.json": values}, {"count": 5})
+    assert (tmp_path / ".partial").exists()
+    assert ResumableRun(tmp_path, {}, state).finished(["train.json"]) == summary
+    assert not (tmp_path / ".partial").exists()
 
 
 def test_files_of_others_are_not_overwritten(tmp_path: Path, state: PartialState) -> None:

@@ -178,6 +178,24 @@ def test_it_learns_and_what_it_saves_gives_what_it_measured(
     assert json.loads((saved / "summary.json").read_text())["held_out"] == held_out
 
 
+def test_another_librarys_reward_model_is_read_before_eos_from_then_on(
+    settings: Settings, tmp_path: Path, tiny_llama: str
+) -> None:
+    """Its padding is a token of its own; rows are padded with EOS, at which it would be read else."""
+    theirs = tmp_path / "theirs"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, pad_token="<unk>")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(theirs)
+    tokenizer.save_pretrained(theirs)
+    found = reward_model(RewardModelConfig(**settings(model_name_or_path=str(theirs), share_prompt="off")))
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert trained.config.pad_token_id == tokenizer.eos_token_id
+    chosen, _ = rewards(trained, str(tmp_path / "run"), make_pairs(21, seed=1))
+    assert found["held_out"]["rewards/chosen"] == pytest.approx(chosen.mean().item(), abs=1e-4)
+    assert found["held_out"]["accuracy"] > 0.9
+
+
 @pytest.mark.parametrize("options", [{"zero_stage": 3}, {"engine": "torch"}], ids=["zero3", "torch"])
 def test_engines_and_micro_batches_give_the_same_model(
     settings: Settings, tmp_path: Path, options: dict[str, Any]
@@ -259,9 +277,9 @@ def test_errors(settings: Settings, tmp_path: Path, tiny_llama: str) -> None:
     (tmp_path / "other" / "train.json").write_text(json.dumps([{"text": "the film", "label": "pos"}]))
     with pytest.raises(InputError, match=r"line 1.*the row has text, label; add `prompt`"):
         reward_model(RewardModelConfig(**settings(data=str(tmp_path / "other"))))
-    with pytest.raises(InputError, match="save_strategy='no': load_best_model_at_end needs a checkpoint"):
+    with pytest.raises(InputError, match="save_strategy='no': the best model is known by a checkpoint"):
         RewardModelConfig(**settings(load_best_model_at_end=True))
-    with pytest.raises(InputError, match="metric_for_best_model='f1': accuracy or loss is needed"):
+    with pytest.raises(InputError, match="metric_for_best_model='f1': one of accuracy, loss is needed"):
         RewardModelConfig(**settings(metric_for_best_model="f1"))
     alone = settings(data=str(tmp_path / "train.json"), load_best_model_at_end=True, save_strategy="epoch")
     with pytest.raises(InputError, match="load_best_model_at_end=True: needs held-out data"):
@@ -297,3 +315,17 @@ def test_batches_of_similar_length_train_too(settings: Settings) -> None:
     assert reward_model(RewardModelConfig(**options))["steps"] == 2
     data = tokenized(options["model_name_or_path"], make_pairs(3, seed=0))
     assert data.lengths().tolist() == [max(map(len, data[i]["ids"])) for i in range(3)]
+
+
+def test_an_adapter_that_cannot_be_merged_at_the_end_is_kept(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise InputError("the logits of 16 tokens differ")
+
+    monkeypatch.setattr("exo_fast.training.scalar_stage.merge_adapter", refuse)
+    options = settings(lora_r=2, engine="torch", max_steps=1)
+    summary = reward_model(RewardModelConfig(**options))
+    assert summary["steps"] == 1
+    assert Path(options["output_dir"], "adapter_model.safetensors").is_file()
+    assert any("could not be merged into its base" in text for text in summary["warnings"])

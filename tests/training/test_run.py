@@ -290,6 +290,30 @@ def test_a_failed_stage_is_named_and_the_same_command_continues(
 
 
 @pytest.mark.usefixtures("tiny_stages")
+def test_killed_between_a_stages_end_and_the_record_of_it(
+    write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage is started once more, and says by itself that it is finished; what it made is the recipe's still."""
+    recipe, original = write(CHAIN), run.Records.write
+
+    def killed(self: run.Records, name: str, record: run.Record) -> None:
+        if record.done:
+            raise KeyboardInterrupt
+        original(self, name, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Records, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.run_recipe(recipe, cli_module="tiny_stages")
+    made = tmp_path / "out" / "first" / "made.txt"
+    before = made.read_text()
+    assert run.run_recipe(recipe, cli_module="tiny_stages") == 0
+    assert (attempts(made.parent), made.read_text()) == (2, before)
+    assert run.run_recipe(recipe, redo=["first"], cli_module="tiny_stages") == 0
+    assert (attempts(made.parent), made.read_text()) == (1, before)
+
+
+@pytest.mark.usefixtures("tiny_stages")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_takes_its_stage_with_it(
     write: Callable[[str], Path], tmp_path: Path, number: int

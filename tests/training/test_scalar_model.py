@@ -1,6 +1,7 @@
 """Scalar models: what we read is what plain transformers reads, at the last token before EOS."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from exo_fast.training.errors import InputError
-from exo_fast.training.scalar_model import encode, load_scalar_model, pad, pad_with_eos, scalars
+from exo_fast.training.scalar_model import encode, load_scalar_model, pad, pad_with_eos, reads_at_end, scalars
 
 TEXTS = ["the film was good", "bad", "the plot was very long and dull but great"]
 EOS = 2
@@ -159,3 +160,32 @@ def test_a_file_that_lacks_weights_is_refused(tiny_llama: str, tmp_path: Path) -
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(InputError, match=rf"its files lack the weights {lost}\."):
             load_scalar_model(str(tmp_path), dtype=torch.float32, new_head=False)
+
+
+def test_bos_comes_once_and_the_end_of_turn_is_not_read(chats: ModuleType) -> None:
+    tokenizer = pad_with_eos(chats.metaspace(chats.WITH_BOS))
+    text = tokenizer.apply_chat_template([chats.user("hello"), chats.say("good")], tokenize=False)
+    assert text.startswith("<s>")
+    (ids,) = encode(tokenizer, [text.rstrip()], 64)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[-1] not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    other = chats.byte_level(chats.CHATML, "<|endoftext|>")
+    assert (
+        encode(other, ["good<|im_end|>"], 64) == encode(other, ["good"], 64) == encode(other, ["good<|endoftext|>"], 64)
+    )
+
+
+def test_a_model_that_is_read_at_the_end(chats: ModuleType) -> None:
+    """TRL ends a text with EOS, and a conversation with all that the template writes."""
+    tokenizer = chats.byte_level(chats.CHATML, "<|endoftext|>")
+    end = tokenizer.eos_token_id
+    assert encode(tokenizer, ["good"], 64, at_end=True) == [[*encode(tokenizer, ["good"], 64)[0], end]]
+    assert encode(tokenizer, ["good<|endoftext|>"], 64, at_end=True) == encode(tokenizer, ["good"], 64, at_end=True)
+    messages = [chats.user("hello"), chats.say("good")]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text.endswith("<|im_end|>\n")
+    assert encode(tokenizer, [text], 64, at_end=True) == [tokenizer.apply_chat_template(messages)["input_ids"]]
+    config = LlamaConfig(pad_token_id=end)
+    assert not reads_at_end(config, tokenizer)
+    assert reads_at_end(LlamaConfig(pad_token_id=end + 1), tokenizer)
+    assert not reads_at_end(LlamaConfig(pad_token_id=None), tokenizer)

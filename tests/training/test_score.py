@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import make_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from exo_fast.training.errors import InputError
 from exo_fast.training.score import ScoreConfig, score
@@ -202,3 +204,43 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
 def test_a_language_model_is_not_a_reward_model(settings: Settings, tiny_llama: str) -> None:
     with pytest.raises(InputError, match="LlamaForCausalLM"):
         score(ScoreConfig(**settings(function=None, reward_model=tiny_llama)))
+
+
+def others_reward_model(causal_lm: str, directory: Path) -> str:
+    """One whose padding is a token of its own, as TRL's RewardTrainer leaves it."""
+    tokenizer = AutoTokenizer.from_pretrained(causal_lm, pad_token="<unk>")
+    model = AutoModelForSequenceClassification.from_pretrained(causal_lm, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def test_a_reward_model_is_read_where_it_was_trained_to_be_read(
+    tiny_llama: str, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = others_reward_model(tiny_llama, tmp_path / "theirs")
+    texts = {"prompt": "the film", "completions": [" was good", " was very bad"]}
+    (tmp_path / "test.json").write_text(json.dumps([texts]))
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(theirs), AutoTokenizer.from_pretrained(theirs)
+
+    def plain(end: str) -> list[float]:
+        batch = tokenizer(
+            [texts["prompt"] + text + end for text in texts["completions"]], padding=True, return_tensors="pt"
+        )
+        return model(**batch).logits[:, 0].tolist()
+
+    def rewards(**options: Any) -> list[float]:
+        place = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        score(ScoreConfig(**settings(function=None, reward_model=theirs, output_dir=str(place), **options)))
+        return json.loads((place / "test.json").read_text())[0]["rewards"]
+
+    transformers_logging.enable_propagation()
+    assert rewards() == pytest.approx(plain("</s>"), abs=1e-5)
+    assert "its padding is not EOS, so it is read at the end of each text" in caplog.text
+    caplog.clear()
+    assert rewards(reward_at="end") == pytest.approx(plain("</s>"), abs=1e-5)
+    assert rewards(reward_at="before_end") == pytest.approx(plain(""), abs=1e-5)
+    assert not caplog.text
+    assert plain("") != pytest.approx(plain("</s>"), abs=1e-2)

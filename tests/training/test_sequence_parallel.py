@@ -22,6 +22,7 @@ import transformers
 from safetensors.torch import load_file
 from subprocesses import LAUNCHER_VARIABLES
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from exo_fast.layout import Group, plan_mask
 from exo_fast.training.align import align
@@ -60,6 +61,18 @@ class Case:
 THREE_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 24}
 WINDOWED = {**LLAMA, "sliding_window": 4}
 BY_LAYER = {**LLAMA, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LONGROPE = {
+    **LLAMA,
+    "original_max_position_embeddings": 12,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 1.0, **FACTORS},
+    "pad_token_id": 0,
+}
+DYNAMIC = {
+    **LLAMA,
+    "max_position_embeddings": 12,
+    "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0},
+}
 UNTIED = {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": False}  # Phi's head has a bias
 CASES = {
     "4 heads": Case(2),
@@ -75,6 +88,9 @@ CASES = {
     "checkpoints and tiles": Case(2, checkpointing=True),
     "float32": Case(2, THREE_HEADS, dtype=torch.float32),
     "bfloat16": Case(2, dtype=torch.bfloat16),
+    "longrope": Case(4, LONGROPE, "Phi3"),
+    "longrope, unshared": Case(2, LONGROPE, "Phi3", share_prompt=False),
+    "dynamic": Case(2, DYNAMIC),
 }
 MEASURED = ("loss", "metrics", "gradients", "evaluation", "reference log-probs", "reference pass")
 
@@ -153,7 +169,9 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def measure(case: Case) -> dict[str, float]:
     """The errors MEASURED, the largest over processes."""
     processes, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    dataset, collate = make_dataset(case), GroupCollator(0, share_prompt=case.share_prompt)
+    plan = plan_mask(make_model(case).config)
+    dataset = make_dataset(case)
+    collate = GroupCollator(0, share_prompt=case.share_prompt, by_length=plan.by_length)
     teams = processes // case.parts
     shares = [list(range(len(dataset)))[team::teams] for team in range(teams)]  # of unequal sizes
     batches = [collate([dataset[index] for index in share]) for share in shares]
@@ -245,11 +263,12 @@ def main(output: Path) -> None:
     results = {name: measure(case) for name, case in CASES.items()}
     results["settle shared"] = settle(Case(2, THREE_HEADS, dtype=torch.float32), share_prompt=True)
     results["settle unshared"] = settle(Case(4, dtype=torch.float32), share_prompt=False)
-    # Its rotary embedding depends on the longest position that a rank sees; `refusal` keeps it out of a run.
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 12}
-    rope = {"rope_type": "longrope", "rope_theta": 100.0, **factors}
-    longrope = Case(2, {**LLAMA, "rope_parameters": rope}, dtype=torch.float32)
-    results["settle wrong"] = settle(longrope, share_prompt=False)
+    results["settle longrope"] = settle(Case(2, LONGROPE, "Phi3", dtype=torch.float32), share_prompt=True)
+    # A rotary embedding that turns by how many tokens a rank sees.
+    own = LlamaRotaryEmbedding.forward
+    LlamaRotaryEmbedding.forward = lambda self, x, position_ids: own(self, x, position_ids * x.shape[1])
+    results["settle wrong"] = settle(Case(2, dtype=torch.float32), share_prompt=False)
+    LlamaRotaryEmbedding.forward = own
     results["families"] = check_families()
     if torch.distributed.get_rank() == 0:
         output.write_text(json.dumps(results))
@@ -292,7 +311,7 @@ def test_parts_equal_the_whole(results: dict[str, Any], name: str) -> None:
 def test_every_family_is_run_in_parts_or_refused(results: dict[str, Any]) -> None:
     reasons = {name: found for name, found in results["families"].items() if isinstance(found, str)}
     own = {"falcon", "falcon-new", "stablelm", "gemma2"}  # attention of their own, or none but eager
-    assert reasons.keys() == own | {"gpt_oss", "bloom", "falcon-alibi", "mamba", "mpt"}
+    assert reasons.keys() == own | {"gpt_oss", "bloom", "falcon-alibi", "falcon-mamba", "mamba", "mamba2", "mpt"}
     assert all(value < 1e-5 for name, value in results["families"].items() if name not in reasons)
 
 
@@ -301,7 +320,8 @@ def test_the_layout_is_settled_on_parts(results: dict[str, Any]) -> None:
     shared, unshared = results["settle shared"], results["settle unshared"]
     assert (shared["share_prompt"], shared["collate"], shared["reason"]) == (True, True, "")
     assert (unshared["share_prompt"], unshared["collate"], unshared["reason"]) == (False, False, "switched off")
-    assert max(shared["token_rms"], unshared["token_rms"]) < 1e-5
+    assert results["settle longrope"]["share_prompt"], "which comes after the check of neighbours too"
+    assert max(shared["token_rms"], unshared["token_rms"], results["settle longrope"]["token_rms"]) < 1e-5
 
 
 @pytest.mark.slow
@@ -366,21 +386,6 @@ REFUSED = {
     "state": ({"kind": "Mamba"}, 2, "one candidate would see the one before it"),
     "own attention": ({"kind": "Falcon"}, 2, "not the standard one"),
     "sinks": ({"kind": "GptOss"}, 2, "sinks"),
-    "longrope": (
-        {
-            "kind": "Phi3",
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 1.0,
-                "short_factor": [1.0] * 48,
-                "long_factor": [2.0] * 48,
-                "original_max_position_embeddings": 4096,
-            },
-        },
-        2,
-        "longrope rotary embedding",
-    ),
 }
 
 
@@ -395,6 +400,7 @@ def test_models_that_cannot_be_run_in_parts_are_refused_with_the_reason(name: st
 def test_models_that_can_are_not_refused() -> None:
     assert refusal(transformers.LlamaConfig(**LLAMA), 4) == ""
     assert refusal(transformers.MistralConfig(**WINDOWED), 2) == ""
+    assert refusal(transformers.Phi3Config(**LONGROPE), 2) == ""
 
 
 @pytest.mark.parametrize(

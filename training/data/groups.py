@@ -21,6 +21,7 @@ from exo_fast.data.examples import Example
 from exo_fast.data.selection import FIX, Duplicates, LeftOut, Ties, fault, groups_of, verdict
 from exo_fast.data.tokens import RowTokenizer, Tokens
 from exo_fast.layout import Group, Packed, pack
+from exo_fast.positions import LengthRules
 from exo_fast.training.data.faults import MAX_SHOWN, listed
 from exo_fast.training.errors import InputError
 
@@ -94,6 +95,11 @@ class GroupDataset(torch.utils.data.Dataset):
         """(G,) tokens of each group, its prompt counted once."""
         candidates = self.rewards.shape[1]
         return np.diff(self.prompt_offsets) + np.diff(self.completion_offsets[::candidates])
+
+    def sequence_lengths(self) -> np.ndarray:
+        """(G, K) tokens of each prompt with its candidate."""
+        candidates = np.diff(self.completion_offsets).reshape(len(self), -1)
+        return np.diff(self.prompt_offsets)[:, None] + candidates
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # The reference pass itself reads items before there are reference log-probs.
@@ -294,12 +300,11 @@ class GroupCollator:
 
     pad_token_id: int
     share_prompt: bool = True
+    by_length: LengthRules = ()  # of the model's MaskPlan
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor | np.ndarray]:
         groups = [item["group"] for item in items]
-        packed = pack(groups, share_prompt=self.share_prompt, pad_token_id=self.pad_token_id)
-        copies = [1 if self.share_prompt else len(group.completions) for group in groups]
-        num_tokens = sum(n * len(g.prompt) + sum(map(len, g.completions)) for n, g in zip(copies, groups, strict=True))
+        packed = pack(groups, share_prompt=self.share_prompt, pad_token_id=self.pad_token_id, by_length=self.by_length)
         return {
             **{field.name: getattr(packed, field.name) for field in fields(Packed)},
             "cu_seqlens": packed.cu_seqlens.numpy(),
@@ -307,7 +312,7 @@ class GroupCollator:
             "rewards": torch.stack([item["rewards"] for item in items]),
             "index": torch.tensor([item["index"] for item in items]),
             "weights": torch.ones(len(items)),
-            "num_tokens": torch.tensor(num_tokens),
+            "num_tokens": (packed.group_ids >= 0).sum(),
         }
 
 

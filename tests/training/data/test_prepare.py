@@ -48,8 +48,11 @@ def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert (summary["config"]["data"], summary["version"]) == (HH, __version__)
     assert "train         6 rows  (left out: 1 empty response; 2 same response)" in capsys.readouterr().out
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     run_prepare(HH, tmp_path / "out")
     assert content(tmp_path / "out") == first
+    # By their times a training knows that its files are the same when it continues.
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
     # What a kill left behind is completed.
     (tmp_path / "out" / "test.json").unlink()
     (tmp_path / "out" / "summary.json").unlink()

@@ -467,3 +467,30 @@ def test_entry_points(entry_point_package: Path) -> None:
         find_source(f"broken/sft:{entry_point_package}", "train")
     with pytest.raises(InputError, match="1 is not a subclass of RawDataset"):
         find_source(f"wrong/sft:{entry_point_package}", "train")
+
+
+def test_shards_of_a_split(tmp_path: Path) -> None:
+    """As a download from the Hub has them, in the directory or in data/ below it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def shard(name: str, *prompts: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": list(prompts)}), tmp_path / name)
+
+    shard("data/train-00000-of-00003.parquet", "a", "b")
+    shard("data/train-00002-of-00003.parquet", "d")
+    with pytest.raises(InputError, match=r"2 parts of train are there, of 3 \(train-00000.*fetch those that are miss"):
+        find_source(tmp_path, "train")
+    shard("data/train-00001-of-00003.parquet", "c")
+    shard("data/validation-00000-of-00001.parquet", "e")
+    source = find_source(tmp_path, "train")
+    assert load_prompts(source) == ["a", "b", "c", "d"]
+    assert [path.name[:11] for path in source.files] == ["train-00000", "train-00001", "train-00002"]
+    assert load_prompts(find_source(tmp_path, "test")) == ["e"]
+    pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "data/train-00002-of-00003.parquet")
+    with pytest.raises(InputError, match=r"train-00002-of-00003\.parquet, row 0, field `prompt`, value missing"):
+        load_prompts(source)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "f"}')
+    with pytest.raises(InputError, match=r"both train\.jsonl and data/train-00000-of-00003\.parquet are there"):
+        find_source(tmp_path, "train")
