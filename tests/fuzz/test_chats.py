@@ -299,20 +299,21 @@ def check(result: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str,
         assert len(ids) == len(marks)
         assert any(marks)
         assert ids[-1] in ends
-        if plain and honest and len(ids) > 1 and marks[-2] and ids[-2] in ends:
-            assert ends_twice(tokenizer, ENDS.get(name, "</s>")), tokenizer.decode(ids)
+        if plain and honest and ends_once(tokenizer, ENDS.get(name, "</s>")):
+            last = ids[len(marks) - [*reversed(marks), False].index(False) :]
+            assert sum(i in ends for i in last) == 1, tokenizer.decode(ids)
         if honest:
             assert THEIRS not in learned_words(tokenizer, ids, marks).lower(), learned_words(tokenizer, ids, marks)
 
 
-def ends_twice(tokenizer: PreTrainedTokenizerBase, end: str) -> bool:
-    """Whether the template itself writes its end of turn twice."""
+def ends_once(tokenizer: PreTrainedTokenizerBase, end: str) -> bool:
+    """Whether the template writes its end of turn and nothing else after an answer."""
     try:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:
-        return True
-    return text.rpartition("b")[2].count(end) > 1
+    except Exception:  # a template that refuses this may take others
+        return False
+    return text.lower().rpartition("b")[2].strip() == end
 
 
 def learned_words(tokenizer: PreTrainedTokenizerBase, ids: list[int], marks: list[bool]) -> str:

@@ -10,6 +10,7 @@ tokenizer alone; one that is not fails the test.
 import random
 import re
 from collections import Counter
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,9 @@ import pytest
 
 pytest.importorskip("trl")
 
+import trl
+
+from exo_fast.data.fields import BadField
 from exo_fast.integrations.trl import DPOTrainer, tokenize_candidates
 
 ROWS = 1000  # of each form
@@ -226,3 +230,54 @@ def test_ids_are_those_of_trl_or_differ_for_a_reason(name: str, chat_forms: Modu
         sep="\n",
     )
     assert set(counts) == REASONS[name]
+
+
+# Every template that TRL ships, by a few conversations whose speakers can be told by their words.
+SHIPPED = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+PARTS_ALONE = ("idefics3", "llava_next", "smolvlm")  # read lists of parts, and refuse text or leave it out
+MARK = re.compile(r"</?s>|<\|[^|<>\s'\"]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_\w+>|<\|[a-z_]+>|<[a-z_]+\|>|</?think>")
+
+
+def said(role: str, content: str, **more: Any) -> Message:
+    return {"role": role, "content": content, **more}
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"name": "x"}}, "id": "abcdefghi"}
+ASKED, CALLED = said("user", "zqz one"), said("assistant", "", tool_calls=[CALL], reasoning_content="hm")
+GAVE, GOOD = said("tool", "zqz", name="look", tool_call_id="abcdefghi"), said("assistant", "good")
+TALKS: dict[str, dict[str, Any]] = {
+    "single": {"prompt": [ASKED], "chosen": [GOOD]},
+    "system": {"prompt": [said("system", "zqz"), ASKED], "chosen": [GOOD]},
+    "history": {"prompt": [ASKED, said("assistant", "first"), ASKED], "chosen": [GOOD]},
+    "thoughts": {"prompt": [ASKED, said("assistant", "first", reasoning_content="hm"), ASKED], "chosen": [GOOD]},
+    "tool history": {"prompt": [ASKED, CALLED, GAVE], "chosen": [GOOD], "tools": [TOOL]},
+    "call": {"prompt": [ASKED], "chosen": [CALLED], "tools": [TOOL]},
+    "agent": {"prompt": [ASKED], "chosen": [CALLED, GAVE, GOOD], "tools": [TOOL]},
+    "turns": {"prompt": [ASKED], "chosen": [GOOD, ASKED, said("assistant", "fine")]},
+    "begun": {"prompt": [ASKED, said("assistant", "so")], "chosen": [GOOD]},
+    "no thinking": {"prompt": [ASKED], "chosen": [GOOD], "chat_template_kwargs": {"enable_thinking": False}},
+}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_no_template_makes_the_words_of_others_count(path: Path, chat_forms: ModuleType) -> None:
+    """Each conversation is refused, or the assistant's words count and nobody else's."""
+    tokenizer = chat_forms.bare_tokenizer("chatml")
+    tokenizer.chat_template = path.read_text()
+    tokenizer.add_tokens(sorted(set(MARK.findall(tokenizer.chat_template))), special_tokens=True)
+    tokenizer.bos_token = "<|endoftext|>"
+    refused = []
+    for name, talk in TALKS.items():
+        try:
+            made = tokenize_candidates({**talk, "rejected": [said("assistant", "bad")]}, tokenizer)
+        except BadField:
+            refused.append(name)
+            continue
+        chosen, rejected = (
+            tokenizer.decode([i for i, mark in zip(ids, marks, strict=True) if mark])
+            for ids, marks in zip(made["candidate_ids"], made["candidate_masks"], strict=True)
+        )
+        assert "zqz" not in chosen + rejected, name
+        assert ("look" if name == "call" else "good") in chosen, name
+    if not path.stem.startswith(PARTS_ALONE):
+        assert not {"single", "history", "begun", "no thinking"} & set(refused)
