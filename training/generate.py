@@ -63,6 +63,7 @@ from exo_fast.training.loading import check_fits_model, from_pretrained, is_adap
 from exo_fast.training.precision import matmul_precision
 from exo_fast.training.resumable import ResumableRun
 
+DEFAULT_RETURN_NUM = 4
 SMALLEST_SHARE = 1e-6  # a smaller top_p keeps one token: the most likely one has more in every vocabulary there is
 Sampler = Callable[[list[str], list[list[int]]], list[list[list[int]]]]  # prompts and their ids -> ids of completions
 
@@ -88,20 +89,21 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; 0 (the whole vocabulary) or a positive number is needed")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; a number above 0 and at most 1 is needed")
-        greedy = [
-            f"{name}={getattr(self, name)}"
-            for name, is_greedy in (
-                ("temperature", self.temperature == 0),
-                ("top_k", self.top_k == 1),
-                ("top_p", self.top_p < SMALLEST_SHARE),
-            )
-            if is_greedy
-        ]
-        if greedy and self.return_num > 1:
+        if self.greedy and self.return_num > 1:
             raise ValueError(
-                f"return_num is {self.return_num}; {greedy[0]} takes the most likely token and so gives the same "
+                f"return_num is {self.return_num}; {self.greedy} takes the most likely token and so gives the same "
                 "completion each time: it needs return_num=1"
             )
+
+    @property
+    def greedy(self) -> str:
+        """The field, with its value, that leaves nothing to chance; empty where tokens are drawn."""
+        fields = {
+            "temperature": self.temperature == 0,
+            "top_k": self.top_k == 1,
+            "top_p": self.top_p < SMALLEST_SHARE,
+        }
+        return next((f"{name}={getattr(self, name)}" for name, is_greedy in fields.items() if is_greedy), "")
 
 
 class _TokensThatExist(LogitsProcessor):
@@ -356,8 +358,10 @@ class GenerateConfig(InferenceConfig):
 
     model_name_or_path: str | None = _field(None, "The model to sample from: a directory (a LoRA adapter's too) or a "
                                                   "Hub name.")  # fmt: skip
-    return_num: int = _field(4, "Completions of each prompt.")
-    temperature: float = _field(1.0, "Divides the logits; 0 takes the most likely token, and needs return_num 1.")
+    return_num: int | None = _field(
+        None, "Completions of each prompt. Default: 4, or 1 where nothing is left to chance (temperature 0, top_k 1)."
+    )
+    temperature: float = _field(1.0, "Divides the logits; 0 takes the most likely token.")
     top_k: int = _field(0, "Sample from the k most likely tokens only; 0: from all.")
     top_p: float = _field(1.0, "Sample from the fewest tokens whose probability reaches top_p only; 1: from all.")
     max_new_tokens: int = _field(256, "Longest completion, in tokens with EOS.")
@@ -397,6 +401,8 @@ examples:
             f"must be larger than max_new_tokens={self.max_new_tokens}, so that some of the prompt fits.",
         )
         try:
+            if self.return_num is None:
+                self.return_num = 1 if self._sampling(1).greedy else DEFAULT_RETURN_NUM
             _ = self.sampling
         except ValueError as error:
             raise InputError(f"{error}.") from error
@@ -404,7 +410,10 @@ examples:
     @property
     def sampling(self) -> Sampling:
         """The fields that say how to draw."""
-        return Sampling(self.return_num, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+        return self._sampling(self.return_num)
+
+    def _sampling(self, return_num: int) -> Sampling:
+        return Sampling(return_num, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:

@@ -341,7 +341,8 @@ def check_lora(config: TrainConfig, task_type: str) -> None:
                 f"called {target!r} (names are taken as they are, not as patterns)"
                 f"{nearest(target, sorted(name for name in last if not name.isdigit()))}"
             )
-    adapted = add_lora(config, model, task_type)
+    with torch.random.fork_rng(devices=[]):  # so that the adapters that are trained start as without this
+        adapted = add_lora(config, model, task_type)
     head = adapted.get_base_model().get_output_embeddings()
     if task_type != SCALAR_TASK and hasattr(head, "base_layer"):
         raise InputError(

@@ -279,7 +279,7 @@ class ChatTemplate:
             )
         except Exception as error:
             raise BadField(name, messages, f"the chat template refuses it: {error}") from error
-        spans = []
+        spans: Spans = []
         for begin, end in sorted(places):
             follows = next((token for token in self.ends if text.startswith(token, end)), "")
             begin, end = max(begin, start), min(end + len(follows), stop)

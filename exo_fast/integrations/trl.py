@@ -46,6 +46,7 @@ from exo_fast.layout import plan_mask
 from exo_fast.loss import group_loss
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
 from exo_fast.training.metrics import GROUP_METRICS, group_metrics
+from exo_fast.training.saving import settle_generation_config
 from exo_fast.validate import check_budget, check_groups
 
 try:
@@ -315,6 +316,7 @@ class ExoDPOTrainer(DPOTrainer):
         with _patched(share_prompts=getattr(args, "share_prompts", True), options=options):
             super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **named)
         causal_lm = self.accelerator.unwrap_model(self.model)
+        settle_generation_config(causal_lm)  # or what the model brought would keep it from being saved at the end
         if hasattr(causal_lm, "get_base_model"):
             causal_lm = causal_lm.get_base_model()
         # Otherwise TRL's head, or one that gives the router loss too, makes log-probs, and the loss is made of these.

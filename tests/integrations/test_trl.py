@@ -11,7 +11,7 @@ import torch
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
 from datasets import Dataset  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 
 from exo_fast import reference  # noqa: E402
 from exo_fast.integrations import trl as integration  # noqa: E402
@@ -595,3 +595,16 @@ def test_bad_options_are_named(tmp_path: Path, tiny_llama: str, options: dict, m
 def test_importing_exo_fast_does_not_import_trl() -> None:
     code = "import sys, exo_fast.loss, exo_fast.integrations; assert not {'trl', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_whose_generation_config_cannot_be_saved_is_saved(tmp_path: Path, tiny_llama: str) -> None:
+    """Sampling values without do_sample: transformers loads them, and refuses to save them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.generation_config.temperature = 0.9
+    arguments = config(tmp_path, ExoDPOConfig, loss_type="exo-rw", max_steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    trainer = ExoDPOTrainer(model, args=arguments, train_dataset=candidates(2), processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").do_sample

@@ -358,6 +358,13 @@ def test_the_same_command_again_samples_nothing(
         generate(GenerateConfig(**settings(temperature=0.5)))
 
 
+@pytest.mark.parametrize(("options", "expected"), [({}, 4), ({"temperature": 0}, 1), ({"top_k": 1}, 1)])
+def test_one_completion_where_nothing_is_left_to_chance(
+    settings: Settings, options: dict[str, Any], expected: int
+) -> None:
+    assert GenerateConfig(**{**settings(**options), "return_num": None}).return_num == expected
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -370,7 +377,10 @@ def test_the_same_command_again_samples_nothing(
         ({"return_num": 0}, "return_num is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": 1e-40}, r"temperature is 1e-40; 0 \(greedy\), or a number from 1e-06 to"),
-        ({"temperature": 0, "model_name_or_path": "gpt2"}, "temperature=0 takes .* it needs return_num=1"),
+        (
+            {"temperature": 0, "return_num": 2, "model_name_or_path": "gpt2"},
+            "temperature=0 takes .* needs return_num=1",
+        ),
         ({"max_seq_len": 6}, "must be larger than max_new_tokens=6"),
         ({"max_seq_len": 400, "max_new_tokens": 300}, "positions for 128"),
         ({"prompt_num": 0}, "prompt_num=0"),

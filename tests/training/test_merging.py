@@ -117,8 +117,11 @@ def test_a_merge_that_changes_numbers_is_refused(
         merge_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype), str(tmp_path))
 
 
-def test_training_evaluates_what_the_merged_adapter_gives(settings: Any, data_directory: str, tmp_path: Path) -> None:
-    options = settings(engine="torch", lora_r=4, lora_target_modules=["q_proj", "embed_tokens"], learning_rate=3e-2)
+@pytest.mark.parametrize("engine", [{"engine": "torch"}, {"zero_stage": 3}], ids=["torch", "ZeRO-3"])
+def test_training_evaluates_what_the_merged_adapter_gives(
+    settings: Any, data_directory: str, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    options = settings(**engine, lora_r=4, lora_target_modules=["q_proj", "embed_tokens"], learning_rate=3e-2)
     last = align(AlignConfig(**options))["metrics"]["eval"]["last"]
     folders = {"data": data_directory, "output_dir": str(tmp_path / "logps")}
     lengths = {"max_seq_len": 64, "max_gen_len": 16, "split": "test"}

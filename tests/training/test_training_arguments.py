@@ -19,6 +19,7 @@ from exo_fast.training.config import REFUSED, AlignConfig
 from exo_fast.training.errors import InputError
 from exo_fast.training.reward_model import RewardModelConfig
 from exo_fast.training.sft import SftConfig
+from exo_fast.training.training_stage import check_lora
 
 # It decides what is learned: with this value the weights are others than without.
 LEARNS_OTHERWISE: dict[str, dict[str, Any]] = {
@@ -327,3 +328,10 @@ def test_all_linear_is_the_default(settings: Any, tmp_path: Path) -> None:
     one, other = (load_file(Path(o["output_dir"], "adapter_model.safetensors")) for o in (options, named))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_looking_at_lora_targets_changes_no_random_state(settings: Any) -> None:
+    config = AlignConfig(**settings(lora_r=2))
+    before = torch.random.get_rng_state()
+    check_lora(config, "CAUSAL_LM")
+    assert torch.equal(torch.random.get_rng_state(), before)
