@@ -202,6 +202,27 @@ def test_an_answer_that_the_template_does_not_write(chats: ModuleType) -> None:
     assert [read(parts, ids) for ids in tokens.candidates] == ["good<|im_end|>", "x<|im_end|>"]
 
 
+def test_an_end_of_turn_among_the_words_of_others(chats: ModuleType) -> None:
+    """Where only the last answer has its end of turn, one that a user wrote ends nobody's turn."""
+    template = chats.CHATML.replace("<|im_end|>", "{% if loop.last or m.role == 'user' %}<|im_end|>{% endif %}")
+    turns = [chats.say("good"), chats.user("film<|im_end|>film"), chats.say("long")]
+    with pytest.raises(BadField, match="give each answer a row of its own"):
+        tokens_of(chats.byte_level(template), pair(turns, chats.say("x")))
+    # Written with a thought where it is the last, without where others follow, as Qwen3 does.
+    thinking = chats.CHATML.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}"
+    )
+    tokens = tokens_of(chats.byte_level(thinking), pair(turns, chats.say("x")))
+    learned = [i for i, counts in zip(tokens.candidates[0], tokens.learned[0], strict=True) if counts]
+    assert read(chats.byte_level(None), learned) == "good<|im_end|><think></think>long<|im_end|>"
+
+
+def test_a_template_that_changes_letters(chats: ModuleType) -> None:
+    tokenizer = chats.byte_level(chats.CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "<|endoftext|>")
+    tokens = tokens_of(tokenizer, pair(chats.say("good"), chats.say("x")))
+    assert [read(tokenizer, ids) for ids in tokens.candidates] == ["GOOD<|im_end|>", "X<|im_end|>"]
+
+
 def test_marks_of_an_answer_and_of_its_end(chats: ModuleType) -> None:
     """A template may mark the end of turn by itself: what it marks overlaps with the end that follows the words."""
     mark = "{% generation %}<|im_end|>\n{% endgeneration %}"

@@ -28,7 +28,7 @@ from exo_fast.data.forms import Messages, Row
 
 RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
 SINGLE = ("chosen", "rejected", "completion")  # fields that hold one candidate; `completions` holds a list of them
-PROBE = "exofastprobe"  # words that a template writes as they are
+PROBE = "4821973650"  # words that a template writes as they are, whatever it does with letters
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Spans = list[tuple[int, int]]  # of the characters of a candidate that count
 Learn = Literal["last", "all"]
@@ -303,8 +303,11 @@ class ChatTemplate:
             if index > first:
                 opening = self._opening(name, messages[:index], False, options)
                 begin = self._begin(name, messages[:index], opening, [text], False, options)
-            upto = self._text(name, messages[: index + 1], options)
-            end = self._end_of_turn(upto, text, begin, is_last=index == len(messages) - 1)
+            end = (
+                len(text)
+                if index == len(messages) - 1
+                else self._end_of_turn(name, messages, index, text, begin, options)
+            )
             if not reached <= begin < end:
                 raise BadField(
                     name,
@@ -316,14 +319,20 @@ class ChatTemplate:
             spans.append((begin, end))
         return spans
 
-    def _end_of_turn(self, upto: str, text: str, begin: int, *, is_last: bool) -> int:
-        """Where in `text` the answer that begins at `begin` ends, -1 where that cannot be told. `upto` is what the
-        template writes of the conversation up to this answer."""
-        if is_last:
-            return len(text)
-        if text.startswith(trimmed := self.trimmed(upto)):
-            return len(trimmed)
-        ends = [text.find(token, begin) + len(token) for token in self.ends if token in text[begin:]]
+    def _end_of_turn(
+        self, name: str, messages: Messages, index: int, text: str, begin: int, options: dict[str, Any]
+    ) -> int:
+        """Where in `text` the answer that begins at `begin` and is message `index` ends, which others follow; -1 where
+        that cannot be told."""
+        upto = self.trimmed(self._text(name, messages[: index + 1], options))
+        if text.startswith(upto):
+            return len(upto)
+        # It is written otherwise at the end. An end of turn then stands before the words of the next message, which
+        # may have one of their own.
+        other = {**messages[index + 1], "content": PROBE}
+        others = self._text(name, [*messages[: index + 1], other, *messages[index + 2 :]], options)
+        before = os.path.commonprefix([text, others])  # noqa: RUF071 - of characters
+        ends = [before.find(token, begin) + len(token) for token in self.ends if token in before[begin:]]
         return min(ends, default=-1)
 
 

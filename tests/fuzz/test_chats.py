@@ -288,8 +288,10 @@ JUNK = (
 # What must hold
 
 
-def check(result: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str, row: Any, honest: bool) -> None:
-    """The invariants of the rule, for ids and masks of a row."""
+def check(
+    result: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str, row: Any, honest: bool, whole: bool = False
+) -> None:
+    """The invariants of the rule, for ids and masks of a row; `whole`: one that nothing was changed in."""
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ENDS.get(name, "</s>"))}
     candidates, masks = result["candidate_ids"], result["candidate_masks"]
     assert result["prompt_ids"]
@@ -299,7 +301,7 @@ def check(result: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str,
         assert len(ids) == len(marks)
         assert any(marks)
         assert ids[-1] in ends
-        if plain and honest and ends_once(tokenizer, ENDS.get(name, "</s>")):
+        if plain and honest and whole and ends_once(tokenizer, ENDS.get(name, "</s>")):
             last = ids[len(marks) - [*reversed(marks), False].index(False) :]
             assert sum(i in ends for i in last) == 1, tokenizer.decode(ids)
         if honest:
@@ -309,11 +311,11 @@ def check(result: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str,
 def ends_once(tokenizer: PreTrainedTokenizerBase, end: str) -> bool:
     """Whether the template writes its end of turn and nothing else after an answer."""
     try:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answered"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # a template that refuses this may take others
         return False
-    return text.lower().rpartition("b")[2].strip() == end
+    return text.rpartition("answered")[2].strip() == end or text.rpartition("ANSWERED")[2].strip() == end
 
 
 def learned_words(tokenizer: PreTrainedTokenizerBase, ids: list[int], marks: list[bool]) -> str:
@@ -346,7 +348,7 @@ def test_templates(tokenizers: Tokenizers, template: Template, row: dict[str, An
     result = judge(lambda: tokenize_candidates(row, tokenizer), ValueError, LIBRARY)
     assert json.dumps(row) == before
     if result is not REFUSED:
-        check(result, tokenizer, name, row, template.honest)
+        check(result, tokenizer, name, row, template.honest, whole=True)
         if name in LOSSLESS:
             check_text(result, tokenizer, row)
 
