@@ -23,7 +23,8 @@ FAULTS: dict[str, tuple[list[list[int]], list[float], str, str | None]] = {
     "a pair of one": ([B, B], [1.0, 0.0], "dpo-pref", ALIKE),
     "the same text, other rewards": ([A, B, A], [1.0, 0.5, 0.0], "exo-rw", CONTRADICTION),
     "sampled twice, scored alike": ([A, B, A], [0.0, 0.5, 0.0], "exo-pref", None),
-    "the best sampled twice": ([A, B, A], [1.0, 0.5, 1.0], "exo-pref", TIE),
+    "the best sampled twice": ([A, B, A], [1.0, 0.5, 1.0], "exo-pref", None),
+    "the best sampled twice, and another": ([A, B, A], [1.0, 1.0, 1.0], "exo-pref", TIE),
     "a tie": ([A, B, C], [8.0, 8.0, 6.0], "dpo-pref", TIE),
     "a tie where all rewards count": ([A, B, C], [8.0, 8.0, 6.0], "exo-rw", None),
     "a tie of others": ([A, B, C], [8.0, 6.0, 6.0], "exo-pref", None),
@@ -41,6 +42,8 @@ def test_a_candidate_of_which_nothing_counts() -> None:
     marks = [[True, True], [False, False, False]]
     assert fault([A, B], [1.0, 0.0], loss_type="exo-rw", learned=marks) == UNLEARNED
     assert fault([A, B], [1.0, 0.0], loss_type="exo-rw", learned=[[True, True], [False, True, True]]) is None
+    assert fault([A], [0.0], loss_type=None, learned=[[False, False]]) == UNLEARNED
+    assert fault([A, A], [0.0, 1.0], loss_type=None) is None
 
 
 def test_verdicts() -> None:

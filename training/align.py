@@ -156,7 +156,7 @@ def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:
         beta_pi=config.beta_pi,
         beta_r=config.beta_r,
         label_smoothing=config.label_smoothing,
-        ties="share" if config.ties == "share" else "error",
+        ties="share",  # which ones may, the data was asked
         temperature=config.temperature,
         memory_budget=config.memory_budget_bytes,
         backend=config.backend,

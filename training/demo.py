@@ -32,6 +32,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from exo_fast.data.tokens import RowTokenizer
 from exo_fast.layout import Group
 from exo_fast.training import assets
 from exo_fast.training.data.reviews import clean_opening
@@ -307,7 +308,8 @@ def evaluate_policy(
     the mean log-ratio is an unbiased estimate of KL(π‖π_start) over the first `max_new_tokens` tokens.
     """
     found = sample_and_score(policy, tokenizer, oracle, prompts, config, key)
-    groups = [Group(tokenizer(x)["input_ids"], ids) for x, ids in zip(prompts, found["tokens"], strict=True)]
+    asked = RowTokenizer(tokenizer).prompts(prompts)
+    groups = [Group(ids, completions) for ids, completions in zip(asked, found["tokens"], strict=True)]
     with matmul_precision(resolve(config.matmul_precision, on_cpu=True)):  # its models stay there
         ours, theirs = (
             sequence_log_probs(model, groups, temperature=config.temperature, progress=f"log-probs ({name})")

@@ -298,7 +298,7 @@ def sample_tokens(
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"prompts[{index}] is {prompt!r}; a non-empty string is needed")
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = RowTokenizer(tokenizer).prompts(prompts)
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{index}] is {prompts[index]!r}, which gives no token; give it some text")

@@ -333,7 +333,8 @@ def _split_logprobs(
 
 
 def _count(rows: list[TokenizedRow], values: list[list[float]]) -> dict[str, Any]:
-    tokens = sum(len(pack([row.group]).targets) for row in rows)
+    marked = [row.group.learned or [[True] * len(ids) for ids in row.group.completions] for row in rows]
+    tokens = sum(sum(map(sum, marks)) for marks in marked)
     flat = [value for row in values for value in row]
     return {
         "prompts": len(rows),

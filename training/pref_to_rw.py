@@ -1,4 +1,5 @@
-"""The stage `exo-fast pref-to-rw`: preferences as candidates with rewards, 1 for the chosen and 0 for the rejected.
+"""The stage `exo-fast pref-to-rw`: preferences as candidates with rewards: their scores, where they have some, or 1 for
+the chosen and 0 for the rejected.
 
 So that losses on rewards (exo-rw, dpo-rw) can be trained on preferences, as in the original. `exo-fast align` reads
 preferences itself, too, with the same rewards; this writes them down.
@@ -27,7 +28,8 @@ class PrefToRwConfig:
 
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("data", "split", "output_dir", "tokenizer")}
     description: ClassVar[str] = """\
-Write preferences (prompt, chosen, rejected) as candidates with rewards (prompt, completions, rewards 1 and 0)."""
+Write preferences (prompt, chosen, rejected) as candidates with rewards (prompt, completions, rewards 1 and 0, or the
+pairs' own score_chosen and score_rejected)."""
     examples: ClassVar[str] = """\
 examples:
   exo-fast pref-to-rw --data data/hh --output_dir data/hh_p2r
@@ -45,7 +47,7 @@ def pref_to_rw(config: PrefToRwConfig) -> dict[str, Any]:
     files, splits = {}, {}
     for split, source in find_splits(config).items():
         left_out = LeftOut()
-        pairs = load_pairs(source, tokenizer=tokenizer, left_out=left_out)
+        pairs = load_pairs(source, tokenizer=tokenizer, left_out=left_out, scored_pairs=True)
         files[f"{split}.json"] = [_to_row(pair) for pair in pairs]
         splits[split] = {"rows": len(pairs), "left_out": left_out.counts, "left_out_rows": left_out.places}
     summary = write_rows(config, files, {"stage": "pref-to-rw", "splits": splits})
@@ -57,4 +59,4 @@ def pref_to_rw(config: PrefToRwConfig) -> dict[str, Any]:
 
 
 def _to_row(pair: Any) -> dict[str, Any]:
-    return {"prompt": pair.prompt, "completions": pair.completions, "rewards": [1, 0], **pair.extras()}
+    return {"prompt": pair.prompt, "completions": pair.completions, "rewards": pair.rewards, **pair.extras()}

@@ -124,7 +124,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_seq_len: int, *, at_end: bool = False
 ) -> list[list[int]]:
     """Token ids of each whole text (a prompt and its completion are one), with no EOS and no end of turn at the end;
-    with `at_end` with all that it ends with, which is EOS where there is nothing else.
+    with `at_end` with all that a conversation ends with in the tokenizer's template, and any other text with EOS.
 
     Longer ones lose tokens on the left to fit `max_seq_len`, but keep BOS. Raises InputError for a text of no
     tokens.
@@ -136,15 +136,17 @@ def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, at
     """What `encode` cuts."""
     need_eos(tokenizer)
     rows = RowTokenizer(tokenizer)
-    found = rows.tokens([Example(None, "", [text], [0.0]) for text in texts])
+    turns = [rows.chat.completed(text) if at_end and tokenizer.chat_template else None for text in texts]
+    read = [text if turn is None else turn for text, turn in zip(texts, turns, strict=True)]
+    found = rows.tokens([Example(None, "", [text], [0.0]) for text in read])
     ended = []
-    for text, tokens in zip(texts, found, strict=True):
+    for text, turn, tokens in zip(texts, turns, found, strict=True):
         ids = tokens.prompt + tokens.candidates[0]
         if not at_end:
             while ids and ids[-1] in rows.ends:
                 ids.pop()
-        elif rows.chat.trimmed(text) != text:  # the template wrote more after its end of turn
-            ids.pop()
+        elif turn is not None and not turn.endswith(rows.chat.ends):
+            ids.pop()  # EOS, which the template does not write
         if not ids:
             raise InputError(f"text {text!r}: no tokens; at least one is needed.")
         ended.append(ids)

@@ -321,8 +321,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     scorer = load_scorer(config)
     sources = find_splits(config)
     examples = {
-        split: config.first(load_samples(source, tokenizer=scorer.tokenizer, whole=scorer.at_end))
-        for split, source in sources.items()
+        split: config.first(load_samples(source, tokenizer=scorer.tokenizer)) for split, source in sources.items()
     }
     if config.mode == "label-pref":
         _need_two_each(examples)

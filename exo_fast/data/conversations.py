@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from exo_fast.data.fields import BadField, is_unicode
-from exo_fast.data.forms import Messages, Row
+from exo_fast.data.forms import Messages, Row, holds_messages
 
 RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
 SINGLE = ("chosen", "rejected", "completion")  # fields that hold one candidate; `completions` holds a list of them
@@ -37,14 +37,10 @@ Learn = Literal["last", "all"]
 def conversation_field(row: Row) -> str | None:
     """The first field of `row` that holds messages; None where all is text."""
     for name in ("messages", "prompt", *SINGLE):
-        if name in row and _holds_messages(row[name]):
+        if name in row and holds_messages(row[name]):
             return name
     candidates = row.get("completions")
-    return "completions" if isinstance(candidates, list) and any(map(_holds_messages, candidates)) else None
-
-
-def _holds_messages(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))
+    return "completions" if isinstance(candidates, list) and any(map(holds_messages, candidates)) else None
 
 
 @dataclass(frozen=True)
@@ -66,21 +62,42 @@ class ChatTemplate:
     @cached_property
     def tail(self) -> str:
         """What it writes after the words of an answer; empty where it cannot be asked."""
-        return self._probed(PROBE)
+        return "".join(self._split_by_probe(PROBE)[-1:])
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
         """The tokens that it ends the assistant's turn with: the first special token after an answer, and what a call
         of a tool ends with, where that is another. Empty for a template that ends turns in plain text."""
         found = self._tokens_in(self.tail)[:1]
-        call = {"type": "function", "function": {"name": PROBE, "arguments": {PROBE: PROBE}}}
-        special = self._tokens_in(self._probed("", tool_calls=[call]), special=True)
-        if found and found[0] not in special:
-            found += special[:1]
+        eos = self.tokenizer.eos_token
+        if found and eos and found[0] + eos in self.tail:  # the answer's end, and right behind it the turn's
+            found = [eos]
+        called = self._ends_of_call()
+        if found and found[0] not in called:
+            found += called[:1]
         return tuple(found)
 
-    def _probed(self, words: str, **more: Any) -> str:
-        """What it writes after the probe in an answer; empty where it refuses that, or writes nothing of it."""
+    def _ends_of_call(self) -> list[str]:
+        """The special tokens that it writes after the calls of an answer, but not between two of them."""
+        call = {"type": "function", "function": {"name": "call", "arguments": {"a": PROBE}}}
+        for calls in ([call, call], [call]):  # some templates refuse two
+            _, *between, tail = self._split_by_probe("", tool_calls=calls) or [""] * 2
+            if tail and len(between) + 1 == len(calls):
+                inside = self._tokens_in("".join(between))
+                return [token for token in self._tokens_in(tail, special=True) if token not in inside]
+        return []
+
+    @cached_property
+    def header(self) -> str:
+        """What it writes before an answer that is asked for."""
+        try:
+            asked = [_message("user", PROBE)]
+            return self._apply(asked, add_generation_prompt=True).removeprefix(self._apply(asked))
+        except Exception:
+            return ""
+
+    def _split_by_probe(self, words: str, **more: Any) -> list[str]:
+        """What it writes of an answer, cut where the probe stands in it; an empty list where it refuses that answer."""
         for content in (str, lambda text: [{"type": "text", "text": text}]):  # which some templates read alone
             asked = {"role": "user", "content": content("hello")}
             try:
@@ -88,29 +105,41 @@ class ChatTemplate:
             except Exception:  # a template is a program: one that refuses this conversation may take others
                 continue
             if PROBE in text:
-                return text.rpartition(PROBE)[2]
-        return ""
+                return text.split(PROBE)
+        return []
 
     def _tokens_in(self, text: str, *, special: bool = False) -> list[str]:
         """The added tokens, or only the special ones of these, that stand in `text`, in order."""
+        return (self._special if special else self._added).findall(text)
+
+    @cached_property
+    def _added(self) -> re.Pattern[str]:
+        return _any_of({str(token) for token in self.tokenizer.added_tokens_decoder.values()} | self._named)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
         added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {str(token) for token in added if token.special or not special} | {*self.tokenizer.all_special_tokens}
-        tokens.discard("")
-        pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-        return re.findall(pattern, text) if pattern else []
+        return _any_of({str(token) for token in added if token.special} | self._named)
+
+    @property
+    def _named(self) -> set[str]:
+        return set(self.tokenizer.all_special_tokens)
 
     def trimmed(self, text: str) -> str:
         """`text` up to the end of its last turn: without what the template writes after that."""
-        places = [(text.rfind(end) + len(end), end) for end in self.ends if end in text]
-        if places:
-            stop = max(places)[0]
-            after = text[stop:]
-            for token in self._tokens_in(after, special=True):
-                after = after.replace(token, "")
-            return text if after.strip() else text[:stop]
         if self.tail and text.endswith(self.tail):
-            return text[: len(text) - len(self.tail)] + self.tail.rstrip()
-        return text
+            stops = [self.tail.index(end) + len(end) for end in self.ends if end in self.tail]
+            return text.removesuffix(self.tail) + self.tail[: min(stops, default=len(self.tail.rstrip()))]
+        stop = max((text.rfind(end) + len(end) for end in self.ends if end in text), default=len(text))
+        return text if self._special.sub("", text[stop:]).strip() else text[:stop]
+
+    def completed(self, text: str) -> str | None:
+        """The text of a conversation with all that the template writes at its end; None for a text that holds no end
+        of a turn, and so is none."""
+        if not any(end in text for end in self.ends):
+            return None
+        stop = min((self.tail.index(end) + len(end) for end in self.ends if end in self.tail), default=0)
+        return text + (self.tail[stop:] if text.endswith(self.ends) else self.tail)
 
     # Rows
 
@@ -120,14 +149,13 @@ class ChatTemplate:
         prompt, _ = _split(row, "last")
         return self._opening("prompt", prompt, _is_open(prompt), _options(row))
 
-    def text_of(self, row: Row, learn: Learn = "last", *, whole: bool = False) -> Row:
+    def text_of(self, row: Row, learn: Learn = "last") -> Row:
         """`row` with text in place of messages; `messages` become `prompt` and, if the assistant has the last word,
         `completion`. A row of text alone comes back as it is.
 
         Where not all words of a candidate count, `completion_spans` has a list of [begin, end) characters of each
-        candidate. `learn` says whether `messages` give their last assistant turn or all of them. `whole` keeps what
-        the template writes after the last end of turn. Raises BadField for messages that are none or that the template
-        refuses, and ValueError for a tokenizer without a chat template.
+        candidate. `learn` says whether `messages` give their last assistant turn or all of them. Raises BadField for
+        messages that are none or that the template refuses, and for a tokenizer without a chat template.
         """
         if conversation_field(row) is None:
             return row
@@ -152,7 +180,7 @@ class ChatTemplate:
         turns = {}
         for key, text in whole_text.items():
             self._check_written(key, prompt, candidates[key], continued, text, start, options)
-            kept = text if whole else self.trimmed(text)
+            kept = self.trimmed(text)
             spans = self._spans(key, prompt, candidates[key], kept, start, continued, options)
             turns[key] = Turn(kept[start:], spans)
         rendered = {name: value for name, value in row.items() if name not in ("messages", "completions")}
@@ -282,7 +310,9 @@ class ChatTemplate:
         spans: Spans = []
         for begin, end in sorted(places):
             follows = next((token for token in self.ends if text.startswith(token, end)), "")
-            begin, end = max(begin, start), min(end + len(follows), stop)
+            begin += len(self.header) if text.startswith(self.header, begin) else 0
+            end = begin + len(self.trimmed(text[begin : end + len(follows)]))  # no line break after the end of turn
+            begin, end = max(begin, start), min(end, stop)
             if begin < end and spans and begin <= spans[-1][1]:  # the end of turn may be marked by itself
                 spans[-1] = (min(begin, spans[-1][0]), max(end, spans[-1][1]))
             elif begin < end:
@@ -336,6 +366,12 @@ class ChatTemplate:
         return min(ends, default=-1)
 
 
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    """A pattern of these tokens, the longest first."""
+    listed = sorted((token for token in tokens if token), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, listed)) or r"(?!)")
+
+
 def _message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
@@ -354,26 +390,30 @@ def _options(row: Row) -> dict[str, Any]:
 
 def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
     """The messages of the prompt, and those of each candidate by its name in the row."""
-    if "messages" in row:
+    values = {name: row[name] for name in SINGLE if name in row}
+    if isinstance(row.get("completions"), list):
+        values |= {f"completions[{index}]": value for index, value in enumerate(row["completions"])}
+    if "messages" in row and not values:  # beside candidates they only repeat one
         messages = _messages("messages", row["messages"])
         if messages[-1]["role"] != "assistant":
             return messages, {}
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        first = answers[0] if learn == "all" else answers[-1]
+        asked_for = [index for index in answers if index > 0]  # the first may be a greeting
+        first = (asked_for[0] if learn == "all" else asked_for[-1]) if asked_for else 0
         _need_prompt("messages", messages, first)
         return messages[:first], {"completion": messages[first:]}
-    values = {name: row[name] for name in SINGLE if name in row}
-    if isinstance(row.get("completions"), list):
-        values |= {f"completions[{index}]": value for index, value in enumerate(row["completions"])}
     asked = row.get("prompt")
     if isinstance(asked, list):  # beside messages a text is the assistant's
         values = {key: [_message("assistant", v)] if isinstance(v, str) else v for key, v in values.items()}
     candidates = {name: _messages(name, value) for name, value in values.items()}
-    candidates = {name: _upto_answer(messages) for name, messages in candidates.items()}
+    candidates = {name: upto_answer(messages) for name, messages in candidates.items()}
     if isinstance(asked, list) or not candidates:
         prompt = _messages("prompt", asked)
         if prompt[-1]["role"] not in ("user", "tool", "assistant"):
             raise BadField("prompt", prompt, "the last message must come from user, tool or assistant.")
+        whole = [messages for messages in candidates.values() if messages[: len(prompt)] == prompt != messages]
+        if candidates and len(whole) == len(candidates):  # each repeats the prompt
+            candidates = {name: messages[len(prompt) :] for name, messages in candidates.items()}
         return prompt, candidates
     if isinstance(asked, str) and asked and all(found[0]["role"] == "assistant" for found in candidates.values()):
         return [_message("user", asked)], candidates
@@ -386,7 +426,7 @@ def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
     return one[:shared], {name: messages[shared:] for name, messages in candidates.items()}
 
 
-def _upto_answer(messages: Messages) -> Messages:
+def upto_answer(messages: Messages) -> Messages:
     """Without what others say after the assistant's last words."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return messages[: answers[-1] + 1] if answers else messages

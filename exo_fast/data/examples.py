@@ -53,7 +53,7 @@ class Text(NamedTuple):
 
 
 def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
-    """A prompt, two candidates or more and their rewards. A preference has the rewards 1 and 0, or with `scored_pairs`
+    """A prompt, its candidates and their rewards. A preference has the rewards 1 and 0, or with `scored_pairs`
     its `score_chosen` and `score_rejected` where it has them. Raises BadField."""
     prompt = _text(row, "prompt", may_be_empty=True)
     if "completions" not in row and any(name in row for name in PAIR):
@@ -63,10 +63,13 @@ def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
             rewards = [_reward(name, row[name]) for name in SCORES]
         return Example(place, prompt, pair, rewards, _completions({**row, "completions": pair})[1], _spans(row, pair))
     completions, ids = _completions(row)
-    rewards = _rewards(row, completions)
-    if len(completions) < 2:
-        raise BadField("completions", completions, f"at least 2 candidates are needed, not {len(completions)}.")
-    return Example(place, prompt, completions, rewards, ids, _spans(row, completions))
+    return Example(place, prompt, completions, _rewards(row, completions), ids, _spans(row, completions))
+
+
+def need_two(example: Example, fix: str) -> None:
+    """Raises BadField for an example of fewer than two candidates."""
+    if (count := len(example.completions)) < 2:
+        raise BadField("completions", example.completions, f"at least 2 candidates are needed, not {count}; {fix}.")
 
 
 def sft(place: Any, row: Row) -> Example:

@@ -46,10 +46,10 @@ def standard(row: Row) -> Row:
         row = _question(row)
     if "rejected_response" in row and isinstance(row.get("messages"), list):
         row = _rejected_response(row)
-    changed: Row = {name: _messages(name, row[name]) for name in HELD if _holds_messages(row.get(name))}
+    changed: Row = {name: _messages(name, row[name]) for name in HELD if holds_messages(row.get(name))}
     if isinstance(row.get("completions"), list):
         changed["completions"] = [
-            _messages(f"completions[{index}]", value) if _holds_messages(value) else value
+            _messages(f"completions[{index}]", value) if holds_messages(value) else value
             for index, value in enumerate(row["completions"])
         ]
     if row.get("tools") is not None:
@@ -67,7 +67,8 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _holds_messages(value: Any) -> bool:
+def holds_messages(value: Any) -> bool:
+    """Whether a field holds messages: one, or a list with some in it."""
     return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))
 
 

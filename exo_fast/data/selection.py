@@ -19,7 +19,7 @@ SHOWN = 10  # rows of each reason
 ALIKE = "all candidates of the group are the same tokens, so there is nothing to learn"
 CONTRADICTION = "two candidates are the same tokens and have different rewards"
 EQUAL = "the rewards of all candidates are equal, so none is preferred"
-TIE = "two candidates share the highest reward, so none is preferred"
+TIE = "different candidates share the highest reward, so none is preferred"
 FEW = "fewer candidates than a group needs"
 UNLEARNED = "none of a candidate's tokens count within the longest completion"
 FIX = {  # what to do instead of leaving a group out, by reason
@@ -43,16 +43,18 @@ def fault(
     candidates: Sequence[Sequence[int]],
     rewards: Sequence[float],
     *,
-    loss_type: str,
+    loss_type: str | None,
     learned: Sequence[Sequence[bool]] | None = None,
 ) -> str | None:
     """Why a group, as token ids after all cutting, teaches nothing or the wrong thing; None if nothing is wrong.
 
     Candidates that are the same tokens with the same reward, beside others, are no fault: what was sampled twice
-    counts twice.
+    counts twice, as the best too. Without a `loss_type` nothing is compared.
     """
     if learned is not None and not all(map(any, learned)):
         return UNLEARNED
+    if loss_type is None:
+        return None
     texts = [tuple(ids) for ids in candidates]
     used = [float(np.float32(reward)) for reward in rewards]  # as the loss has them
     by_text: dict[tuple[int, ...], set[float]] = {}
@@ -62,7 +64,7 @@ def fault(
         return ALIKE
     if any(len(found) > 1 for found in by_text.values()):
         return CONTRADICTION
-    if loss_type.endswith("-pref") and used.count(max(used)) > 1:
+    if loss_type.endswith("-pref") and sum(max(used) in found for found in by_text.values()) > 1:
         return TIE
     return None
 

@@ -72,9 +72,9 @@ class RowTokenizer:
 
     # Rows
 
-    def text_of(self, row: Row, learn: Learn = "last", *, whole: bool = False) -> Row:
+    def text_of(self, row: Row, learn: Learn = "last") -> Row:
         """A row of any accepted form (`forms`), with text in place of messages (`ChatTemplate.text_of`)."""
-        return self.chat.text_of(standard(row), learn, whole=whole)
+        return self.chat.text_of(standard(row), learn)
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, BOS included; empty for a text of no tokens without BOS."""

@@ -20,7 +20,6 @@ from exo_fast.data.tokens import RowTokenizer
 
 logger = logging.get_logger(__name__)
 OF_CANDIDATES = ("candidate_ids", "candidate_masks", "rewards")
-KEPT = ("ref_chosen_logps", "ref_rejected_logps")  # columns that TRL reads where a data set brings them
 
 
 def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -65,8 +64,11 @@ class CandidateRows:
         self.rows = RowTokenizer(self.tokenizer)
 
     def prepared(self, dataset: Any, **how: Any) -> Any:
-        """The data set of groups. Says how many were left out and why; raises ValueError where none is left."""
-        first = next(iter(dataset))
+        """The data set of groups. Says how many were left out and why (of a stream nobody knows); raises ValueError for
+        no rows, and where no group is left."""
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"{self.split} dataset: no rows; at least one is needed.")
         self.size = self.num_contrastive or self._count(first)
         if hasattr(dataset, "__len__"):
             how["desc"] = f"Tokenizing {self.split} dataset"
@@ -97,6 +99,13 @@ class CandidateRows:
         tokens = _tokens(row, self.rows, scored_pairs=self.loss_type.endswith("-rw"))
         count = len(tokens["rewards"])
         assert self.size is not None
+        if self.num_contrastive is None and count < 2:
+            raise BadField(
+                "completions",
+                row.get("completions"),
+                f"at least 2 candidates are needed, not {count}; remove the row, or set num_contrastive, which leaves "
+                "such rows out.",
+            )
         if self.num_contrastive is None and count != self.size:
             raise BadField(
                 "completions",
@@ -104,13 +113,12 @@ class CandidateRows:
                 f"{count} candidates, where all rows need the same number of candidates as the first one, which has "
                 f"{self.size}; or set num_contrastive, the number that each group is to have.",
             )
-        kept = {name: row[name] for name in KEPT if name in row}
         if count < self.size:
-            return [{**tokens, **kept, "left_out": FEW}]
+            return [{**tokens, "left_out": FEW}]
         groups = []
         for places in groups_of(count, self.size, index):
             group = {name: [tokens[name][k] for k in places] for name in OF_CANDIDATES}
-            group |= {"prompt_ids": tokens["prompt_ids"], **kept}
+            group["prompt_ids"] = tokens["prompt_ids"]
             groups.append({**group, "left_out": self._reason(group)})
         return groups
 
@@ -121,7 +129,7 @@ class CandidateRows:
             room = slice(-self.max_length, None)
             if self.truncation_mode == "keep_start":
                 if len(prompt) >= self.max_length:
-                    return f"the prompt alone fills max_length={self.max_length}"
+                    return f"the prompt alone fills max_length={self.max_length}; raise it, or shorten the prompt"
                 room = slice(self.max_length - len(prompt))
             candidates, marks = [ids[room] for ids in candidates], [marked[room] for marked in marks]
         reason = fault(candidates, group["rewards"], loss_type=self.loss_type, learned=marks)

@@ -560,7 +560,7 @@ def test_conversations_of_candidates(tmp_path: Path, tiny_llama: str) -> None:
     [
         ({"rewards": [0.0, 1.0]}, "row 1: field `rewards`, value .0.0, 1.0.: one number per completion is needed: 3"),
         ({"rewards": [0.0, float("nan"), 1.0]}, "a finite float32 number is needed"),
-        ({"rewards": [1.0, 1.0, 0.0]}, "two candidates share the highest reward.*ties=share"),
+        ({"rewards": [1.0, 1.0, 0.0]}, "different candidates share the highest reward.*ties=share"),
         (
             {"completions": ["good", "bad"], "rewards": [1.0, 0.0]},
             "row 1: .*2 candidates, where all rows need the same",

@@ -48,11 +48,15 @@ def load_examples(
     group_size = num_contrastive
     text_of = _Reader(tokenizer)
     left_out = LeftOut() if left_out is None else left_out
+    by_rewards, scored = loss_type.endswith("-rw"), set[bool]()
 
     def convert(place: Place, record: Any) -> Example | None:
         nonlocal group_size
-        example = examples.candidates(place, text_of(record), scored_pairs=loss_type.endswith("-rw"))
-        group_size = group_size or len(example.completions)
+        row = text_of(record)
+        example = examples.candidates(place, row, scored_pairs=by_rewards)
+        if by_rewards and "completions" not in row:
+            scored.add(all(row.get(name) is not None for name in examples.SCORES))
+        group_size = group_size or max(len(example.completions), 2)
         if _check_size(example, group_size, num_contrastive):
             return example
         left_out.add(FEW, place)
@@ -63,11 +67,19 @@ def load_examples(
         raise InputError(
             f"{source}: no row has num_contrastive={num_contrastive} candidates; set it to a smaller number."
         )
+    if len(scored) > 1:
+        raise InputError(
+            f"{source}: some pairs have {' and '.join(examples.SCORES)} and others have not, whose rewards of 1 and 0 "
+            "are of another scale; give all of them scores, or none."
+        )
     return found
 
 
-def load_pairs(source: Source, *, tokenizer: Tokenizer = None, left_out: LeftOut | None = None) -> list[Example]:
-    """Preferences: two candidates each, the better one first, with rewards 1 and 0.
+def load_pairs(
+    source: Source, *, tokenizer: Tokenizer = None, left_out: LeftOut | None = None, scored_pairs: bool = False
+) -> list[Example]:
+    """Preferences: two candidates each, the better one first, with rewards 1 and 0; with `scored_pairs` a preference
+    that has scores keeps them.
 
     Of more candidates with rewards the best and the worst are taken (of equals the first). Rows whose rewards are all
     equal, or whose best and worst are the same text, tell nothing: they are left out, noted in `left_out` and printed.
@@ -77,7 +89,9 @@ def load_pairs(source: Source, *, tokenizer: Tokenizer = None, left_out: LeftOut
     left_out = LeftOut() if left_out is None else left_out
 
     def convert(place: Place, record: Any) -> Example | None:
-        example = examples.candidates(place, text_of(record))
+        row = text_of(record)
+        example = examples.candidates(place, row)
+        examples.need_two(example, "remove the row, or sample more")
         best, worst = int(np.argmax(example.rewards)), int(np.argmin(example.rewards))
         equal = example.rewards[best] == example.rewards[worst]
         if equal or example.completions[best] == example.completions[worst]:
@@ -88,7 +102,8 @@ def load_pairs(source: Source, *, tokenizer: Tokenizer = None, left_out: LeftOut
             return None if values is None else [values[best], values[worst]]
 
         texts, ids, spans = (both(v) for v in (example.completions, example.completion_ids, example.spans))
-        return Example(place, example.prompt, texts, [1.0, 0.0], ids, spans)
+        rewards = examples.candidates(place, row, scored_pairs=True).rewards if scored_pairs else [1.0, 0.0]
+        return Example(place, example.prompt, texts, rewards if "completions" not in row else [1.0, 0.0], ids, spans)
 
     pairs = collect(source, read_records(source, tokenizer), convert)
     lines = left_out.lines(str(source))
@@ -101,25 +116,30 @@ def load_pairs(source: Source, *, tokenizer: Tokenizer = None, left_out: LeftOut
 
 def load_sft(source: Source, *, tokenizer: Tokenizer = None, learn: Learn = "last") -> list[Example]:
     """Prompts with the one completion to learn, and reward 0. `text` alone is a completion of an empty prompt. Of
-    `messages` the last words of the assistant are learned, or with `learn` "all" all of them.
+    `messages` the last words of the assistant are learned, or with `learn` "all" all of them; candidates beside them
+    are not looked at, nor is what others say after the assistant's last words.
 
     Raises InputError as load_examples does.
     """
     text_of = _Reader(tokenizer, learn)
 
     def convert(place: Place, raw: Any) -> Example:
-        record = text_of(raw)
-        if "completion" not in record and (messages := forms.standard(raw).get("messages")) is not None:
-            raise BadField("messages", messages, "the last message must be the assistant's: it is learned.")
-        return examples.sft(place, record)
+        _check_is_row(raw)
+        row = forms.standard(raw)
+        if isinstance(messages := row.get("messages"), list):
+            row = {name: value for name, value in row.items() if name not in ("chosen", "rejected", "completions")}
+            said = [index for index, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "assistant"]
+            if not said:
+                raise BadField("messages", messages, "no message is the assistant's, whose words are learned.")
+            row["messages"] = messages[: said[-1] + 1]
+        return examples.sft(place, text_of(row))
 
     return collect(source, read_records(source, tokenizer), convert)
 
 
-def load_samples(source: Source, *, tokenizer: Tokenizer = None, whole: bool = False) -> list[Example]:
-    """Prompts with any number of completions, to be scored; `whole` keeps what a chat template writes after the end of
-    a turn. Raises InputError as load_examples does."""
-    text_of = _Reader(tokenizer, whole=whole)
+def load_samples(source: Source, *, tokenizer: Tokenizer = None) -> list[Example]:
+    """Prompts with any number of completions, to be scored. Raises InputError as load_examples does."""
+    text_of = _Reader(tokenizer)
     return collect(source, read_records(source, tokenizer), lambda place, row: examples.samples(place, text_of(row)))
 
 
@@ -140,15 +160,15 @@ def load_prompts(source: Source, *, tokenizer: Tokenizer = None) -> list[str]:
 class _Reader:
     """Rows of any accepted form, with text in place of messages."""
 
-    def __init__(self, tokenizer: Tokenizer, learn: Learn = "last", *, whole: bool = False):
+    def __init__(self, tokenizer: Tokenizer, learn: Learn = "last"):
         self.rows = None if tokenizer is None else RowTokenizer(tokenizer)
-        self.options: dict[str, Any] = {"learn": learn, "whole": whole}
+        self.learn = learn
 
     def __call__(self, row: Any) -> dict[str, Any]:
         _check_is_row(row)
         if self.rows is None:
             return _text_only(row)
-        return self.rows.text_of(row, **self.options)
+        return self.rows.text_of(row, self.learn)
 
     def prompt(self, row: Any) -> str:
         """The prompt alone."""
@@ -174,6 +194,8 @@ def _text_only(row: dict[str, Any]) -> dict[str, Any]:
 def _check_size(example: Example, group_size: int, num_contrastive: int | None) -> bool:
     """Whether the example has candidates for a group. Raises BadField for a number that no group can have."""
     count = len(example.completions)
+    if num_contrastive is None:
+        examples.need_two(example, "remove the row, or set num_contrastive, which leaves such rows out")
     if num_contrastive is None and count != group_size:
         raise BadField(
             "completions",

@@ -145,7 +145,7 @@ def tokenize(
         for row, (example, tokens) in enumerate(zip(chunk, encoded(rows, chunk), strict=True), start):
             for places in groups_of(len(example.completions), size, row):
                 group = kept.cut(example, tokens, places)
-                reason = None if loss_type is None else fault(loss_type=loss_type, **group.facts())
+                reason = fault(loss_type=loss_type, **group.facts())
                 match verdict(reason, duplicates, ties):
                     case "keep":
                         kept.add(group)

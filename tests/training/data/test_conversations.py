@@ -190,7 +190,7 @@ def test_every_loader_takes_conversations(tmp_path: Path, tokenizer: PreTrainedT
 
 
 BAD = {
-    "not the assistant's": ({"messages": [user("a")]}, load_sft, "the last message must be the assistant's"),
+    "not the assistant's": ({"messages": [user("a")]}, load_sft, "no message is the assistant's"),
     "no prompt": ({"messages": [assistant("a")]}, load_sft, "there is no message before the answer"),
     "options that are none": (
         {"messages": [user("a"), assistant("b")], "chat_template_kwargs": [1]},
@@ -222,7 +222,7 @@ BAD = {
     "ShareGPT without an answer": (
         {"conversations": [{"from": "human", "value": "a"}]},
         load_sft,
-        "the last message must be the assistant's",
+        "no message is the assistant's",
     ),
     "nobody's role": ({"conversations": [{"from": "me", "value": "a"}]}, load_sft, "`from` must be one of human"),
 }
@@ -258,3 +258,41 @@ def test_templates_that_refuse_or_are_not_there(tmp_path: Path, tokenizer: PreTr
     without_end = deepcopy(with_template(tokenizer))
     without_end.eos_token = None
     assert render(RECORDS["completion"], without_end)["completion"] == "was good</s>"
+
+
+def test_rows_that_say_one_thing_twice(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """UltraFeedback's binarized rows have the prompt as text, in the candidates, and once more in `messages`."""
+    chat = with_template(tokenizer)
+    asked, good, bad = user("the film"), assistant("was good"), assistant("was bad")
+    row = {"prompt": "the film", "chosen": [asked, good], "rejected": [asked, bad], "messages": [asked, good]}
+    row |= {"score_chosen": 8.5, "score_rejected": 2}
+    place = source(tmp_path, row)
+    options = {"num_contrastive": None, "tokenizer": chat}
+    (example,) = load_examples(place, loss_type="exo-rw", **options)
+    assert (example.prompt, example.completions) == ("<user>the film</s>\n<assistant>", ["was good</s>", "was bad</s>"])
+    assert example.rewards == [8.5, 2.0]
+    assert load_pairs(place, tokenizer=chat)[0].completions == example.completions
+    assert load_samples(place, tokenizer=chat)[0].completions == example.completions
+    assert load_prompts(place, tokenizer=chat) == [example.prompt]
+    (learned,) = load_sft(place, tokenizer=chat)
+    assert (learned.prompt, learned.completions) == (example.prompt, example.completions[:1])
+    repeated = {"prompt": [asked], "chosen": [asked, good], "rejected": [asked, bad]}
+    assert load_pairs(source(tmp_path, repeated), tokenizer=chat)[0].completions == example.completions
+
+
+def test_the_assistants_words_wherever_they_stand(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = with_template(tokenizer)
+    greeted = {"messages": [assistant("and"), user("the film"), assistant("was good"), user("long")]}
+    place = source(tmp_path, greeted)
+    for learn in ("last", "all"):
+        (example,) = load_sft(place, tokenizer=chat, learn=learn)
+        assert example.prompt == "<assistant>and</s>\n<user>the film</s>\n<assistant>"
+        assert example.completions == ["was good</s>"]
+
+
+def test_pairs_of_which_some_have_scores(tmp_path: Path) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    place = source(tmp_path, {**pair, "score_chosen": 8, "score_rejected": 2}, pair)
+    with pytest.raises(InputError, match="some pairs have score_chosen and score_rejected and others have not"):
+        load_examples(place, loss_type="exo-rw", num_contrastive=None)
+    assert len(load_examples(place, loss_type="exo-pref", num_contrastive=None)) == 2
