@@ -279,10 +279,11 @@ class ChatTemplate:
             )
         except Exception as error:
             raise BadField(name, messages, f"the chat template refuses it: {error}") from error
+        end_of_turn = re.compile(rf"\s*(?:{'|'.join(map(re.escape, self.ends))})" if self.ends else "")
         spans: Spans = []
         for begin, end in sorted(places):
-            follows = next((token for token in self.ends if text.startswith(token, end)), "")
-            begin, end = max(begin, start), min(end + len(follows), stop)
+            follows = end_of_turn.match(text, end)
+            begin, end = max(begin, start), min(follows.end() if follows else end, stop)
             if begin < end and spans and begin <= spans[-1][1]:  # the end of turn may be marked by itself
                 spans[-1] = (min(begin, spans[-1][0]), max(end, spans[-1][1]))
             elif begin < end:
