@@ -116,8 +116,12 @@ def problem(case: dict[str, Any]) -> dict[str, Tensor]:
         possible = made["bias"].isfinite().nonzero().squeeze(1)
         made["targets"] = possible[made["targets"] % len(possible)]
     if case.get("extreme"):  # logits of ±1e4: certain, impossible and ordinary targets
-        made["weight"].mul_(0.01)[:, 0] = torch.linspace(-100, 100, vocab)
-        made["hidden"][:, 0] = torch.tensor([100.0, -100.0, 100.0, -100.0, 0.01, 0.02])
+        # In steps of 2⁻³ and 2⁻⁷, so that products are exact in float32 whatever order a library adds them in: at 1e4
+        # the last bit of a logit is 1e-3 of a probability.
+        made["weight"] = (made["weight"] * 0.01 * 2**7).round() / 2**7
+        made["weight"][:, 0] = torch.linspace(-100, 100, vocab).round()
+        made["hidden"] = (made["hidden"] * 2**3).round() / 2**3
+        made["hidden"][:, 0] = torch.tensor([100.0, -100.0, 100.0, -100.0, 2**-3, 2**-3])
         made["targets"] = torch.tensor([vocab - 1, 0, 0, vocab - 1, 3, 50])
     if "ignored" in case:
         made["targets"].view(-1)[:: case["ignored"]] = -100

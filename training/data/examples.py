@@ -109,9 +109,8 @@ def load_sft(source: Source, *, tokenizer: Tokenizer = None, learn: Learn = "las
 
     def convert(place: Place, raw: Any) -> Example:
         record = text_of(raw)
-        standard = forms.standard(raw)
-        if "messages" in standard and "completion" not in record:
-            raise BadField("messages", standard["messages"], "the last message must be the assistant's: it is learned.")
+        if "completion" not in record and (messages := forms.standard(raw).get("messages")) is not None:
+            raise BadField("messages", messages, "the last message must be the assistant's: it is learned.")
         return examples.sft(place, record)
 
     return collect(source, read_records(source, tokenizer), convert)
