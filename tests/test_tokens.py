@@ -239,6 +239,11 @@ def test_marks_of_an_answer_and_of_its_end(chats: ModuleType) -> None:
     )
     learned = [i for i, counts in zip(tokens.candidates[0], tokens.learned[0], strict=True) if counts]
     assert read(chats.byte_level(None), learned) == "good<|im_end|>\nlong<|im_end|>"
+    # As Llama 2 has it: a space before the end of turn, which is as little the template's to leave out.
+    spaced = chats.byte_level(chats.MARKED.replace("<|im_end|>", " <|im_end|>"))
+    tokens = tokens_of(spaced, pair(turns, chats.say("x")))
+    learned = [i for i, counts in zip(tokens.candidates[0], tokens.learned[0], strict=True) if counts]
+    assert read(spaced, learned) == "good <|im_end|>long <|im_end|>"
 
 
 MISTRAL_V3 = (

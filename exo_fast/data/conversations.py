@@ -307,12 +307,13 @@ class ChatTemplate:
             )
         except Exception as error:
             raise BadField(name, messages, f"the chat template refuses it: {error}") from error
+        end_of_turn = re.compile(rf"\s*(?:{'|'.join(map(re.escape, self.ends))})" if self.ends else "")
         spans: Spans = []
         for begin, end in sorted(places):
-            follows = next((token for token in self.ends if text.startswith(token, end)), "")
+            follows = end_of_turn.match(text, end)
             begin += len(self.header) if text.startswith(self.header, begin) else 0
-            end = begin + len(self.trimmed(text[begin : end + len(follows)]))  # no line break after the end of turn
-            begin, end = max(begin, start), min(end, stop)
+            turn = self.trimmed(text[begin : follows.end() if follows else end])  # no line break after the end of turn
+            begin, end = max(begin, start), min(begin + len(turn), stop)
             if begin < end and spans and begin <= spans[-1][1]:  # the end of turn may be marked by itself
                 spans[-1] = (min(begin, spans[-1][0]), max(end, spans[-1][1]))
             elif begin < end:

@@ -296,7 +296,8 @@ def check(
     candidates, masks = result["candidate_ids"], result["candidate_masks"]
     assert result["prompt_ids"]
     assert len(candidates) == len(masks) == len(result["rewards"]) >= 2
-    plain = not any(special in json.dumps(row, ensure_ascii=False) for special in tokenizer.all_special_tokens)
+    written = json.dumps(row, ensure_ascii=False)
+    plain = not any(str(token) in written for token in tokenizer.added_tokens_decoder.values())
     for ids, marks in zip(candidates, masks, strict=True):
         assert len(ids) == len(marks)
         assert any(marks)

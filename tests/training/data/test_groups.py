@@ -183,7 +183,9 @@ def test_the_same_text_with_other_rewards(run: Any) -> None:
 def test_ties_for_the_best(run: Any) -> None:
     tied = Example(Place("f.json", 0, 1), "the", ["good", "bad", "long", "plot"], [8.0, 8.0, 7.0, 6.0])
     other = Example(Place("f.json", 1, 2), "the", ["good", "bad", "long", "plot"], [8.0, 7.0, 7.0, 6.0])
-    with pytest.raises(InputError, match=r"f\.json, line 1 \(row 0\), candidates 0, 1, 2, 3: different candidates share"):
+    with pytest.raises(
+        InputError, match=r"f\.json, line 1 \(row 0\), candidates 0, 1, 2, 3: different candidates share"
+    ):
         run([tied, other], loss_type="exo-pref")
     dropped = run([tied, other], loss_type="dpo-pref", ties="drop")
     assert (dropped.rewards.tolist(), dropped.counts.left_out) == ([[8.0, 7.0, 7.0, 6.0]], {TIE: 1})
