@@ -60,10 +60,16 @@ def test_an_answer_that_was_begun_goes_on(chats: ModuleType) -> None:
     assert [read(tokenizer, ids) for ids in tokens.candidates] == [" was good<|im_end|>", " was long<|im_end|>"]
 
 
+# An end of the answer and, right behind it, the turn's: Cohere.
+TWO_ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' %}</think>{% endif %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ENDS = {  # the template, the tokenizer's EOS, and what an answer and a call end with
     "end of turn is EOS": ("CHATML", "<|im_end|>", "good<|im_end|>", None),
     "end of turn is not EOS": ("CHATML", "<|endoftext|>", "good<|im_end|>", None),
     "an end of text after the end of turn": ("OTHER_ENDS", "<|endoftext|>", "good<|im_end|>", '{"a": 1}<|call|>'),
+    "an end of the answer before that of the turn": (TWO_ENDS, "<|im_end|>", "good</think><|im_end|>", None),
     "no end but EOS": ("PLAIN", "<|endoftext|>", "good<|endoftext|>", None),
 }
 
@@ -72,7 +78,7 @@ ENDS = {  # the template, the tokenizer's EOS, and what an answer and a call end
 def test_an_answer_ends_with_its_end_of_turn_and_nothing_after(
     template: str, eos: str, answer: str, call: str | None, chats: ModuleType
 ) -> None:
-    tokenizer = chats.byte_level(getattr(chats, template), eos)
+    tokenizer = chats.byte_level(getattr(chats, template, template), eos)
     made = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     other = chats.say("", tool_calls=[made]) if call else chats.say("long")
     tokens = tokens_of(tokenizer, pair(chats.say("good"), other))
@@ -238,7 +244,7 @@ def test_marks_of_an_answer_and_of_its_end(chats: ModuleType) -> None:
         pair(turns, chats.say("x")),
     )
     learned = [i for i, counts in zip(tokens.candidates[0], tokens.learned[0], strict=True) if counts]
-    assert read(chats.byte_level(None), learned) == "good<|im_end|>\nlong<|im_end|>"
+    assert read(chats.byte_level(None), learned) == "good<|im_end|>long<|im_end|>"
     # As Llama 2 has it: a space before the end of turn, which is as little the template's to leave out.
     spaced = chats.byte_level(chats.MARKED.replace("<|im_end|>", " <|im_end|>"))
     tokens = tokens_of(spaced, pair(turns, chats.say("x")))
@@ -322,3 +328,28 @@ def test_a_prompt_beside_answers_in_messages_is_the_users(chats: ModuleType) -> 
     assert tokens_of(tokenizer, {"prompt": HELLO, "chosen": "good", "rejected": "x"}) == tokens_of(
         tokenizer, pair(ANSWER, chats.say("x"))
     )
+
+
+def test_what_stands_inside_a_call_is_no_end(chats: ModuleType) -> None:
+    """Gemma 4 writes the text of arguments between special tokens, which generation must not stop at."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments.a }}<think></tool_call>{% endfor %}"
+        "{% if m.tool_calls %}<|call|>{% else %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = chats.byte_level(template, "<|endoftext|>")
+    ends = {tokenizer.convert_ids_to_tokens(i) for i in RowTokenizer(tokenizer).ends}
+    assert ends == {"<|endoftext|>", "<|im_end|>", "<|call|>"}
+
+
+def test_marks_begin_behind_the_header(chats: ModuleType) -> None:
+    """A template may mark the header of a turn and the line break behind it; neither is what a model writes."""
+    marked = chats.CHATML.replace("{% for m in messages %}", "{% for m in messages %}{% if m.role == 'assistant' %}")
+    body = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    marked = marked.replace(body, f"{{% generation %}}{body}{{% endgeneration %}}{{% else %}}{body}{{% endif %}}")
+    tokenizer = chats.byte_level(marked)
+    turns = [chats.say("good"), chats.user("film"), chats.say("long")]
+    tokens = tokens_of(tokenizer, pair(turns, chats.say("x")))
+    learned = [i for i, counts in zip(tokens.candidates[0], tokens.learned[0], strict=True) if counts]
+    assert read(tokenizer, learned) == "good<|im_end|>long<|im_end|>"

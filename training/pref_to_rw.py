@@ -59,4 +59,5 @@ def pref_to_rw(config: PrefToRwConfig) -> dict[str, Any]:
 
 
 def _to_row(pair: Any) -> dict[str, Any]:
-    return {"prompt": pair.prompt, "completions": pair.completions, "rewards": pair.rewards, **pair.extras()}
+    rewards = [int(reward) if reward.is_integer() else reward for reward in pair.rewards]
+    return {"prompt": pair.prompt, "completions": pair.completions, "rewards": rewards, **pair.extras()}

@@ -30,6 +30,7 @@ RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 SINGLE = ("chosen", "rejected", "completion")  # fields that hold one candidate; `completions` holds a list of them
 PROBE = "4821973650"  # words that a template writes as they are, whatever it does with letters
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ASKED = "hello"
 Spans = list[tuple[int, int]]  # of the characters of a candidate that count
 Learn = Literal["last", "all"]
 
@@ -69,9 +70,11 @@ class ChatTemplate:
         """The tokens that it ends the assistant's turn with: the first special token after an answer, and what a call
         of a tool ends with, where that is another. Empty for a template that ends turns in plain text."""
         found = self._tokens_in(self.tail)[:1]
-        eos = self.tokenizer.eos_token
-        if found and eos and found[0] + eos in self.tail:  # the answer's end, and right behind it the turn's
-            found = [eos]
+        both = "".join([*found, self.tokenizer.eos_token or ""])
+        # The answer's end, and right behind it the turn's: not where EOS only ends the text.
+        between = "".join(self._split_by_probe(PROBE, last=False)[1:]).partition(ASKED)[0]
+        if found and both in self.tail and both in between:
+            found = [self.tokenizer.eos_token]
         called = self._ends_of_call()
         if found and found[0] not in called:
             found += called[:1]
@@ -96,12 +99,14 @@ class ChatTemplate:
         except Exception:
             return ""
 
-    def _split_by_probe(self, words: str, **more: Any) -> list[str]:
-        """What it writes of an answer, cut where the probe stands in it; an empty list where it refuses that answer."""
+    def _split_by_probe(self, words: str, *, last: bool = True, **more: Any) -> list[str]:
+        """What it writes of an answer, the last message or not, cut where the probe stands in it; an empty list where
+        it refuses that answer."""
         for content in (str, lambda text: [{"type": "text", "text": text}]):  # which some templates read alone
-            asked = {"role": "user", "content": content("hello")}
+            asked = {"role": "user", "content": content(ASKED)}
             try:
-                text = self._apply([asked, {"role": "assistant", "content": content(words), **more}])
+                answer = {"role": "assistant", "content": content(words), **more}
+                text = self._apply([asked, answer] if last else [asked, answer, asked])
             except Exception:  # a template is a program: one that refuses this conversation may take others
                 continue
             if PROBE in text:
@@ -138,6 +143,8 @@ class ChatTemplate:
         of a turn, and so is none."""
         if not any(end in text for end in self.ends):
             return None
+        if text.endswith(self.tail):
+            return text
         stop = min((self.tail.index(end) + len(end) for end in self.ends if end in self.tail), default=0)
         return text + (self.tail[stop:] if text.endswith(self.ends) else self.tail)
 

@@ -184,7 +184,11 @@ def test_a_model_that_is_read_at_the_end(chats: ModuleType) -> None:
     messages = [chats.user("hello"), chats.say("good")]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text.endswith("<|im_end|>\n")
-    assert encode(tokenizer, [text], 64, at_end=True) == [tokenizer.apply_chat_template(messages)["input_ids"]]
+    whole = [tokenizer.apply_chat_template(messages)["input_ids"]]
+    assert encode(tokenizer, [text], 64, at_end=True) == whole
+    # As stages write it: up to the end of turn; and as a model wrote it, whose end of turn is no text.
+    assert encode(tokenizer, [text.removesuffix("\n")], 64, at_end=True) == whole
+    assert encode(tokenizer, [text.removesuffix("<|im_end|>\n")], 64, at_end=True) == whole
     config = LlamaConfig(pad_token_id=end)
     assert not reads_at_end(config, tokenizer)
     assert reads_at_end(LlamaConfig(pad_token_id=end + 1), tokenizer)
