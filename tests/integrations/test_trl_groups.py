@@ -352,7 +352,7 @@ def test_precomputed_log_probs_are_of_what_they_are_of(tmp_path: Path, tiny_llam
         )
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
         if change == "template":
-            tokenizer.chat_template = template + ("good " if changed else "")
+            tokenizer.chat_template = ("good " if changed else "") + template
         if changed and change == "tokenizer":
             tokenizer.add_special_tokens({"eos_token": "good"})
         if changed and change == "config":
