@@ -384,7 +384,7 @@ def check_neighbours(
     """
     expected = token_logps([shortest])
     found = token_logps([shortest, longest])[: len(expected)]
-    bounds = _boundaries(torch.tensor([len(ids) for ids in shortest.completions]))
+    bounds = pack([shortest], share_prompt=False).cu_seqlens
     return compared(found, expected, bounds, atol, "a group has other log-probs beside a longer one than alone")
 
 

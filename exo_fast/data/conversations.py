@@ -70,11 +70,12 @@ class ChatTemplate:
         """The tokens that it ends the assistant's turn with: the first special token after an answer, and what a call
         of a tool ends with, where that is another. Empty for a template that ends turns in plain text."""
         found = self._tokens_in(self.tail)[:1]
-        both = "".join([*found, self.tokenizer.eos_token or ""])
+        eos = self.tokenizer.eos_token
+        both = "".join([*found, eos or ""])
         # The answer's end, and right behind it the turn's: not where EOS only ends the text.
         between = "".join(self._split_by_probe(PROBE, last=False)[1:]).partition(ASKED)[0]
-        if found and both in self.tail and both in between:
-            found = [self.tokenizer.eos_token]
+        if found and eos and both in self.tail and both in between:
+            found = [eos]
         called = self._ends_of_call()
         if found and found[0] not in called:
             found += called[:1]
