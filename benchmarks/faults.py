@@ -77,7 +77,7 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a training has made: its weights, and the entries of its log without times."""
+    """The result of a training: its weights, and the entries of its log without times."""
 
     weights: dict[str, torch.Tensor]
     log: list[dict[str, Any]]
@@ -88,7 +88,7 @@ class Result:
 
 
 def write_inputs(folder: Path) -> None:
-    """Those of `consistency`, whose models get dropout in their attention (of the probabilities; off by default)."""
+    """Models of `consistency`, with dropout in their attention (of the probabilities; off by default)."""
     folder.mkdir()
     consistency.write_inputs(folder)
     for head in consistency.HEADS:
@@ -136,7 +136,7 @@ class Training:
         settings.write_text(settings.read_text().replace(str(self.folder), str(other.folder)))
 
     def result(self) -> Result:
-        """What it saved at its end."""
+        """The weights and the log that it saved at its end."""
         adapter = self.output / "adapter_model.safetensors"
         weights = load_file(adapter if adapter.exists() else self.output / "model.safetensors")
         entries = json.loads((self.output / "trainer_state.json").read_text())["log_history"]

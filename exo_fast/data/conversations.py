@@ -46,7 +46,7 @@ def conversation_field(row: Row) -> str | None:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the template writes of one candidate: from where its own words begin to its end of turn."""
+    """The text of one candidate, from where its own words begin to its end of turn, as the template writes it."""
 
     text: str
     spans: Spans | None  # None: all of it counts
@@ -62,7 +62,7 @@ class ChatTemplate:
 
     @cached_property
     def tail(self) -> str:
-        """What it writes after the words of an answer; empty where it cannot be asked."""
+        """The text that it writes after the words of an answer; empty where it cannot be asked."""
         return "".join(self._split_by_probe(PROBE)[-1:])
 
     @cached_property
@@ -93,7 +93,7 @@ class ChatTemplate:
 
     @cached_property
     def header(self) -> str:
-        """What it writes before an answer that is asked for."""
+        """The text that it writes before an answer that is asked for."""
         try:
             asked = [_message("user", PROBE)]
             return self._apply(asked, add_generation_prompt=True).removeprefix(self._apply(asked))
@@ -101,8 +101,8 @@ class ChatTemplate:
             return ""
 
     def _split_by_probe(self, words: str, *, last: bool = True, **more: Any) -> list[str]:
-        """What it writes of an answer, the last message or not, cut where the probe stands in it; an empty list where
-        it refuses that answer."""
+        """Cut the text of an answer, the last message or not, where the probe stands in it; give an empty list where
+        the template refuses that answer."""
         for content in (str, lambda text: [{"type": "text", "text": text}]):  # which some templates read alone
             asked = {"role": "user", "content": content(ASKED)}
             try:
