@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exo_fast import reference
+from exo_fast.data.selection import TIE
 from exo_fast.layout import SharingReport
 from exo_fast.training.align import align, make_module, read_data
 from exo_fast.training.config import AlignConfig
@@ -411,3 +413,28 @@ def test_models_that_cannot_be_loaded(settings: Settings, tmp_path: Path) -> Non
 def test_lora_on_modules_that_are_not_there(settings: Settings) -> None:
     with pytest.raises(InputError, match=r"lora_target_modules=\['none'\]"):
         run(settings(lora_r=4, lora_target_modules=["none"]))
+
+
+def test_the_best_candidate_sampled_twice_and_tied_ones(settings: Settings, tmp_path: Path) -> None:
+    """A text that was drawn twice counts twice; different ones with the highest reward are what `ties` says."""
+    rows = [{"prompt": "the film", "completions": ["was good", "was good", "was bad"], "rewards": [1, 1, 0]}] * 4
+    tied = [{"prompt": "the plot", "completions": ["was fine", "was good", "was bad"], "rewards": [8, 8, 6]}] * 4
+    options = {"loss_type": "dpo-pref", "num_train_epochs": 1, "engine": "torch"}
+
+    def run(name: str, data: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        place = tmp_path / f"{name}.json"
+        place.write_text(json.dumps(data))
+        return align(AlignConfig(**settings(**options, data=str(place), output_dir=str(tmp_path / name), **more)))
+
+    assert run("twice", rows)["metrics"]["train"]["first"]["loss"] == pytest.approx(math.log(3), rel=1e-4)
+    with pytest.raises(
+        InputError, match=r"tied\.json, line 1 \(row 0\), candidates 0, 1, 2: different candidates share"
+    ):
+        run("tied", tied)
+    found = run("dropped", rows + tied, ties="drop")["data"]["train"]
+    assert (found["groups"], list(found["left_out"].values())) == (4, [4])
+    assert found["left_out_rows"][TIE][0].endswith("dropped.json, line 1 (row 4)")
+    shared = run("shared", tied, ties="share", beta_pi=1.0, learning_rate=3e-3)
+    assert shared["metrics"]["train"]["first"]["loss"] == pytest.approx(math.log(3), rel=1e-4)
+    assert "4 groups left out" in (tmp_path / "dropped" / "README.md").read_text()
+    assert "4 groups left out" in (tmp_path / "dropped" / "report.html").read_text()
