@@ -15,7 +15,7 @@ from transformers.utils import logging
 from exo_fast.data import examples
 from exo_fast.data.fields import BadField
 from exo_fast.data.forms import ACCEPTED, standard
-from exo_fast.data.selection import FEW, FIX, Duplicates, LeftOut, Ties, fault, groups_of, verdict
+from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, fault, groups_of, verdict
 from exo_fast.data.tokens import RowTokenizer
 
 logger = logging.get_logger(__name__)
@@ -136,7 +136,8 @@ class CandidateRows:
         match verdict(reason, self.duplicates, self.ties):
             case "error":
                 assert reason is not None
-                raise BadField("rewards", group["rewards"], f"{reason}. {FIX[reason]}.")
+                field = "rewards" if reason == TIE else "candidate_ids"
+                raise BadField(field, group[field], f"{reason}. {FIX[reason]}.")
             case "drop":
                 return reason or ""
         return ""

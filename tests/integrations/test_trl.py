@@ -13,6 +13,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_
 
 from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from exo_fast import reference  # noqa: E402
 from exo_fast.integrations import trl as integration  # noqa: E402
@@ -622,3 +623,36 @@ def test_the_best_candidate_sampled_twice_is_no_tie(tmp_path: Path, tiny_llama: 
     rows[0]["completions"][1] = rows[0]["completions"][2] + " bad"
     with pytest.raises(ValueError, match=r"row 0: .*different candidates share the highest reward"):
         run(ExoDPOTrainer, settings, tiny_llama, Dataset.from_list(rows))
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path, tiny_llama: str, caplog: Any) -> None:
+    rows = candidates(5).to_list()
+    rows[1]["completions"] = [rows[1]["completions"][0]] * 3
+    rows[3] = {"prompt": rows[3]["prompt"], "completions": rows[3]["completions"][:1], "rewards": [1.0]}
+    rows[4] = {
+        "prompt": rows[4]["prompt"],
+        "completions": [*rows[4]["completions"], " long and dull"],
+        "rewards": [*rows[4]["rewards"], 9.0],
+    }
+    data = Dataset.from_list(rows)
+    transformers_logging.enable_propagation()
+
+    def made(**options: Any) -> Any:
+        settings = config(tmp_path, ExoDPOConfig, loss_type="exo-rw", num_contrastive=3, **options)
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+        return ExoDPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer).train_dataset
+
+    kept = made()
+    assert len(kept) == 3
+    assert all(len(ids) == 3 for ids in kept["candidate_ids"])
+    assert kept[2]["rewards"] == sorted(kept[2]["rewards"], key=[*rows[4]["rewards"]].index)  # drawn, in order
+    assert "train dataset: 1 group left out: all candidates of the group are the same tokens" in caplog.text
+    assert "(row 1)" in caplog.text
+    assert "train dataset: 1 group left out: fewer candidates than a group needs (row 3)" in caplog.text
+    assert len(made(duplicates="keep")) == 4
+    with pytest.raises(ValueError, match=r"train dataset, row 1: .*same tokens.*duplicates=drop leaves"):
+        made(duplicates="error")
+    for options in ({"duplicates": "some"}, {"ties": "no"}):
+        with pytest.raises(ValueError, match=r"one of .* is needed"):
+            ExoDPOConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
