@@ -74,7 +74,9 @@ class CandidateRows:
             how["desc"] = f"Tokenizing {self.split} dataset"
         else:
             how.pop("num_proc", None)  # IterableDataset takes none
-        groups = dataset.map(self, batched=True, with_indices=True, remove_columns=list(first), **how)
+        groups = dataset.map(
+            self, batched=True, with_indices=True, remove_columns=dataset.column_names or list(first), **how
+        )
         if hasattr(groups, "__len__"):
             self._report(groups)
         groups = groups.filter(lambda reason: not reason, input_columns="left_out")
