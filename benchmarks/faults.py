@@ -469,11 +469,10 @@ def full_disk(folder: Path, inputs: Path, right: Result, size_mb: float, *, whil
 
 
 def _fill(path: Path) -> None:
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:  # a buffer's rest would be written, and fail, when the file is closed
         try:
             while True:
                 file.write(bytes(2**16))
-                file.flush()
         except OSError:
             return
 
