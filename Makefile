@@ -13,7 +13,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make faults      kill and damage trainings, and see that nothing is lost (docs/reliability.md)"
 	@echo "make consistency the same training on 1, 2 and 4 processes and every ZeRO stage (docs/reliability.md)"
-	@echo "make fuzz        20,000 hostile inputs"
+	@echo "make fuzz        30,000 hostile inputs"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
 	@echo "make bench       all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
@@ -44,7 +44,7 @@ test: $(VENV)/.ready
 faults: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.faults --markdown docs/reliability.md
 
-# 800 cases of each property are 20,000 and more in all, other ones every time.
+# 800 cases of each property are 30,000 and more in all, other ones every time.
 CASES ?= 800
 fuzz: $(VENV)/.ready
 	EXO_FAST_FUZZ=$(CASES) $(BIN)/pytest tests/fuzz -n 2 --dist worksteal
