@@ -293,7 +293,7 @@ def from_padded(
 
 @dataclass(frozen=True)
 class SharingReport:
-    """What `check_sharing` or `check_neighbours` measured. Differences are of log-probs, in nats."""
+    """Measurements of `check_sharing` or `check_neighbours`. Differences are of log-probs, in nats."""
 
     ok: bool
     reason: str = ""  # why not; empty when ok

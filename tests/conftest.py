@@ -36,7 +36,8 @@ _families, _chats, _chat_forms = _load("families"), _load("chats"), _load("chat_
 
 @pytest.fixture
 def families() -> ModuleType:
-    """`tests/families.py`: tiny_model(name), random_model(model_type), and the tables SHARING, REFUSING, FAMILIES."""
+    """`tests/families.py`: tiny_model(name), random_model(model_type), the tables SHARING, REFUSING, FAMILIES, and the
+    log-probs of a packed row by the definition."""
     return _families
 
 

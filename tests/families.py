@@ -11,7 +11,12 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from exo_fast import reference
+from exo_fast.head import final_hidden, read_head
+from exo_fast.layout import MaskPlan, Packed, model_inputs
 
 VOCAB = 61
 WINDOW = 5
@@ -198,3 +203,36 @@ def random_model(model_type: str, *, dtype: torch.dtype = torch.float32, **confi
             else:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
     return model.to(dtype)
+
+
+def token_logps(model: nn.Module, packed: Packed, plan: MaskPlan, **changed: Any) -> Tensor:
+    """(N,) log-probs of the packed rows' tokens by the definition, so that autograd gives the gradients to compare.
+    The model takes `changed` inputs in place of the plan's."""
+    head = read_head(model)
+    attention = model.config._attn_implementation
+    inputs = model_inputs(packed, plan, dtype=model.dtype, device="cpu", attn_implementation=attention)
+    hidden = final_hidden(model, **{**inputs, **changed})
+    assert hidden.isfinite().all(), "padding must not be NaN either: it would spread through gradients"
+    return reference.linear_logprobs(
+        hidden.flatten(0, 1)[packed.source],
+        head.weight,
+        packed.targets,
+        bias=head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+    )
+
+
+def logps_and_gradients(model: nn.Module, packed: Packed, plan: MaskPlan) -> tuple[Tensor, dict[str, Tensor]]:
+    """Token log-probs, and the gradient of a sum that weighs every sequence differently."""
+    model.zero_grad()
+    logps = token_logps(model, packed, plan)
+    sequences = reference.sequence_logps(logps, packed.cu_seqlens)
+    (sequences * torch.linspace(-1, 1, len(sequences))).sum().backward()
+    return logps.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    """Largest difference, relative to the largest expected value."""
+    error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    assert error <= tolerance, f"{name} differs by {error:.1e} of its largest value"

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from exo_fast import reference
-from exo_fast.head import Head, final_hidden, read_head
+from exo_fast.head import Head
 from exo_fast.layout import (
     Group,
     MaskPlan,
@@ -255,36 +254,6 @@ def test_model_inputs_errors():
 # --- shared against unshared ------------------------------------------------------------------------------------------
 
 
-def token_logps(model: nn.Module, packed: Packed, plan: MaskPlan) -> Tensor:
-    """(N,) by the definition, so that autograd gives the gradients to compare."""
-    head = read_head(model)
-    hidden = final_hidden(model, **inputs(packed, plan, model.config._attn_implementation, model.dtype))
-    assert hidden.isfinite().all(), "padding must not be NaN either: it would spread through gradients"
-    return reference.linear_logprobs(
-        hidden.flatten(0, 1)[packed.source],
-        head.weight,
-        packed.targets,
-        bias=head.bias,
-        scale=head.scale,
-        softcap=head.softcap,
-    )
-
-
-def logps_and_gradients(model: nn.Module, packed: Packed, plan: MaskPlan) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token log-probs, and the gradient of a sum that weighs every sequence differently."""
-    model.zero_grad()
-    logps = token_logps(model, packed, plan)
-    sequences = reference.sequence_logps(logps, packed.cu_seqlens)
-    (sequences * torch.linspace(-1, 1, len(sequences))).sum().backward()
-    return logps.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """Largest difference, relative to the largest expected value."""
-    error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    assert error <= tolerance, f"{name} differs by {error:.1e} of its largest value"
-
-
 def test_shared_prompts_change_nothing(families: ModuleType, sharing_family: str):
     model = families.tiny_model(sharing_family)
     plan = plan_mask(model.config)
@@ -293,9 +262,9 @@ def test_shared_prompts_change_nothing(families: ModuleType, sharing_family: str
     packed = pack(MIXED, row_length=MIXED_ROW, by_length=plan.by_length)
     assert (packed.group_ids.max(1).values != packed.group_ids[:, 0]).any(), "several groups must be in a row"
     assert (packed.group_ids < 0).any(), "and one row must be padded"
-    logps, gradients = logps_and_gradients(model, packed, plan)
-    expected_logps, expected = logps_and_gradients(model, pack(MIXED, share_prompt=False), plan)
-    assert_close(logps, expected_logps, 1e-5, "log-probs")
+    logps, gradients = families.logps_and_gradients(model, packed, plan)
+    expected_logps, expected = families.logps_and_gradients(model, pack(MIXED, share_prompt=False), plan)
+    families.assert_close(logps, expected_logps, 1e-5, "log-probs")
     assert gradients.keys() == expected.keys()
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name in gradients:
@@ -319,9 +288,9 @@ def test_families_with_windows_are_cut(families: ModuleType):
         packed = pack(MIXED, row_length=MIXED_ROW, by_length=plan.by_length)
         assert plan.window == families.WINDOW
         with torch.no_grad():
-            unshared = token_logps(model, expected, plan)
+            unshared = families.token_logps(model, expected, plan)
             for window in (plan.window - 1, plan.window + 1, None):
-                wrong = token_logps(model, packed, dataclasses.replace(plan, window=window))
+                wrong = families.token_logps(model, packed, dataclasses.replace(plan, window=window))
                 assert (wrong - unshared).abs().max() > 1e-2, f"{name} does not notice window={window}"
 
 
@@ -330,7 +299,7 @@ def test_sharing_in_half_precision_has_no_nan(families: ModuleType, implementati
     for dtype in (torch.bfloat16, torch.float16):
         model = families.tiny_model("llama", dtype=dtype)
         model.set_attn_implementation(implementation)
-        logps, gradients = logps_and_gradients(model, pack(MIXED, row_length=MIXED_ROW), PLAIN)
+        logps, gradients = families.logps_and_gradients(model, pack(MIXED, row_length=MIXED_ROW), PLAIN)
         assert logps.isfinite().all()
         assert all(gradient.isfinite().all() for gradient in gradients.values())
 
@@ -342,10 +311,10 @@ def test_shared_prompts_with_flex_attention(families: ModuleType):
     model = families.tiny_model("gemma2", head_dim=16)
     plan = plan_mask(model.config)
     with torch.no_grad():
-        expected = token_logps(model, pack(MIXED, share_prompt=False), plan)
+        expected = families.token_logps(model, pack(MIXED, share_prompt=False), plan)
         model.set_attn_implementation("flex_attention")
         assert plan_mask(model.config) == plan
-        assert_close(token_logps(model, pack(MIXED, row_length=MIXED_ROW), plan), expected, 1e-5)
+        families.assert_close(families.token_logps(model, pack(MIXED, row_length=MIXED_ROW), plan), expected, 1e-5)
 
 
 # --- models that cannot share -----------------------------------------------------------------------------------------
@@ -360,7 +329,7 @@ def test_fallback_is_visible_and_right(families: ModuleType, refusing_family: st
     report = check_sharing(model, MIXED, plan)
     assert (report.ok, report.reason) == (False, plan.reason)
     with torch.no_grad():
-        found = token_logps(model, pack(MIXED, share_prompt=False), plan)
+        found = families.token_logps(model, pack(MIXED, share_prompt=False), plan)
         alone = []
         for group in MIXED:
             for completion in group.completions:
@@ -369,7 +338,7 @@ def test_fallback_is_visible_and_right(families: ModuleType, refusing_family: st
                 ]
                 logps = logits.float().log_softmax(-1)
                 alone.append(logps.gather(1, torch.tensor(completion)[:, None])[:, 0])
-    assert_close(found, torch.cat(alone), 1e-5)
+    families.assert_close(found, torch.cat(alone), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from exo_fast import reference
-from exo_fast.head import final_hidden, read_head
+from exo_fast.head import final_hidden
 from exo_fast.layout import Group, MaskPlan, Packed, check_neighbours, check_sharing, model_inputs, pack, plan_mask
 from exo_fast.masks import neighbours_hint
 from exo_fast.positions import (
@@ -50,28 +50,6 @@ def inputs(packed: Packed, plan: MaskPlan, dtype: torch.dtype = torch.float32) -
     return model_inputs(packed, plan, dtype=dtype, device="cpu", attn_implementation="sdpa")
 
 
-def token_logps(model: nn.Module, packed: Packed, plan: MaskPlan, **changed: Any) -> Tensor:
-    """(N,) log-probs of the packed rows' tokens; `changed` inputs are handed to the model in place of the plan's."""
-    head = read_head(model)
-    hidden = final_hidden(model, **{**inputs(packed, plan, model.dtype), **changed}).flatten(0, 1)[packed.source]
-    return reference.linear_logprobs(hidden, head.weight, packed.targets, bias=head.bias, softcap=head.softcap)
-
-
-def logps_and_gradients(model: nn.Module, packed: Packed, plan: MaskPlan) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token log-probs, and the gradient of a sum that weighs every sequence differently."""
-    model.zero_grad()
-    logps = token_logps(model, packed, plan)
-    sequences = reference.sequence_logps(logps, packed.cu_seqlens)
-    (sequences * torch.linspace(-1, 1, len(sequences))).sum().backward()
-    return logps.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """Largest difference, relative to the largest expected value."""
-    error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    assert error <= tolerance, f"{name} differs by {error:.1e} of its largest value"
-
-
 def alone(make: Any, prompt: list[int], completion: list[int]) -> tuple[Tensor, nn.Module]:
     """transformers' own log-probs of a completion's tokens, by a model that has seen nothing before."""
     model = make()
@@ -89,7 +67,7 @@ def test_log_probs_and_gradients_are_those_of_each_sequence_alone(families: Modu
     assert min(lengths) < LIMIT < max(lengths)
     assert LIMIT in lengths, "the last of the short ones"
     packed = pack(MIXED, share_prompt=share_prompt, row_length=MIXED_ROW, by_length=plan.by_length)
-    logps, gradients = logps_and_gradients(model, packed, plan)
+    logps, gradients = families.logps_and_gradients(model, packed, plan)
 
     expected: dict[str, Tensor] = {}
     right = []
@@ -100,7 +78,7 @@ def test_log_probs_and_gradients_are_those_of_each_sequence_alone(families: Modu
         for key, parameter in single.named_parameters():
             if parameter.grad is not None:
                 expected[key] = expected.get(key, 0) + parameter.grad
-    assert_close(logps, torch.cat(right), 1e-5, "log-probs")
+    families.assert_close(logps, torch.cat(right), 1e-5, "log-probs")
     largest = max(gradient.abs().max() for gradient in expected.values())
     for key, gradient in gradients.items():
         assert (gradient - expected[key]).abs().max() <= 1e-5 * largest, key
@@ -112,7 +90,10 @@ def test_these_models_do_depend_on_their_neighbours(families: ModuleType, name: 
     model = families.tiny_model(name)
     packed, plan = pack(MIXED, share_prompt=False), plan_mask(model.config)
     with torch.no_grad():
-        ours, theirs = token_logps(model, packed, plan), token_logps(model, packed, plan, text_lengths=None)
+        ours, theirs = (
+            families.token_logps(model, packed, plan),
+            families.token_logps(model, packed, plan, text_lengths=None),
+        )
     assert (theirs - ours).abs().max() > 1e-2
 
 
@@ -123,16 +104,16 @@ def test_what_a_model_has_seen_before_does_not_matter(families: ModuleType, name
     plan = plan_mask(model.config)
     groups = make_groups((4, [LIMIT - 4, LIMIT - 4]), (3, [LIMIT - 2, 2]))
     with torch.no_grad():
-        expected = token_logps(model, pack(groups, by_length=plan.by_length), plan)
+        expected = families.token_logps(model, pack(groups, by_length=plan.by_length), plan)
         model(input_ids=torch.randint(3, 61, (1, 23)))
-        assert torch.equal(token_logps(model, pack(groups, by_length=plan.by_length), plan), expected)
+        assert torch.equal(families.token_logps(model, pack(groups, by_length=plan.by_length), plan), expected)
 
 
 def test_the_model_is_as_it_was_afterwards(families: ModuleType):
     model = families.tiny_model("llama-dynamic")
     ids = torch.randint(3, 61, (1, 20))
     expected = families.tiny_model("llama-dynamic")(input_ids=ids).logits
-    token_logps(model, pack(MIXED, share_prompt=False), plan_mask(model.config))
+    families.token_logps(model, pack(MIXED, share_prompt=False), plan_mask(model.config))
     assert "forward" not in vars(model.model.rotary_emb)
     assert torch.equal(model(input_ids=ids).logits, expected)
     model.model.rotary_emb.forward = forward = model.model.rotary_emb.forward  # as a hook of accelerate's leaves it
@@ -146,10 +127,10 @@ def test_checkpointing_gives_the_same_gradients(families: ModuleType, name: str)
     model = families.tiny_model(name)
     plan = plan_mask(model.config)
     packed = pack(MIXED, row_length=MIXED_ROW, by_length=plan.by_length)
-    _, expected = logps_and_gradients(model, packed, plan)
+    _, expected = families.logps_and_gradients(model, packed, plan)
     model.train()
     model.gradient_checkpointing_enable()
-    _, found = logps_and_gradients(model, packed, plan)
+    _, found = families.logps_and_gradients(model, packed, plan)
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, msg=key)
 
@@ -167,7 +148,7 @@ def test_half_precision_and_autocast(families: ModuleType, name: str):
                 hidden = final_hidden(model, **inputs(packed, plan, dtype=torch.bfloat16)).flatten(0, 1)[packed.source]
                 return reference.linear_logprobs(hidden.float(), model.lm_head.weight.float(), packed.targets)
 
-            assert_close(logps([*short, *long])[:6], logps(short), 0.05)
+            families.assert_close(logps([*short, *long])[:6], logps(short), 0.05)
 
 
 def test_the_check_of_shared_prompts_knows(families: ModuleType):
@@ -297,7 +278,7 @@ def test_the_check_of_neighbours(families: ModuleType):
 
     @torch.no_grad()
     def ours(groups: list[Group], **changed: Any) -> Tensor:
-        return token_logps(model, pack(groups, by_length=plan.by_length), plan, **changed)
+        return families.token_logps(model, pack(groups, by_length=plan.by_length), plan, **changed)
 
     def theirs(groups: list[Group]) -> Tensor:
         return ours(groups, text_lengths=None)
@@ -319,7 +300,7 @@ def test_a_rotary_embedding_that_is_not_found_is_an_error(families: ModuleType):
 
     model.model.rotary_emb = Turning()
     with pytest.raises(ValueError, match=r"a rotary embedding of type 'dynamic'.*is not known"):
-        token_logps(model, pack(MIXED, share_prompt=False), plan_mask(model.config))
+        families.token_logps(model, pack(MIXED, share_prompt=False), plan_mask(model.config))
 
 
 def test_a_rotary_embedding_that_checkpointing_runs_again_is_an_error(families: ModuleType):

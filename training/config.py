@@ -121,7 +121,7 @@ TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def temperature_problem(temperature: float) -> str | None:
-    """What is needed of a sampling temperature, in words; None where it is that.
+    """Say what a sampling temperature must be; None where it is that.
 
     Logits are divided by it in float32: a smaller one makes them infinite, a larger one all the same.
     """

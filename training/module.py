@@ -117,7 +117,7 @@ class CausalModule(TrainedModule):
         return self.packed_hidden(packed, self.plan)[packed.source.to(self.model.device)]
 
     def projection(self, head: Head) -> dict[str, Any]:
-        """What the fused losses need to know of `head` beside its weight, and how they are to work."""
+        """Facts of `head` that the fused losses need beside its weight, and settings of how they work."""
         scale = head.scale / self.temperature
         options = {"bias": head.bias, "scale": scale, "softcap": head.softcap, "process_group": head.process_group}
         return options | self.kernel_options
@@ -151,7 +151,7 @@ class CausalModule(TrainedModule):
 
     @property
     def atol(self) -> float:
-        """What two computations of a token's log-prob may differ by, as in `check_sharing`."""
+        """Largest difference allowed between two computations of a token's log-prob, as in `check_sharing`."""
         return 0.15 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-4
 
     @contextmanager

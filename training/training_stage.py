@@ -482,7 +482,7 @@ def train(
 
 
 def _or_warn(what: str, value: Callable[[], Any]) -> Any:
-    """What `value` gives; None, and a warning, where it fails: the model is saved already."""
+    """Result of `value`; None, and a warning, where it fails: the model is saved already."""
     try:
         return value()
     except Exception as error:

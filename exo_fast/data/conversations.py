@@ -227,7 +227,7 @@ class ChatTemplate:
     def _opening(
         self, name: str, prompt: Messages, continued: bool, options: dict[str, Any], *, answer: bool = True
     ) -> str:
-        """What stands before the candidates: the generation prompt, an answer that was begun, or (where candidates do
+        """Text before the candidates: the generation prompt, an answer that was begun, or (where candidates do
         not begin with the assistant's words) the messages alone."""
         how = {"continue_final_message": True} if continued else {"add_generation_prompt": answer}
         return self._text(name, prompt, options, **how)

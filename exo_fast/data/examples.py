@@ -39,7 +39,7 @@ class Example:
     spans: list[list[tuple[int, int]]] | None = None
 
     def extras(self) -> dict[str, Any]:
-        """What a row has beside texts and rewards, to be written with them."""
+        """Fields of a row beside texts and rewards, to be written with them."""
         known = {"completion_ids": self.completion_ids, "completion_spans": self.spans}
         return {name: value for name, value in known.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""What is wrong with a field of a row, and how it is said."""
+"""Faults of a row's fields, and the words for them."""
 
 from typing import Any
 

@@ -70,7 +70,7 @@ def fault(
 
 
 def verdict(reason: str | None, duplicates: Duplicates, ties: Ties) -> Literal["keep", "drop", "error"]:
-    """What becomes of a group with this fault."""
+    """Fate of a group with this fault."""
     if reason is None:
         return "keep"
     if reason == TIE:

@@ -46,7 +46,7 @@ class RowTokenizer:
 
     @cached_property
     def prefix(self) -> list[int]:
-        """What the tokenizer puts before a text (BOS, for those that do), found by comparing with and without."""
+        """Ids that the tokenizer puts before a text (BOS, for those that do), found by comparing with and without."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(plain) + 1):

@@ -184,7 +184,7 @@ class FusedForward:
         return hidden.flatten(0, 1)[shared.packed.source.to(hidden.device)]
 
     def ordinary(self, model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
-        """What the model below its head gives of ordinary rows, each as it is alone."""
+        """Output of the model below its head for ordinary rows, each as it is alone."""
         lengths = None
         if self.plan.by_length:
             inputs |= dict(zip(inspect.signature(model.base_model.forward).parameters, args, strict=False))

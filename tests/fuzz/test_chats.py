@@ -167,7 +167,7 @@ TOOLS = [
 
 @st.composite
 def answers(draw: st.DrawFn, several: bool = True) -> list[dict[str, Any]]:
-    """What the assistant says, perhaps in several turns or by a tool."""
+    """Words of the assistant, perhaps in several turns or by a tool."""
     said = {"role": "assistant", "content": draw(WORDS)}
     kind = draw(st.integers(0, 11)) if several else 9
     if kind == 0:
@@ -380,7 +380,7 @@ LOADERS: dict[str, tuple[Callable[..., list[Any]], tuple[str, ...]]] = {
 
 
 def well_read(found: Any, template: Template, tokenizer: Any, name: str, rows: list[Any], place: str) -> None:
-    """What a loader gave, judged, and as groups for training beside what the library makes of the same rows."""
+    """Rows that a loader gave, judged, and as groups for training beside what the library makes of the same rows."""
     if not isinstance(found, list) or not isinstance(found[0], Example):
         return
     if not all(len(e.completions) == len(e.rewards) == len(found[0].completions) for e in found):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
@@ -364,6 +365,18 @@ def test_pairs_by_trls_loss(tmp_path: Path, tiny_llama: str) -> None:
     assert difference(weights_of_ours, weights) < 2e-5
 
 
+def exact_logps(model: Any, tokenizer: Any, rows: Dataset) -> Tensor:
+    """(G, K) in float64 from full logits, differentiable."""
+    found = []
+    for row in rows:
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        for text in row["completions"]:
+            ids = torch.tensor([tokenizer(row["prompt"] + text + "</s>")["input_ids"]])
+            logps = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
+            found.append(logps.gather(1, ids[0, 1:, None]).sum(1)[start - 1 :].sum())
+    return torch.stack(found).view(len(rows), -1)
+
+
 @pytest.mark.parametrize("precomputed", [True, False])
 @pytest.mark.parametrize("loss_type", ["exo-rw", "dpo-rw", "exo-pref", "sigmoid"])
 def test_candidates(tmp_path: Path, tiny_llama: str, loss_type: str, precomputed: bool) -> None:
@@ -384,14 +397,7 @@ def test_candidates(tmp_path: Path, tiny_llama: str, loss_type: str, precomputed
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    logps = []
-    for row in data:
-        start = len(tokenizer(row["prompt"])["input_ids"])
-        for text in row["completions"]:
-            ids = torch.tensor([tokenizer(row["prompt"] + text + "</s>")["input_ids"]])
-            rows = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
-            logps.append(rows.gather(1, ids[0, 1:, None]).sum(1)[start - 1 :].sum())
-    policy = torch.stack(logps).view(8, 3)
+    policy = exact_logps(model, tokenizer, data)
     ours = {"sigmoid": "dpo-pref"}.get(loss_type, loss_type)
     smoothing = 1e-3 if ours == "exo-pref" else 0.0
     rewards = torch.tensor(data["rewards"], dtype=torch.float64)

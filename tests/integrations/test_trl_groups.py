@@ -11,7 +11,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_
 
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from test_trl import candidates, config, pairs, run  # noqa: E402
+from test_trl import candidates, config, exact_logps, pairs, run  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments  # noqa: E402
 
@@ -29,18 +29,6 @@ def make(path: Path, model: str, rows: Dataset, *, policy: Any = None, **options
     settings = config(path, ExoDPOConfig, **{"loss_type": "exo-rw", **options})
     tokenizer = AutoTokenizer.from_pretrained(model)
     return ExoDPOTrainer(policy, args=settings, train_dataset=rows, processing_class=tokenizer, **named)
-
-
-def exact_logps(model: Any, tokenizer: Any, rows: Dataset) -> Tensor:
-    """(G, K) in float64 from full logits, differentiable."""
-    found = []
-    for row in rows:
-        start = len(tokenizer(row["prompt"])["input_ids"])
-        for text in row["completions"]:
-            ids = torch.tensor([tokenizer(row["prompt"] + text + "</s>")["input_ids"]])
-            logps = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
-            found.append(logps.gather(1, ids[0, 1:, None]).sum(1)[start - 1 :].sum())
-    return torch.stack(found).view(len(rows), -1)
 
 
 def exact_epoch(model: str, rows: Dataset, loss_type: str, steps: list[slice]) -> tuple[list[dict], dict]:

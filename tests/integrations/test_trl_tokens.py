@@ -132,7 +132,7 @@ def by_trl(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
 
 
 class Judge:
-    """What the rule asks for, from the template and the tokenizer alone, and why TRL's ids are others."""
+    """Ids that the rule asks for, from the template and the tokenizer alone, and why TRL's ids are others."""
 
     def __init__(self, name: str, form: Any, tokenizer: Any):
         self.tokenizer, self.end, self.bos = tokenizer, form.end_of_turn, form.bos or ""

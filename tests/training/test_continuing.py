@@ -125,7 +125,7 @@ def assert_same(found: dict[str, Any], right: dict[str, Any]) -> None:
 
 
 class Killed(BaseException):
-    """What ends a run in this process where a kill would."""
+    """Exception that ends a run in this process where a kill would."""
 
 
 def run_until(

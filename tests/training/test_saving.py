@@ -1,4 +1,4 @@
-"""What is saved at the end of a training, whatever stands beside its weights; and what cannot be, said before it."""
+"""Save a trained model, whatever stands beside its weights; and say before training what cannot be saved."""
 
 import json
 import shutil
