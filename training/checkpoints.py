@@ -55,6 +55,7 @@ class Facts:
     engine: str  # "deepspeed" or "torch"
     zero_stage: int | None
     resumable: bool  # optimizer and random state are there, not the model alone
+    scheduled: bool = True  # False: written only because the run was asked to stop
 
 
 class Damaged(ValueError):
@@ -116,6 +117,13 @@ def rotate(output_dir: Path, keep: int | None, spare: str | None) -> None:
         return
     for path in numbered(output_dir)[keep:]:
         if spare is None or path.resolve() != Path(spare).resolve():
+            _discard(path)
+
+
+def remove_unscheduled(output_dir: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints that a stop alone has written, except `but`: a run that nobody stopped leaves none."""
+    for path in numbered(output_dir):
+        if path != but and not is_scheduled(path):
             _discard(path)
 
 
@@ -205,7 +213,16 @@ def facts(path: Path) -> Facts:
     return _facts(_manifest(path))
 
 
+def is_scheduled(path: Path) -> bool:
+    """Whether an undisturbed run writes this checkpoint, too: all but those whose manifest says otherwise."""
+    try:
+        return facts(path).scheduled
+    except Damaged:
+        return True
+
+
 def _facts(manifest: dict) -> Facts:
+    manifest = {"scheduled": True, **manifest}  # exo_fast 0.2 and older do not say
     try:
         return Facts(**{name: manifest[name] for name in Facts.__dataclass_fields__})
     except KeyError as error:

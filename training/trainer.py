@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import DefaultFlowCallback, EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from exo_fast.training import checkpoints, elastic, non_finite, processes, publish, saving
@@ -329,10 +330,7 @@ class StageTrainer(Trainer):
         if self._continued_from is None:
             return
         self._restore_interval(self._continued_from)
-        due, flow = TrainerControl(), DefaultFlowCallback()
-        flow.on_step_end(self.args, self.state, due)
-        if due.should_training_stop or self.state.epoch == int(self.state.epoch):
-            flow.on_epoch_end(self.args, self.state, due)
+        due = self._due()
         self.control.should_log, self.control.should_evaluate, self.control.should_save = due.should_log, False, False
         grad_norm, learning_rate = self._last_step
         epoch, now = self.state.epoch, time.time()
@@ -340,6 +338,19 @@ class StageTrainer(Trainer):
         super()._maybe_log_save_evaluate(self._tr_loss, grad_norm, self.model, None, epoch, None, now, learning_rate)
         if due.should_evaluate and not self.is_evaluated():
             self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _due(self) -> TrainerControl:
+        """What an undisturbed run does after this step, by transformers' own flow of control."""
+        due, flow = TrainerControl(), DefaultFlowCallback()
+        flow.on_step_end(self.args, self.state, due)
+        if due.should_training_stop or self.state.epoch == int(self.state.epoch):
+            flow.on_epoch_end(self.args, self.state, due)
+        return due
+
+    def _is_scheduled(self) -> bool:
+        """Whether an undisturbed run writes a checkpoint after this step; with save_strategy=best it may."""
+        due = self._due()
+        return due.should_save or (self.args.save_strategy == SaveStrategy.BEST and due.should_evaluate)
 
     def is_evaluated(self) -> bool:
         """Whether the log has an evaluation after this step."""
@@ -354,7 +365,8 @@ class StageTrainer(Trainer):
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self._checkpoint is not None:
             step, path = self._checkpoint
-            if self.state.best_global_step == step:  # written before it was evaluated
+            # Written before it was evaluated.
+            if self.state.best_global_step == step and checkpoints.is_scheduled(path):
                 self.state.best_model_checkpoint = str(path)
         return is_best
 
@@ -420,7 +432,7 @@ class StageTrainer(Trainer):
                 finally:
                     self._writing_to = None
                 best = self.state.best_global_step and output / f"checkpoint-{self.state.best_global_step}"
-                if best and (best.name == name or best.exists()):
+                if best and (best.name == name or (best.exists() and checkpoints.is_scheduled(best))):
                     self.state.best_model_checkpoint = str(best)  # not where it was just written
                 if self.args.should_save:
                     self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
@@ -430,10 +442,12 @@ class StageTrainer(Trainer):
                     engine=self.args.engine,
                     zero_stage=self.deepspeed.zero_optimization_stage() if self.is_deepspeed_enabled else None,
                     resumable=not self.args.save_only_model,
+                    scheduled=not self.watch.stopping or self._is_scheduled(),
                 )
                 checkpoints.publish(folder / name, output / name, facts)
                 self._checkpoint = self.state.global_step, output / name
                 if self.args.should_save:
+                    checkpoints.remove_unscheduled(output, but=output / name)
                     checkpoints.rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
                 publish.push_checkpoint(self.args, output / name)
         except (OSError, RuntimeError, SafetensorError) as error:

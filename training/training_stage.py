@@ -486,19 +486,20 @@ def _or_warn(what: str, value: Callable[[], Any]) -> Any:
     try:
         return value()
     except Exception as error:
-        logger.warning(f"{what}: not written, or not in the report: {type(error).__name__}: {error}")
+        logger.warning(f"{what}: not written, removed, or in the report: {type(error).__name__}: {error}")
         return None
 
 
 def finish(config: TrainConfig, summary: dict[str, Any], *, anew: bool) -> None:
-    """Leave README.md (the model card) and report.html in the output directory of a finished run, and publish what is
-    to be published; a collective call.
+    """Leave README.md (the model card), report.html and the scheduled checkpoints in the output directory of a finished
+    run, and publish what is to be published; a collective call.
 
     Pages that are there are replaced when the run was made `anew`, and else left alone: people edit cards. A page that
     cannot be made is a warning. Raises RunError, in every process, for an upload that failed.
     """
     problem = None
     if config.process_index == 0:
+        _or_warn("checkpoints of stops", lambda: checkpoints.remove_unscheduled(Path(config.output_dir)))
         _write_pages(Path(config.output_dir), anew)
         if config.push_to_hub and not publish.is_done(config, summary):
             problem = _publish(config, summary)

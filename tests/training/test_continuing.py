@@ -3,6 +3,7 @@
 The runs here have dropout, so that a random number drawn at another moment shows in every weight after it.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from killing import run_and_kill, run_stage
 from safetensors.torch import load_file
 
 from exo_fast.layout import SharingReport
-from exo_fast.training import module, trainer
+from exo_fast.training import checkpoints, module, trainer
 from exo_fast.training.align import align
 from exo_fast.training.classifier import ClassifierConfig, classifier
 from exo_fast.training.config import AlignConfig
@@ -114,7 +115,7 @@ def assert_same_weights(found: dict[str, Any], right: dict[str, Any]) -> None:
 
 
 def assert_same(found: dict[str, Any], right: dict[str, Any]) -> None:
-    """The same bits, the same entries in the log, the same best model."""
+    """The same bits, the same entries in the log, the same best model, the same checkpoints."""
     assert_same_weights(found, right)
     assert log(found) == log(right)
     ours, theirs = state(found), state(right)
@@ -122,6 +123,8 @@ def assert_same(found: dict[str, Any], right: dict[str, Any]) -> None:
         assert ours[name] == theirs[name], name
     best = [one["best_model_checkpoint"] and Path(one["best_model_checkpoint"]).name for one in (ours, theirs)]
     assert best[0] == best[1]
+    names = [[path.name for path in checkpoints.numbered(Path(one["output_dir"]))] for one in (found, right)]
+    assert names[0] == names[1]
 
 
 class Killed(BaseException):
@@ -162,7 +165,7 @@ def run_and_ask_to_stop(monkeypatch: pytest.MonkeyPatch, stage: str, options: di
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.StageTrainer, "training_step", asked)
-        with pytest.raises(Stopped, match=f"after step {step}"):
+        with pytest.raises(Stopped):
             run(stage, options)
 
 
@@ -346,6 +349,36 @@ def test_what_sigterm_left_out_is_made_up(
     assert_same(found, right)
 
 
+BETWEEN: dict[str, dict[str, Any]] = {
+    "steps": {"save_steps": 3},
+    "epochs": {"save_strategy": "epoch"},
+    "no": {"save_strategy": "no"},
+    "best": {"save_strategy": "best", "metric_for_best_model": "loss"},
+    "the newest alone": {"save_steps": 3, "save_total_limit": 1},
+    "the best loaded": {
+        **{"save_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True},
+        **{"metric_for_best_model": "loss", "greater_is_better": True},  # so that step 2 is the best
+    },
+}
+
+
+@pytest.mark.parametrize("changes", BETWEEN.values(), ids=BETWEEN.keys())
+def test_a_checkpoint_that_sigterm_alone_has_written_does_not_stay(
+    options: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """It would be one more model of the run to an evaluation, a limit of checkpoints and the choice of the best."""
+    right = options(**changes, output_dir=str(tmp_path / "right"))
+    run("align", right)
+    if "load_best_model_at_end" in changes:
+        assert state(right)["best_global_step"] == 2
+    found = options(**changes)
+    for step, steps in ((2, 2), (5, 3)):
+        run_and_ask_to_stop(monkeypatch, "align", found, steps)
+        assert checkpoints.numbered(Path(found["output_dir"]))[0].name == f"checkpoint-{step}"
+    run("align", found)
+    assert_same(found, right)
+
+
 def test_the_sums_of_the_log_go_to_other_processes_as_they_are_shared_out(
     options: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,10 +389,8 @@ def test_the_sums_of_the_log_go_to_other_processes_as_they_are_shared_out(
     one = json.loads((checkpoint / "interval_0.json").read_text())
     assert (one["logged"], one["weight"], one["copies"]) == (0, 12.0, 1)
 
-    class Facts:
-        processes = 2
-
-    monkeypatch.setattr(trainer.checkpoints, "facts", lambda _: Facts)
+    facts = dataclasses.replace(checkpoints.facts(checkpoint), processes=2)
+    monkeypatch.setattr(checkpoints, "facts", lambda _: facts)
     (checkpoint / "interval_1.json").write_text(json.dumps({**one, "loss": 3 * one["loss"], "seconds": 99.0}))
     taken = []
     restore = trainer.StageTrainer._restore_interval
