@@ -42,7 +42,7 @@ test: $(VENV)/.ready
 	$(BIN)/pytest -n 2 --dist worksteal
 
 faults: $(VENV)/.ready
-	$(BIN)/python -m exo_fast.benchmarks.faults --markdown docs/reliability.md
+	$(BIN)/python -m exo_fast.benchmarks.reliability.faults --markdown docs/reliability.md
 
 # 800 cases of each property are 30,000 and more in all, other ones every time.
 CASES ?= 800
@@ -50,7 +50,7 @@ fuzz: $(VENV)/.ready
 	EXO_FAST_FUZZ=$(CASES) $(BIN)/pytest tests/fuzz -n 2 --dist worksteal
 
 consistency: $(VENV)/.ready
-	$(BIN)/python -m exo_fast.benchmarks.consistency --markdown docs/reliability.md
+	$(BIN)/python -m exo_fast.benchmarks.reliability.consistency --markdown docs/reliability.md
 
 certify: $(VENV)/.ready
 	env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certify --markdown docs/certification.md
@@ -60,13 +60,13 @@ certify: $(VENV)/.ready
 MINUTES ?= 40
 bench: $(VENV)/.ready
 	$(BIN)/exo-fast bench all --minutes $(MINUTES) --output_dir benchmarks/results $(CONTINUE); status=$$?; \
-	$(BIN)/python -m exo_fast.benchmarks.report && exit $$status
+	$(BIN)/python -m exo_fast.benchmarks.report.page && exit $$status
 
 bench-op bench-step: bench-%: $(VENV)/.ready
 	$(BIN)/exo-fast bench $* --output_dir benchmarks/results $(CONTINUE)
 
 roofline: $(VENV)/.ready
-	$(BIN)/python -m exo_fast.benchmarks.roofline --markdown docs/gpu-analysis.md docs/performance.md
+	$(BIN)/python -m exo_fast.benchmarks.roofline.tables --markdown docs/gpu-analysis.md docs/performance.md
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

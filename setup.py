@@ -4,10 +4,20 @@ inside the package: a top-level module called `kernels` would shadow the Hugging
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = (HERE / "exo_fast" / "version.py").read_text().split('"')[1]
+
+FOLDERS = {"exo_fast": "exo_fast"} | {
+    f"exo_fast.{name}": name for name in ("kernels", "training", "benchmarks", "recipes")
+}
+
+
+def packages_of(name: str, folder: str) -> list[str]:
+    """A package and those below it. exo_fast/kernels is a link to kernels/, by which a checkout finds them."""
+    return [name, *(f"{name}.{below}" for below in find_packages(folder, exclude=["kernels*"]))]
+
 
 # What an index shows beside the package knows nothing of the files next to the README: of links to them the text stays.
 DESCRIPTION = re.sub(r"!?\[([^]]*)\]\((?!https?://)[^)]*\)", r"\1", (HERE / "README.md").read_text())
@@ -74,24 +84,8 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    package_dir={
-        "exo_fast": "exo_fast",
-        "exo_fast.kernels": "kernels",
-        "exo_fast.training": "training",
-        "exo_fast.benchmarks": "benchmarks",
-        "exo_fast.recipes": "recipes",
-    },
-    packages=[
-        "exo_fast",
-        "exo_fast.backends",
-        "exo_fast.data",
-        "exo_fast.integrations",
-        "exo_fast.kernels",
-        "exo_fast.training",
-        "exo_fast.training.data",
-        "exo_fast.benchmarks",
-        "exo_fast.recipes",
-    ],
+    package_dir=FOLDERS,
+    packages=[package for name, folder in FOLDERS.items() for package in packages_of(name, folder)],
     package_data={"exo_fast": ["py.typed"], "exo_fast.recipes": ["*.yaml"]},
     install_requires=["torch>=2.9", "numpy>=1.26", "triton>=3.4; platform_system == 'Linux'"],
     extras_require={

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from exo_fast.benchmarks import compare, runner
-from exo_fast.benchmarks.suites import SHARES, SUITES, load
+from exo_fast.benchmarks.harness import compare, runner
+from exo_fast.benchmarks.harness.contract import SHARES, SUITES, load
 from exo_fast.training.errors import InputError
 from exo_fast.training.terminal import give_result
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         if failed is not None:
             asked[suite.NAME] = names_asked
     if options.report:
-        from exo_fast.benchmarks import report
+        from exo_fast.benchmarks.report import page as report
 
         page = options.output_dir / "report.md"
         page.unlink(missing_ok=True)

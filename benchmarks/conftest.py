@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from exo_fast.benchmarks import gpu_op
+    from exo_fast.benchmarks.suites import gpu_op
 
 REPORT = pytest.StashKey[str]()
 
@@ -16,7 +16,7 @@ REPORT = pytest.StashKey[str]()
 @pytest.fixture(scope="session")
 def results(request: pytest.FixtureRequest) -> Iterator[gpu_op.Results]:
     """Collects the rows of a run, writes them to benchmarks/results/gpu_op.json and prints them at its end."""
-    from exo_fast.benchmarks import gpu_op  # Triton's kernels: not for who runs no GPU benchmark
+    from exo_fast.benchmarks.suites import gpu_op  # Triton's kernels: not for who runs no GPU benchmark
 
     found = gpu_op.Results()
     yield found

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from exo_fast.benchmarks import compare, machine, op, peers
+from exo_fast.benchmarks.harness import compare
+from exo_fast.benchmarks.methods import peers
+from exo_fast.benchmarks.suites import op
+from exo_fast.training import machine
 
 CASE = op.Case("exo_fast", "group_loss", 576, 49152, "fp32", 2, 64, 1024, "both")
 

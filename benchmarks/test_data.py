@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.benchmarks import data, epoch_profile, machine
+from exo_fast.benchmarks.methods import epoch_profile
+from exo_fast.benchmarks.suites import data
+from exo_fast.training import machine
 
 WORDS = [f"word{i * 7919 % 1009}" for i in range(20_000)]
 ROUNDS = 3

@@ -1,10 +1,11 @@
-"""`pytest benchmarks -m gpu`: the operation and the memory-bound kernels on a GPU (see benchmarks/gpu_op.py)."""
+"""`pytest benchmarks -m gpu`: the operation and the memory-bound kernels on a GPU (see benchmarks/suites/gpu_op.py)."""
 
 import pytest
 import torch
 
-from exo_fast.benchmarks import gpu_op, peers
-from exo_fast.benchmarks.cost_model import HEADS, TOKENS
+from exo_fast.benchmarks.methods import peers
+from exo_fast.benchmarks.roofline.model import HEADS, TOKENS
+from exo_fast.benchmarks.suites import gpu_op
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device is available")]

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from exo_fast.benchmarks import op, peers, problems
+from exo_fast.benchmarks.methods import peers, problems
+from exo_fast.benchmarks.suites import op
 
 ROUNDS = 3
 # The method last: one problem's inputs and floor serve all methods.

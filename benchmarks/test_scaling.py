@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from exo_fast.benchmarks import op, peers, problems, scaling
+from exo_fast.benchmarks.methods import peers, problems
+from exo_fast.benchmarks.suites import op, scaling
 
 ROWS: dict[scaling.Case, dict] = {}
 CASES = scaling.cases(quick=True)

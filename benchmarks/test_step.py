@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from exo_fast.benchmarks import machine, step, step_styles, step_truth
+from exo_fast.benchmarks.harness import process_memory
+from exo_fast.benchmarks.methods import step_styles, step_truth
+from exo_fast.benchmarks.suites import step
 
 ROUNDS = 3
 WORDS = 4096
@@ -66,10 +68,10 @@ def test_step(case: step.Case, benchmark) -> None:
         prove(step_styles.run(build(*doubles, task), doubles[0], steps=1), loss, gradient, 1e-10)
     del doubles
     forward = build(policy, reference, task)
-    held = machine.resident_mb()
-    machine.reset_peak()
+    held = process_memory.resident_mb()
+    process_memory.reset_peak()
     errors = prove(step_styles.run(forward, policy, steps=1), loss, gradient, 1e-3)
-    peak = machine.peak_mb() - held
+    peak = process_memory.peak_mb() - held
     benchmark.group = f"step/{case.problem}"
     benchmark.extra_info.update(errors=errors, peak_mb=round(peak, 1), tokens=task.completion_tokens)
     benchmark.pedantic(lambda: step_styles.run(forward, policy, steps=1), rounds=ROUNDS)

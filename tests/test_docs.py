@@ -398,7 +398,7 @@ def test_commands_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch, tmp_
         "pytest -m tpu",
         "pip install 'exo_fast[everything]'",
         "python -m exo_fast.benchmarks.nothing",
-        "python -m exo_fast.benchmarks.faults --no_such_option",
+        "python -m exo_fast.benchmarks.reliability.faults --no_such_option",
         "exo_slow align",
     ):
         with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):

@@ -8,10 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from exo_fast.benchmarks import loss_equality, machine
-from exo_fast.benchmarks.loss_equality import FAMILIES, LIMIT, LOSSES, PAGE, PARTS, differences, memory, snippets
-from exo_fast.benchmarks.loss_formulas import Case, Problem, formula_cases
-from exo_fast.benchmarks.tables import block
+from exo_fast.benchmarks.equality import check
+from exo_fast.benchmarks.equality.check import FAMILIES, LIMIT, LOSSES, PAGE, PARTS, differences, memory, snippets
+from exo_fast.benchmarks.equality.formulas import Case, Problem, formula_cases
+from exo_fast.benchmarks.harness import process_memory
+from exo_fast.benchmarks.harness.tables import block
 from exo_fast.reference import sequence_logps
 
 FUNCTIONS = snippets()
@@ -57,7 +58,7 @@ def test_is_the_papers_formula(loss: str) -> None:
 
 @pytest.mark.parametrize(("library", "loss"), LIBRARIES)
 def test_is_the_librarys_loss(library: str, loss: str) -> None:
-    if why := loss_equality.unavailable(library):
+    if why := check.unavailable(library):
         pytest.skip(why)
     for case in of_loss(library, loss):
         assert_equal(case, LIMIT)
@@ -101,7 +102,7 @@ def test_the_batch_can_tell_losses_apart() -> None:
 
 
 def test_the_baseline_of_trl_is_not_its_floor() -> None:
-    if why := loss_equality.unavailable("TRL KTO"):
+    if why := check.unavailable("TRL KTO"):
         pytest.skip(why)
     (case,) = of_loss("TRL KTO", "kto")
     assert case.arguments["z0"] > 0.1
@@ -160,7 +161,7 @@ def test_functions_are_short() -> None:
 def test_no_loss_holds_full_logits(loss: str) -> None:
     tokens, vocab, budget = 1200, 16384, 8 << 20
     try:
-        machine.reset_peak()
+        process_memory.reset_peak()
     except OSError as error:
         pytest.skip(f"the peak of a process cannot be measured here: {error}")
     row = next(memory(FUNCTIONS, tokens, vocab, budget, only=(loss,)))
@@ -173,7 +174,7 @@ def test_the_page_shows_a_comparison_for_each_loss() -> None:
     page = PAGE.read_text()
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in block(loss_equality.LABEL, "equality").search(page)[2].splitlines()
+        for line in block(check.LABEL, "equality").search(page)[2].splitlines()
         if line.startswith("| ")
     ][2:]
     for loss, name in LOSSES.items():
@@ -182,5 +183,5 @@ def test_the_page_shows_a_comparison_for_each_loss() -> None:
             f"{name}: make the table"
         )
     assert all(float(value) <= LIMIT for *_, value, d_hidden, d_weight in rows for value in (value, d_hidden, d_weight))
-    held = block(loss_equality.LABEL, "memory").search(page)[2]
+    held = block(check.LABEL, "memory").search(page)[2]
     assert all(f"| {name} |" in held for name in LOSSES.values())

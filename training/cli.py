@@ -89,7 +89,9 @@ STAGES: dict[str, Stage] = {
     "align": Stage("align a model on candidates with rewards or preferences", "align", "align", "config:AlignConfig"),
     "logprobs": Stage("log-probs of given completions under a model", "logprobs", "logprobs", "LogprobsConfig"),
     "evaluate": Stage("reward against KL of policies, as a table and a plot", "evaluate", "evaluate", "EvaluateConfig"),
-    "memory": Stage("the memory that a training step needs, before it is tried", "exo_fast.benchmarks.memory", "main"),
+    "memory": Stage(
+        "the memory that a training step needs, before it is tried", "exo_fast.training.memory.command", "main"
+    ),
     "bench": Stage("measure what exo_fast gains over the tools in use today", "exo_fast.benchmarks.cli", "main"),
     "demo": Stage("a real 135M model aligned on a CPU in minutes, with a report", "demo", "main"),
     "doctor": Stage("what is installed, what would run here and whether its numbers are right", "doctor", "main"),

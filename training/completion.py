@@ -125,7 +125,7 @@ def _words(stage: str, dest: str) -> list[str] | None:
 
         return list(find_recipes())
     if (stage, dest) == ("bench", "suites"):
-        from exo_fast.benchmarks.suites import SUITES
+        from exo_fast.benchmarks.harness.contract import SUITES
 
         return [*SUITES, "all"]
     return None

@@ -114,7 +114,7 @@ def machine() -> dict[str, Any]:
     """CPU, memory, threads and GPUs. Needs torch."""
     import torch
 
-    from exo_fast.benchmarks.machine import describe
+    from exo_fast.training.machine import describe
 
     found = describe()["machine"]
     gpus = []

@@ -33,11 +33,10 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from exo_fast.benchmarks import machine
 from exo_fast.data.examples import Example
 from exo_fast.data.selection import LeftOut
 from exo_fast.head import read_head
-from exo_fast.training import checkpoints, html_report, locks, model_card, processes, publish, run_facts
+from exo_fast.training import checkpoints, html_report, locks, machine, model_card, processes, publish, run_facts
 from exo_fast.training.assets import write_file
 from exo_fast.training.config import CausalConfig, TrainConfig, _default
 from exo_fast.training.data.groups import GroupDataset, tokenize

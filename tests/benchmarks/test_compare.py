@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.benchmarks import cli, compare
+from exo_fast.benchmarks import cli
+from exo_fast.benchmarks.harness import compare
 from exo_fast.training.errors import InputError
 
 ROW = {

@@ -9,9 +9,10 @@ import pytest
 from torch import Tensor
 from tqdm import tqdm
 
-from exo_fast.benchmarks import consistency, machine, trainings
-from exo_fast.benchmarks.consistency import Cell
-from exo_fast.benchmarks.tables import block
+from exo_fast.benchmarks.harness.tables import block
+from exo_fast.benchmarks.reliability import consistency, trainings
+from exo_fast.benchmarks.reliability.consistency import Cell
+from exo_fast.training import machine
 from exo_fast.training.align import align
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.trainer import AlignTrainer

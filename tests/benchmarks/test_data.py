@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from exo_fast.benchmarks import data, epoch_profile, machine
-from exo_fast.benchmarks.epoch_profile import ATTENTION, MODEL, ONCE, STEP, Stopwatch
+from exo_fast.benchmarks.methods import epoch_profile
+from exo_fast.benchmarks.methods.epoch_profile import ATTENTION, MODEL, ONCE, STEP, Stopwatch
+from exo_fast.benchmarks.suites import data
+from exo_fast.training import machine
 
 WORDS = [f"w{i % 97}x{i % 13}" for i in range(3000)]
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from exo_fast.benchmarks import faults, machine
-from exo_fast.benchmarks.tables import block
+from exo_fast.benchmarks.harness.tables import block
+from exo_fast.benchmarks.reliability import faults
+from exo_fast.training import machine
 
 SOME = ("optimizer shard, a bit flipped", "manifest, missing", "random state, a pickle that runs a command", "filling")
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_op.py where there is no GPU: what its methods and kernel launches compute, and how it reports."""
+"""benchmarks/suites/gpu_op.py where there is no GPU: what methods and launches compute, and the report."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exo_fast.benchmarks import gpu_op
+from exo_fast.benchmarks.suites import gpu_op
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

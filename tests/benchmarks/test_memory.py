@@ -9,13 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3MoeConfig
 
-from exo_fast.benchmarks import memory, step_styles
-from exo_fast.benchmarks.heap import LARGEST_THRESHOLD, THRESHOLD, Heap
-from exo_fast.benchmarks.memory_model import PARTS, Setting, estimate
-from exo_fast.benchmarks.meter import Meter
+from exo_fast.benchmarks.methods import step_styles
+from exo_fast.benchmarks.suites import memory
 from exo_fast.layout import Group
 from exo_fast.training.cli import main as cli
 from exo_fast.training.errors import InputError
+from exo_fast.training.memory import command
+from exo_fast.training.memory.estimate import PARTS, Setting, estimate
+from exo_fast.training.memory.heap import LARGEST_THRESHOLD, THRESHOLD, Heap
+from exo_fast.training.memory.meter import Meter
 
 SIZES = {
     "vocab_size": 512,
@@ -222,10 +224,10 @@ def test_command_prints_json_for_a_directory(config_file: Path, capsys: pytest.C
 def test_command_says_what_is_wrong(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--model", str(config_file), "--k", "2", "--tokens", "8"]
     with pytest.raises(InputError, match="--prompt 8: between 1 and --tokens - 1 = 7"):
-        memory.main([*words, "--prompt", "8"])
+        command.main([*words, "--prompt", "8"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="say --memory"):
-        memory.main([*words, "--device", "cuda"])
+        command.main([*words, "--device", "cuda"])
 
 
 # The suite

@@ -1,4 +1,4 @@
-"""benchmarks/op.py: which cases there are, what a measured row holds, and what the summary makes of rows."""
+"""benchmarks/suites/op.py: which cases there are, what a measured row holds, and what the summary makes of rows."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ import torch
 
 from exo_fast.backends import head_attention
 from exo_fast.backends import torch as chunked
-from exo_fast.benchmarks import op, peers, problems
+from exo_fast.benchmarks.methods import peers, problems
+from exo_fast.benchmarks.suites import op
 from exo_fast.head import Head
 
 

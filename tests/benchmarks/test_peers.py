@@ -1,4 +1,4 @@
-"""benchmarks/peers.py and problems.py: every method computes the same loss, log-probs and gradients as float64, and a
+"""benchmarks/methods/peers.py, problems.py: every method computes the loss, log-probs and gradients of float64, and a
 method that does not is found out."""
 
 import importlib.util
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exo_fast import reference
-from exo_fast.benchmarks import peers, problems
+from exo_fast.benchmarks.methods import peers, problems
 
 SMALL = problems.Problem(width=48, vocab=1003, precision="fp32", candidates=2, completion=16, tokens=128)
 

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.benchmarks import cli, compare, data, machine, memory, op, report, runner, scaling, step
-from exo_fast.benchmarks.tables import block
+from exo_fast.benchmarks import cli
+from exo_fast.benchmarks.harness import compare, runner
+from exo_fast.benchmarks.harness.tables import block
+from exo_fast.benchmarks.report import page as report
+from exo_fast.benchmarks.suites import data, memory, op, scaling, step
+from exo_fast.training import machine
 
 SPEED = {"exo_fast": 1.0, "cce": 1.25, "full-logits": 2.0, "original": 9.0}
 
@@ -209,6 +213,8 @@ def test_docs_show_the_results_in_the_repository() -> None:
     shown = report.sections(recorded, "images/")
     assert set(re.findall(r"<!-- bench: (\S+) -->", page)) == set(report.SECTIONS)
     for name, text in shown.items():
-        assert block("bench", name).search(page)[2] == f"{text}\n", f"run python -m exo_fast.benchmarks.report: {name}"
+        assert block("bench", name).search(page)[2] == f"{text}\n", (
+            f"run python -m exo_fast.benchmarks.report.page: {name}"
+        )
         if report.SECTIONS[name].plot:
             assert (report.IMAGES / f"bench-{name}.png").is_file()

@@ -1,4 +1,4 @@
-"""benchmarks/roofline.py: the counts of flops and bytes by hand, the claims of the docs, and the docs' own tables."""
+"""benchmarks/roofline/tables.py: flops and bytes counted by hand, the claims of the docs, and their tables."""
 
 import json
 import math
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.benchmarks import cost_model as model
-from exo_fast.benchmarks import roofline
-from exo_fast.benchmarks.tables import block
+from exo_fast.benchmarks.harness.tables import block
+from exo_fast.benchmarks.roofline import model, tables
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / "gpu-analysis.md", ROOT / "docs" / "performance.md"]
@@ -112,24 +111,24 @@ def test_budget_cuts_chunks_and_refuses_less_than_a_row(small) -> None:
 
 def test_even_share_is_where_both_take_as_long() -> None:
     board, head = model.BOARDS[1], model.HEADS[0]
-    share = roofline.even_share(board, head, 8192, 2**30)
+    share = tables.even_share(board, head, 8192, 2**30)
     assert 0 < share < 1
-    assert roofline.advantage(replace(board, triton=share), head, 8192, 2**30) == pytest.approx(1, abs=1e-3)
+    assert tables.advantage(replace(board, triton=share), head, 8192, 2**30) == pytest.approx(1, abs=1e-3)
 
 
 def test_claims_of_the_docs() -> None:
-    boards = roofline.boards_of(json.loads(roofline.OUTPUT.read_text())["resources"])
+    boards = tables.boards_of(json.loads(tables.OUTPUT.read_text())["resources"])
     for board in boards:
         for head in model.HEADS[1:]:  # D = 1024 and 640: kept, whatever the board
-            assert 1.05 < roofline.advantage(board, head, 8192, 2**30) < 1.85
-            assert roofline.even_share(board, head, 8192, 2**30) < 0.75 * board.library
-        assert 0.92 < roofline.advantage(board, model.HEADS[0], 8192, 2**30) < 1.08  # D = 4096: even
+            assert 1.05 < tables.advantage(board, head, 8192, 2**30) < 1.85
+            assert tables.even_share(board, head, 8192, 2**30) < 0.75 * board.library
+        assert 0.92 < tables.advantage(board, model.HEADS[0], 8192, 2**30) < 1.08  # D = 4096: even
         for head in model.HEADS:
             fused, kept = (make(board, head, 8192, 2**30).seconds(board) for make in (model.fused, model.kept))
             assert fused > 3 * kept
     for row in model.stream_traffic(boards[1], 2**30):
         assert row["least"] / row["moved"] >= 0.9
-    for row in roofline.published_rows(boards):
+    for row in tables.published_rows(boards):
         assert 0.8 < row["predicted_ms"] / row["published_ms"] < 1.2
     h100, b200 = boards[1:3]
     exponents = model.ceilings(model.linear_logsumexp_launch(b200, model.HEADS[2], 8192, store=False), b200)
@@ -158,10 +157,10 @@ def test_command_writes_tables_plot_and_pages(tmp_path: Path, capsys: pytest.Cap
     certification.write_text(json.dumps({"rows": [row, {**row, "default": False}, {**row, "target": "sm_120"}]}))
     arguments = ["--output", tmp_path / "out.json", "--plot", tmp_path / "plot.png", "--markdown", page]
     arguments += ["--certification", certification, "--tokens", "2048", "--triton", "0.5"]
-    assert roofline.main([str(argument) for argument in arguments]) == 0
+    assert tables.main([str(argument) for argument in arguments]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out.json").read_text())
-    made = roofline.tables(results, 2048)
+    made = tables.tables(results, 2048)
     assert all(table in printed for table in made.values())
     assert "| `k` | H100 | c | 168 | 2 | 2 | 25% |" in made["resources"]
     assert {board["triton"] for board in results["boards"]} == {0.5}
@@ -176,7 +175,7 @@ def test_certified_programs_decide_whether_an_epilogue_is_hidden() -> None:
     row = {"kernel": "linear_logsumexp", "board": "H100", "config": config}
     times = []
     for programs in (1, 2):
-        board = roofline.boards_of([{**row, "programs": programs}, {**row, "programs": 2}])[1]
+        board = tables.boards_of([{**row, "programs": programs}, {**row, "programs": 2}])[1]
         launch = model.linear_logsumexp_launch(board, head, 8192, store=True)
         assert launch.alone == (programs == 1)
         times.append(model.predict(launch, board))
@@ -185,23 +184,23 @@ def test_certified_programs_decide_whether_an_epilogue_is_hidden() -> None:
 
 def test_resources_are_kept_when_certification_is_missing(tmp_path: Path) -> None:
     missing, earlier = tmp_path / "certification.json", tmp_path / "roofline.json"
-    assert roofline.resources(missing, earlier) == ([], "missing: run make certify first")
+    assert tables.resources(missing, earlier) == ([], "missing: run make certify first")
     earlier.write_text(json.dumps({"resources": [{"kernel": "k"}]}))
-    assert roofline.resources(missing, earlier) == ([{"kernel": "k"}], "the last roofline.json")
+    assert tables.resources(missing, earlier) == ([{"kernel": "k"}], "the last roofline.json")
 
 
 @pytest.mark.parametrize("arguments", [["--triton", "1.5"], ["--budget", "0"]], ids=["share", "budget"])
 def test_bad_arguments_name_the_fix(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        roofline.main(arguments)
+        tables.main(arguments)
     assert "give a" in capsys.readouterr().err
 
 
 def test_docs_show_what_the_command_prints() -> None:
-    recorded = json.loads(roofline.OUTPUT.read_text())
+    recorded = json.loads(tables.OUTPUT.read_text())
     found = recorded["resources"]
-    made = roofline.tables(roofline.collect(roofline.boards_of(found), roofline.DEFAULT_BUDGET, found))
-    assert roofline.tables(recorded) == made, "run make roofline"
+    made = tables.tables(tables.collect(tables.boards_of(found), tables.DEFAULT_BUDGET, found))
+    assert tables.tables(recorded) == made, "run make roofline"
     shown = set()
     for page in PAGES:
         for name, table in made.items():

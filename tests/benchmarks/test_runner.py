@@ -11,20 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.benchmarks import cli, runner, suites
+from exo_fast.benchmarks import cli
+from exo_fast.benchmarks.harness import contract, runner
 from exo_fast.training.errors import InputError
 
 HERE = Path(__file__).parent
-PACKAGED = dict(suites.SUITES)
+PACKAGED = dict(contract.SUITES)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(HERE))
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    monkeypatch.setattr(suites, "SUITES", {"tiny": "tiny_suite"})
+    monkeypatch.setattr(contract, "SUITES", {"tiny": "tiny_suite"})
     for module in (cli, cli.compare):
-        monkeypatch.setattr(module, "SUITES", suites.SUITES)
+        monkeypatch.setattr(module, "SUITES", contract.SUITES)
     monkeypatch.setattr(cli, "SHARES", {"tiny": 1.0})
     import tiny_suite
 
@@ -116,7 +117,7 @@ def test_a_suite_that_cannot_start_does_not_stop_the_others(
     other.__dict__.update({name: value for name, value in vars(tiny).items() if name not in ("prepare", "extras")})
     other.NAME, other.__name__ = "other", "tiny_suite"
     monkeypatch.setitem(sys.modules, "other_suite", other)
-    monkeypatch.setitem(suites.SUITES, "other", "other_suite")
+    monkeypatch.setitem(contract.SUITES, "other", "other_suite")
     monkeypatch.setenv("TINY_FAILS", part)
     assert cli.main(["tiny", "other", "--only", "tiny/plain/1", "--output_dir", str(tmp_path)]) == 1
     assert words in capsys.readouterr().err
@@ -185,8 +186,8 @@ def test_a_stopped_run_leaves_a_whole_file_and_no_process(
     monkeypatch.setenv("TINY_HANGS", "tiny/ours/1")
     monkeypatch.setenv("TINY_PID", str(pid))
     script = (
-        "import sys; from exo_fast.benchmarks import cli, compare, suites;"
-        "suites.SUITES.update(tiny='tiny_suite'); cli.main(sys.argv[1:])"
+        "import sys; from exo_fast.benchmarks import cli; from exo_fast.benchmarks.harness import compare, contract;"
+        "contract.SUITES.update(tiny='tiny_suite'); cli.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", script, "tiny", "--output_dir", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -256,8 +257,8 @@ def test_no_case_begins_when_the_time_is_up(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_time_is_shared_by_what_whole_suites_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(suites.SHARES) == set(PACKAGED)
-    assert sum(suites.SHARES.values()) == pytest.approx(1)
+    assert set(contract.SHARES) == set(PACKAGED)
+    assert sum(contract.SHARES.values()) == pytest.approx(1)
     monkeypatch.setattr(cli, "SHARES", {"a": 0.2, "b": 0.2, "c": 0.6})
     begun = time.perf_counter()
     ends = [end - begun for end in cli._ends(["a", "b"], 2.0)]

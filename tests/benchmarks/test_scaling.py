@@ -1,8 +1,8 @@
-"""benchmarks/scaling.py: its curves, and the exponents it fits to them."""
+"""benchmarks/suites/scaling.py: its curves, and the exponents it fits to them."""
 
 import pytest
 
-from exo_fast.benchmarks import scaling
+from exo_fast.benchmarks.suites import scaling
 
 
 def test_names_are_unique_and_every_curve_has_points() -> None:

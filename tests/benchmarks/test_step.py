@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from exo_fast.benchmarks import machine, step, step_truth
-from exo_fast.benchmarks import step_styles as styles
+from exo_fast.benchmarks.methods import step_styles as styles
+from exo_fast.benchmarks.methods import step_truth
+from exo_fast.benchmarks.suites import step
 from exo_fast.layout import Group
+from exo_fast.training import machine
 
 
 def make_models(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:

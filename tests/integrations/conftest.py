@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from exo_fast.benchmarks.step_styles import without_deepspeed
+from exo_fast.benchmarks.methods.step_styles import without_deepspeed
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what tests here share: the data and runs of test_trl.py
 

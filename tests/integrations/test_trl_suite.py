@@ -9,9 +9,11 @@ import pytest
 
 pytest.importorskip("trl")
 
-from exo_fast.benchmarks import machine, trl_drop_in, trl_suite
-from exo_fast.benchmarks.tables import block
-from exo_fast.benchmarks.trl_standins import model_scripts
+from exo_fast.benchmarks.harness.tables import block
+from exo_fast.benchmarks.trl import drop_in as trl_drop_in
+from exo_fast.benchmarks.trl import suite as trl_suite
+from exo_fast.benchmarks.trl.standins import model_scripts
+from exo_fast.training import machine
 from exo_fast.training.errors import InputError
 
 CHECKOUT = {

@@ -8,7 +8,6 @@ import pytest
 from deepspeed.launcher import runner as deepspeed_launcher
 from torch.distributed.run import get_args_parser
 
-from exo_fast.benchmarks import memory
 from exo_fast.training.arguments import parse_config
 from exo_fast.training.cli import STAGES
 
@@ -65,7 +64,7 @@ def test_command_lines_are_accepted(command: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(REPOSITORY)
     stage, *words = stage_words(command)
     if stage == "memory":
-        assert memory.parser().parse_args(words).device == "cuda"
+        assert command.parser().parse_args(words).device == "cuda"
     else:
         config = parse_config(STAGES[stage].config_class(), alone(words, command))
         assert config.output_dir

@@ -1,0 +1,1 @@
+"""The inputs and the competing methods that the suites measure."""

@@ -1,0 +1,1 @@
+"""Results as documents: the table and the plots of each suite."""

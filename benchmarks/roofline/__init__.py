@@ -1,0 +1,1 @@
+"""Times predicted from flops and bytes, for GPUs that were not measured."""

@@ -1,0 +1,561 @@
+"""How long the GPU kernels and schedules should take, by their flops and bytes: predictions, nothing is measured.
+
+A100, H100, B200 and MI300X × the heads of Llama-3-8B, Qwen3-0.6B and Gemma-3-270m × 2,048, 8,192 and 32,768 tokens;
+bf16 operands, float32 logits. The model and its assumptions: benchmarks/roofline/model.py; their sources:
+docs/gpu-analysis.md. Registers, shared memory and occupancy are those of `make certify` when it has run here,
+otherwise those of the last roofline.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from exo_fast.benchmarks.harness.tables import markdown, number, rewrite
+from exo_fast.benchmarks.roofline import model
+from exo_fast.training import machine
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = ROOT / "benchmarks" / "results" / "roofline.json"
+PLOT = ROOT / "docs" / "images" / "roofline.png"
+CERTIFICATION = ROOT / "build" / "certification.json"
+EXAMPLES = """examples:
+  python -m exo_fast.benchmarks.roofline.tables                  tables, results/roofline.json, docs/images/roofline.png
+  python -m exo_fast.benchmarks.roofline.tables --tokens 32768   tables for 32,768 completion tokens
+  python -m exo_fast.benchmarks.roofline.tables --triton 0.5     what if Triton products reach half of every peak
+  python -m exo_fast.benchmarks.roofline.tables --budget 256     chunks of 256 MiB
+  make roofline                                  as the first, and the tables of the docs
+"""
+BUDGETS = (256, 512, 1024, 2048, 4096)  # MiB
+DEFAULT_BUDGET = 1024  # MiB, what the triton backend takes when nothing is asked for
+TABLE_TOKENS = 8192
+WIDTHS = range(256, 16385, 256)
+LETTER = {"products": "P", "memory": "M", "L2": "C", "exponentials": "E"}
+# Colours of Okabe and Ito: told apart by colour-blind readers.
+COLOURS = {"full logits": "#999999", "chunked": "#56B4E9", "kept": "#009E73", "two-pass": "#E69F00", "fused": "#CC79A7"}
+
+
+def kernel_rows(boards: tuple[model.Board, ...], tokens: int) -> Iterator[dict]:
+    """Every launch on all of `tokens` rows at once, with its time on each board."""
+    for head in model.HEADS:
+        of_board = [model.launches(board, head, tokens) for board in boards]
+        for launches in zip(*of_board, strict=True):
+            times = {}
+            for board, launch in zip(boards, launches, strict=True):
+                floor, bound = model.floor(launch, board)
+                times[board.name] = {
+                    "floor_ms": floor * 1e3,
+                    "bound": bound,
+                    "predicted_ms": model.predict(launch, board) * 1e3,
+                    "cached_bytes": launch.cached,
+                    "read_bytes": launch.read,
+                    "written_bytes": launch.written,
+                }
+            first = launches[0]
+            yield {
+                "model": head.model,
+                "tokens": tokens,
+                "launch": first.name,
+                "flops": first.flops,
+                "exponentials": first.exponentials,
+                "logits_bytes": first.logits,
+                "boards": times,
+            }
+
+
+def schedule_rows(boards: tuple[model.Board, ...], tokens: int, budget: int) -> Iterator[dict]:
+    """Forward and backward of the group loss, by every schedule."""
+    for head in model.HEADS:
+        work = tokens * head.width * head.vocab
+        for make in model.SCHEDULES:
+            times = {}
+            for board in boards:
+                schedule = make(board, head, tokens, budget)
+                seconds = schedule.seconds(board)
+                times[board.name] = {
+                    "predicted_ms": seconds * 1e3,
+                    "share_of_peak": 6 * work / board.target.flops / seconds,
+                    "bytes": schedule.bytes,
+                    "fits": schedule.resident(head) <= board.memory,
+                }
+            yield {
+                "model": head.model,
+                "tokens": tokens,
+                "schedule": schedule.name,
+                "flops": schedule.flops,
+                "flops_per_ndv": schedule.flops / work,
+                "logits_bytes_per_logit": schedule.logits / (tokens * head.vocab),
+                "scratch_bytes": schedule.scratch,
+                "chunks": schedule.chunks,
+                "boards": times,
+            }
+
+
+def even_share(board: model.Board, head: model.Head, tokens: int, budget: int) -> float | None:
+    """The Triton share of peak at which `kept` takes as long as `chunked`; None when it is above 1."""
+    goal = model.chunked(board, head, tokens, budget).seconds(board)
+
+    def slower(share: float) -> bool:
+        changed = replace(board, triton=share)
+        return model.kept(changed, head, tokens, budget).seconds(changed) > goal
+
+    low, high = 0.0, 1.0
+    if slower(high):
+        return None
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slower(middle) else (low, middle)
+    return high
+
+
+def widest(board: model.Board, tokens: int, budget: int) -> int:
+    """The largest hidden size, in steps of 256, up to which `kept` is no slower than `chunked` (V of Llama-3)."""
+    best = 0
+    for width in WIDTHS:
+        if advantage(board, replace(model.HEADS[0], width=width), tokens, budget) < 1:
+            break
+        best = width
+    return best
+
+
+def fused_against_chunks(board: model.Board, head: model.Head, tokens: int) -> dict:
+    """From how many rows of a chunk on, in powers of two, `kept` is no slower than `fused`, which needs no chunk; and
+    how many times slower `fused` is than chunks of 192 rows."""
+
+    def kept(rows: int) -> float:
+        return model.kept(board, head, tokens, rows * model.kept_row(head)).seconds(board)
+
+    fused = model.fused(board, head, tokens, 0).seconds(board)
+    rows = next(2**power for power in range(20) if kept(2**power) <= fused)
+    return {"least_rows": rows, "least_bytes": rows * model.kept_row(head), "fused_over_192_rows": fused / kept(192)}
+
+
+def advantage(board: model.Board, head: model.Head, tokens: int, budget: int) -> float:
+    """How many times faster `kept` is than `chunked`."""
+    chunked, kept = (make(board, head, tokens, budget) for make in (model.chunked, model.kept))
+    return chunked.seconds(board) / kept.seconds(board)
+
+
+def choice_rows(boards: tuple[model.Board, ...], tokens: int, budget: int) -> Iterator[dict]:
+    """`kept` against `chunked` on each board: how much faster, and from which Triton share on."""
+    for board in boards:
+        row = {"board": board.name, "triton": board.triton, "library": board.library, "heads": {}}
+        for head in model.HEADS:
+            row["heads"][head.model] = {
+                "even_share": even_share(board, head, tokens, budget),
+                "faster": {n: advantage(board, head, n, budget) for n in model.TOKENS},
+                **fused_against_chunks(board, head, tokens),
+            }
+        row["widest"] = widest(board, tokens, budget)
+        yield row
+
+
+def budget_rows(board: model.Board, tokens: int) -> Iterator[dict]:
+    """What the memory budget does to `kept` and `chunked`: chunks, and the traffic of dW's float32 sums."""
+    for head in model.HEADS:
+        for budget in BUDGETS:
+            row = {"board": board.name, "model": head.model, "tokens": tokens, "budget_mib": budget}
+            for make in (model.kept, model.chunked):
+                schedule = make(board, head, tokens, budget * model.MIB)
+                row[schedule.name] = {
+                    "chunks": schedule.chunks,
+                    "rows": -(-tokens // schedule.chunks),
+                    "sums_bytes": 4 * head.vocab * head.width * (2 * schedule.chunks - 1),
+                    "predicted_ms": schedule.seconds(board) * 1e3,
+                }
+            yield row
+
+
+def published_rows(boards: tuple[model.Board, ...]) -> list[dict]:
+    """What the model says of three times that others measured and published."""
+    a100, h100 = boards[:2]
+    gemma, qwen = model.Head("Gemma-2-2B", 2304, 256000), model.Head("Qwen3.5", 2048, 248320)
+    cce = model.linear_logsumexp_launch(a100, gemma, 8192, store=False)
+    found = [
+        ("CCE, forward only", a100, 8192, gemma, 46.4, "apple/ml-cross-entropy README", model.predict(cce, a100)),
+        ("full logits", a100, 8192, gemma, 208.8, "the same", None),
+        ("full logits", h100, 16384, qwen, 137.0, "huggingface/trl#6858", None),
+    ]
+    rows = []
+    for what, board, tokens, head, published, source, seconds in found:
+        if seconds is None:
+            seconds = model.full_logits(board, head, tokens, 0).seconds(board)
+        shape = [tokens, head.width, head.vocab]
+        predicted = seconds * 1e3
+        rows.append(
+            {"what": what, "board": board.name, "shape": shape, "published_ms": published, "predicted_ms": predicted}
+            | {"source": source}
+        )
+    return rows
+
+
+def resources(certification: Path, earlier: Path) -> tuple[list[dict], str]:
+    """(registers, shared memory and occupancy of the bf16 configurations in use, where they come from)."""
+    if certification.exists():
+        rows = json.loads(certification.read_text())["rows"]
+        boards = {board.target.name: board for board in model.BOARDS}
+        found = [
+            {
+                "board": boards[row["target"]].name,
+                "kernel": row["kernel"],
+                "variant": row["variant"],
+                "config": row["config"],
+                "registers": row["code"]["registers"],
+                "shared_bytes": row["shared_memory"],
+                "programs": row["programs"],
+                "occupancy": row["occupancy"],
+            }
+            for row in rows
+            if row["target"] in boards
+            and row["code"]
+            and row["dtype"] == ("fp32" if row["kernel"] == "group_loss" else "bf16")
+            and _used(row, boards[row["target"]])
+        ]
+        return found, "make certify"
+    if earlier.exists():
+        return json.loads(earlier.read_text())["resources"], "the last roofline.json"
+    return [], "missing: run make certify first"
+
+
+def _used(row: dict, board: model.Board) -> bool:
+    """Whether a launch of the tables has this configuration; `linear_logsumexp` has one for narrow heads too."""
+    if row["kernel"] != "linear_logsumexp":
+        return row["default"]
+    used = {str(model.default_config(board, head.width)) for head in model.HEADS}
+    return row["config"] in used and "products" in row["claims"]  # not its merge
+
+
+def boards_of(found: list[dict], **shares: float | None) -> tuple[model.Board, ...]:
+    """The boards, with the programs that certification found to share a multiprocessor and the `shares` given."""
+    given = {name: value for name, value in shares.items() if value}
+    boards = []
+    for board in model.BOARDS:
+        resident: dict[str, int] = {}
+        for row in found:
+            if row["kernel"] == "linear_logsumexp" and row["board"] == board.name:
+                config = row["config"]
+                resident[config] = min(row["programs"], resident.get(config, row["programs"]))
+        boards.append(replace(board, resident=tuple(resident.items()), **given))
+    return tuple(boards)
+
+
+def collect(boards: tuple[model.Board, ...], budget: int, found: list[dict]) -> dict:
+    """Everything the tables are made of, as JSON can hold it."""
+    scratch = budget * model.MIB
+    return {
+        "predictions": "Nothing here was measured.",
+        "budget_mib": budget,
+        "boards": [
+            {
+                **{key: value for key, value in asdict(board).items() if key not in ("target", "resident")},
+                "board": board.name,
+                "target": board.target.name,
+                "flops": board.target.flops,
+                "bandwidth": board.target.bandwidth,
+                "exponentials": board.exponentials,
+            }
+            for board in boards
+        ],
+        "published": published_rows(boards),
+        "kernels": [row for tokens in model.TOKENS for row in kernel_rows(boards, tokens)],
+        "schedules": [row for tokens in model.TOKENS for row in schedule_rows(boards, tokens, scratch)],
+        "choice": list(choice_rows(boards, TABLE_TOKENS, scratch)),
+        "budgets": list(budget_rows(boards[1], TABLE_TOKENS)),
+        "streams": model.stream_traffic(boards[1], scratch),
+        "resources": found,
+    }
+
+
+# Tables: name -> Markdown. The docs hold them between markers of the same name.
+
+
+def tables(results: dict, tokens: int = TABLE_TOKENS) -> dict[str, str]:
+    """All tables of `results`, those of kernels and schedules for `tokens` rows."""
+    kernels = [row for row in results["kernels"] if row["tokens"] == tokens]
+    schedules = [row for row in results["schedules"] if row["tokens"] == tokens]
+    made = {
+        "boards": _boards(results["boards"]),
+        "published": _published(results["published"]),
+        "bytes": _bytes(kernels),
+        "times": _times(kernels),
+        "schedules": _schedules(schedules),
+        "choice": _choice(results["choice"]),
+        "tokens": _by_tokens(results["choice"]),
+        "fused": _fused(results["choice"]),
+        "budgets": _budgets(results["budgets"]),
+        "streams": _streams(results["streams"]),
+    }
+    if results["resources"]:
+        made["resources"] = _resources(results["resources"])
+    return made
+
+
+def _boards(rows: list[dict]) -> str:
+    header = ["", "peak, Tflop/s", "memory, TB/s", "L2, TB/s", "exponentials, T/s", "library", "Triton", "stream"]
+    return markdown(
+        header,
+        [
+            [
+                row["board"],
+                *(number(row[key] / 1e12) for key in ("flops", "bandwidth", "l2", "exponentials")),
+                *(f"{row[key]:.2f}" for key in ("library", "triton", "stream")),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _published(rows: list[dict]) -> str:
+    return markdown(
+        ["what", "board", "N × D × V", "source", "published, ms", "model, ms", "ratio"],
+        [
+            [
+                row["what"],
+                row["board"],
+                " × ".join(f"{size:,}" for size in row["shape"]),
+                row["source"],
+                number(row["published_ms"]),
+                number(row["predicted_ms"]),
+                f"{row['predicted_ms'] / row['published_ms']:.2f}",
+            ]
+            for row in rows
+        ],
+        left=4,
+    )
+
+
+def _bytes(rows: list[dict]) -> str:
+    header = ["model", "launch", "Tflop", "read, GB", "written, GB", "of these logits, GB", "through L2, GB", "G exp"]
+    lines = []
+    for row in rows:
+        h100 = row["boards"]["H100"]
+        sizes = (h100["read_bytes"], h100["written_bytes"], row["logits_bytes"], h100["cached_bytes"])
+        cells = [number(row["flops"] / 1e12), *(number(size / 1e9) for size in sizes)]
+        lines.append([row["model"], f"`{row['launch']}`", *cells, number(row["exponentials"] / 1e9)])
+    return markdown(header, lines, left=2)
+
+
+def _times(rows: list[dict]) -> str:
+    boards = list(rows[0]["boards"])
+    lines = []
+    for row in rows:
+        cells = [
+            f"{number(time['floor_ms'])} {LETTER[time['bound']]} → {number(time['predicted_ms'])}"
+            for time in row["boards"].values()
+        ]
+        lines.append([row["model"], f"`{row['launch']}`", *cells])
+    return markdown(["model", "launch", *boards], lines, left=2)
+
+
+def _schedules(rows: list[dict]) -> str:
+    boards = list(rows[0]["boards"])
+    fastest = {
+        (row["model"], board): min(
+            other["boards"][board]["predicted_ms"] for other in rows if other["model"] == row["model"]
+        )
+        for row in rows
+        for board in boards
+    }
+    lines = []
+    for row in rows:
+        cells = []
+        for board, time in row["boards"].items():
+            text = f"{number(time['predicted_ms'])} ({time['share_of_peak']:.0%})"
+            if not time["fits"]:
+                text = "too large"
+            elif time["predicted_ms"] == fastest[row["model"], board]:
+                text = f"**{text}**"
+            cells.append(text)
+        lines.append(
+            [
+                row["model"],
+                row["schedule"],
+                f"{row['flops_per_ndv']:.0f}",
+                f"{row['logits_bytes_per_logit']:.0f}",
+                number(row["scratch_bytes"] / 1e9),
+                str(row["chunks"]),
+                *cells,
+            ]
+        )
+    header = ["model", "schedule", "flops / NDV", "bytes a logit", "scratch, GB", "chunks", *boards]
+    return markdown(header, lines, left=2)
+
+
+def _choice(rows: list[dict]) -> str:
+    models = list(rows[0]["heads"])
+    lines = []
+    for row in rows:
+        even = [row["heads"][name]["even_share"] for name in models]
+        cells = ["never" if share is None else f"{share:.2f}" for share in even]
+        limit = f"{row['widest']:,}" if row["widest"] < WIDTHS[-1] else f"≥ {WIDTHS[-1]:,}"
+        lines.append([row["board"], f"{row['library']:.2f}", f"{row['triton']:.2f}", *cells, limit])
+    header = ["", "library share", "Triton share", *(f"even at, {name}" for name in models), "kept wins up to D"]
+    return markdown(header, lines)
+
+
+def _by_tokens(rows: list[dict]) -> str:
+    models = list(rows[0]["heads"])
+    lines = [
+        [name, f"{n:,}", *(f"{_ratio(row['heads'][name]['faster'], n):.2f}" for row in rows)]
+        for name in models
+        for n in model.TOKENS
+    ]
+    return markdown(["model", "tokens", *(row["board"] for row in rows)], lines)
+
+
+def _fused(rows: list[dict]) -> str:
+    models = list(rows[0]["heads"])
+    lines = []
+    for row in rows:
+        cells = []
+        for name in models:
+            part = row["heads"][name]
+            mib = part["least_bytes"] / model.MIB
+            cells.append(f"{part['least_rows']} rows, {mib:.0f} MiB; {part['fused_over_192_rows']:.1f}")
+        lines.append([row["board"], *cells])
+    return markdown(["", *models], lines)
+
+
+def _ratio(faster: dict, tokens: int) -> float:
+    return faster[tokens] if tokens in faster else faster[str(tokens)]  # keys become text in JSON
+
+
+def _budgets(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        line = [row["model"], f"{row['budget_mib']:,}"]
+        for name in ("kept", "chunked"):
+            part = row[name]
+            line += [f"{part['rows']:,}", number(part["sums_bytes"] / 1e9), number(part["predicted_ms"])]
+        lines.append(line)
+    header = ["model", "budget, MiB", "kept: rows", "dW sums, GB", "ms", "chunked: rows", "dW sums, GB", "ms"]
+    return markdown(header, lines)
+
+
+def _streams(rows: list[dict]) -> str:
+    return markdown(
+        ["kernel", "what is read and written", "moved, B a logit", "least, B a logit", "least / moved"],
+        [
+            [
+                f"`{row['kernel']}`",
+                row["what"],
+                f"{row['moved']:.3f}",
+                f"{row['least']:.3f}",
+                f"{row['least'] / row['moved']:.3f}",
+            ]
+            for row in rows
+        ],
+        left=2,
+    )
+
+
+def _resources(rows: list[dict]) -> str:
+    """The worst of the variants of a kernel, for each board and dtype of the schedules."""
+    lines = []
+    for key in dict.fromkeys((row["kernel"], row["board"], row["config"]) for row in rows):
+        group = [row for row in rows if (row["kernel"], row["board"], row["config"]) == key]
+        lines.append(
+            [
+                f"`{key[0]}`",
+                *key[1:],
+                str(max(row["registers"] for row in group)),
+                f"{max(row['shared_bytes'] for row in group) / 1024:.0f}",
+                str(min(row["programs"] for row in group)),
+                f"{min(row['occupancy'] for row in group):.0%}",
+            ]
+        )
+    header = ["kernel", "board", "configuration", "registers", "shared, KiB", "programs", "occupancy"]
+    return markdown(header, lines, left=3)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time of every schedule over that of its 6·N·D·V flops at the peak, a panel for each board."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    boards = list(rows[0]["boards"])
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    end = 6.0  # longer bars are cut, their number is not
+    figure, panels = pyplot.subplots(1, len(boards), figsize=(12, 4.4), sharex=True, sharey=True, layout="constrained")
+    for panel, board in zip(panels, boards, strict=True):
+        for row in rows:
+            time = row["boards"][board]
+            if not time["fits"]:
+                continue
+            slot = list(COLOURS).index(row["schedule"])
+            place = models.index(row["model"]) + (slot - 2) * 0.16
+            value = 1 / time["share_of_peak"]
+            label = row["schedule"] if row["model"] == models[0] and board == boards[0] else None
+            panel.barh(place, min(value, end), height=0.15, color=COLOURS[row["schedule"]], label=label)
+            text = f"{value:.1f}" + (" →" if value > end else "")
+            panel.text(min(value, end) + 0.08, place, text, va="center", fontsize=7, color="#333333")
+        panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
+        panel.set_xlim(0, end + 1)
+        panel.set_title(board, fontsize=11)
+        panel.set_xlabel("× time of 6·N·D·V flops at peak", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(models)), models)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"Predicted, not measured: group loss, forward and backward, {rows[0]['tokens']:,} tokens, bf16")
+    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens", type=int, choices=model.TOKENS, default=TABLE_TOKENS, help="of tables and plot [%(default)s]"
+    )
+    parser.add_argument("--budget", type=int, default=DEFAULT_BUDGET, metavar="MIB", help="of logits [%(default)s]")
+    parser.add_argument("--triton", type=share, metavar="SHARE", help="of peak that Triton products reach [by board]")
+    parser.add_argument("--library", type=share, metavar="SHARE", help="of peak that library products reach [by board]")
+    parser.add_argument("--certification", type=Path, default=CERTIFICATION, help="what make certify wrote")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON to write")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="PNG to write")
+    parser.add_argument(
+        "--markdown", type=Path, nargs="+", default=[], metavar="PAGE", help="rewrite its tables, between markers"
+    )
+    options = parser.parse_args(argv)
+    found, source = resources(options.certification, options.output)
+    boards = boards_of(found, triton=options.triton, library=options.library)
+    try:
+        results = collect(boards, options.budget, found)
+    except ValueError as error:
+        parser.error(str(error))
+
+    made = tables(results, options.tokens)
+    print(f"Predictions for {options.tokens:,} tokens; nothing was measured.")
+    for name, table in made.items():
+        print(f"\n## {name}\n\n{table}")
+    print(f"\nRegisters, shared memory and occupancy: {source}.")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({**machine.describe(), **results}, indent=1) + "\n")
+    plot([row for row in results["schedules"] if row["tokens"] == options.tokens], options.plot)
+    for page in options.markdown:
+        rewrite(page, "roofline", made)
+    print("Written: " + ", ".join(str(path) for path in (options.output, options.plot, *options.markdown)))
+    return 0
+
+
+def share(text: str) -> float:
+    """A share of a peak from the command line, above 0 and at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of a peak: give a number above 0 and at most 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

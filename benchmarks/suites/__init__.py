@@ -1,0 +1,1 @@
+"""The suites of `exo-fast bench`: what is measured."""

@@ -1,0 +1,244 @@
+"""The operation alone: hidden states and head to the loss, dH and dW, ours against the methods of `peers`.
+
+    exo-fast bench op                               all cases
+    exo-fast bench op --only op/exo_fast/576x49152  some of them
+
+A case is a method on a problem (`problems`): a head of a real model, a dtype, N rows in groups of K completions of 64
+tokens, and the work: forward only, with a frozen head (dH), or both gradients. `exo_fast` in a case of per-token
+log-probs is `linear_logprobs`, in a case of the group loss `linear_group_loss`. The cases of two completions of
+thousands of tokens are groups whose rows do not fit the memory budget together.
+
+Each row has the time and, from the same process, the errors against float64 and the floor, the time of the products
+alone (`baseline_seconds`). `share` is floor over time. `peak_mb` is the most memory above what was held before the
+call; `scratch_mb` is that less what any method has to return, dH and a float32 dW.
+
+Which cases, and why not all: every method where it matters most (8,192 rows of SmolLM2's head, pairs, for Liger takes
+nothing else), and the strongest on the rest. Full logits of larger problems take tens of gigabytes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from exo_fast.benchmarks.methods import peers, problems
+
+NAME = "op"
+HEADS = {  # D, V
+    "SmolLM2-135M": (576, 49152),
+    "Qwen3-0.6B": (1024, 151936),
+    "Gemma-3-270m": (640, 262144),
+    "Llama-3-8B": (4096, 128256),
+}
+COMPLETION = 64
+OURS = "exo_fast"
+STRONG = (OURS, "cce", "full-logits")  # for the problems that not every method is timed on, the strongest first
+ALL = (
+    OURS, "cce", "cce-fp32", "liger-compiled", "liger", "checkpoint", "full-logits-compiled", "full-logits",
+    "full-logits-fp32", "trl", "original",
+)  # fmt: skip
+PEER_ROWS = 256  # whose errors are measured where the method takes one way, however many rows there are
+FULL_LOGITS_TOO = ("trl", "original")  # in fp32 they are full-logits with other words: timed in bf16, where they round
+# Copies of the (N, V) logits, in float32, that a method holds at its peak.
+COPIES = {
+    "full-logits-compiled": 2.0,
+    "cce": 1.2,
+    "cce-fp32": 2.2,
+    "exo_fast": 0.0,
+    "checkpoint": 0.6,
+    "liger": 0.6,
+    "liger-compiled": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    method: str
+    operation: str  # group_loss or logprobs
+    width: int
+    vocab: int
+    precision: str
+    candidates: int
+    completion: int
+    tokens: int
+    work: str  # forward, frozen or both
+
+    def __str__(self) -> str:
+        groups = "logprobs" if self.operation == "logprobs" else f"K{self.candidates}"
+        if self.completion != COMPLETION:
+            groups += f"x{self.completion}"
+        return f"op/{self.method}/{self.width}x{self.vocab}/{self.precision}/{groups}/N{self.tokens}/{self.work}"
+
+    @property
+    def problem(self) -> problems.Problem:
+        return problems.Problem(self.width, self.vocab, self.precision, self.candidates, self.completion, self.tokens)
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """Every case, methods of the same problem one after another."""
+    found: list[Case] = []
+
+    def add(methods, model, precisions, tokens, candidates=2, work="both", completion=COMPLETION, operation=None):
+        width, vocab = HEADS[model]
+        for precision in precisions:
+            for method in methods:
+                if precision == "fp32" and (method.endswith("-fp32") or method in FULL_LOGITS_TOO):
+                    continue
+                found.append(
+                    Case(
+                        method, operation or "group_loss", width, vocab, precision, candidates, completion, tokens, work
+                    )
+                )
+
+    both = ("fp32", "bf16")
+    if quick:
+        add(ALL, "SmolLM2-135M", both, 1024)
+        for work in ("forward", "frozen"):
+            add((OURS, "cce"), "SmolLM2-135M", ("bf16",), 1024, work=work)
+        add((OURS,), "SmolLM2-135M", ("bf16",), 1024, candidates=8)
+        add((OURS, "full-logits"), "SmolLM2-135M", ("bf16",), 1024, operation="logprobs")
+        return found
+    ours_and_best = STRONG[:2]
+    add(ALL, "SmolLM2-135M", both, 8192)
+    add((OURS,), "Gemma-3-270m", ("bf16",), 32768, completion=16384)
+    for work in ("forward", "frozen"):
+        add(ours_and_best, "SmolLM2-135M", both, 8192, work=work)
+    add((*ours_and_best, "cce-fp32"), "SmolLM2-135M", both, 2048, candidates=4)
+    add((OURS,), "SmolLM2-135M", ("bf16",), 2048, candidates=8)
+    add(ours_and_best, "SmolLM2-135M", ("bf16",), 32768, candidates=4)
+    add((OURS,), "SmolLM2-135M", both, 8192, completion=4096)
+    add(ours_and_best, "SmolLM2-135M", ("fp32",), 2048, operation="logprobs")
+    add(STRONG, "SmolLM2-135M", ("bf16",), 8192, operation="logprobs")
+    add((*ours_and_best, "cce-fp32"), "Qwen3-0.6B", both, 2048, candidates=4)
+    add(ours_and_best, "Gemma-3-270m", ("bf16",), 8192, candidates=4)
+    add(ours_and_best, "Llama-3-8B", ("bf16",), 1024, candidates=4)
+    return found
+
+
+def impossible(case: Case) -> str | None:
+    """Why a case cannot run on this machine, None when it can."""
+    if why := peers.unavailable(case.method, case.precision, problems.device()):
+        return why
+    copies = COPIES.get(case.method, 3.2)
+    if case.work == "forward":
+        copies = min(copies, 2.2)
+    needed = copies * case.tokens * case.vocab * 4 + 3 * case.vocab * case.width * 4
+    free = problems.free_bytes()
+    if needed > 0.9 * free:
+        return f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+    return None
+
+
+def few_errors(case: Case, inputs: problems.Inputs) -> dict[str, float]:
+    """Errors against float64 on few rows of the case's inputs.
+
+    Ours takes another way for few rows than for many, so its rows are many. A group too long for the memory budget is
+    one there too: the budget is cut to what U of half its rows takes.
+    """
+    long = case.completion != COMPLETION
+    rows = None if case.method == OURS else PEER_ROWS
+    few = problems.few_rows(inputs, rows, groups=1 if long else 2)
+    budget = len(few.hidden) // 2 * case.vocab * inputs.weight.itemsize if long and case.method == OURS else None
+    return problems.errors(case.method, case.operation, case.work, few, budget)
+
+
+def step(case: Case, inputs: problems.Inputs) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Functions of nothing: one that runs the case once, backward included, and one that drops its gradients."""
+    inputs = inputs.require(case.work)
+
+    def clear() -> None:
+        for leaf in inputs.leaves:
+            leaf.grad = None
+
+    def call() -> None:
+        clear()
+        loss, _ = problems.run(case.method, case.operation, inputs)
+        if inputs.leaves:
+            loss.backward()
+
+    return call, clear
+
+
+def measure(case: Case, workdir: Path) -> dict:
+    """Errors, times, floor and memory of one case in this process."""
+    inputs = problems.make(case.problem, problems.device())
+    with peers.settings(case.method, case.precision, problems.device()):
+        found = few_errors(case, inputs)
+    problems.prove(case.method, case.precision, found)
+    floor = problems.Floor(inputs)
+    floor.measure(case.work)
+    with peers.settings(case.method, case.precision, problems.device()):
+        times, peak_mb = problems.all_seconds(*step(case, inputs))
+    floor.measure(case.work)
+    seconds, baseline = statistics.median(times), floor.seconds(case.tokens, case.work)
+    return {
+        "seconds": round(seconds, 4),
+        "all_seconds": [round(value, 4) for value in times],
+        "peak_mb": round(peak_mb, 1),
+        "scratch_mb": round(peak_mb - problems.gradient_mb(case.problem, case.work), 1),
+        "errors": found,
+        "baseline_seconds": round(baseline, 4),
+        "share": round(baseline / seconds, 3),
+        "gflops": floor.gflops,
+        "float32_logits": peers.float32_logits(case.method, case.precision),
+    }
+
+
+def extras(workdir: Path) -> dict:
+    """What the run's rows are read beside."""
+    return {"copy_gbps": problems.copy_gbps(), "loss": problems.LOSS, "floor_rows": problems.FLOOR_ROWS}
+
+
+PROBLEM = ("operation", "width", "vocab", "precision", "candidates", "completion", "tokens", "work")
+
+
+def summary(rows: list[dict]) -> dict:
+    """Product rates of each head and dtype (medians over the cases), and ours against the fastest peer by problem.
+
+    `over_fastest` is our time over that of the fastest peer, `over_equal` over the fastest whose logits are float32
+    too. Both compare shares of the floor that each process measured, so that a drift of the machine's speed cancels.
+    """
+    timed = [row for row in rows if "seconds" in row]
+    rates: dict[tuple, list[dict]] = {}
+    by_problem: dict[tuple, list[dict]] = {}
+    for row in timed:
+        rates.setdefault((row["width"], row["vocab"], row["precision"]), []).append(row["gflops"])
+        by_problem.setdefault(problem_of(row), []).append(row)
+    floors = [
+        {
+            "width": width,
+            "vocab": vocab,
+            "precision": precision,
+            "gflops": {
+                name: round(statistics.median(values), 1)
+                for name in problems.PRODUCTS["both"]
+                if (values := [r[name] for r in measured if name in r])
+            },
+        }
+        for (width, vocab, precision), measured in rates.items()
+    ]
+    return {"floors": floors, "comparisons": [_compare(p, same) for p, same in by_problem.items() if _ours(same)]}
+
+
+def problem_of(row: dict) -> tuple:
+    """What rows that may be compared have in common."""
+    return tuple(row[name] for name in PROBLEM)
+
+
+def _ours(rows: list[dict]) -> dict | None:
+    return next((row for row in rows if row["method"] == OURS), None)
+
+
+def _compare(problem: tuple, rows: list[dict]) -> dict:
+    ours = _ours(rows)
+    found = {**dict(zip(PROBLEM, problem, strict=True)), "seconds": ours["seconds"], "share": ours["share"]}
+    others = [row for row in rows if row is not ours]
+    for name, peers_of in (("fastest", others), ("equal", [row for row in others if row["float32_logits"]])):
+        if peers_of:
+            best = max(peers_of, key=lambda row: row["share"])
+            found |= {name: best["method"], f"over_{name}": round(best["share"] / ours["share"], 3)}
+    return found

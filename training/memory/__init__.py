@@ -1,0 +1,1 @@
+"""The memory that a training step needs: `exo-fast memory`."""
