@@ -53,7 +53,7 @@ consistency: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.reliability.consistency --markdown docs/reliability.md
 
 certify: $(VENV)/.ready
-	env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certify --markdown docs/certification.md
+	env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certification --markdown docs/certification.md
 
 # One suite alone: make bench-op. What was left out by an interruption or for want of time: make bench CONTINUE=--continue.
 # A machine half as fast as ours leaves the last cases out; MINUTES=600 waits for all.

@@ -1,6 +1,6 @@
 """The EXO and DPO losses over K candidates per prompt: on log-probs, or straight from hidden states in one pass.
 
-Definitions and sources: `exo_fast.reference`. Closed-form gradient: `exo_fast.groups`. Schedules: `exo_fast.backends`.
+Definitions and sources: `exo_fast.reference`. Gradient: `exo_fast.closed_form`. Schedules: `exo_fast.backends`.
 """
 
 from typing import Any, Literal

@@ -3,7 +3,7 @@
 In a packed row (see `exo_fast.layout`) token i sees token j iff both are of one group, j is not after i,
 and j is in the prompt or in i's own candidate. No model is patched: a transformers model takes its
 attention mask ready-made, as a 4-D additive tensor (eager, SDPA) or as a FlexAttention `BlockMask`, next to
-`position_ids` that restart with every candidate; `exo_fast.attention` makes SDPA on CPU skip what the tensor
+`position_ids` that restart with every candidate; `exo_fast.backends.attention` makes SDPA on CPU skip what the tensor
 masks. A sliding window is cut on positions, pos_i − pos_j < window: indices in a row of several candidates
 are not distances in the text.
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from exo_fast.attention import SharedPromptMask, spans, worthwhile
+from exo_fast.backends.attention import SharedPromptMask, spans, worthwhile
 from exo_fast.positions import LengthRules, check_classes, length_rules, packed_lengths, rope_hint
 from exo_fast.validate import readable
 
@@ -197,7 +197,7 @@ def model_inputs(
     shared prompts come with position_ids (B, T) and the plan's mask: (B, 1, T, T) of `dtype`, the model's
     compute dtype, 0 where a token is seen and the lowest finite value where not, or a BlockMask when
     `attn_implementation` is "flex_attention", or a dict of either by layer type. For "sdpa" on CPU the mask
-    may be a `exo_fast.attention.SharedPromptMask`, which has the values only where something asks for them.
+    may be a `exo_fast.backends.attention.SharedPromptMask`, which has the values only where something asks for them.
     Where the plan says that length matters, `text_lengths` (B, T) comes too, for `final_hidden` alone.
 
     Raises ValueError for shared rows when the plan refuses sharing or the attention implementation reads no

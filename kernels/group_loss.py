@@ -7,7 +7,7 @@
     EXO L = Σ q (log q − log p),   ∂L/∂s_k = beta_pi · q_k (log q_k − log p_k − L)
     DPO L = −Σ p log q,            ∂L/∂s_k = beta_pi · (q_k − p_k)
 
-Definitions: `exo_fast.reference`; the closed forms: `exo_fast.groups`. Everything is float32. DPO reads p and EXO
+Definitions: `exo_fast.reference`; the closed forms: `exo_fast.closed_form`. Everything is float32. DPO reads p and EXO
 log p, never the other, so that ε = 0 (plain DPO, log p = −inf) meets no 0 · ∞.
 
 Sums: each lane of a (BLOCK_K, BLOCK_T) tile adds every BLOCK_T-th token of its candidate and keeps what rounding takes

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exo_fast import attention
-from exo_fast.attention import SharedPromptMask, Span, packed_attention, spans, worthwhile
+from exo_fast.backends import attention
+from exo_fast.backends.attention import SharedPromptMask, Span, packed_attention, spans, worthwhile
 from exo_fast.head import final_hidden
 from exo_fast.layout import Group, MaskPlan, Packed, check_sharing, model_inputs, pack, plan_mask
 from exo_fast.masks import additive_mask, sees

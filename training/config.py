@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from exo_fast.backends import choose
 from exo_fast.data.selection import DUPLICATES, TIES
+from exo_fast.metrics import GROUP_METRICS
 from exo_fast.reference import default_label_smoothing
 from exo_fast.training import long_sequence, publish
 from exo_fast.training.deepspeed import (
@@ -28,7 +29,6 @@ from exo_fast.training.deepspeed import (
     ensure_launcher_environment,
 )
 from exo_fast.training.errors import InputError
-from exo_fast.training.metrics import GROUP_METRICS
 from exo_fast.training.paths import user_path
 from exo_fast.training.precision import PRECISION_HELP, resolve
 from exo_fast.validate import LARGEST, LEAST, LEAST_SMOOTHING

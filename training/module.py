@@ -36,10 +36,10 @@ from exo_fast.layout import (
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
 from exo_fast.masks import neighbours_hint
+from exo_fast.metrics import GROUP_METRICS, group_metrics
 from exo_fast.reference import sequence_logps
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.errors import InputError, not_its_own
-from exo_fast.training.metrics import GROUP_METRICS, group_metrics
 from exo_fast.training.sequence_parallel import SequenceParallel
 
 logger = logging.get_logger(__name__)

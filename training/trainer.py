@@ -46,7 +46,7 @@ from exo_fast.training.data.records import first_line
 from exo_fast.training.data.sampler import EvaluationBatches, GlobalBatches, Repeated, order_by_length, random_order
 from exo_fast.training.deepspeed import undo_first_step
 from exo_fast.training.errors import RunError
-from exo_fast.training.metrics import peak_memory_mb
+from exo_fast.training.machine import peak_memory_mb
 from exo_fast.training.module import AlignModule, TrainedModule, settle_layout
 from exo_fast.training.reference_logps import fill_reference_logps
 from exo_fast.training.run_watch import RunWatch
@@ -255,7 +255,7 @@ class StageTrainer(Trainer):
         }
 
     def throughput(self) -> dict[str, float | None]:
-        """`tokens_per_second` and `peak_memory_mb` (exo_fast.training.metrics) of the whole run; a collective call."""
+        """`tokens_per_second` and `peak_memory_mb` (exo_fast.metrics) of the whole run; a collective call."""
         if not self._interval_is_empty:
             self._interval_averages()
         peak = self.accelerator.gather(torch.tensor([peak_memory_mb()], device=self.args.device)).max().item()
@@ -574,7 +574,7 @@ class StageTrainer(Trainer):
 
 
 class AlignTrainer(StageTrainer):
-    """Trains an AlignModule on a GroupDataset and reports the loss and metrics of exo_fast.training.metrics.
+    """Trains an AlignModule on a GroupDataset and reports the loss and metrics of exo_fast.metrics.
 
     Data sets without reference log-probs get them from the policy, before its first step.
     """

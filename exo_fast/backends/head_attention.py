@@ -27,7 +27,7 @@ from torch import Tensor
 
 from exo_fast.backends import products, scratch_budget
 from exo_fast.backends.rows import group_units, kept_chunks, kept_rows, row_chunks
-from exo_fast.groups import losses_and_coefficients
+from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
 
 COLUMNS = 8192  # of the vocabulary at a time, for each of the parts that threads work on

@@ -34,7 +34,7 @@ from torch import Tensor
 from exo_fast.backends import head_attention, scratch_budget
 from exo_fast.backends.products import bf16_products
 from exo_fast.backends.rows import Rows, group_units, kept_chunks, kept_rows, row_chunks
-from exo_fast.groups import losses_and_coefficients
+from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
 
 BLOCK = 4096  # columns of the vocabulary at a time: a block of logits stays in cache between product and exponential

@@ -166,7 +166,8 @@ class FusedForward:
 
     def too_wide(self, model: PreTrainedModel, shared: SharedRows, labels: Tensor) -> bool:
         """Whether the shared rows' attention would cost more than their prompts save. FlexAttention, and SDPA on a CPU
-        (`exo_fast.attention`), skip what is masked; elsewhere a mask of (rows, 1, T, T) is made and gone through."""
+        (`exo_fast.backends.attention`), skip what is masked; elsewhere a mask of (rows, 1, T, T) is made and gone
+        through."""
         implementation = model.config._attn_implementation
         skips = implementation == "flex_attention" or (implementation == "sdpa" and labels.device.type == "cpu")
         rows, length = shared.packed.input_ids.shape

@@ -44,8 +44,8 @@ from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
 from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
 from exo_fast.layout import plan_mask
 from exo_fast.loss import group_loss
+from exo_fast.metrics import GROUP_METRICS, group_metrics
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
-from exo_fast.training.metrics import GROUP_METRICS, group_metrics
 from exo_fast.training.saving import settle_generation_config
 from exo_fast.validate import check_budget, check_groups
 
@@ -261,7 +261,7 @@ class ExoDPOTrainer(DPOTrainer):
 
     Takes what DPOTrainer takes. `args` is an ExoDPOConfig, or a DPOConfig for TRL's own losses. A batch of
     `per_device_train_batch_size` G holds G prompts with all their candidates; all rows have the same number K of
-    candidates. Logged beside TRL's names: group_accuracy, kl and group_entropy (`exo_fast.training.metrics`).
+    candidates. Logged beside TRL's names: group_accuracy, kl and group_entropy (`exo_fast.metrics`).
 
     Rows, token ids and what is left out are those of the pipeline (`exo_fast.data`): see `duplicates`, `ties` and
     `num_contrastive` of ExoDPOConfig.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from exo_fast import reference
-from exo_fast.groups import losses_and_coefficients
+from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import TARGETS, of_device
 from exo_fast.logprobs import linear_logprobs

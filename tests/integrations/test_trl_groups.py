@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments 
 
 from exo_fast import reference  # noqa: E402
 from exo_fast.integrations.trl import CandidateCollator, ExoDPOConfig, ExoDPOTrainer  # noqa: E402
-from exo_fast.training.metrics import GROUP_METRICS, group_metrics  # noqa: E402
+from exo_fast.metrics import GROUP_METRICS, group_metrics  # noqa: E402
 
 EVERY = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
 EPOCH = {**EVERY, "max_steps": -1, "num_train_epochs": 1, "learning_rate": 5e-2, "lr_scheduler_type": "constant"}

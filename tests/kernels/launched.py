@@ -16,8 +16,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from exo_fast.backends import triton as backend
 from exo_fast.head import Head
-from exo_fast.kernels import certify
-from exo_fast.kernels.ahead_of_time import source_of
+from exo_fast.kernels.certification import certify
+from exo_fast.kernels.certification.ahead_of_time import source_of
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import TARGETS, Target
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from exo_fast import reference
-from exo_fast.groups import losses_and_coefficients
+from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.kernels import group_loss as kernel
 from exo_fast.kernels.targets import TARGETS, of_device
 

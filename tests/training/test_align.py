@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from exo_fast import reference
 from exo_fast.data.selection import TIE
 from exo_fast.layout import SharingReport
+from exo_fast.metrics import GROUP_METRICS
 from exo_fast.training.align import align, make_module, read_data
 from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.deepspeed import deepspeed_config
 from exo_fast.training.errors import InputError
-from exo_fast.training.metrics import GROUP_METRICS
 from exo_fast.training.module import AlignModule
 from exo_fast.training.training_stage import find_splits, load_causal_lm, tokenize_splits
 

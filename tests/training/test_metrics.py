@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from exo_fast.training.metrics import GROUP_METRICS, group_metrics, peak_memory_mb
+from exo_fast.metrics import GROUP_METRICS, group_metrics
+from exo_fast.training.machine import peak_memory_mb
 
 
 def test_hand_computed_case() -> None:

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from exo_fast.attention import Span, packed_attention
 from exo_fast.backends import head_attention, scratch_budget
+from exo_fast.backends.attention import Span, packed_attention
 from exo_fast.backends.torch import Plan
 from exo_fast.head import Head, decoder, read_head
 from exo_fast.masks import MaskPlan, additive_mask, plan_mask, sees
@@ -441,9 +441,9 @@ class _Step:
     def as_with_values(self) -> Iterator[None]:
         """Inside, two functions that look at values do what they would with those of this step.
 
-        Attention with the mask of `_shared_inputs` is that of `exo_fast.attention` over this step's rows, which reads
-        them from the packed ids otherwise. And transformers takes rows without a mask for what they are, one text
-        each, and makes no mask for them.
+        Attention with the mask of `_shared_inputs` is that of `exo_fast.backends.attention` over this step's rows,
+        which reads them from the packed ids otherwise. And transformers takes rows without a mask for
+        what they are, one text each, and makes no mask for them.
         """
         from transformers import masking_utils
 

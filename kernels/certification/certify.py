@@ -43,10 +43,10 @@ import triton
 from tqdm import tqdm
 from triton import knobs
 
-from exo_fast.kernels import disassembly
-from exo_fast.kernels.ahead_of_time import source_of
+from exo_fast.kernels.certification import disassembly
+from exo_fast.kernels.certification.ahead_of_time import source_of
+from exo_fast.kernels.certification.occupancy import TENSOR_MEMORY, occupancy
 from exo_fast.kernels.launch import Config, Variant
-from exo_fast.kernels.occupancy import TENSOR_MEMORY, occupancy
 from exo_fast.kernels.targets import TARGETS, Target
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -62,17 +62,17 @@ TENSOR_CORES = {  # target -> what its products are called, in PTX or assembly a
 OWN_OPERATION = {"sm_90": "warp_group_dot", "sm_100": "tc_gen5_mma"}  # products that are not Triton's `tt.dot`
 MARKERS = ("<!-- written by make certify -->", "<!-- end of what make certify wrote -->")
 EXAMPLES = """examples:
-  python -m exo_fast.kernels.certify                                    everything, into build/certification.json
-  python -m exo_fast.kernels.certify --target sm_90 --kernel group_loss one kernel for one target
-  python -m exo_fast.kernels.certify --kernel path/to/new_kernel.py     a kernel that is not in the package
-  python -m exo_fast.kernels.certify --markdown docs/certification.md   also rewrite the table of that page
+  python -m exo_fast.kernels.certification                                    everything, into build/certification.json
+  python -m exo_fast.kernels.certification --target sm_90 --kernel group_loss one kernel for one target
+  python -m exo_fast.kernels.certification --kernel path/to/new_kernel.py     a kernel that is not in the package
+  python -m exo_fast.kernels.certification --markdown docs/certification.md   also rewrite the table of that page
 """
 
 
 class Job(NamedTuple):
     """One binary to make. Plain values: a worker process finds the kernel by them."""
 
-    kernel: str  # name of a module of this package, or the path of a Python file
+    kernel: str  # name of a module of exo_fast.kernels, or the path of a Python file
     target: str
     dtype: str
     variant: int
@@ -112,7 +112,7 @@ class Row:
 
 @functools.cache
 def load(kernel: str) -> ModuleType:
-    """A module of this package by name, or any Python file by path."""
+    """A module of exo_fast.kernels by name, or any Python file by path."""
     if not kernel.endswith(".py"):
         return importlib.import_module(f"exo_fast.kernels.{kernel}")
     path = Path(kernel).resolve()
@@ -128,9 +128,8 @@ def exports(module: ModuleType) -> bool:
 
 
 def discover() -> list[str]:
-    """Names of the kernel modules of this package: those that export `configs` and `variants`."""
-    here = Path(__file__)
-    return [p.stem for p in sorted(here.parent.glob("*.py")) if p.stem != here.stem and exports(load(p.stem))]
+    """Names of the modules of exo_fast.kernels that are kernels: those that export `configs` and `variants`."""
+    return [p.stem for p in sorted(Path(__file__).parents[1].glob("*.py")) if exports(load(p.stem))]
 
 
 def space(module: ModuleType, variant: Variant, target: Target, dtype: str) -> list[Config]:
@@ -288,7 +287,7 @@ def write_table(page: Path, text: str) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m exo_fast.kernels.certify",
+        prog="python -m exo_fast.kernels.certification",
         description="Compile every kernel for every target without a GPU, and check the machine code.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -345,7 +344,3 @@ def main(arguments: list[str] | None = None) -> int:
         f"{time.time() - start:.0f} s: {len(failures)} claims failed. Rows: {options.output}"
     )
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -25,9 +25,6 @@ the last log, padding not counted and a shared prompt counted once, over the tim
 CPU).
 """
 
-import resource
-import sys
-
 import torch
 from torch import Tensor
 
@@ -69,11 +66,3 @@ def group_metrics(policy_logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta
 def _mean(values: Tensor, of: Tensor) -> Tensor:
     """(G,): the mean of (G, K) values over the candidates that a mask (G, K) names."""
     return values.where(of, torch.zeros_like(values)).sum(-1) / of.sum(-1)
-
-
-def peak_memory_mb() -> float:
-    """Megabytes (1e6): the process's peak allocated device memory, or peak resident memory without a device."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # Linux counts in KiB
