@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from exo_fast.head import Head, decoder, read_head
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.masks import MaskPlan, model_inputs, plan_mask
 from exo_fast.positions import LengthRules, by_text, length_class
+from exo_fast.precision import true_float32
 from exo_fast.validate import INTEGERS, check_devices, check_tensor
 
 __all__ = [
@@ -362,7 +362,7 @@ def check_sharing(
         torch.no_grad(),
         torch.autocast(head.weight.device.type, enabled=False),
         _eval_mode(model),
-        _true_float32(),
+        true_float32(),
     ):
         expected = token_logps(unshared)
         try:
@@ -420,18 +420,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _true_float32() -> Iterator[None]:
-    """Float32 products in float32, not in the CPU's bf16 or CUDA's TF32, which would blur the comparison."""
-    # PyTorch puts an object in the place of the first one's module, of which type checkers know nothing.
-    backends: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

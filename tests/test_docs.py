@@ -258,7 +258,7 @@ def expect_parsed(call: Any) -> None:
 
 def parse_stage(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`exo-fast WORDS` through the command line's own parsers, up to where the stage would begin."""
-    from exo_fast.training import cli
+    from exo_fast.training.cli import command as cli
 
     if words in (["--help"], ["--version"]):
         return
@@ -411,9 +411,9 @@ def test_commands_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.parametrize("block", of("yaml"), ids=str)
 def test_recipes_are_accepted(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from exo_fast.training import run, run_check
-    from exo_fast.training.cli import STAGES
-    from exo_fast.training.pipeline import read_recipe
+    from exo_fast.training.cli.command import STAGES
+    from exo_fast.training.pipeline import check, process
+    from exo_fast.training.pipeline.recipe import read_recipe
 
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "recipe.yaml"
@@ -422,7 +422,7 @@ def test_recipes_are_accepted(block: Block, tmp_path: Path, monkeypatch: pytest.
         planned = read_recipe(recipe, STAGES)
         stages = [{"name": stage.name, "stage": stage.stage, "options": stage.options} for stage in planned.stages]
         assert stages
-        assert run_check.check(run.CLI_MODULE, stages, planned.defaults)["error"] is None
+        assert check.check(process.CLI_MODULE, stages, planned.defaults)["error"] is None
         return
     named = re.match(r"# exo-fast ([\w-]+) --config", block.text)
     assert named, f"{block}: a recipe of one stage begins with its command: # exo-fast STAGE --config FILE"
@@ -443,7 +443,7 @@ def data_blocks() -> list[Block]:
 def test_data_is_read(block: Block, tmp_path: Path) -> None:
     from exo_fast.data import forms
     from exo_fast.training.data import examples
-    from exo_fast.training.data.records import find_source
+    from exo_fast.training.data.sources import find_source
 
     if block.language == "json":
         value = json.loads(block.text)
@@ -489,7 +489,7 @@ def test_quick_start_aligns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from exo_fast.training.cli import main
+    from exo_fast.training.cli.command import main
 
     monkeypatch.chdir(tmp_path)
     page = DOCS / "quick-start.md"

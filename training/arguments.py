@@ -22,7 +22,7 @@ from transformers.hf_argparser import string_to_bool
 
 from exo_fast.data.fields import short
 from exo_fast.training.errors import InputError
-from exo_fast.training.paths import user_path
+from exo_fast.training.files import user_path
 
 Config = TypeVar("Config")
 OTHER_FIELDS = "everything else of transformers.TrainingArguments"

@@ -34,13 +34,14 @@ from transformers.utils import logging as transformers_logging
 
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.layout import Group
-from exo_fast.training import assets
-from exo_fast.training.data.reviews import clean_opening
+from exo_fast.precision import matmul_precision
+from exo_fast.training import downloads, files
+from exo_fast.training.data.published.reviews import clean_opening
 from exo_fast.training.errors import InputError
-from exo_fast.training.generate import sample_tokens
-from exo_fast.training.logprobs import sequence_log_probs
-from exo_fast.training.precision import matmul_precision, resolve
-from exo_fast.training.report import Evaluation, Results, write_report
+from exo_fast.training.inference.log_probs import sequence_log_probs
+from exo_fast.training.inference.sampling import sample_tokens
+from exo_fast.training.options import resolve
+from exo_fast.training.reports.statistics import Evaluation, Results, write_report
 from exo_fast.training.terminal import give_result
 from exo_fast.version import __version__
 
@@ -115,7 +116,7 @@ def load_config(path: Path) -> DemoConfig:
         raise InputError(f"{path}: {error}") from error
 
 
-def opening_words(snippets: Sequence[assets.Snippet], words: int, count: int, seed: int) -> list[str]:
+def opening_words(snippets: Sequence[downloads.Snippet], words: int, count: int, seed: int) -> list[str]:
     """`count` different prompts: the first `words` words of reviews that go on for at least as many again.
 
     Openings that end a sentence, or that hold an unclosed quotation or bracket, are left out: what a model makes of
@@ -168,7 +169,7 @@ class Stages:
                 value, reused = json.loads(path.read_text(encoding="utf-8")), True
             else:
                 value, reused = compute(), False
-                assets.write_file(self.cache, path.name, json.dumps(value).encode())
+                files.write_file(self.cache, path.name, json.dumps(value).encode())
         if reused:
             self.seconds[name] = 0.0
         return value
@@ -180,7 +181,7 @@ def run_demo(
     *,
     cache: Path,
     model_path: Path | None = None,
-    snippets: Sequence[assets.Snippet] | None = None,
+    snippets: Sequence[downloads.Snippet] | None = None,
     oracle: Callable[[str], float] | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
@@ -191,15 +192,15 @@ def run_demo(
     stages = Stages(cache, count=6, fresh=fresh)
     with stages.stage("model, reviews and reward"):
         if model_path is None:
-            model_path = assets.get_model(cache)
+            model_path = downloads.get_model(cache)
         if snippets is None:
-            snippets = assets.get_reviews(cache)
+            snippets = downloads.get_reviews(cache)
         if oracle is None:
-            oracle = assets.get_oracle(cache)
+            oracle = downloads.get_oracle(cache)
         count = config.train_prompts + config.held_out_prompts
         prompts = opening_words(snippets, config.prompt_words, count, config.seed)
         train, held_out = prompts[: config.train_prompts], prompts[config.train_prompts :]
-        start_digest = assets.file_sha256(model_path / "model.safetensors")
+        start_digest = files.file_sha256(model_path / "model.safetensors")
         print(f"{len(train)} prompts to train on, {len(held_out)} held out, such as {train[0]!r}")
 
     def sampling(digest: str, texts: list[str], each: int, seed: int) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def run_demo(
     if reused:
         stages.seconds["alignment"] = 0.0
 
-    digests = [assets.file_sha256(path / "model.safetensors") for path in models.values()]
+    digests = [files.file_sha256(path / "model.safetensors") for path in models.values()]
     after = stages.run(
         "the same held-out prompts, after",
         {**held_out_key, "policies": digests},
@@ -334,14 +335,13 @@ def align_policy(
     Returns whether a finished run was reused, the training log, and the models by the step they were saved
     at, the last of them the result.
     """
-    from exo_fast.training.align import align
     from exo_fast.training.arguments import parse_config
-    from exo_fast.training.config import AlignConfig
+    from exo_fast.training.stages.align import AlignConfig, align
 
     policy, folder = output / "policy", output / "data"
     rows = {"train.json": training_rows(data), "test.json": training_rows(held_out)}
     for name, content in rows.items():
-        assets.write_file(folder, name, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        files.write_file(folder, name, json.dumps(content, indent=1, ensure_ascii=False).encode())
     settings = {
         "max_gen_len": config.max_new_tokens,  # so that a completion cut by sampling gets no end token
         "temperature": config.temperature,
@@ -357,7 +357,7 @@ def align_policy(
         **settings,
     }
     text = "# Written by `exo-fast demo`, for `exo-fast align --config`.\n" + yaml.safe_dump(recipe, sort_keys=False)
-    path = assets.write_file(output, "align.yaml", text.encode())
+    path = files.write_file(output, "align.yaml", text.encode())
 
     key = _digest([FORMAT, __version__, start_digest, settings, rows])
     stamp = policy / "demo-key.txt"
@@ -440,5 +440,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.seed is not None:
         config = dataclasses.replace(config, seed=options.seed)
     transformers_logging.disable_progress_bar()  # its bars of loading weights: ours say more
-    give_result(run_demo(config, options.output, cache=assets.cache_dir(), fresh=options.fresh))
+    give_result(run_demo(config, options.output, cache=downloads.cache_dir(), fresh=options.fresh))
     return 0

@@ -33,3 +33,8 @@ def not_its_own(config: Any, hint: str, found: str) -> InputError:
         f"model type {config.model_type!r}: it has {hint}, and what it gives for a text depends on the other texts of "
         f"the batch: {found}. Numbers from different batches cannot be compared; use another model."
     )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import platform
@@ -25,6 +26,7 @@ PACKAGES = (
     "cut-cross-entropy",
     "liger_kernel",
 )
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def describe() -> dict:
@@ -107,3 +109,14 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # Linux counts in KiB
+
+
+def give_back_freed_memory() -> None:
+    """On a CPU with glibc: have every block of a MB and more mapped by itself, and so given back when it is freed.
+
+    Unless told so, glibc keeps blocks of up to 32 MB in its heap, where the activations of long rows leave holes that
+    later ones do not fit: the peak of two processes on one row of 16,320 tokens was 7 GB with less than half in use.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**20)

@@ -1,10 +1,13 @@
 """The processes of a run speaking with one another, and nothing where there is only one."""
 
+import os
+import socket
 from typing import TypeVar
 
 import torch
 
 Value = TypeVar("Value")
+LAUNCHER_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 def count() -> int:
@@ -39,3 +42,24 @@ def wait() -> None:
 
 def _together() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def announce_cpu() -> None:
+    """Tell DeepSpeed that there is no accelerator, and accelerate the number of threads, before each finds
+    out.
+
+    Both would warn; DeepSpeed as soon as it is imported, which transformers does.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+def ensure_launcher_environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and a free MASTER_PORT, unless a launcher did."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return
+    for name, value in LAUNCHER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from exo_fast.training.config import AlignConfig
+from exo_fast.training.stages.align import AlignConfig
 
 STEP, ONCE = "every step", "once a run"
 REST = "Trainer, and what is in no other line"
@@ -133,7 +133,7 @@ class _Mark(torch.autograd.Function):
 
 def profile(config: AlignConfig) -> list[Stage]:
     """Run `exo-fast align` (on DeepSpeed, one process) and tell its stages, in the order of WHEN."""
-    from exo_fast.training import align
+    from exo_fast.training.stages import align
 
     batches: list[dict] = []
     watch = Stopwatch("outside the training loop")
@@ -154,8 +154,11 @@ def _watched(watch: Stopwatch, batches: list[dict]) -> Iterator[None]:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from transformers.modeling_utils import AttentionInterface
 
-    from exo_fast.training import align, module, run_facts, trainer
     from exo_fast.training.data.groups import GroupCollator, GroupDataset
+    from exo_fast.training.models import modules
+    from exo_fast.training.reports import facts
+    from exo_fast.training.stages import align
+    from exo_fast.training.trainer import trainer
 
     gradients = "DeepSpeed: forward and gradients"
     stages: list[tuple[Any, str, str, bool]] = [
@@ -163,17 +166,17 @@ def _watched(watch: Stopwatch, batches: list[dict]) -> Iterator[None]:
         (align, "tokenize_splits", "tokenise", True),
         (align, "load_tokenizer", "load model and tokenizer", True),
         (align, "load_causal_lm", "load model and tokenizer", True),
-        (trainer.AlignTrainer, "__init__", "start the engine", True),
+        (align.AlignTrainer, "__init__", "start the engine", True),
         (trainer.StageTrainer, "_prepare_for_training", "start the engine", False),
         (trainer, "settle_layout", "check of the layout", True),
         (trainer, "fill_reference_logps", "reference log-probs", True),
         (trainer.StageTrainer, "train", REST, False),
         (GroupDataset, "__getitem__", "collate", True),
         (GroupCollator, "__call__", "collate", True),
-        (module, "model_inputs", "mask and positions", True),
-        (module, "final_hidden", _BODY, False),
-        (module, "linear_group_loss", HEAD, True),
-        (module, "group_metrics", "logging and metrics", True),
+        (modules, "model_inputs", "mask and positions", True),
+        (modules, "final_hidden", _BODY, False),
+        (modules, "linear_group_loss", HEAD, True),
+        (modules, "group_metrics", "logging and metrics", True),
         (deepspeed.DeepSpeedEngine, "forward", gradients, False),
         (deepspeed.DeepSpeedEngine, "backward", gradients, False),
         (DeepSpeedZeroOptimizer, "process_gradients", gradients, True),
@@ -183,7 +186,7 @@ def _watched(watch: Stopwatch, batches: list[dict]) -> Iterator[None]:
         (trainer.StageTrainer, "log", "logging and metrics", True),
         (trainer.StageTrainer, "_save_checkpoint", "checkpoint and model", True),
         (trainer.StageTrainer, "save_model", "checkpoint and model", True),
-        (run_facts, "take_samples", "samples for the report", True),
+        (facts, "take_samples", "samples for the report", True),
     ]
     collate = GroupCollator.__call__
 
@@ -212,9 +215,9 @@ def operations(config: AlignConfig, batch: dict) -> dict[str, float]:
     from torch.autograd.profiler import record_function
     from torch.profiler import ProfilerActivity
 
-    from exo_fast.training import align
-    from exo_fast.training.module import packed_batch
-    from exo_fast.training.precision import matmul_precision
+    from exo_fast.precision import matmul_precision
+    from exo_fast.training.models.modules import packed_batch
+    from exo_fast.training.stages import align
 
     module = align.make_module(config, align.load_causal_lm(config, config.model_name_or_path)).train()
     packed = packed_batch(batch)

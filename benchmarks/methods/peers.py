@@ -36,8 +36,8 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
+from exo_fast.precision import matmul_precision
 
 METHODS = (
     "full-logits", "full-logits-compiled", "full-logits-fp32", "original", "trl", "checkpoint",
@@ -93,17 +94,10 @@ def float32_logits(method: str, precision: str) -> bool:
     return precision == "fp32" or method.startswith("exo_fast") or method.endswith("-fp32")
 
 
-@contextmanager
-def settings(method: str, precision: str, device: str) -> Iterator[None]:
+def settings(method: str, precision: str, device: str) -> AbstractContextManager[None]:
     """What a method's forward and backward run under, so that a peer of float32 logits is as fast as it can be."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if method.endswith("-fp32") and precision == "bf16" and device == "cpu":
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    rounded = method.endswith("-fp32") and precision == "bf16" and device == "cpu"
+    return matmul_precision("bf16" if rounded else "ieee")
 
 
 def operation(method: str) -> Operation:

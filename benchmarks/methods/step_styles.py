@@ -34,8 +34,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from exo_fast.head import read_head
 from exo_fast.layout import Group, Packed, pack, plan_mask
 from exo_fast.reference import sequence_logps
-from exo_fast.training.deepspeed import LAUNCHER_ENVIRONMENT
-from exo_fast.training.module import AlignModule, packed_batch
+from exo_fast.training.models.modules import AlignModule, packed_batch
+from exo_fast.training.processes import LAUNCHER_ENVIRONMENT
 
 BETA_PI = 0.1
 LABEL_SMOOTHING = 1e-3

@@ -94,7 +94,7 @@ def impossible(cell: Cell) -> str | None:
 
 def write_inputs(folder: Path) -> None:
     """`folder/tied`, `folder/untied`: models with a tokenizer; `folder/data`: train.json, test.json."""
-    from exo_fast.training.deepspeed import announce_cpu
+    from exo_fast.training.processes import announce_cpu
 
     announce_cpu()  # before transformers is imported
     for head in HEADS:

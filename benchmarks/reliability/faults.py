@@ -41,7 +41,8 @@ from exo_fast.benchmarks.harness import runner
 from exo_fast.benchmarks.harness.tables import markdown, rewrite
 from exo_fast.benchmarks.reliability import consistency
 from exo_fast.benchmarks.reliability.teams import Team
-from exo_fast.training import checkpoints, machine
+from exo_fast.training import machine
+from exo_fast.training.trainer import checkpoints
 
 OUTPUT = machine.REPOSITORY / "benchmarks" / "results" / "faults.json"
 EXAMPLES = """examples:

@@ -18,7 +18,13 @@ from typing import Any
 
 from exo_fast.benchmarks.reliability import trainings
 
-PRELOAD = ["exo_fast.training.cli", "exo_fast.training.align", "exo_fast.training.arguments", "deepspeed", "peft"]
+PRELOAD = [
+    "exo_fast.training.cli",
+    "exo_fast.training.stages.align",
+    "exo_fast.training.arguments",
+    "deepspeed",
+    "peft",
+]
 DIED = "killed at its call "
 LIMIT_SECONDS = 180  # of a run that is left alone, after which it is taken to hang
 
@@ -89,7 +95,7 @@ def _run(words: list[str], environment: dict[str, str], log: str, death: tuple[s
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from exo_fast.training.cli import main
+    from exo_fast.training.cli.command import main
 
     if death is not None:
         _die_at(*death)
@@ -101,7 +107,7 @@ def _run(words: list[str], environment: dict[str, str], log: str, death: tuple[s
 
 def _die_at(method: str, call: int) -> None:
     """End this process by SIGKILL at the `call`th call of a method of StageTrainer."""
-    from exo_fast.training.trainer import StageTrainer
+    from exo_fast.training.trainer.trainer import StageTrainer
 
     original, calls = getattr(StageTrainer, method), count(1)
 

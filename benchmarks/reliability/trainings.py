@@ -101,8 +101,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the trainings of a plan, and end the process before the interpreter is taken apart under gloo's threads."""
     status = 0
     try:
-        from exo_fast.training.align import align
-        from exo_fast.training.config import AlignConfig
+        from exo_fast.training.stages.align import AlignConfig, align
 
         for training in json.loads(Path(argv[0]).read_text()):
             align(AlignConfig(**training))

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from exo_fast.benchmarks.methods.epoch_profile import Stage
-    from exo_fast.training.config import AlignConfig
     from exo_fast.training.data.groups import GroupDataset
+    from exo_fast.training.stages.align import AlignConfig
 
 NAME = "data"
 CANDIDATES, BATCH = 4, 8
@@ -79,10 +79,10 @@ def impossible(case: Case) -> str | None:
 
 def prepare() -> None:
     """Fetch the demo model and its reviews, once: their progress belongs on the terminal."""
-    from exo_fast.training import assets
+    from exo_fast.training import downloads
 
-    assets.get_model(assets.cache_dir())
-    assets.get_reviews(assets.cache_dir())
+    downloads.get_model(downloads.cache_dir())
+    downloads.get_reviews(downloads.cache_dir())
 
 
 def measure(case: Case, workdir: Path) -> dict:
@@ -90,11 +90,11 @@ def measure(case: Case, workdir: Path) -> dict:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from exo_fast.training import assets
+    from exo_fast.training import downloads
 
     logging.disable_progress_bar()
-    model = assets.get_model(assets.cache_dir(), _quiet)
-    words = " ".join(review.text for review in assets.get_reviews(assets.cache_dir(), _quiet)).split()
+    model = downloads.get_model(downloads.cache_dir(), _quiet)
+    words = " ".join(review.text for review in downloads.get_reviews(downloads.cache_dir(), _quiet)).split()
     tokenizer = AutoTokenizer.from_pretrained(model)
     before = process_memory.resident_mb()
     process_memory.reset_peak()
@@ -150,7 +150,7 @@ class Rows:
     def read(self) -> list:
         """The rows, checked."""
         from exo_fast.training.data.examples import load_examples
-        from exo_fast.training.data.records import find_source
+        from exo_fast.training.data.sources import find_source
 
         return load_examples(find_source(str(self.path), "train"), loss_type="exo-rw", num_contrastive=None)
 
@@ -250,7 +250,7 @@ def _table(stages: list[Stage], steps: int, loop: float, total: float) -> Iterat
 
 def align_config(epoch: Epoch, model: Path, data: Path, output: Path) -> AlignConfig:
     """One epoch as `exo-fast align` runs it, with the demo's loss and precision, and nothing kept from other runs."""
-    from exo_fast.training.config import AlignConfig
+    from exo_fast.training.stages.align import AlignConfig
 
     return AlignConfig(
         model_name_or_path=str(model),

@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from exo_fast.benchmarks.harness.tables import markdown
-from exo_fast.training import assets
+from exo_fast.training import downloads
 
 PLAIN_IDS = range(1000, 49000)  # no special tokens
 COLUMNS = ["run", "processes", "tokens of the row", "whole run, s", "step, s", "peak memory, MB", "loss"]
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2], help="runs, by their processes [%(default)s]")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/long"), help="[%(default)s]")
     options = parser.parse_args(argv)
-    model = assets.get_model(assets.cache_dir())
+    model = downloads.get_model(downloads.cache_dir())
     output = options.output_dir / time.strftime("%Y%m%d-%H%M%S")  # a run that is finished would not be run again
     write_group(AutoTokenizer.from_pretrained(model), output / "train.json", options.candidates, options.completion)
     row = options.prompt + options.candidates * options.completion

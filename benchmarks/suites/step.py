@@ -129,10 +129,10 @@ def baseline(case: Case) -> str:
 
 def prepare() -> None:
     """Fetch the demo model and its reviews, once: their progress belongs on the terminal."""
-    from exo_fast.training import assets
+    from exo_fast.training import downloads
 
-    assets.get_model(assets.cache_dir())
-    assets.get_reviews(assets.cache_dir())
+    downloads.get_model(downloads.cache_dir())
+    downloads.get_reviews(downloads.cache_dir())
 
 
 # One case
@@ -145,10 +145,10 @@ def measure(case: Case, workdir: Path) -> dict:
     from transformers.utils import logging
 
     from exo_fast.benchmarks.methods import step_styles
-    from exo_fast.training import assets
+    from exo_fast.training import downloads
 
     logging.disable_progress_bar()
-    path = assets.get_model(assets.cache_dir(), _quiet)
+    path = downloads.get_model(downloads.cache_dir(), _quiet)
     tokenizer = AutoTokenizer.from_pretrained(path)
     task = make_task(read_tokens(tokenizer, workdir), case)
     products = "bf16" if case.precision == "fp32+bf16" else torch.backends.mkldnn.matmul.fp32_precision
@@ -246,13 +246,13 @@ def add_noise(model: PreTrainedModel, relative: float = NOISE) -> None:
 
 def read_tokens(tokenizer: PreTrainedTokenizerBase, workdir: Path) -> list[int]:
     """Reviews laid end to end, as many tokens as the longest problem has; kept in `workdir`."""
-    from exo_fast.training import assets
+    from exo_fast.training import downloads
 
     path = workdir / "step-tokens.json"
     if path.exists():
         return json.loads(path.read_text())
     tokens: list[int] = []
-    for snippet in assets.get_reviews(assets.cache_dir(), _quiet):
+    for snippet in downloads.get_reviews(downloads.cache_dir(), _quiet):
         tokens += tokenizer(snippet.text + "\n")["input_ids"]
         if len(tokens) >= SEQUENCES * LENGTH:
             break

@@ -56,9 +56,9 @@ RESULTS = Path("benchmarks/results/trl_drop_in.json")
 
 def make_pairs(tokenizer: Any, n: int) -> list[dict[str, str]]:
     """Prompts and completions of exactly so many tokens, cut out of the demo's reviews, as texts."""
-    from exo_fast.training import assets
+    from exo_fast.training import downloads
 
-    reviews = assets.get_reviews(assets.cache_dir(), lambda *_, **__: None)
+    reviews = downloads.get_reviews(downloads.cache_dir(), lambda *_, **__: None)
     ids = tokenizer("\n".join(review.text for review in reviews))["input_ids"]
     found, at = [], 0
     while len(found) < n:
@@ -82,10 +82,10 @@ def run(case: str, steps: int, pairs: int) -> dict[str, Any]:
     from transformers.utils import logging
     from trl import DPOConfig, DPOTrainer
 
-    from exo_fast.training import assets
+    from exo_fast.training import downloads
 
     logging.disable_progress_bar()
-    path = assets.get_model(assets.cache_dir(), lambda *_, **__: None)
+    path = downloads.get_model(downloads.cache_dir(), lambda *_, **__: None)
     tokenizer = AutoTokenizer.from_pretrained(path)
     data = Dataset.from_list(make_pairs(tokenizer, steps * pairs))
 

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from exo_fast.backends import products, scratch_budget
+from exo_fast import precision
+from exo_fast.backends import scratch_budget
 from exo_fast.backends.rows import group_units, kept_chunks, kept_rows, row_chunks
 from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
@@ -45,7 +46,7 @@ def applies(rows: int, hidden: Tensor, head: Head) -> bool:
         rows >= MIN_ROWS
         and hidden.shape[-1] <= MAX_WIDTH
         and hidden.device.type == "cpu"
-        and (hidden.dtype == torch.bfloat16 or (hidden.dtype == torch.float32 and products.fp32_precision() == "bf16"))
+        and (hidden.dtype == torch.bfloat16 or (hidden.dtype == torch.float32 and precision.fp32_precision() == "bf16"))
         and head.bias is None
         and head.softcap is None
         and torch.cpu._is_amx_tile_supported()
@@ -80,7 +81,7 @@ def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tens
         rows = head.weight[start : start + sizes.columns].float().contiguous()
         split = parts if len(rows) % parts == 0 else 1
         keys = rows.view(1, split, -1, rows.shape[1])
-        with products.bf16_products(torch.bfloat16):
+        with precision.bf16_products(torch.bfloat16):
             out, part_lse = flash(queries.expand(1, split, -1, -1), keys, keys, scale=head.scale)
         for part, value in zip(out[0], part_lse[0], strict=True):
             if not len(mean):

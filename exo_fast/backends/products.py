@@ -6,53 +6,11 @@ widened in blocks: the same numbers, more slowly.
 """
 
 import functools
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 BLOCK = 8192  # columns widened at a time
-
-
-_lock = threading.Lock()
-_inside = 0  # calls of bf16_products that are under way, in all threads: the setting is the process's
-_users_setting = ""
-
-
-@contextmanager
-def bf16_products(operands: torch.dtype) -> Iterator[None]:
-    """On CPU a float32 view of bf16 operands loses nothing when oneDNN multiplies it in bf16 and sums in float32."""
-    global _inside, _users_setting
-    if operands != torch.bfloat16:
-        yield
-        return
-    setting = _setting()
-    with _lock:
-        if _inside == 0:
-            _users_setting = setting.fp32_precision
-            setting.fp32_precision = "bf16"
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                setting.fp32_precision = _users_setting
-
-
-def fp32_precision() -> str:
-    """How oneDNN multiplies float32 operands on this CPU by the user's setting: "bf16", or "ieee" and others."""
-    with _lock:
-        return _users_setting if _inside else _setting().fp32_precision
-
-
-def _setting() -> Any:
-    """oneDNN's `fp32_precision`, in an object that PyTorch puts in the place of its module."""
-    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

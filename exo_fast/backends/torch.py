@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from exo_fast.backends import head_attention, scratch_budget
-from exo_fast.backends.products import bf16_products
 from exo_fast.backends.rows import Rows, group_units, kept_chunks, kept_rows, row_chunks
 from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
+from exo_fast.precision import bf16_products
 
 BLOCK = 4096  # columns of the vocabulary at a time: a block of logits stays in cache between product and exponential
 MIN_ROWS = 192  # fewer whole rows than this in the budget make the products too thin: work by blocks instead

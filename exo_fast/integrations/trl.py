@@ -42,11 +42,11 @@ from exo_fast.backends import BACKENDS
 from exo_fast.data.selection import DUPLICATES, TIES
 from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
 from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
+from exo_fast.integrations.generation_config import settle_generation_config
 from exo_fast.layout import plan_mask
 from exo_fast.loss import group_loss
 from exo_fast.metrics import GROUP_METRICS, group_metrics
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
-from exo_fast.training.saving import settle_generation_config
 from exo_fast.validate import check_budget, check_groups
 
 try:

@@ -13,9 +13,7 @@ from exo_fast.benchmarks.harness.tables import block
 from exo_fast.benchmarks.reliability import consistency, trainings
 from exo_fast.benchmarks.reliability.consistency import Cell
 from exo_fast.training import machine
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
-from exo_fast.training.trainer import AlignTrainer
+from exo_fast.training.stages.align import AlignConfig, AlignTrainer, align
 
 REFUSED = Cell(1, 0, accumulation=13)  # a batch of 12 groups cannot be cut into so many
 

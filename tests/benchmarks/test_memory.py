@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 from exo_fast.benchmarks.methods import step_styles
 from exo_fast.benchmarks.suites import memory
 from exo_fast.layout import Group
-from exo_fast.training.cli import main as cli
+from exo_fast.training.cli.command import main as cli
 from exo_fast.training.errors import InputError
 from exo_fast.training.memory import command
 from exo_fast.training.memory.estimate import PARTS, Setting, estimate

@@ -172,7 +172,7 @@ def test_task_has_the_lengths_it_promises(case: step.Case) -> None:
 
 def test_tokens_are_kept_for_the_next_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reviews = [SimpleNamespace(text="some words of a review")] * 200
-    monkeypatch.setattr("exo_fast.training.assets.get_reviews", lambda cache, say: reviews)
+    monkeypatch.setattr("exo_fast.training.downloads.get_reviews", lambda cache, say: reviews)
     tokens = step.read_tokens(lambda text: {"input_ids": list(text.encode())}, tmp_path)
     assert len(tokens) >= 8 * 256
     assert step.read_tokens(None, tmp_path) == tokens
@@ -204,7 +204,7 @@ def test_a_case_is_measured(
 ) -> None:
     if style.startswith("trl"):
         pytest.importorskip("trl")
-    monkeypatch.setattr("exo_fast.training.assets.get_model", lambda cache, say: tmp_path)
+    monkeypatch.setattr("exo_fast.training.downloads.get_model", lambda cache, say: tmp_path)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: tiny_tokenizer)
     monkeypatch.setattr(step, "load_model", lambda path, precision: make_models()[0])
     monkeypatch.setattr(step, "read_tokens", lambda tokenizer, workdir: torch.arange(2048).remainder(90).tolist())

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exo_fast.training.arguments import parse_config
-from exo_fast.training.cli import STAGES
-from exo_fast.training.config import parse_size
+from exo_fast.training.cli.command import STAGES
 from exo_fast.training.errors import InputError
+from exo_fast.training.options import parse_size
 
 CONFIGURED = [name for name, stage in STAGES.items() if stage.config is not None]
 # What a configuration of each stage cannot be without.

@@ -23,7 +23,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from exo_fast.data.examples import MAX_ID, Example
-from exo_fast.training.assets import MAX_UNPACKED, read_member
 from exo_fast.training.data.examples import (
     load_examples,
     load_pairs,
@@ -33,7 +32,8 @@ from exo_fast.training.data.examples import (
     load_texts,
 )
 from exo_fast.training.data.groups import tokenize
-from exo_fast.training.data.records import find_source, read_records
+from exo_fast.training.data.sources import find_source, read_records
+from exo_fast.training.downloads import MAX_UNPACKED, read_member
 from exo_fast.training.errors import InputError
 
 WORDS = ("the", "film", "was", "good", "é")

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from exo_fast.training.errors import InputError
-from exo_fast.training.loading import adapter_base, from_pretrained
+from exo_fast.training.models.loading import adapter_base, from_pretrained
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

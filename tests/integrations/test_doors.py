@@ -21,15 +21,15 @@ pytest.importorskip("trl")
 from exo_fast.data.tokens import Tokens
 from exo_fast.integrations.candidates import CandidateRows
 from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.examples import load_examples, load_prompts, load_samples, load_sft
 from exo_fast.training.data.groups import tokenize
-from exo_fast.training.data.records import Source
+from exo_fast.training.data.places import Source
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference import encode_prompts
-from exo_fast.training.logprobs import LogprobsConfig, logprobs, tokenize_rows
-from exo_fast.training.score import ScoreConfig, score
+from exo_fast.training.inference.config import encode_prompts
+from exo_fast.training.inference.log_probs import tokenize_rows
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.stages.logprobs import LogprobsConfig, logprobs
+from exo_fast.training.stages.score import ScoreConfig, score
 
 LENGTHS = {"max_seq_len": 1500, "max_gen_len": 500}
 

@@ -47,10 +47,10 @@ def test_all_targets_are_named_and_phony() -> None:
     [
         ("LOSS_TYPES", "exo_fast/reference.py"),
         ("group_loss", "exo_fast/reference.py"),
-        ("loss_type", "training/config.py"),
+        ("loss_type", "training/trainer/config.py"),
         ("OURS", "training/data/registry.py"),
         ("RawDataset", "training/data/registry.py"),
-        ("STAGES", "training/cli.py"),
+        ("STAGES", "training/cli/command.py"),
         ("configs", "kernels/group_loss.py"),
         ("variants", "kernels/group_loss.py"),
         ("InputError", "training/errors.py"),

@@ -131,7 +131,8 @@ def settings(tiny_llama: str, data_directory: str, tmp_path: Path) -> Callable[.
 @pytest.fixture(scope="session")
 def reward_model(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The directory of a one-logit classifier on the tiny Llama, with a head that has opinions."""
-    from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
+    from exo_fast.training.data.texts import pad_with_eos
+    from exo_fast.training.models.scorer import load_scalar_model
 
     directory = tmp_path_factory.mktemp("reward_model")
     set_seed(0)

@@ -40,8 +40,8 @@ def run(command: Sequence[str], cwd: Path | None = None, timeout: float = 300) -
 
 
 def main() -> None:
-    from exo_fast.training.cli import main as cli
-    from exo_fast.training.trainer import StageTrainer
+    from exo_fast.training.cli.command import main as cli
+    from exo_fast.training.trainer.trainer import StageTrainer
 
     call, words = int(sys.argv[2]), sys.argv[3:]
     method, _, name = sys.argv[1].partition(":")

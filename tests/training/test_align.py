@@ -19,13 +19,13 @@ from exo_fast import reference
 from exo_fast.data.selection import TIE
 from exo_fast.layout import SharingReport
 from exo_fast.metrics import GROUP_METRICS
-from exo_fast.training.align import align, make_module, read_data
-from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
-from exo_fast.training.deepspeed import deepspeed_config
 from exo_fast.training.errors import InputError
-from exo_fast.training.module import AlignModule
-from exo_fast.training.training_stage import find_splits, load_causal_lm, tokenize_splits
+from exo_fast.training.models.causal import load_causal_lm
+from exo_fast.training.models.modules import AlignModule
+from exo_fast.training.stages.align import AlignConfig, align, make_module, read_data
+from exo_fast.training.trainer.deepspeed import deepspeed_config
+from exo_fast.training.trainer.run import find_splits, tokenize_splits
 
 Settings = Callable[..., dict[str, Any]]
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
@@ -287,7 +287,7 @@ def test_a_difference_on_the_first_groups_unshares(
     settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = SharingReport(ok=False, reason="a token's log-prob is off by 0.5", token_rms=0.5, sequence_max=4.0)
-    monkeypatch.setattr("exo_fast.training.module.check_sharing", lambda *_: report)
+    monkeypatch.setattr("exo_fast.training.models.modules.check_sharing", lambda *_: report)
     logging.getLogger("transformers").propagate = True
     summary = run(settings(max_steps=2))
     assert (summary["layout"]["share_prompt"], summary["layout"]["token_rms"]) == (False, 0.5)

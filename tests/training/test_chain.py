@@ -13,7 +13,7 @@ from killing import environment, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from exo_fast.training.cli import STAGES
+from exo_fast.training.cli.command import STAGES
 
 RECIPE = """
 variables: {output: out, processes: 1}

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from exo_fast.training import checkpoints
-from exo_fast.training.checkpoints import Damaged, Facts
+from exo_fast.training.models import saving
+from exo_fast.training.trainer import checkpoints
+from exo_fast.training.trainer.checkpoints import Damaged, Facts
 
 FACTS = Facts(step=2, processes=1, engine="torch", zero_stage=None, resumable=True)
 
@@ -153,5 +154,5 @@ def test_files_are_replaced_by_whole_ones(tmp_path: Path) -> None:
     (source / "model").write_text("new")
     (target / "model").write_text("old")
     (target / "other").write_text("kept")
-    checkpoints.replace_files(source, target)
+    saving.replace_files(source, target)
     assert {path.name: path.read_text() for path in target.iterdir()} == {"model": "new", "other": "kept"}

@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline, set_seed
 
-from exo_fast.training.classifier import ClassifierConfig, classifier
+from exo_fast.training.data.texts import RowCollator, pad_with_eos, tokenize_rows
 from exo_fast.training.errors import InputError
-from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
-from exo_fast.training.scalar_module import ClassifierModule, RowCollator, tokenize_rows
+from exo_fast.training.models.scorer import load_scalar_model
+from exo_fast.training.models.scorer_modules import ClassifierModule
+from exo_fast.training.stages.classifier import ClassifierConfig, classifier
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import WORDS

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from killing import environment, run
 
-from exo_fast.training import cli, terminal
-from exo_fast.training.cli import _take_flags, main
+from exo_fast.training import terminal
+from exo_fast.training.cli import command as cli
+from exo_fast.training.cli.command import _take_flags, main
 
 CLI = [sys.executable, "-m", "exo_fast.training.cli"]
 
@@ -21,7 +22,7 @@ SCRIPT = """
 import atexit, socket, sys
 import torch
 import torch.distributed as dist
-from exo_fast.training import cli
+from exo_fast.training.cli import command as cli
 from exo_fast.training.errors import InputError
 
 class Remains:
@@ -57,7 +58,7 @@ def test_a_process_with_collectives_under_way_ends_in_order(words: list[str], st
 # A stage of our own, in a module of its own: `{body}` is what it does when it is imported or called.
 STAGE = """
 import sys
-from exo_fast.training import cli
+from exo_fast.training.cli import command as cli
 cli.STAGES["mine"] = cli.Stage("of this test", "exo_fast.mine", "main")
 cli._import = lambda module: __import__("mine")
 sys.exit(cli.main())
@@ -363,7 +364,7 @@ def test_a_disk_that_is_full_under_stdout_is_said(tmp_path: Path) -> None:
 
 def test_warnings_that_a_run_listens_to_are_shown_as_ever(tmp_path: Path) -> None:
     body = (
-        "from exo_fast.training import run_facts\n"
+        "from exo_fast.training.reports import facts as run_facts\n"
         "import logging\n"
         "def main(argv):\n"
         "    with run_facts.heard_warnings() as heard:\n"

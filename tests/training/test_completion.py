@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.training import completion
-from exo_fast.training.cli import STAGES, main
-from exo_fast.training.requirements import command_for
+from exo_fast.training.cli import completion
+from exo_fast.training.cli.command import STAGES, main
+from exo_fast.training.cli.installed import command_for
 
 shtab = pytest.importorskip("shtab", reason="pip install 'exo_fast[completion]'")
 

@@ -25,13 +25,13 @@ from killing import run_and_kill, run_stage
 from safetensors.torch import load_file
 
 from exo_fast.layout import SharingReport
-from exo_fast.training import checkpoints, module, trainer
-from exo_fast.training.align import align
-from exo_fast.training.classifier import ClassifierConfig, classifier
-from exo_fast.training.config import AlignConfig
 from exo_fast.training.errors import Stopped
-from exo_fast.training.reward_model import RewardModelConfig, reward_model
-from exo_fast.training.sft import SftConfig, sft
+from exo_fast.training.models import modules
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.stages.classifier import ClassifierConfig, classifier
+from exo_fast.training.stages.reward_model import RewardModelConfig, reward_model
+from exo_fast.training.stages.sft import SftConfig, sft
+from exo_fast.training.trainer import checkpoints, trainer
 
 Settings = Callable[..., dict[str, Any]]
 STAGES = {
@@ -234,7 +234,7 @@ def test_the_check_of_shared_prompts_changes_no_bit(
 ) -> None:
     checked = options()
     assert run("align", checked)["layout"]["token_rms"] < 1e-4
-    monkeypatch.setattr(module, "check_sharing", lambda *_: SharingReport(True, "", 7.0, 7.0, 7.0))
+    monkeypatch.setattr(modules, "check_sharing", lambda *_: SharingReport(True, "", 7.0, 7.0, 7.0))
     unchecked = options(output_dir=str(tmp_path / "unchecked"))
     assert run("align", unchecked)["layout"]["token_rms"] == 7.0
     assert_same(unchecked, checked)
@@ -400,7 +400,7 @@ def test_the_sums_of_the_log_go_to_other_processes_as_they_are_shared_out(
         taken.append((self._tr_loss.item(), self._interval_weight.item(), self._interval_seconds))
 
     monkeypatch.setattr(trainer.StageTrainer, "_restore_interval", look)
-    monkeypatch.setattr("exo_fast.training.checkpoints.newest", lambda _: checkpoint)
+    monkeypatch.setattr("exo_fast.training.trainer.checkpoints.newest", lambda _: checkpoint)
     run("align", found)
     assert taken == [(pytest.approx(2 * one["loss"]), 24.0, 99.0)]
     losses = [entry for entry in state(found)["log_history"] if "train_loss" in entry]

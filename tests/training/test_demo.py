@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exo_fast.training import demo
-from exo_fast.training.assets import Snippet
+from exo_fast.training.downloads import Snippet
 from exo_fast.training.errors import InputError
-from exo_fast.training.report import (
+from exo_fast.training.reports.statistics import (
     Evaluation,
     Results,
     distinct_trigrams,
@@ -227,7 +227,7 @@ def test_demo_end_to_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(demo, "load_model", unexpected)
-        patch.setattr("exo_fast.training.align.align", unexpected)
+        patch.setattr("exo_fast.training.stages.align.align", unexpected)
         assert demo.run_demo(**tiny_demo) == summary
     assert "| alignment | reused |" in (output / "report.md").read_text()
 

@@ -13,8 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
+from exo_fast.training.stages.align import AlignConfig, align
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

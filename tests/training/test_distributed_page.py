@@ -9,7 +9,7 @@ from deepspeed.launcher import runner as deepspeed_launcher
 from torch.distributed.run import get_args_parser
 
 from exo_fast.training.arguments import parse_config
-from exo_fast.training.cli import STAGES
+from exo_fast.training.cli.command import STAGES
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "distributed.md").read_text()

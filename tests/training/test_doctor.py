@@ -12,8 +12,8 @@ import pytest
 from killing import environment
 
 from exo_fast.backends import torch as torch_backend
-from exo_fast.training import doctor, inspection, requirements
-from exo_fast.training.cli import main
+from exo_fast.training.cli import doctor, inspection, installed
+from exo_fast.training.cli.command import main
 from exo_fast.version import __version__
 
 HEAVY = ("transformers", "deepspeed", "accelerate", "datasets", "peft", "tensorboard", "yaml", "tqdm", "pandas", "trl")
@@ -47,7 +47,7 @@ def test_this_machine_is_described_and_right(found: dict) -> None:
     assert found["python"] == platform.python_version()
     packages = {row["name"]: row for row in found["packages"]}
     assert packages["torch"]["for"] == "core"
-    assert packages["transformers"]["version"] == requirements.version("transformers")
+    assert packages["transformers"]["version"] == installed.version("transformers")
     assert packages["trl"]["for"] != "train"
     assert set(found["backends"]) == set(doctor.LIMITS)
     assert found["machine"]["memory_gb"] > 0
@@ -137,9 +137,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         head = ("Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}")
         (folder / "METADATA").write_text("\n".join([*head, *lines]) + "\n")
 
-    requirements._packaging.cache_clear()
+    installed._packaging.cache_clear()
     yield make
-    requirements._packaging.cache_clear()
+    installed._packaging.cache_clear()
 
 
 EXO_FAST = (
@@ -156,24 +156,24 @@ EXO_FAST = (
 
 
 @pytest.mark.parametrize(
-    "packaging", [requirements.PACKAGING, requirements.PACKAGING[1:], ()], ids=["own", "carried", "none"]
+    "packaging", [installed.PACKAGING, installed.PACKAGING[1:], ()], ids=["own", "carried", "none"]
 )
 def test_needs_are_those_of_this_system(
     install: Callable[..., None], packaging: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requirements, "PACKAGING", packaging)
+    monkeypatch.setattr(installed, "PACKAGING", packaging)
     install("exo_fast", "9.0", *EXO_FAST)
-    needs = {(need.name, need.specifier, need.extra) for need in requirements.needs("exo_fast")}
+    needs = {(need.name, need.specifier, need.extra) for need in installed.needs("exo_fast")}
     expected = {("alpha-lib", ">=2.9", None), ("beta-lib", ">=3.4", None), ("trl", ">=1", "bench")}
     expected |= {("delta-lib", "<6,>=5", "train"), ("delta-lib", "<6,>=5", "bench")}
     if not packaging:
         needs = {need for need in needs if need[0] != "gamma-lib"}  # only `packaging` knows where that counts
     assert needs == expected
-    assert requirements.command_for("Delta_lib") == "pip install 'exo_fast[train]'"  # which brings least else
-    assert requirements.command_for("trl") == "pip install 'exo_fast[bench]'"
-    assert requirements.command_for("alpha-lib") == "pip install 'alpha-lib>=2.9'"
-    assert requirements.command_for("unknown") == "pip install 'unknown'"
-    assert requirements.needs("not-there-at-all") == []
+    assert installed.command_for("Delta_lib") == "pip install 'exo_fast[train]'"  # which brings least else
+    assert installed.command_for("trl") == "pip install 'exo_fast[bench]'"
+    assert installed.command_for("alpha-lib") == "pip install 'alpha-lib>=2.9'"
+    assert installed.command_for("unknown") == "pip install 'unknown'"
+    assert installed.needs("not-there-at-all") == []
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_needs_are_those_of_this_system(
     ],
 )
 def test_ranges(version: str, specifier: str, right: bool) -> None:
-    assert requirements.fits(version, specifier) is right
+    assert installed.fits(version, specifier) is right
 
 
 def test_packages_that_do_not_go_together_are_problems_with_a_command(install: Callable[..., None]) -> None:
@@ -228,7 +228,7 @@ def test_deepspeed_operators_are_found_without_importing_it(tmp_path: Path, monk
     (tmp_path / "py311_cpu" / "cpu_adam" / "cpu_adam.so").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     found = inspection.deepspeed_ops()
-    assert found is None if requirements.version("deepspeed") is None else found["compiled"] == ["cpu_adam"]
+    assert found is None if installed.version("deepspeed") is None else found["compiled"] == ["cpu_adam"]
     record = "version='1'\ninstalled_ops={'async_io': True, 'cpu_adam': False}\n"
     (tmp_path / "git_version_info_installed.py").write_text(record)
     assert inspection._installed_ops(tmp_path) == ["async_io"]

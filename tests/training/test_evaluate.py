@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from exo_fast.training.cli import main
+from exo_fast.training.cli.command import main
 from exo_fast.training.errors import InputError
-from exo_fast.training.evaluate import EvaluateConfig, evaluate, find_models
+from exo_fast.training.stages.evaluate import EvaluateConfig, evaluate, find_models
 
 REWARDS = """
 def praise(prompts, completions):

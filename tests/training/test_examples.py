@@ -9,7 +9,7 @@ import pytest
 from conftest import make_rows, save_model
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from exo_fast.training.cli import STAGES, main
+from exo_fast.training.cli.command import STAGES, main
 
 RAW = Path(__file__).parents[1] / "data" / "raw"
 

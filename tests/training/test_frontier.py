@@ -5,14 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exo_fast.training.frontier import (
-    Measurement,
-    compare,
-    describe,
-    find_pairs,
-    plot_frontier,
-    win_rates,
-)
+from exo_fast.training.reports.frontier import Measurement, compare, describe, find_pairs, plot_frontier, win_rates
 
 
 def world(

@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from exo_fast.training.errors import InputError, RunError
-from exo_fast.training.generate import GenerateConfig, _Draw, generate, sample_completions, sample_tokens
-from exo_fast.training.inference import encode_prompts
+from exo_fast.training.inference.config import encode_prompts
+from exo_fast.training.inference.sampling import _Draw, sample_completions, sample_tokens
+from exo_fast.training.stages.generate import GenerateConfig, generate
 
 Settings = Callable[..., dict[str, Any]]
 PROMPTS = ["the film", "the plot was very long and", "good", "bad but great film and", "dull", "fine fine fine"]
@@ -351,7 +352,7 @@ def test_the_same_command_again_samples_nothing(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = generate(GenerateConfig(**settings()))
-    monkeypatch.setattr("exo_fast.training.generate.load_model", None)
+    monkeypatch.setattr("exo_fast.training.stages.generate.load_model", None)
     assert generate(GenerateConfig(**settings())) == summary
     assert "reusing" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"temperature is 1.0 there and 0.5 here"):

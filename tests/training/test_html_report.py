@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from conftest import make_rows
 
-from exo_fast.training import html_report, run
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
-from exo_fast.training.svg_plots import MOST_POINTS, Curve, number, plot, thin, tick_labels, ticks
+from exo_fast.training.pipeline import run
+from exo_fast.training.reports import html
+from exo_fast.training.reports.curves import MOST_POINTS, Curve, number, plot, thin, tick_labels, ticks
+from exo_fast.training.stages.align import AlignConfig, align
 
 Settings = Callable[..., dict[str, Any]]
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'> & \"quoted\" 'so'"
@@ -59,7 +59,7 @@ def points_of(history: list[dict[str, Any]]) -> dict[str, int]:
     names = {name for entry in history for name in entry}
     return {
         title: sum(name in entry for entry in history) + sum(f"eval_{name}" in entry for entry in history)
-        for name, title in html_report.METRICS.items()
+        for name, title in html.METRICS.items()
         if {name, f"eval_{name}"} & names
     }
 
@@ -84,7 +84,7 @@ def hostile_run(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     summary = json.loads((output / "summary.json").read_text())
     summary["warnings"] = {HOSTILE: 2}
     (output / "summary.json").write_text(json.dumps(summary))
-    html_report.write(output)
+    html.write(output)
     return output
 
 
@@ -149,7 +149,7 @@ def test_nothing_outside_the_file_is_named(hostile_run: Path) -> None:
 
 def test_the_same_run_gives_the_same_page(hostile_run: Path) -> None:
     before = (hostile_run / "report.html").read_bytes()
-    assert html_report.main([str(hostile_run)]) == 0
+    assert html.main([str(hostile_run)]) == 0
     assert (hostile_run / "report.html").read_bytes() == before
 
 
@@ -243,7 +243,7 @@ def test_warnings_of_a_run_are_in_its_summary(settings: Settings, tiny_bloom: st
 
 
 def test_the_command_is_told_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    from exo_fast.training.run_facts import command_line
+    from exo_fast.training.reports.facts import command_line
 
     words = ["align", "--hub_token", "hf_1", "--data", "a b", "--hub_token=hf_2", "--hub-token", "hf_3", "--bf16"]
     monkeypatch.setattr("sys.argv", ["/opt/bin/exo-fast", *words])
@@ -357,6 +357,6 @@ def test_a_long_run_stays_small(hostile_run: Path, tmp_path: Path) -> None:
     for row in samples["rows"]:
         row["texts"] = [{"text": "<" * 2000, "numbers": {"reward": 1.0}}] * 8
     (tmp_path / "samples.json").write_text(json.dumps(samples))
-    page = html_report.write(tmp_path)
+    page = html.write(tmp_path)
     assert page.stat().st_size < 2**20
     assert f"of 20,000 points {MOST_POINTS} are drawn" in page.read_text()

@@ -9,15 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from exo_fast.precision import matmul_precision
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference import (
-    InferenceConfig,
-    digest,
-    find_splits,
-    load_model,
-    load_tokenizer,
-)
-from exo_fast.training.precision import matmul_precision, resolve
+from exo_fast.training.inference.config import InferenceConfig, find_splits, load_model, load_tokenizer
+from exo_fast.training.models.digests import digest
+from exo_fast.training.options import resolve
 
 
 def config(**overrides: Any) -> InferenceConfig:

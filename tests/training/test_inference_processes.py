@@ -10,9 +10,9 @@ import torch
 from conftest import make_rows
 from subprocesses import kill_halfway, run
 
-from exo_fast.training.generate import GenerateConfig, generate
-from exo_fast.training.logprobs import LogprobsConfig, logprobs
-from exo_fast.training.score import ScoreConfig, score
+from exo_fast.training.stages.generate import GenerateConfig, generate
+from exo_fast.training.stages.logprobs import LogprobsConfig, logprobs
+from exo_fast.training.stages.score import ScoreConfig, score
 
 REWARDS = """
 import time

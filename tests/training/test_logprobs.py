@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from exo_fast.layout import Group
 from exo_fast.training.errors import InputError
-from exo_fast.training.generate import GenerateConfig, generate
-from exo_fast.training.logprobs import LogprobsConfig, logprobs, sequence_log_probs
+from exo_fast.training.inference.log_probs import sequence_log_probs
+from exo_fast.training.stages.generate import GenerateConfig, generate
+from exo_fast.training.stages.logprobs import LogprobsConfig, logprobs
 
 Settings = Callable[..., dict[str, Any]]
 

@@ -9,10 +9,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
 from exo_fast.training.errors import InputError
-from exo_fast.training.long_sequence import TILE_TOKENS, preset_line, tile_mlps
+from exo_fast.training.models.tiled_mlp import TILE_TOKENS, tile_mlps
+from exo_fast.training.stages.align import AlignConfig, align, preset_line
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = {

@@ -19,13 +19,12 @@ from transformers import (
 )
 
 from exo_fast.head import read_head
-from exo_fast.training import loading
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference import InferenceConfig, load_model
-from exo_fast.training.loading import merge_adapter, save_merged
-from exo_fast.training.logprobs import LogprobsConfig, logprobs
+from exo_fast.training.inference.config import InferenceConfig, load_model
+from exo_fast.training.models import loading
+from exo_fast.training.models.merging import merge_adapter, save_merged
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.stages.logprobs import LogprobsConfig, logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*tie", "ignore:.*tied")
 IDS = torch.tensor([[1, 4, 9, 6, 16, 0]])

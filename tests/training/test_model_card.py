@@ -13,13 +13,12 @@ from conftest import make_rows
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from exo_fast.training import model_card
-from exo_fast.training.align import align
 from exo_fast.training.arguments import parse_config
-from exo_fast.training.classifier import ClassifierConfig, classifier
-from exo_fast.training.config import AlignConfig
-from exo_fast.training.reward_model import RewardModelConfig, reward_model
-from exo_fast.training.sft import SftConfig, sft
+from exo_fast.training.reports import model_card
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.stages.classifier import ClassifierConfig, classifier
+from exo_fast.training.stages.reward_model import RewardModelConfig, reward_model
+from exo_fast.training.stages.sft import SftConfig, sft
 
 Settings = Callable[..., dict[str, Any]]
 REPOSITORY = Path(__file__).parents[2]

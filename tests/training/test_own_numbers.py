@@ -26,16 +26,17 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from exo_fast.training.align import align
-from exo_fast.training.classifier import ClassifierConfig, classifier
-from exo_fast.training.config import AlignConfig
+from exo_fast.training.data.texts import pad_with_eos
 from exo_fast.training.errors import InputError
-from exo_fast.training.generate import GenerateConfig, generate, plan_batches, sample_tokens
-from exo_fast.training.logprobs import LogprobsConfig, logprobs
-from exo_fast.training.reward_model import RewardModelConfig, reward_model
-from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
-from exo_fast.training.score import ScoreConfig, score
-from exo_fast.training.sft import SftConfig, sft
+from exo_fast.training.inference.sampling import plan_batches, sample_tokens
+from exo_fast.training.models.scorer import load_scalar_model
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.stages.classifier import ClassifierConfig, classifier
+from exo_fast.training.stages.generate import GenerateConfig, generate
+from exo_fast.training.stages.logprobs import LogprobsConfig, logprobs
+from exo_fast.training.stages.reward_model import RewardModelConfig, reward_model
+from exo_fast.training.stages.score import ScoreConfig, score
+from exo_fast.training.stages.sft import SftConfig, sft
 
 LIMIT = 24  # tokens, beyond which positions change
 LOSSES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
@@ -166,7 +167,7 @@ def test_an_untrained_policy_in_other_engines(model: str, untrained: Run, engine
 
 def test_references_of_before_are_not_used(model: str, untrained: Run, tmp_path: Path, monkeypatch: Any) -> None:
     """A cache that was filled when numbers still depended on the batch; and one of now is used."""
-    from exo_fast.training import reference_logps
+    from exo_fast.training.trainer import reference_logps
 
     keys = []
     key = reference_logps.cache_key

@@ -9,14 +9,15 @@ import pytest
 from accelerate import PartialState
 from subprocesses import kill_halfway, run
 
+from exo_fast.training.data.writing import to_json
 from exo_fast.training.errors import InputError
-from exo_fast.training.resumable import ResumableRun, to_json
+from exo_fast.training.inference.resumable import ResumableRun
 
 SCRIPT = """
 import sys, time
 from datetime import timedelta
 from accelerate import PartialState
-from exo_fast.training.resumable import ResumableRun
+from exo_fast.training.inference.resumable import ResumableRun
 
 state = PartialState(cpu=True)
 for output_dir in {directories!r}:
@@ -141,7 +142,7 @@ def test_killed_between_the_summary_and_the_removal_of_what_it_was_made_from(
     run = ResumableRun(tmp_path, {}, state)
     values = squares(run)
     with monkeypatch.context() as patch:
-        patch.setattr("exo_fast.training.resumable.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("exo_fast.training.inference.resumable.shutil.rmtree", lambda *_, **__: None)
         summary = run.finish({"train.json": values}, {"count": 5})
     assert (tmp_path / ".partial").exists()
     assert ResumableRun(tmp_path, {}, state).finished(["train.json"]) == summary

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+from exo_fast.training.data.texts import PairCollator, RowDataset, pad_with_eos, tokenize_rows
 from exo_fast.training.errors import InputError
-from exo_fast.training.reward_model import RewardModelConfig, reward_model
-from exo_fast.training.scalar_model import load_scalar_model, pad_with_eos
-from exo_fast.training.scalar_module import PairCollator, RewardModule, RowDataset, settle_layout, tokenize_rows
-from exo_fast.training.scalar_stage import wilson_interval
+from exo_fast.training.models.scorer import load_scalar_model
+from exo_fast.training.models.scorer_modules import RewardModule, settle_layout
+from exo_fast.training.stages.reward_model import RewardModelConfig, reward_model
+from exo_fast.training.stages.scorer_training import wilson_interval
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import WORDS
@@ -149,7 +150,7 @@ def test_prompts_are_shared_where_that_is_right_and_less_work(
     def causal(packed: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
         return {"input_ids": packed.input_ids}
 
-    monkeypatch.setattr("exo_fast.training.module.model_inputs", causal)
+    monkeypatch.setattr("exo_fast.training.models.modules.model_inputs", causal)
     report = settle_layout(module, long, collate, share_prompt=True, rounded=False)
     assert "differ by" in report["reason"]
     assert not collate.share_prompt
@@ -323,7 +324,7 @@ def test_an_adapter_that_cannot_be_merged_at_the_end_is_kept(
     def refuse(*_: Any) -> None:
         raise InputError("the logits of 16 tokens differ")
 
-    monkeypatch.setattr("exo_fast.training.scalar_stage.merge_adapter", refuse)
+    monkeypatch.setattr("exo_fast.training.stages.scorer_training.merge_adapter", refuse)
     options = settings(lora_r=2, engine="torch", max_steps=1)
     summary = reward_model(RewardModelConfig(**options))
     assert summary["steps"] == 1

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from exo_fast.training import pipeline, run
 from exo_fast.training.errors import InputError
-from exo_fast.training.pipeline import PlannedStage, read_recipe
+from exo_fast.training.pipeline import process, records, run
+from exo_fast.training.pipeline import recipe as pipeline
+from exo_fast.training.pipeline.recipe import PlannedStage, read_recipe
 
 HERE = Path(__file__).parent
 STAGES = ("make", "align")
@@ -294,15 +295,15 @@ def test_killed_between_a_stages_end_and_the_record_of_it(
     write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stage is started once more, and says by itself that it is finished; what it made is the recipe's still."""
-    recipe, original = write(CHAIN), run.Records.write
+    recipe, original = write(CHAIN), records.Records.write
 
-    def killed(self: run.Records, name: str, record: run.Record) -> None:
+    def killed(self: records.Records, name: str, record: records.Record) -> None:
         if record.done:
             raise KeyboardInterrupt
         original(self, name, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Records, "write", killed)
+        patch.setattr(records.Records, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             run.run_recipe(recipe, cli_module="tiny_stages")
     made = tmp_path / "out" / "first" / "made.txt"
@@ -320,7 +321,7 @@ def test_a_run_that_is_stopped_takes_its_stage_with_it(
 ) -> None:
     recipe = write(CHAIN.replace("text: hello", "text: hello, wait: 60").replace("data:", 'wait: "${{wait}}", data:'))
     code = (
-        "from pathlib import Path; from exo_fast.training.run import run_recipe; "
+        "from pathlib import Path; from exo_fast.training.pipeline.run import run_recipe; "
         f"run_recipe(Path({str(recipe)!r}), cli_module='tiny_stages')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -330,7 +331,7 @@ def test_a_run_that_is_stopped_takes_its_stage_with_it(
         time.sleep(0.05)
     os.kill(process.pid, number)
     process.wait(timeout=60)
-    with run.Records(read_recipe(recipe, STAGES)).lock():  # which the stage held, too
+    with records.Records(read_recipe(recipe, STAGES)).lock():  # which the stage held, too
         pass
     assert not (begun.parent / "made.txt").exists()
     assert run.run_recipe(recipe, settings={"wait": "0"}, cli_module="tiny_stages") == 0
@@ -340,12 +341,17 @@ def test_a_run_that_is_stopped_takes_its_stage_with_it(
 
 def test_the_command_of_a_stage(tmp_path: Path) -> None:
     config, tail = tmp_path / "c.yaml", ["sft", "--config", str(tmp_path / "c.yaml")]
-    assert run.stage_command(PlannedStage("a", "sft", {}), config) == [sys.executable, "-m", run.CLI_MODULE, *tail]
-    several = run.stage_command(PlannedStage("a", "sft", {}, processes=2), config)
+    assert process.stage_command(PlannedStage("a", "sft", {}), config) == [
+        sys.executable,
+        "-m",
+        process.CLI_MODULE,
+        *tail,
+    ]
+    several = process.stage_command(PlannedStage("a", "sft", {}, processes=2), config)
     assert several[1:3] == ["-m", "torch.distributed.run"]
-    assert several[-8:] == ["--standalone", "--nproc-per-node", "2", "-m", run.CLI_MODULE, *tail][-8:]
-    launched = run.stage_command(PlannedStage("a", "sft", {}, launcher=["deepspeed", "--module"]), config)
-    assert launched == ["deepspeed", "--module", run.CLI_MODULE, *tail]
+    assert several[-8:] == ["--standalone", "--nproc-per-node", "2", "-m", process.CLI_MODULE, *tail][-8:]
+    launched = process.stage_command(PlannedStage("a", "sft", {}, launcher=["deepspeed", "--module"]), config)
+    assert launched == ["deepspeed", "--module", process.CLI_MODULE, *tail]
 
 
 @pytest.mark.usefixtures("tiny_stages")

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exo_fast.training import cli, locks, module, trainer
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
+from exo_fast.training import locks
+from exo_fast.training.cli import command
 from exo_fast.training.errors import InputError, RunError, Stopped
+from exo_fast.training.models import modules
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.trainer import trainer
 
 Settings = Callable[..., dict[str, Any]]
 ENGINES = {
@@ -77,7 +79,7 @@ def test_the_command_line_ends_well_after_sigterm(
 ) -> None:
     words = [f"--{name}={value}" for name, value in settings(engine="torch").items()]
     sigterm_at(monkeypatch, 2)
-    assert cli.main(["align", *words]) == 0
+    assert command.main(["align", *words]) == 0
     assert "exo-fast align: stopped by SIGTERM after step 2 of 8" in capsys.readouterr().out
 
 
@@ -99,7 +101,7 @@ def test_sigterm_before_the_first_step_ends_at_once(settings: Settings, monkeypa
 def spoil(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], example: int) -> None:
     """Make the loss NaN, and so its gradient, of batches with this example of the training data."""
     rows = json.loads(Path(settings["data"], "train.json").read_text())
-    mark, original = torch.tensor(rows[example]["rewards"]), module.linear_group_loss
+    mark, original = torch.tensor(rows[example]["rewards"]), modules.linear_group_loss
 
     def spoiled(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         (loss, logps), rewards = original(*args, **kwargs), args[5]
@@ -107,7 +109,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], example: in
         factor = torch.where(bad, torch.nan, 1.0)
         return loss * factor.sum() / len(bad), logps * factor.unsqueeze(1)
 
-    monkeypatch.setattr(module, "linear_group_loss", spoiled)
+    monkeypatch.setattr(modules, "linear_group_loss", spoiled)
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES.keys())

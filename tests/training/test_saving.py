@@ -20,14 +20,14 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from exo_fast.training import checkpoints, saving
-from exo_fast.training.align import align
+from exo_fast.integrations import generation_config
 from exo_fast.training.arguments import parse_config
-from exo_fast.training.config import AlignConfig
 from exo_fast.training.errors import InputError, RunError
-from exo_fast.training.publish import keep_trackers_harmless
-from exo_fast.training.reward_model import RewardModelConfig, reward_model
-from exo_fast.training.sft import SftConfig, sft
+from exo_fast.training.models import saving
+from exo_fast.training.reports.hub import keep_trackers_harmless
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.stages.reward_model import RewardModelConfig, reward_model
+from exo_fast.training.stages.sft import SftConfig, sft
 
 Settings = Callable[..., dict[str, Any]]
 ALIGN_ONLY = ("loss_type", "reference_cache_dir")
@@ -72,7 +72,7 @@ def test_a_generation_config_is_settled_before_training(
     tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, given: dict[str, Any], saved: dict[str, Any]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_with(tiny_llama, tmp_path / "base", **given))
-    saving.settle_generation_config(model)
+    generation_config.settle_generation_config(model)
     model.generation_config.pad_token_id = 2  # changed since it was loaded, as the Trainer changes it
     model.save_pretrained(tmp_path / "saved")
     found = GenerationConfig.from_pretrained(tmp_path / "saved")
@@ -226,7 +226,7 @@ def test_files_are_replaced_weights_first_and_folders_file_by_file(
     (source / "model.safetensors").write_text("new")
     (target / "config.json").mkdir()  # in its way
     (target / "config.json" / "x").touch()
-    checkpoints.replace_files(source, target)
+    saving.replace_files(source, target)
     assert (target / "additional_chat_templates" / "tool.jinja").read_text() == "new"
     assert (target / "model.safetensors").read_text() == "new"
     assert "config.json was not written" in caplog.text
@@ -262,7 +262,7 @@ def test_a_disk_that_fills_up_under_the_reference_cache_loses_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("exo_fast.training.reference_logps.save_file", full)
+    monkeypatch.setattr("exo_fast.training.trainer.reference_logps.save_file", full)
     options = settings(engine="torch", max_steps=1)
     summary = align(AlignConfig(**options))
     assert any("No space left on device" in text for text in summary["warnings"])

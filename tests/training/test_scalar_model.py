@@ -19,8 +19,9 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
+from exo_fast.training.data.texts import encode, pad, pad_with_eos
 from exo_fast.training.errors import InputError
-from exo_fast.training.scalar_model import encode, load_scalar_model, pad, pad_with_eos, reads_at_end, scalars
+from exo_fast.training.models.scorer import load_scalar_model, reads_at_end, scalars
 
 TEXTS = ["the film was good", "bad", "the plot was very long and dull but great"]
 EOS = 2

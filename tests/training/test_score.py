@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from exo_fast.training.errors import InputError
-from exo_fast.training.score import ScoreConfig, score
+from exo_fast.training.stages.score import ScoreConfig, score
 
 Settings = Callable[..., dict[str, Any]]
 

@@ -25,14 +25,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from exo_fast.layout import Group, plan_mask
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
 from exo_fast.training.data.groups import GroupCollator, GroupDataset, TokenCounts
 from exo_fast.training.errors import InputError
-from exo_fast.training.long_sequence import tile_mlps
-from exo_fast.training.module import AlignModule, settle_layout
-from exo_fast.training.reference_logps import compute
-from exo_fast.training.sequence_parallel import SequenceParallel, divide, refusal
+from exo_fast.training.models.modules import AlignModule
+from exo_fast.training.models.sequence_parallel import SequenceParallel, divide, refusal
+from exo_fast.training.models.sharing import settle_layout
+from exo_fast.training.models.tiled_mlp import tile_mlps
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.trainer.reference_logps import compute
 
 PROCESSES = 4
 VOCAB = 50
@@ -332,8 +332,8 @@ def test_parts_that_do_not_make_the_row_are_an_error(results: dict[str, Any]) ->
 RUNS = """
 import json
 
-from exo_fast.training.align import align
-from exo_fast.training.config import AlignConfig
+from exo_fast.training.stages.align import align
+from exo_fast.training.stages.align import AlignConfig
 
 for settings in json.loads({settings!r}):
     align(AlignConfig(**settings))

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from exo_fast.layout import plan_mask
 from exo_fast.training.data.examples import load_sft
 from exo_fast.training.data.groups import GroupDataset, SftCollator, tokenize
-from exo_fast.training.data.records import find_source
+from exo_fast.training.data.sources import find_source
 from exo_fast.training.errors import InputError
-from exo_fast.training.sft import SftConfig, SftModule, sft
+from exo_fast.training.models.modules import SftModule
+from exo_fast.training.stages.sft import SftConfig, sft
 
 Settings = Callable[..., dict[str, Any]]
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from exo_fast.training import publish
-from exo_fast.training.align import align
 from exo_fast.training.arguments import parse_config
-from exo_fast.training.config import AlignConfig
 from exo_fast.training.errors import InputError, RunError
+from exo_fast.training.reports import hub as publish
+from exo_fast.training.stages.align import AlignConfig, align
 
 Settings = Callable[..., dict[str, Any]]
 METRICS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "group_accuracy", "kl", "entropy")

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainingArguments
 
-from exo_fast.training.align import align
-from exo_fast.training.config import REFUSED, AlignConfig
 from exo_fast.training.errors import InputError
-from exo_fast.training.reward_model import RewardModelConfig
-from exo_fast.training.sft import SftConfig
-from exo_fast.training.training_stage import check_lora
+from exo_fast.training.models.causal import check_lora
+from exo_fast.training.stages.align import AlignConfig, align
+from exo_fast.training.stages.reward_model import RewardModelConfig
+from exo_fast.training.stages.sft import SftConfig
+from exo_fast.training.trainer.config import REFUSED
 
 # It decides what is learned: with this value the weights are others than without.
 LEARNS_OTHERWISE: dict[str, dict[str, Any]] = {
@@ -306,7 +306,7 @@ def test_rewards_that_beta_r_makes_infinite_are_said_before_work(settings: Any, 
 
 
 def test_lora_targets_are_looked_at_before_the_model_is_loaded(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exo_fast.training.training_stage.load_causal_lm", None)
+    monkeypatch.setattr("exo_fast.training.models.causal.load_causal_lm", None)
 
     def refused(message: str, *targets: str) -> None:
         with pytest.raises(InputError, match=message) as error:

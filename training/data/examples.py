@@ -23,7 +23,8 @@ from exo_fast.data.fields import BadField
 from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.data.faults import collect
-from exo_fast.training.data.records import Place, Source, read_records
+from exo_fast.training.data.places import Place, Source
+from exo_fast.training.data.sources import read_records
 from exo_fast.training.errors import InputError
 
 MAX_CANDIDATES = 4096  # of a group, which is one row of a batch

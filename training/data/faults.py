@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from exo_fast.data.fields import BadField
 from exo_fast.data.forms import ACCEPTED
-from exo_fast.training.data.records import Place
+from exo_fast.training.data.places import Place
 from exo_fast.training.errors import InputError
 
 MAX_SHOWN = 10

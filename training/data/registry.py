@@ -24,16 +24,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sized
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from exo_fast.data.fields import BadField, Missing, field_names
 from exo_fast.training.data.faults import collect
-from exo_fast.training.data.records import DATASET_NAME, JsonLine, Place, find_source, read_rows
+from exo_fast.training.data.files import find_files, read_rows
+from exo_fast.training.data.json_rows import JsonLine
+from exo_fast.training.data.places import Place
 from exo_fast.training.errors import InputError
-from exo_fast.training.paths import user_path
+from exo_fast.training.files import user_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What a record holds, and the fields by which one is known to be there already.
 KINDS = {
@@ -44,6 +49,7 @@ KINDS = {
 }
 ENTRY_POINT_GROUP = "exo_fast.datasets"
 OURS = ("custom", "hh", "imdb", "reviews", "tldr")  # modules beside this one, each registers its names
+DATASET_NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_-]+"
 
 
 class Drop(Exception):
@@ -87,11 +93,11 @@ class RawDataset:
         """Which of "train" and "test" there are. A single file counts as "train"."""
         if self.path.is_file():
             return ["train"]
-        return [split for split in ("train", "test") if find_source(self.path, split) is not None]
+        return [split for split in ("train", "test") if find_files(self.path, split) is not None]
 
     def rows(self, split: str) -> Iterable[tuple[Place, Any]]:
         """The raw rows of the split, in the order in which their records are to come."""
-        return read_rows(find_source(self.path, split))
+        return read_rows(find_files(self.path, split))
 
     def to_record(self, row: Any) -> dict[str, Any]:
         """The record of a raw row. Raises BadField if the row is malformed, and Drop if it is to be left out."""
@@ -192,7 +198,7 @@ def register(name: str) -> Callable[[DatasetClass], DatasetClass]:
 def known_names() -> list[str]:
     """All names, sorted. Entry points are listed without being imported, so a broken one breaks no other."""
     for module in OURS:
-        importlib.import_module(f"exo_fast.training.data.{module}")
+        importlib.import_module(f"exo_fast.training.data.published.{module}")
     return sorted({*_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 

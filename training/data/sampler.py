@@ -12,10 +12,12 @@ batch, so short ones beside a long one are mostly padding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 BATCHES_SORTED_TOGETHER = 16  # enough that lengths in a batch are close, few enough that it stays random
 
@@ -114,3 +116,27 @@ def order_by_length(lengths: np.ndarray, batch_size: int, seed: int, epoch: int)
     rest = [batch for batch in batches if len(batch) < batch_size]  # at most one, which must come last
     shuffled = [whole[index] for index in generator.permutation(len(whole))]
     return [int(index) for batch in (*shuffled, *rest) for index in batch]
+
+
+@dataclass
+class CountedRows(Dataset):
+    """A data set's rows, each with whether it counts: not where the sampler calls it `Repeated`."""
+
+    rows: Dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        return self.rows[index], not isinstance(index, Repeated)
+
+
+@dataclass
+class CountedCollator:
+    """A stage's collator, and `counted` (R,) float32: 1 for rows that count, 0 for others."""
+
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+    def __call__(self, items: list[tuple[Any, bool]]) -> dict[str, Any]:
+        rows, counted = zip(*items, strict=True)
+        return {**self.collate(list(rows)), "counted": torch.tensor(counted, dtype=torch.float32)}

@@ -13,16 +13,12 @@ METHOD_TEXT = {
     "trl": "TRL's DPOTrainer (head in tiles, reference model)",
     "exo_fast": "exo_fast",
 }
-
-
 EXAMPLES = """examples:
   exo-fast memory --model models/base --tokens 512 --k 4
   exo-fast memory --model config.json --tokens 16384 --prompt 1024 --k 8 --device cuda --memory 80GB \\
       --gradient_checkpointing --processes 8 --zero_stage 3
   exo-fast memory --model models/base --tokens 512 --k 4 --json    # the parts of each estimate, in bytes
 """
-
-
 # Measured steps took up to 1.2 times the estimate; one of long sequences with checkpointing, up to 2.1 times.
 MARGIN, CHECKPOINTED_MARGIN = 1.25, 2.2
 
@@ -62,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     import torch
 
-    from exo_fast.training.config import parse_size
     from exo_fast.training.errors import InputError
     from exo_fast.training.memory import estimate as memory_model
+    from exo_fast.training.options import parse_size
     from exo_fast.training.terminal import give_result
 
     prompt = options.prompt if options.prompt is not None else options.tokens // 2
@@ -74,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(options.model, trust_remote_code=options.trust_remote_code)
     torch_engine = options.engine == "torch"
     alone = device == "cpu" and options.fp32 and options.processes == 1 and not options.offload
-    default_stage = 0 if alone else 2  # that of exo_fast.training.deepspeed
+    default_stage = 0 if alone else 2  # that of exo_fast.training.trainer.deepspeed
     try:
         setting = memory_model.Setting(
             "exo_fast",
@@ -106,7 +102,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool) -> Any:
     """A transformers configuration, of a directory, a file or a Hub name. Raises InputError for what is none."""
     from transformers import AutoConfig
 
-    from exo_fast.training.loading import from_pretrained
+    from exo_fast.training.models.loading import from_pretrained
 
     return from_pretrained(AutoConfig, name_or_path, trust_remote_code=trust_remote_code).get_text_config()
 

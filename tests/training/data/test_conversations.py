@@ -18,7 +18,7 @@ from exo_fast.training.data.examples import (
     load_sft,
 )
 from exo_fast.training.data.groups import tokenize
-from exo_fast.training.data.records import Source
+from exo_fast.training.data.places import Source
 from exo_fast.training.errors import InputError
 
 EOS = "</s>"

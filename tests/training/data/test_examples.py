@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut
-from exo_fast.training.data import records
+from exo_fast.training.data import json_rows
 from exo_fast.training.data.examples import (
     load_examples,
     load_pairs,
@@ -18,7 +18,8 @@ from exo_fast.training.data.examples import (
     load_sft,
     load_texts,
 )
-from exo_fast.training.data.records import Source, find_source, read_records
+from exo_fast.training.data.places import Source
+from exo_fast.training.data.sources import find_source, read_records
 from exo_fast.training.errors import InputError
 
 GOOD = {"prompt": "a", "completions": ["b", "c", "d", "e"], "rewards": [0.0, 1, 2, 3]}
@@ -315,7 +316,7 @@ def test_json_that_python_cannot_use(tmp_path: Path, row: str, message: str, for
 def test_a_list_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     hard = '\N{SLEEPING FACE} \\ "\u2028'
     rows = [{"é": [-12.5e-3, None, True]}, 1234567890, hard, [[], {}], -0.5, "", {"a": [[1]]}]
-    monkeypatch.setattr(records, "BLOCK_BYTES", block)
+    monkeypatch.setattr(json_rows, "BLOCK_BYTES", block)
     for ascii_only in (True, False):
         text = json.dumps(rows, indent=1, ensure_ascii=ascii_only) + " \n"
         path = write(tmp_path, "\ufeff" + text)
@@ -339,8 +340,8 @@ ENDLESS = {
 @pytest.mark.parametrize("content", ENDLESS.values(), ids=ENDLESS.keys())
 def test_a_row_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     """A few bytes of gzip can stand for any number of bytes."""
-    monkeypatch.setattr(records, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(records, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "BLOCK_BYTES", 100)
     path = tmp_path / "train.json.gz"
     path.write_bytes(gzip.compress(content))
     with pytest.raises(InputError, match=r"train\.json\.gz, line \d: a row of more than"):
@@ -378,7 +379,7 @@ def test_columns_of_files_are_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_file_of_too_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_ROWS", 1)
+    monkeypatch.setattr(json_rows, "MAX_ROWS", 1)
     table = datasets.Dataset.from_list([GOOD, GOOD])
     table.to_parquet(tmp_path / "train.parquet")
     table.save_to_disk(tmp_path / "saved")

@@ -12,7 +12,7 @@ from exo_fast.data.examples import Example
 from exo_fast.data.selection import ALIKE, CONTRADICTION, TIE, UNLEARNED
 from exo_fast.layout import pack
 from exo_fast.training.data.groups import GroupCollator, GroupDataset, SftCollator, tokenize
-from exo_fast.training.data.records import Place
+from exo_fast.training.data.places import Place
 from exo_fast.training.errors import InputError
 
 BOS, EOS = 1, 2

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from exo_fast.training.cli import main
+from exo_fast.training.cli.command import main
 from exo_fast.training.errors import InputError
-from exo_fast.training.pref_to_rw import PrefToRwConfig, pref_to_rw
-from exo_fast.training.prepare import PrepareConfig, prepare
+from exo_fast.training.stages.pref_to_rw import PrefToRwConfig, pref_to_rw
+from exo_fast.training.stages.prepare import PrepareConfig, prepare
 from exo_fast.version import __version__
 
 RAW = Path(__file__).parents[2] / "data" / "raw"

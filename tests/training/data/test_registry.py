@@ -14,12 +14,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from exo_fast.training.assets import Snippet
-from exo_fast.training.data import registry, reviews
+from exo_fast.training.data import registry
 from exo_fast.training.data.examples import load_examples, load_prompts, load_sft, load_texts
-from exo_fast.training.data.hh import turns
-from exo_fast.training.data.records import find_source, read_records
+from exo_fast.training.data.published import reviews
+from exo_fast.training.data.published.hh import turns
 from exo_fast.training.data.registry import RawDataset, known_names, open_dataset, register
+from exo_fast.training.data.sources import find_source, read_records
+from exo_fast.training.downloads import Snippet
 from exo_fast.training.errors import InputError
 
 RAW = Path(__file__).parents[2] / "data" / "raw"

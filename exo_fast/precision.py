@@ -1,0 +1,83 @@
+"""How float32 matrices are multiplied: a setting of the whole process, changed for a block and put back.
+
+torch keeps one for each library: oneDNN's for the CPU and cuBLAS's for CUDA. Values are torch's: "ieee", "tf32" (CUDA)
+and "bf16" (CPU); the rounded ones round the operands and sum in float32.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_lock = threading.Lock()
+_inside = 0  # calls of bf16_products that are under way, in all threads: the setting is the process's
+_users_setting = ""
+
+
+@contextmanager
+def matmul_precision(precision: str, device_type: str = "cpu") -> Iterator[None]:
+    """Multiply float32 matrices in `precision` within the block; "ieee" leaves the setting as it is."""
+    if precision == "ieee":  # torch's default, and setting it would forbid older switches
+        yield
+        return
+    with _set(precision, device_type):
+        yield
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """Multiply float32 matrices in float32 within the block, for comparisons that bf16 or TF32 would blur."""
+    with _set("ieee", "cpu", "cuda"):
+        yield
+
+
+@contextmanager
+def bf16_products(operands: torch.dtype) -> Iterator[None]:
+    """Multiply float32 views of bf16 operands in bf16 on the CPU, which loses nothing: oneDNN sums in float32.
+
+    No change for other dtypes of `operands`. Blocks may overlap in several threads.
+    """
+    global _inside, _users_setting
+    if operands != torch.bfloat16:
+        yield
+        return
+    setting = _setting("cpu")
+    with _lock:
+        if _inside == 0:
+            _users_setting = setting.fp32_precision
+            setting.fp32_precision = "bf16"
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                setting.fp32_precision = _users_setting
+
+
+def fp32_precision() -> str:
+    """The user's setting for float32 operands on this CPU: "bf16", or "ieee" and others."""
+    with _lock:
+        return _users_setting if _inside else _setting("cpu").fp32_precision
+
+
+@contextmanager
+def _set(precision: str, *device_types: str) -> Iterator[None]:
+    settings = [_setting(device_type) for device_type in device_types]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def _setting(device_type: str) -> Any:
+    """The object with torch's `fp32_precision` for products on a device."""
+    # torch replaces these modules by objects, which type checkers do not see
+    return torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul  # type: ignore[attr-defined]

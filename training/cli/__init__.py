@@ -1,0 +1,5 @@
+"""The command line: `exo-fast STAGE`. Nothing else imports it."""
+
+from exo_fast.training.cli.command import main
+
+__all__ = ["main"]

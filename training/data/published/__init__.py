@@ -1,0 +1,1 @@
+"""The data sets that exo_fast knows by name, one module each."""

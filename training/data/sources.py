@@ -1,0 +1,67 @@
+"""The files of a split: what a path given as `data` holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exo_fast.training.errors import InputError
+from exo_fast.training.files import user_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+from exo_fast.training.data.files import find_files, read_rows
+from exo_fast.training.data.json_rows import JsonLine
+from exo_fast.training.data.places import Place, Source
+from exo_fast.training.data.registry import DATASET_NAME, known_names, nearest, open_dataset
+
+
+def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Source | None:
+    """The data of `split` ("train", or "test", also called "eval") under `path`; None when there is no such split.
+
+    `path` is a file (.json, .jsonl, either with .gz, .parquet), a directory written by `Dataset.save_to_disk`, a
+    directory with one file per split: train.* and test.* (or validation.*, eval.*), or its shards as Hub downloads have
+    them (train-00000-of-00002.parquet, there or in data/), or "NAME/KIND:PATH", a dataset of the registry ("NAME/KIND"
+    for one that needs no path; what is there as a path counts as a path). Those that cut text by tokens use
+    `tokenizer`, or the one that read_records is given. Raises InputError for a path that is missing, of another kind,
+    ambiguous or without some of its shards, and for a dataset that the registry does not have.
+    """
+    text = str(path)
+    path = user_path(path)
+    hint = ""
+    if not path.exists() and (named := split_name(text)) is not None:
+        hint = nearest(named[0])
+        if named[1] is not None or named[0] in known_names():
+            dataset = open_dataset(*named, tokenizer=tokenizer)
+            name = "train" if split == "train" else "test"
+            return Source(dataset.path or Path(text), name, dataset) if name in dataset.splits() else None
+    return find_files(path, split, hint)
+
+
+def split_name(text: str) -> tuple[str, str | None] | None:
+    """("NAME/KIND", PATH) of "NAME/KIND:PATH", with None for the PATH of "NAME/KIND"; None for any other text."""
+    found = re.fullmatch(rf"({DATASET_NAME})(?::(.*))?", text)
+    return (found[1], found[2]) if found else None
+
+
+def read_records(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[tuple[Place, Any]]:
+    """Every record of the source with its place, in order. `tokenizer` is for datasets of the registry that cut text
+    by tokens. Raises InputError where the file cannot be read or parsed."""
+    if source.raw is not None:
+        source.raw.tokenizer = source.raw.tokenizer or tokenizer
+        yield from source.raw.records(source.dataset_split)
+        return
+    for place, row in read_rows(source):
+        if isinstance(row, JsonLine):
+            try:
+                row = row.decoded()
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{place.file}, line {place.line}: not valid JSON: {error.msg}. The file must hold one JSON list, "
+                    "or one object on each line (JSONL)."
+                ) from error
+        yield place, row

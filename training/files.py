@@ -1,0 +1,146 @@
+"""Paths as people write them: ~ is the home directory, and what cannot be a path here is an InputError.
+
+`Path.expanduser` raises for a user who is not there, and `Path.exists` for a name that is too long or a folder that may
+not be entered.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from exo_fast.training import processes
+from exo_fast.training.errors import InputError
+
+LOCK = ".lock"
+PATIENCE = 5.0  # seconds: what a killed run left behind is on its way out
+_held: dict[Path, IO[str]] = {}
+
+
+def user_path(text: str | Path, field: str | None = None) -> Path:
+    """`text` as a path with ~ expanded; nothing need be there.
+
+    Raises InputError for ~name where there is no such user, and where whether something is there cannot even be asked;
+    it names `field` if that is given.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not permitted, a loop; a NUL byte; no such user
+        name = f"{field}={str(text)!r}" if field else repr(str(text))
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        raise InputError(f"{name}: cannot be a path: {reason}.") from error
+    return path
+
+
+def why_not_writable(folder: str | Path) -> str | None:
+    """Why no file can be written to `folder`, which is made where it is not there; None where one can."""
+    try:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path) as file:
+            file.write(b"x")
+            file.flush()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody knows where ~ is
+        return str(getattr(error, "strerror", None) or error).rstrip(".")
+    return None
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is that of a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside the target, so that what is ready moves into place in one step; removed at the end."""
+    path = Path(tempfile.mkdtemp(prefix="partial-", dir=folder))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_file(folder: Path, name: str, content: bytes) -> Path:
+    """Write `folder/name` in one step, forced to disk. Raises InputError when `name` is more than a plain file name."""
+    if not is_plain_name(name):
+        raise InputError(f"refusing to write {name!r}: a plain file name is needed.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _scratch(folder) as scratch:
+        with (scratch / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a name could outlive a power cut, and its content not
+        os.replace(scratch / name, folder / name)
+    return folder / name
+
+
+def acquire(path: Path) -> IO[str] | None:
+    """The locked file, or None when another process holds it for longer than PATIENCE. Closing it gives it back, and so
+    does the end of this process and of those that inherited it."""
+    file = path.open("a+")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() > deadline:
+                file.close()
+                return None
+            time.sleep(0.2)
+
+
+def hold(directory: Path) -> None:
+    """Make `directory` and keep it for this run, until `release` or the end of the process; a collective call.
+
+    Raises InputError, in every process, where it cannot be written or another run writes there.
+    """
+    directory = directory.expanduser().resolve()
+    problem = processes.from_first(_take(directory) if processes.index() == 0 else None)
+    if problem is not None:
+        raise InputError(problem)
+
+
+def release(directory: Path) -> None:
+    """Give back what `hold` took."""
+    file = _held.pop(directory.expanduser().resolve(), None)
+    if file is not None:
+        file.close()
+
+
+def _take(directory: Path) -> str | None:
+    """Why the directory cannot be had."""
+    if directory in _held:
+        return None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = acquire(directory / LOCK)
+        if file is None:
+            holder = (directory / LOCK).read_text() or "another run"
+            return f"output_dir={str(directory)!r}: {holder} writes there; wait for it or end it, or name another one."
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},")
+        file.flush()
+    except OSError as error:
+        return f"output_dir={str(directory)!r}: cannot be written ({error.strerror}); name another one."
+    _held[directory] = file
+    return None

@@ -1,0 +1,1 @@
+"""Models run without training: sampling, scoring, log-probs."""

@@ -1,0 +1,147 @@
+"""Sequence log-probs of completions under a model, without training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from exo_fast.data.examples import Example
+from exo_fast.data.selection import UNLEARNED
+from exo_fast.data.tokens import RowTokenizer
+from exo_fast.head import final_hidden, read_head
+from exo_fast.layout import Group, check_sharing, model_inputs, pack, plan_mask
+from exo_fast.logprobs import linear_logprobs
+from exo_fast.masks import neighbours_hint
+from exo_fast.reference import sequence_logps
+from exo_fast.training.data.groups import EXAMPLES_PER_CALL, cut_left, encoded
+from exo_fast.training.errors import InputError, not_its_own
+
+logger = logging.get_logger(__name__)
+
+CHECKED_GROUPS = 4
+MAX_TOGETHER = 8  # completions that share a prompt: the mask of a row grows with the square of its length
+
+
+def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
+    """Whether prompts can be run once for all their completions: by the model's kind, and by numbers on some groups.
+
+    Warns where they cannot.
+    """
+    plan = plan_mask(model.config)
+    report = check_sharing(model, list(groups[:CHECKED_GROUPS]), plan)
+    if not report.ok:
+        logger.warning(f"Completions cannot share their prompt, which is run for each of them instead: {report.reason}")
+    return report.ok
+
+
+def need_own_numbers(model: nn.Module, groups: Sequence[Group], *, share_prompt: bool) -> None:
+    """Raises InputError where the log-prob of the shortest sequence is another beside the longest group than alone;
+    looks where `neighbours_hint` says that it might be."""
+    hint = neighbours_hint(model.config)
+    if not hint:
+        return
+    shortest = min(
+        (Group(group.prompt, [min(group.completions, key=len)]) for group in groups), key=lambda group: group.tokens()
+    )
+    longest = max(groups, key=lambda group: len(group.prompt) + max(map(len, group.completions)))
+    options = {"temperature": 1.0, "batch_size": 2, "share_prompt": share_prompt}
+    alone, beside = (sequence_log_probs(model, some, **options)[0][0] for some in ([shortest], [shortest, longest]))
+    allowed = 1e-4 if model.dtype == torch.float32 else 0.15  # nats a token, as `check_sharing` allows
+    difference = float(abs(beside - alone)) / len(shortest.completions[0])
+    if not difference <= allowed:  # also where it is not a number
+        found = f"{difference:.1e} nats a token beside a longer one, where {allowed} is allowed"
+        raise not_its_own(model.config, hint, found)
+
+
+@torch.no_grad()
+def sequence_log_probs(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    temperature: float,
+    progress: str | None = None,
+    batch_size: int = 16,
+    share_prompt: bool | None = None,
+) -> list[np.ndarray]:
+    """For each group, (K,) float32: the sum of log-probs of each completion's tokens, in nats.
+
+    Args:
+        model: a causal LM in eval mode.
+        temperature: divides the logits; a positive number.
+        progress: words before the progress bar, None for no bar.
+        batch_size: groups that run together.
+        share_prompt: None asks `can_share_prompts`.
+
+    Raises:
+        InputError: a model whose lm_head is not known.
+    """
+    plan = plan_mask(model.config)
+    try:
+        head = read_head(model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if share_prompt is None:
+        share_prompt = bool(groups) and can_share_prompts(model, groups)
+    values = []
+    with tqdm(total=len(groups), desc=progress, unit="prompt", disable=progress is None) as bar:
+        for first in range(0, len(groups), batch_size):
+            batch = list(groups[first : first + batch_size])
+            packed = pack(batch, share_prompt=share_prompt, by_length=plan.by_length)
+            implementation = model.config._attn_implementation
+            inputs = model_inputs(
+                packed, plan, dtype=model.dtype, device=model.device, attn_implementation=implementation
+            )
+            hidden = final_hidden(model, **inputs).flatten(0, 1)[packed.source.to(model.device)]
+            token_logps = linear_logprobs(
+                head.multiplied(hidden),
+                head.weight,
+                packed.targets.to(model.device),
+                bias=head.bias,
+                scale=head.scale / temperature,
+                softcap=head.softcap,
+                process_group=head.process_group,
+            )
+            sums = sequence_logps(token_logps, packed.cu_seqlens.to(model.device)).float().cpu().numpy()
+            values += np.split(sums, np.cumsum([len(group.completions) for group in batch])[:-1])
+            bar.update(len(batch))
+    return values
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """A prompt and its completions as the model reads them."""
+
+    group: Group
+    cut_prompt: bool  # lost tokens on the left
+    cut_completions: int  # how many lost tokens (and their EOS) on the right
+
+
+def tokenize_rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, max_gen_len: int
+) -> list[TokenizedRow]:
+    """Examples of any number of completions as token ids (`exo_fast.data.tokens`).
+
+    A completion is cut on the right to `max_gen_len`, and a prompt on the left: where the completions were drawn, to
+    max_seq_len - max_gen_len, as `exo-fast generate` cut it; else only so that it and the longest completion fit
+    `max_seq_len`, as in training. Raises InputError as `data.groups.tokenize` does of ids, and for a completion none of
+    whose first `max_gen_len` tokens count.
+    """
+    tokenized = RowTokenizer(tokenizer)
+    rows = []
+    for start in range(0, len(examples), EXAMPLES_PER_CALL):
+        chunk = examples[start : start + EXAMPLES_PER_CALL]
+        for example, tokens in zip(chunk, encoded(tokenized, chunk), strict=True):
+            completions = [ids[:max_gen_len] for ids in tokens.candidates]
+            longest = max_gen_len if example.completion_ids is not None else max(map(len, completions))
+            prompt, lost = cut_left(tokens.prompt, max_seq_len - longest, len(tokenized.prefix))
+            learned = None if tokens.learned is None else [marks[:max_gen_len] for marks in tokens.learned]
+            if learned is not None and not all(map(any, learned)):
+                raise InputError(f"{example.place}: {UNLEARNED}; set max_gen_len={max_gen_len} to a larger number.")
+            cut = sum(len(ids) > max_gen_len for ids in tokens.candidates)
+            rows.append(TokenizedRow(Group(prompt, completions, learned), lost > 0, cut))
+    return rows

@@ -1,0 +1,194 @@
+"""Long work over a list, in several processes, that a kill at any moment costs one batch of.
+
+What a batch holds is fixed by the list alone, never by the number of processes, so whoever computes it computes
+the same. A finished batch is one JSON line, forced to disk, in `.partial/<split>-<key>-<rank>.jsonl` below the
+output directory. The key is a hash of everything the results depend on: lines of another key are never read. A
+line that a kill has torn is ignored. When all batches are there the main process writes the files, each in one
+step, the summary last: a directory with a summary is a finished one, and says what it was made from.
+
+Batches are computed by whichever process is free of them, on whatever threads it has. Floating-point sums may
+differ in their last bits between numbers of threads; within one setting (OMP_NUM_THREADS) everything repeats.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from exo_fast.training.data.writing import PARTIAL, SUMMARY, to_json
+from exo_fast.training.errors import InputError
+from exo_fast.training.files import write_file
+
+FORMAT = 1  # raised when the same identity gives other results
+DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
+
+
+class ResumableRun:
+    """One run of a stage into `output_dir`; the same object is made in every process.
+
+    `identity` is what the results depend on, JSON values by name: settings, and digests of data and models.
+    """
+
+    def __init__(self, output_dir: str | Path, identity: Mapping[str, Any], state: PartialState):
+        self.directory = Path(output_dir).expanduser()
+        self.identity = json.loads(json.dumps({"format": FORMAT, **identity}))  # as the summary gives it back
+        self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.state = state
+
+    def finished(self, files: Sequence[str]) -> dict[str, Any] | None:
+        """The summary of a finished run with this identity; None where there is work to do.
+
+        `files` are the names that the run will write. Raises InputError where the directory holds another run,
+        naming what differs, or files of those names that no run of this identity was writing; and where another
+        process is writing there (exo_fast.training.locks), which this run keeps others from until it is finished.
+        """
+        files.hold(self.directory)
+        path = self.directory / SUMMARY
+        if path.is_file():
+            summary = _read_summary(path)
+            if summary.get("identity") != self.identity:
+                raise InputError(
+                    f"output_dir={str(self.directory)!r}: holds a finished run with other settings"
+                    f"{_difference(summary.get('identity'), self.identity)}; choose another output_dir, or delete "
+                    "that one to write it again."
+                )
+            if all((self.directory / name).is_file() for name in files):
+                if self.state.is_main_process:
+                    shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
+                    print(f"reusing {self.directory}: finished earlier with the same settings and data", flush=True)
+                files.release(self.directory)
+                return summary
+        elif not any(self._stored_files("*")):
+            for name in files:
+                if (self.directory / name).exists():
+                    raise InputError(
+                        f"output_dir={str(self.directory)!r}: holds a {name} that this run did not write; choose "
+                        "another output_dir, or move that file away."
+                    )
+        self.state.wait_for_everyone()  # nobody writes before all have looked
+        return None
+
+    def compute(
+        self,
+        split: str,
+        sizes: Sequence[int],
+        compute: Callable[[int], Any],
+        *,
+        description: str,
+        unit: str,
+        progress: bool,
+        prepare: Callable[[], Any] = lambda: None,
+    ) -> list[Any]:
+        """Values of all batches of a split, in order, the same list in every process.
+
+        `compute(index)` gives the JSON-able value of batch `index`, which counts `sizes[index]` in the progress
+        bar; batches that an earlier run stored are not computed again. `prepare` is called before the first
+        batch, by processes that have one to compute. Raises InputError when the processes do not see one
+        another's files.
+        """
+        stored = self._read(split)
+        todo = [index for index in range(len(sizes)) if index not in stored]
+        self.state.wait_for_everyone()  # so that all deal out the same batches
+        rank, count = self.state.process_index, self.state.num_processes
+        done = sum(sizes[index] for index in stored)
+        shown = progress and self.state.is_main_process
+        if rank < len(todo):
+            prepare()
+        with (
+            _Lines(self._path(split, rank)) as lines,
+            tqdm(total=sum(sizes), initial=done, desc=description, unit=unit, disable=not shown) as bar,
+        ):
+            for position in range(rank, len(todo), count):
+                lines.append(json.dumps({"batch": todo[position], "value": compute(todo[position])}))
+                # The others are about as far.
+                bar.update(sum(sizes[index] for index in todo[position : position + count]))
+        self.state.wait_for_everyone()
+        stored = self._read(split)
+        missing = [index for index in range(len(sizes)) if index not in stored]
+        if missing:
+            raise InputError(
+                f"output_dir={str(self.directory)!r}: {len(missing)} of {len(sizes)} batches are not there; all "
+                "processes must write to one file system, and no other run to this directory."
+            )
+        return [stored[index] for index in range(len(sizes))]
+
+    def finish(self, files: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `files` (JSON values by file name), then the summary with the identity; returns what that holds."""
+        whole = json.loads(json.dumps({**summary, "identity": self.identity}))
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            for name, value in files.items():
+                write_file(self.directory, name, to_json(value))
+            write_file(self.directory, SUMMARY, to_json(whole))
+            shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
+        self.state.wait_for_everyone()
+        files.release(self.directory)
+        return whole
+
+    def _path(self, split: str, rank: int | str) -> Path:
+        return self.directory / PARTIAL / f"{split}-{self.key}-{rank}.jsonl"
+
+    def _stored_files(self, split: str) -> list[Path]:
+        return sorted(self.directory.glob(f"{PARTIAL}/{split}-{self.key}-*.jsonl"))
+
+    def _read(self, split: str) -> dict[int, Any]:
+        """Values by batch, of every process of every earlier run with this key."""
+        found = {}
+        for path in self._stored_files(split):
+            for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # a machine that went down may leave a hole
+                found[entry["batch"]] = entry["value"]
+        return found
+
+
+class _Lines:
+    """A file of lines that is only ever added to. A torn last line is cut off, or the next would hang on to it."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a+b")
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+
+    def append(self, line: str) -> None:
+        self.file.write(line.encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.close()
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not a summary of a run ({error}); choose another output_dir.") from error
+    return summary if isinstance(summary, dict) else {}
+
+
+def _difference(there: Any, here: Mapping[str, Any]) -> str:
+    """The first three names whose values differ, for an error's text."""
+    if not isinstance(there, dict) or there.get("stage") != here.get("stage"):
+        return ", or of another stage"
+    different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    shown = [
+        f"different {name}"
+        if isinstance(there.get(name), dict) or len(str(there.get(name))) == DIGEST_LENGTH
+        else f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in different[:3]
+    ]
+    more = f", and {len(different) - 3} more" if len(different) > 3 else ""
+    return f" ({'; '.join(shown)}{more})"

@@ -1,0 +1,1 @@
+"""Weights on disk, to a model, its head and its layout."""

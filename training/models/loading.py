@@ -1,0 +1,203 @@
+"""Loading what stages are given by a directory or a Hub name, with errors that a user can act on (InputError).
+
+A model is other people's data. Weights are read from safetensors alone, because a pickle (pytorch_model.bin) runs what
+stands in it; and what a directory says of itself is judged before it is followed: its shards must lie inside it, and
+nobody waits for a billion layers to be built.
+
+An adapter is merged by `merge_adapter` alone, which shows by numbers that merging changed nothing.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+)
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from exo_fast.data.fields import short
+from exo_fast.positions import longest_text
+from exo_fast.training.data.json_rows import read_json
+from exo_fast.training.errors import InputError, first_line
+from exo_fast.training.files import is_plain_name, user_path
+
+TO_SAFETENSORS = "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
+# What a configuration may count, and how large: more would be built, or filled, until the memory is full.
+LIMITS = {re.compile(r"(num|n)_.*(layer|expert|head|label)"): 4096, re.compile(r".*_(size|dim|embd|inner)$"): 2**24}
+ADAPTER = "adapter_config.json"
+SCALAR_TASK = "SEQ_CLS"  # PEFT's name for what reward models and classifiers do
+
+
+def from_pretrained(auto_class: Any, name_or_path: str, *, trust_remote_code: bool, **options: Any) -> Any:
+    """`auto_class.from_pretrained`, of a model with weights from safetensors alone. Raises InputError for what cannot
+    be loaded."""
+    check_counts(name_or_path)
+    if auto_class not in (AutoConfig, AutoTokenizer):
+        check_weights(name_or_path)
+        options["use_safetensors"] = True
+    try:
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # a wrong value in a file may fail anywhere
+        reason = _broken_json(name_or_path) or first_line(error)
+        raise InputError(
+            f"{name_or_path!r}: cannot be loaded as {auto_class.__name__}; a directory with a model and its tokenizer, "
+            f"or the name of one on the Hub, is needed. {reason}"
+        ) from error
+
+
+def check_counts(name_or_path: str) -> None:
+    """Raises InputError where the configuration in a directory counts more layers, say, than any model has."""
+    path = Path(name_or_path, CONFIG_NAME)
+    if not path.is_file():
+        return
+    try:
+        parts = [read_json(path)]
+    except InputError:
+        return  # transformers says that better
+    while parts:
+        part = parts.pop()
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, dict):
+                parts.append(value)
+            for pattern, limit in LIMITS.items():
+                if isinstance(value, int) and value > limit and pattern.match(key):
+                    raise InputError(f"{path}: {key} is {short(value)}; no model has more than {limit:,}.")
+
+
+def check_weights(name_or_path: str) -> None:
+    """Raises InputError for a directory without weights that can be read as safetensors, or with an index that names
+    some elsewhere. (Of a Hub name, transformers loads safetensors or nothing.)"""
+    directory = Path(name_or_path)
+    if not directory.is_dir():
+        return
+    if (directory / SAFE_WEIGHTS_NAME).is_file():
+        names = [SAFE_WEIGHTS_NAME]
+    elif (index := directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise InputError(f"{index}: has no `weight_map`, which says which file holds which weight.")
+        for name in shards.values():
+            if not isinstance(name, str) or not is_plain_name(name):
+                raise InputError(f"{index}: names {name!r}, which is no file of the directory; a plain name is needed.")
+        names = sorted(set(shards.values()))
+    else:
+        raise InputError(f"{name_or_path!r}: holds no {SAFE_WEIGHTS_NAME}{_instead(directory)}.")
+    for name in names:
+        _check_safetensors(directory / name)
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):  # reads the header, and holds it against the size of the file
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
+
+
+def _instead(directory: Path) -> str:
+    """What a directory without safetensors holds, for an error's text."""
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+    return f"; {pickles[0]} is a pickle, which could run anything and is not read ({TO_SAFETENSORS})" if pickles else ""
+
+
+def _broken_json(name_or_path: str) -> str | None:
+    """What is wrong with the first JSON file of a directory that is none."""
+    for path in sorted(Path(name_or_path).glob("*.json")):
+        try:
+            read_json(path)
+        except InputError as error:
+            return str(error)
+    return None
+
+
+# Merging adapters
+
+
+# Fitting data
+
+
+def model_config(config: Any, name_or_path: str) -> Any:
+    """The transformers config of a language model, or of the one that an adapter is for. `config` is one with
+    `trust_remote_code`."""
+    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
+    return from_pretrained(AutoConfig, base, trust_remote_code=config.trust_remote_code).get_text_config()
+
+
+def check_fits_model(config: Any, name_or_path: str, *, longest: int, largest_id: int = 0) -> None:
+    """Raises InputError where a sequence is longer than the model has positions for, or an id is not in its vocabulary.
+
+    `config` is one with `max_seq_len` and `trust_remote_code`.
+    """
+    model = model_config(config, name_or_path)
+    limit = longest_text(model)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"max_seq_len={config.max_seq_len}: the longest sequence has {longest} tokens, and the model has positions "
+            f"for {limit}; set max_seq_len to at most {limit}."
+        )
+    if largest_id >= model.vocab_size:
+        raise InputError(
+            f"{name_or_path!r}: its tokenizer, or the data, gives id {largest_id} and its vocabulary has "
+            f"{model.vocab_size}; the tokenizer belongs to another model, or the embeddings were not resized."
+        )
+
+
+def is_adapter(name_or_path: str) -> bool:
+    """Whether a directory holds a PEFT adapter and not a whole model."""
+    return Path(name_or_path, ADAPTER).is_file()
+
+
+def refuse_adapter(name_or_path: str) -> None:
+    """Raises InputError for a PEFT adapter."""
+    if is_adapter(name_or_path):
+        raise InputError(
+            f"{name_or_path!r}: a LoRA adapter, where a whole model is needed; merge it first: "
+            f"{merge_advice(name_or_path)}"
+        )
+
+
+def merge_advice(adapter: str) -> str:
+    """The command that merges an adapter, for an error's text."""
+    call = f"save_merged({adapter!r}, {Path(adapter).name + '-merged'!r})"
+    return f'python -c "from exo_fast.training.models.merging import save_merged; {call}"'
+
+
+def refuse_scalar_adapter(name_or_path: str) -> None:
+    """Raises InputError for an adapter of a reward model or a classifier, which is no language model."""
+    if adapter_task(name_or_path) == SCALAR_TASK:
+        raise InputError(
+            f"{name_or_path!r}: an adapter of a reward model or a classifier, where one of a language model is needed."
+        )
+
+
+def adapter_base(path: str) -> str:
+    """The model that an adapter was trained on. Raises InputError where it names none, or one that is gone, and for an
+    adapter whose weights are not safetensors."""
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    except Exception as error:  # as above
+        raise InputError(f"{Path(path, ADAPTER)}: not a readable PEFT adapter: {first_line(error)}") from error
+    field = f"{Path(path, ADAPTER)}: base_model_name_or_path"
+    is_name = isinstance(base, str) and base
+    if not is_name or (base.startswith(("/", ".", "~")) and not user_path(base, field).is_dir()):
+        raise InputError(
+            f"{path!r}: its base model {base!r} is not there; put it back, or correct base_model_name_or_path in "
+            f"{Path(path, ADAPTER)}."
+        )
+    if not Path(path, ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+        raise InputError(f"{path!r}: holds no {ADAPTER_SAFE_WEIGHTS_NAME}{_instead(Path(path))}.")
+    _check_safetensors(Path(path, ADAPTER_SAFE_WEIGHTS_NAME))
+    return base
+
+
+def adapter_task(path: str) -> str | None:
+    """PEFT's word for what the adapter in a directory was trained to do; None where it has none."""
+    content = read_json(Path(path, ADAPTER))
+    task = content.get("task_type") if isinstance(content, dict) else None
+    return task if isinstance(task, str) else None

@@ -1,0 +1,97 @@
+"""Run a stage in a process of its own, and end it with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from exo_fast.training.pipeline.recipe import PlannedStage
+
+CLI_MODULE = "exo_fast.training.cli"
+STOP_SECONDS = 30  # that an interrupted stage gets to end by itself
+PR_SET_PDEATHSIG = 1
+
+
+def stage_command(stage: PlannedStage, config: Path, cli_module: str = CLI_MODULE) -> list[str]:
+    """The command that runs the stage: Python itself, torchrun for several processes, or the recipe's launcher."""
+    if stage.launcher is not None:
+        start = [*stage.launcher, cli_module]
+    elif stage.processes > 1:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(stage.processes)]
+        start = [sys.executable, "-m", *torchrun, "-m", cli_module]
+    else:
+        start = [sys.executable, "-m", cli_module]
+    return [*start, stage.stage, "--config", str(config)]
+
+
+def _run_process(command: list[str], log: Path, lock_fd: int) -> int:
+    """Run `command`, its output on the terminal and at the end of `log`; returns its exit status.
+
+    On Ctrl-C or SIGTERM the command is stopped, too, and given time to end; then KeyboardInterrupt goes on.
+    """
+    with log.open("ab") as file, _sigterm_as_interrupt():
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            pass_fds=(lock_fd,),
+            preexec_fn=_end_with_parent(),
+        )
+        try:
+            while block := os.read(process.stdout.fileno(), 1 << 16):
+                sys.stdout.buffer.write(block)
+                sys.stdout.buffer.flush()
+                file.write(block)
+                file.flush()
+            status = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    return status if status >= 0 else 128 - status
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """For the child, between fork and exec: SIGTERM when this process is killed and cannot stop it (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def arrange() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before the line above
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return arrange
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    for end in (process.send_signal, lambda _: process.terminate(), lambda _: process.kill()):
+        end(signal.SIGINT)
+        try:
+            process.communicate(timeout=STOP_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,308 @@
+"""A recipe for `exo-fast run`: from YAML to a list of stages with every value filled in.
+
+A recipe names variables, defaults that are given to every stage that has such a field, and stages in the order
+in which they run. `${name}` stands for a variable anywhere in a string; a string that is nothing else becomes
+the variable's value with its type. `for` makes one stage of every combination of some values.
+
+Which stage needs which is read from the paths: a stage needs every earlier stage whose output_dir stands in
+its options. Nothing has to be declared twice, and nothing can be forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from exo_fast.training.errors import InputError, nearest
+from exo_fast.training.files import user_path
+
+RECIPE_KEYS = ("variables", "defaults", "stages")
+STAGE_KEYS = ("name", "stage", "processes", "launcher", "for", "options")
+SMOLLM2 = "smollm2"  # the predefined variable: it stays as it is here, and becomes a path when a stage starts
+SMOLLM2_TEXT = "${smollm2}"
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+MERGE = "tag:yaml.org,2002:merge"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+# Aliases and variables can make a few lines grow without end; no recipe holds so much.
+MAX_VALUES, MAX_CHARACTERS, MAX_STAGES = 100_000, 1_000_000, 10_000
+TRAINING = ("align", "classifier", "reward-model", "sft")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML whose scalars are what they look like: `1e-6` is a number, and `no` and `off` are words."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As yaml does, but a key that is set twice is an error."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a name is needed before :", key.start_mark)
+            if key.tag != MERGE and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_PlainLoader.add_implicit_resolver(MERGE, re.compile("<<"), ["<"])
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false"), list("tf"))
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"null|~|"), ["n", "~", ""])
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+"), list("-+0123456789"))
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?"), list("-+.0123456789")
+)
+# Full matches: an implicit resolver of PyYAML matches the beginning of a scalar.
+for _pairs in _PlainLoader.yaml_implicit_resolvers.values():
+    _pairs[:] = [(tag, re.compile(f"(?:{pattern.pattern})$")) for tag, pattern in _pairs]
+
+
+@dataclass
+class PlannedStage:
+    """One stage that will run: a recipe's entry for one combination of its `for` values."""
+
+    name: str
+    stage: str  # of the command line: "sft", "align", …
+    options: dict[str, Any]
+    processes: int = 1
+    launcher: list[str] | None = None
+    needs: list[str] = field(default_factory=list)  # names of earlier stages whose output it reads
+
+    @property
+    def output_dir(self) -> str:
+        return self.options["output_dir"]
+
+
+@dataclass
+class Recipe:
+    """A recipe with its variables filled in and its loops unrolled."""
+
+    path: Path
+    output: Path
+    variables: dict[str, Any]
+    defaults: dict[str, Any]
+    stages: list[PlannedStage]
+
+
+def read_recipe(path: Path, known_stages: Iterable[str], settings: Mapping[str, str] | None = None) -> Recipe:
+    """The stages of the recipe at `path`. `settings` replace values of its variables.
+
+    Raises InputError, with the recipe's path and the stage's name, for what cannot be read, unknown keys, stages and
+    variables (naming the nearest), names that are used twice, and outputs that are shared or nested.
+    """
+    try:
+        raw = _load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}. `exo-fast recipes list` shows recipes to copy."
+        ) from error
+    except ValueError as error:  # of the file's bytes, or of its YAML
+        raise InputError(f"{path}: {error}") from error
+    try:
+        return _recipe(path, raw, list(known_stages), settings or {})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _load(text: str) -> Any:
+    """The value of YAML text. Raises InputError for text that is none, and for more than a recipe holds."""
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"more than {MAX_CHARACTERS:,} characters, which no recipe has.")
+    try:
+        return _bounded(yaml.load(text, _PlainLoader), "a recipe")
+    except InputError:
+        raise
+    except Exception as error:  # PyYAML's own, and those that it forgot, such as of chr for an escape
+        raise InputError(f"not valid YAML: {error}") from error
+
+
+def _bounded(value: Any, where: str) -> Any:
+    """`value` itself. Raises InputError where it holds more than MAX_VALUES values, each as often as it is named."""
+    waiting, count = [value], 0
+    while waiting:
+        count += 1
+        if count > MAX_VALUES:
+            raise InputError(f"{where}: more than {MAX_VALUES:,} values, counting those behind aliases and ${{…}}.")
+        item = waiting.pop()
+        if isinstance(item, dict | list):
+            waiting += item.values() if isinstance(item, dict) else item
+    return value
+
+
+def _recipe(path: Path, raw: Any, known_stages: list[str], settings: Mapping[str, str]) -> Recipe:
+    _mapping(raw, "a recipe", RECIPE_KEYS)
+    variables = _variables(raw.get("variables") or {}, settings)
+    defaults = fill(_mapping(raw.get("defaults") or {}, "defaults"), variables, "defaults")
+    entries = raw.get("stages")
+    if not isinstance(entries, list) or not entries:
+        raise InputError("stages: a list of stages is needed.")
+    stages = [
+        stage for number, entry in enumerate(entries, 1) for stage in _stages(entry, number, variables, known_stages)
+    ]
+    output = user_path(variables["output"], "output")
+    _check_outputs(stages, output)
+    for number, stage in enumerate(stages):
+        stage.needs = [earlier.name for earlier in stages[:number] if _mentions(_inputs(stage), earlier.output_dir)]
+        for later in stages[number + 1 :]:
+            if _mentions(_inputs(stage), later.output_dir):
+                raise InputError(
+                    f"stage {stage.name!r} reads {later.output_dir}, which the later stage {later.name!r} makes; "
+                    "put that one first."
+                )
+    return Recipe(path, output, variables, defaults, stages)
+
+
+def _variables(raw: Any, settings: Mapping[str, str]) -> dict[str, Any]:
+    _mapping(raw, "variables")
+    for name in settings:
+        if name not in raw:
+            raise InputError(f"--set {name}: no such variable{nearest(name, raw)}")
+    found: dict[str, Any] = {SMOLLM2: SMOLLM2_TEXT}
+    for name, value in raw.items():  # each may use those above it
+        where = f"variable {name!r}"
+        try:
+            value = _load(settings[name]) if name in settings else value
+        except InputError as error:
+            raise InputError(f"--set {name}: {error}") from error
+        found[name] = _bounded(fill(value, found, where), where)
+    if not isinstance(found.get("output"), str) or not found["output"]:
+        raise InputError("variables: output is needed, the directory in which `run` keeps its records.")
+    return found
+
+
+def _stages(entry: Any, number: int, variables: dict[str, Any], known_stages: list[str]) -> list[PlannedStage]:
+    where = f"stage {number}"
+    _mapping(entry, where, STAGE_KEYS)
+    where = f"stage {entry['name']!r}" if isinstance(entry.get("name"), str) else where
+    for key in ("stage", "options"):
+        if key not in entry:
+            raise InputError(f"{where}: {key} is missing.")
+    loops = fill(_mapping(entry.get("for") or {}, f"{where}: for"), variables, where)
+    for name, values in loops.items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{where}: for: {name} needs a list of values, not {values!r}.")
+    if math.prod(map(len, loops.values())) > MAX_STAGES:
+        raise InputError(f"{where}: for: more than {MAX_STAGES:,} combinations.")
+    planned = []
+    for combination in itertools.product(*loops.values()):
+        scope = {**variables, **dict(zip(loops, combination, strict=True))}
+        filled = fill({key: value for key, value in entry.items() if key != "for"}, scope, where)
+        planned.append(_stage(filled, where, known_stages))
+    return planned
+
+
+def _stage(entry: dict[str, Any], where: str, known_stages: list[str]) -> PlannedStage:
+    stage = entry["stage"]
+    if stage not in known_stages:
+        raise InputError(f"{where}: unknown stage {stage!r}{nearest(str(stage), known_stages)}")
+    name = str(entry.get("name", stage))
+    if NAME.fullmatch(name) is None:
+        raise InputError(f"stage {name!r}: a name of letters, digits and . _ + - is needed: it names files.")
+    options = _mapping(entry["options"] or {}, f"stage {name!r}: options")
+    output_dir = options.get("output_dir")
+    if not isinstance(output_dir, str) or not output_dir:
+        raise InputError(f"stage {name!r}: options need an output_dir.")
+    processes, launcher = entry.get("processes", 1), entry.get("launcher")
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise InputError(f"stage {name!r}: processes={processes!r}: a whole number of at least 1 is needed.")
+    if launcher is not None and (not isinstance(launcher, list) or not launcher):
+        raise InputError(
+            f"stage {name!r}: launcher={launcher!r}: a list of words is needed, such as "
+            "[deepspeed, --hostfile, hosts, --module]."
+        )
+    if launcher is not None and "processes" in entry:
+        raise InputError(f"stage {name!r}: processes and launcher exclude each other; the launcher starts processes.")
+    return PlannedStage(name, stage, options, processes, launcher and [str(word) for word in launcher])
+
+
+def _check_outputs(stages: Sequence[PlannedStage], output: Path) -> None:
+    """No stage may write where another does, nor around the place where `run` keeps its records."""
+    seen: dict[Path, str] = {}
+    names: set[str] = set()
+    for stage in stages:
+        if stage.name in names:
+            raise InputError(
+                f"stage {stage.name!r}: two stages have this name; give each its own (in a `for`, use the loop's "
+                "variables in it)."
+            )
+        names.add(stage.name)
+        place = user_path(stage.output_dir, f"stage {stage.name!r}: output_dir").resolve()
+        if output.resolve().is_relative_to(place):
+            raise InputError(
+                f"stage {stage.name!r}: output_dir={stage.output_dir!r} holds output={str(output)!r}, where `run` "
+                "keeps its records; give the stage a directory inside it."
+            )
+        for other, name in seen.items():
+            if place.is_relative_to(other) or other.is_relative_to(place):
+                raise InputError(
+                    f"stage {stage.name!r}: output_dir={stage.output_dir!r} is the same as that of {name!r}, or one "
+                    "lies in the other; each stage needs a directory of its own."
+                )
+        seen[place] = stage.name
+
+
+def _mapping(value: Any, what: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{what}: a mapping of names to values is needed.")
+    for key in value:
+        if known is not None and key not in known:
+            raise InputError(f"{what}: unknown key {key!r}{nearest(key, known)}")
+    return value
+
+
+def fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
+    """`value` with every ${name} in its strings replaced, at any depth. Raises InputError for an unknown name."""
+    if isinstance(value, dict):
+        return {key: fill(item, variables, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fill(item, variables, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> Any:
+        name = match[1].strip()
+        if name not in variables:
+            raise InputError(f"{where}: ${{{name}}} is not defined{nearest(name, variables)}")
+        return variables[name]
+
+    if (whole := REFERENCE.fullmatch(value)) is not None:
+        return copy.deepcopy(lookup(whole))
+    filled = REFERENCE.sub(lambda match: str(lookup(match)), value)
+    if len(filled) > MAX_CHARACTERS:
+        raise InputError(f"{where}: a text of more than {MAX_CHARACTERS:,} characters.")
+    return filled
+
+
+def path_pattern(path: str) -> re.Pattern[str]:
+    """Finds `path`, relative or absolute, in a string as a whole or with something below it: after the start, = : or ,
+    and before the end or a separator."""
+    plain = os.path.normpath(os.path.expanduser(path))
+    spellings = "|".join(re.escape(spelling) for spelling in {plain, os.path.abspath(plain), path.rstrip("/")})
+    return re.compile(rf"(?:(?<=[=:,\s])|^)(?:\./)?(?:{spellings})(?=[/,:\s]|$)")
+
+
+def strings(value: Any) -> Iterable[str]:
+    """All strings in a value of mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
+def _inputs(stage: PlannedStage) -> dict[str, Any]:
+    return {name: value for name, value in stage.options.items() if name != "output_dir"}
+
+
+def _mentions(value: Any, path: str) -> bool:
+    pattern = path_pattern(path)
+    return any(pattern.search(text) for text in strings(value))

@@ -1,0 +1,227 @@
+"""README.md of a training's output directory: the model card that the Hub, and whoever is given the model, reads.
+
+It is made from summary.json and trainer_state.json, says how the model was made and from which files, and claims only
+what is known: a base model that is a directory of this machine has no name on the Hub, and a licence is that of the
+base model's own card or none. Paths of this machine are told by their last part.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from exo_fast.data.selection import left_out_lines
+from exo_fast.training.files import write_file
+from exo_fast.training.reports.html import metric_rows
+
+NAME = "README.md"
+PAPER = "https://arxiv.org/abs/2402.00856"
+CITATION = """\
+@inproceedings{ji2024towards,
+  title={Towards Efficient Exact Optimization of Language Model Alignment},
+  author={Ji, Haozhe and Lu, Cheng and Niu, Yilin and Ke, Pei and Wang, Hongning and Zhu, Jun and Tang, Jie and Huang, Minlie},
+  booktitle={International Conference on Machine Learning},
+  year={2024}
+}"""  # noqa: E501 - as the README has it
+# Data sets of the registry that are one of the Hub's.
+HUB_DATASETS = {"hh": "Anthropic/hh-rlhf", "tldr": "openai/summarize_from_feedback", "imdb": "stanfordnlp/imdb"}
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+POLICY = """\
+With K candidates y_k of a prompt x, the policy's distribution over them is q = softmax(β_π · (log π(y|x) − log
+π_ref(y|x))), β_π = {beta_pi}. {loss} The reference is {reference}."""
+REWARD_TARGET = "The target p is softmax(reward / β_r), β_r = {beta_r}."
+BEST_TARGET = (
+    "The target p has 1 − ε on the candidate of the highest reward and ε/(K − 1) on each other, ε = {epsilon:g}."
+)
+LOSSES = {
+    "exo": "EXO minimises the reverse KL, Σ_k q_k (log q_k − log p_k), averaged over prompts.",
+    "dpo": "DPO minimises the forward KL, here its cross-entropy −Σ_k p_k log q_k, averaged over prompts.",
+}
+METHODS = {
+    "sft": "Supervised fine-tuning: the mean of −log π(token | before) over the tokens of the completions, with EOS.",
+    "reward-model": "A reward model: −log σ(r(x, y_chosen) − r(x, y_rejected)), Bradley and Terry's loss. The model's "
+    "one logit is the reward.",
+    "classifier": "A binary classifier: the cross-entropy of σ(logit). The model's one logit is the log-odds.",
+}
+TASKS = {"align": "text-generation", "sft": "text-generation"}  # the others' is text-classification
+USE = """\
+```python
+from transformers import AutoTokenizer
+from {package} import {model}
+
+model = {model}.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+
+
+def write(folder: Path) -> Path:
+    """Make README.md of the training in `folder`; returns its path. Raises OSError or ValueError where summary.json or
+    trainer_state.json is missing or broken."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    adapter = (folder / "adapter_config.json").is_file()
+    data = metadata(summary, adapter=adapter)
+    content = f"---\n{data.to_yaml()}\n---\n\n{body(summary, history, folder.absolute().name, adapter=adapter)}"
+    return write_file(folder, NAME, content.encode())
+
+
+def metadata(summary: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
+    """What the Hub reads of a card: only what is known."""
+    config, stage = summary["config"], summary["stage"]
+    base, datasets = _base_on_hub(config["model_name_or_path"]), _hub_datasets(config)
+    tags = ["exo_fast", stage, *([config["loss_type"]] if "loss_type" in config else [])]
+    if stage == "align":
+        tags.append(f"arxiv:{PAPER.rpartition('/')[2]}")
+    known: dict[str, Any] = {
+        "base_model": base,
+        "datasets": datasets,
+        "license": _license(config["model_name_or_path"]),
+    }
+    if base is not None:
+        known["base_model_relation"] = "adapter" if adapter else "finetune"
+    return ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=TASKS.get(stage, "text-classification"),
+        tags=[*tags, *(["lora"] if adapter else [])],
+        **{name: value for name, value in known.items() if value},
+    )
+
+
+def body(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]], name: str, *, adapter: bool) -> str:
+    """The card below its metadata, as markdown."""
+    config, stage = summary["config"], summary["stage"]
+    base = _portable(config["model_name_or_path"])
+    what = "LoRA adapters for" if adapter else "Trained from"
+    lines = [f"# {_plain(name)}", "", f"{what} {_code(base)} by `exo-fast {stage}`.", ""]
+    lines += ["## Use", "", _use(summary, name, adapter=adapter), ""]
+    lines += ["## Method", "", method(config, stage), ""]
+    lines += ["## Results", "", *_results(history), ""]
+    lines += ["## Training data", "", *_data(summary), ""]
+    lines += ["## Made by", "", *_recipe(summary), "", *_versions(summary)]
+    if stage == "align":
+        lines += ["", "## Citation", "", f"The losses are those of [Ji et al., ICML 2024]({PAPER}):", ""]
+        lines += ["```bibtex", CITATION, "```"]
+    return "\n".join([*lines, ""])
+
+
+def method(config: Mapping[str, Any], stage: str) -> str:
+    """What was minimised, in words and symbols."""
+    if stage in METHODS:
+        return METHODS[stage]
+    family, _, kind = config["loss_type"].partition("-")
+    target = REWARD_TARGET if kind == "rw" else BEST_TARGET
+    loss = f"{LOSSES[family]} {target.format(beta_r=config['beta_r'], epsilon=config['label_smoothing'] or 0)}"
+    reference = config.get("ref_name_or_path")
+    shown = "the model before training" if reference is None else _code(_portable(reference))
+    return POLICY.format(beta_pi=config["beta_pi"], loss=loss, reference=shown).replace("\n", " ")
+
+
+def _use(summary: Mapping[str, Any], name: str, *, adapter: bool) -> str:
+    hub = summary.get("hub") or {}
+    generates = TASKS.get(summary["stage"]) == "text-generation"
+    model = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
+    place = hub.get("repository") or summary["config"].get("hub_model_id") or name
+    package, model = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", model)
+    if not re.fullmatch(r"[\w./ -]+", place):  # what could end the code, or a string in it
+        place = "path/to/the/model"
+    return USE.format(package=package, model=model, place=place)
+
+
+def _results(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = metric_rows(history)
+    kept = [row for row in rows if row[1] == "held out"] or rows
+    if not kept:
+        return ["Nothing was logged."]
+    where = "On held-out data" if kept[0][1] == "held out" else "On training batches; there was no held-out data"
+    lines = [f"{where}.", "", "| | first | best | at step | last |", "|---|---:|---:|---:|---:|"]
+    return [*lines, *(f"| {_plain(title)} | {' | '.join(cells)} |" for title, _, cells in kept)]
+
+
+def _data(summary: Mapping[str, Any]) -> list[str]:
+    lines = ["| split | name | rows | bytes | sha256 |", "|---|---|---:|---:|---|"]
+    for split, counts in summary.get("data", {}).items():
+        known = summary.get("data_files", {}).get(split, {})
+        rows = counts.get("examples", counts.get("rows", ""))
+        size = f"{known['bytes']:,}" if "bytes" in known else ""
+        name = _plain(_portable(known.get("name", "")))
+        lines.append(f"| {split} | {name} | {rows:,} | {size} | {known.get('sha256', '')} |")
+    found = left_out_lines(summary.get("data", {}))
+    return [*lines, *([""] if found else []), *(f"- {_plain(line)}" for line in found)]
+
+
+def _recipe(summary: Mapping[str, Any]) -> list[str]:
+    """The fields that were set, as a recipe, and the command that takes it."""
+    config, stage = summary["config"], summary["stage"]
+    left_out = ("hub_token", "resume_from_checkpoint", "disable_tqdm", "run_name")
+    fields = {
+        name: _portable(config[name]) for name in summary.get("changed", ()) if name in config and name not in left_out
+    }
+    if fields.get("report_to") == []:
+        fields["report_to"] = "none"  # as a recipe says it
+    processes = summary.get("processes", 1)
+    start = "exo-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m exo_fast.training.cli"
+    recipe = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
+    lines = [
+        "```bash",
+        f"{start} {stage} --config recipe.yaml",
+        "```",
+        "",
+        "with this `recipe.yaml` (paths are told by ",
+    ]
+    lines[-1] += "their last part; all else is at its default):"
+    return [*lines, "", "```yaml", recipe, "```"]
+
+
+def _versions(summary: Mapping[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {found}" for name, found in summary.get("versions", {}).items() if found)
+    commit = f", commit {summary['commit']}" if summary.get("commit") else ""
+    steps = f"{summary['steps']:,} steps in {summary['train_seconds']:,.0f} s on {summary['device']}"
+    return [f"{steps}. {versions}{commit}."]
+
+
+def _base_on_hub(name: str) -> str | None:
+    """The base model's name on the Hub; None for a directory."""
+    return None if Path(name).exists() or not HUB_NAME.fullmatch(name) else name
+
+
+def _hub_datasets(config: Mapping[str, Any]) -> list[str]:
+    names = [str(config[field]).partition("/")[0] for field in ("data", "eval_data") if config.get(field)]
+    found = (HUB_DATASETS[name] for name in names if name in HUB_DATASETS and not Path(config["data"]).exists())
+    return list(dict.fromkeys(found))
+
+
+def _license(base: str) -> str | None:
+    """What the base model's own card says, where it lies beside the model."""
+    path = Path(base, NAME)
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path).data.license
+    except (ValueError, yaml.YAMLError):
+        return None
+
+
+def _portable(value: Any) -> Any:
+    """A path of this machine by its last part; other values as they are."""
+    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
+        return Path(value).name
+    return value
+
+
+def _plain(text: str) -> str:
+    """Text that markdown and HTML cannot take for markup."""
+    text = " ".join(str(text).split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    for mark in "|*_`[]#":
+        text = text.replace(mark, "\\" + mark)
+    return text
+
+
+def _code(text: str) -> str:
+    return f"`{str(text).replace('`', '')}`"

@@ -1,0 +1,1 @@
+"""One file a command: its configuration, then one function that reads from top to bottom."""

@@ -1,0 +1,161 @@
+"""Whether an output directory holds a run to continue, a finished one, or another one's results."""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    set_seed,
+)
+
+from exo_fast.training import files, processes
+from exo_fast.training.errors import InputError
+from exo_fast.training.files import write_file
+from exo_fast.training.reports import hub
+from exo_fast.training.trainer import checkpoints
+from exo_fast.training.trainer.config import TrainConfig, _default
+from exo_fast.training.trainer.finishing import finish
+
+SETTINGS = "settings.json"
+# Fields that say where, how fast or how loud a run is, and not what it gives.
+INCIDENTAL = {"output_dir", "resume_from_checkpoint", "reference_cache_dir", "use_cpu", "local_rank", "report_to"}
+INCIDENTAL |= {
+    "disable_tqdm",
+    "log_level",
+    "log_level_replica",
+    "logging_first_step",
+    "deepspeed",
+    "project",
+    "run_name",
+    "non_finite",
+    "save_total_limit",
+    "long_sequence",  # the fields it sets are settings themselves
+    "tiled_mlp",
+}
+# In whose place the settings have their product, the global batch: how it is cut decides nothing.
+CUT = {"per_device_train_batch_size", "gradient_accumulation_steps", "sequence_parallel"}
+INCIDENTAL_PREFIXES = ("hub_", "push_to_hub", "dataloader_", "logging_", "trackio_")
+DECISIVE = {"dataloader_drop_last"}  # for all that
+
+
+def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
+    """Seed everything, and say what `config.output_dir` holds: (checkpoint to continue from, finished summary).
+
+    Both None: start anew. Raises InputError, before any work, for a directory that another run's results are in.
+    """
+    set_seed(config.seed)
+    output = Path(config.output_dir)
+    files.hold(output)
+    if config.process_index == 0:
+        hub.warn_of_logging_dir(config.report_to)
+    checkpoint, summary = _found(config)
+    if config.process_index == 0:
+        if summary is not None:
+            print(f"{config.output_dir}: this run is finished; nothing to do", flush=True)
+        elif checkpoint is not None:
+            print(f"continuing from {checkpoint}", flush=True)
+        if config.push_to_hub and summary is None:
+            hub.create_repository(config)
+    processes.wait()  # before the first process writes what the others look for
+    if summary is not None:
+        finish(config, summary, anew=False)
+        files.release(output)
+    elif config.process_index == 0:
+        (output / "summary.json").unlink(missing_ok=True)
+        write_file(output, SETTINGS, (json.dumps(settings_of(config), indent=1) + "\n").encode())
+    return checkpoint, summary
+
+
+def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
+    output = Path(config.output_dir)
+    wish = (config.resume_from_checkpoint or "same").lower()
+    if wish in ("auto", "true"):
+        last = checkpoints.newest(output)
+        if wish == "true" and last is None:
+            raise InputError(
+                f"resume_from_checkpoint={config.resume_from_checkpoint!r}: no checkpoint in output_dir="
+                f"{config.output_dir!r} can be continued from; use auto to start anew where there is none."
+            )
+        return _as_text(last), None
+    if wish not in ("same", "false"):
+        _check_named(config.resume_from_checkpoint)
+        return config.resume_from_checkpoint, None
+    finished, there = (output / "summary.json").is_file(), checkpoints.numbered(output)
+    if not finished and not there:
+        return None, None
+    if wish == "same" and (output / SETTINGS).is_file():
+        now = settings_of(config)
+        # What an earlier version had no field for is as it was then: at its default.
+        unknown = {field.name: _default(field) for field in fields(config) if field.init and field.name in now}
+        differences = _differences({**unknown, **json.loads((output / SETTINGS).read_text())}, now)
+        if not differences:
+            if finished:
+                return None, json.loads((output / "summary.json").read_text())
+            last = checkpoints.newest(output)
+            if last is None and not config.save_only_model:  # such a run begins anew
+                raise InputError(
+                    f"output_dir={config.output_dir!r}: not one of its {len(there)} checkpoints can be continued from "
+                    "(see the warnings); remove them to start anew, or choose another output_dir."
+                )
+            return _as_text(last), None
+        problem = f"holds an earlier run with other settings ({differences})"
+    else:
+        problem = "holds an earlier run"
+    advice = "choose another output_dir, or remove this one"
+    if there:
+        advice += "; or continue from its last checkpoint with these settings: --resume_from_checkpoint auto"
+    raise InputError(f"output_dir={config.output_dir!r}: {problem}; {advice}.")
+
+
+def _as_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _check_named(checkpoint: str) -> None:
+    """Raises InputError for a checkpoint that the user named and that cannot be continued from."""
+    fix = "name a whole checkpoint-N directory, or use true or auto."
+    if not Path(checkpoint).is_dir():
+        raise InputError(f"resume_from_checkpoint={checkpoint!r}: no such directory; {fix}")
+    try:
+        facts = checkpoints.read(Path(checkpoint))
+    except checkpoints.Damaged as error:
+        raise InputError(f"resume_from_checkpoint={checkpoint!r}: {error}; {fix}") from error
+    if not facts.resumable:
+        raise InputError(f"resume_from_checkpoint={checkpoint!r}: it holds a model alone (save_only_model); {fix}")
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The fields that decide a run's result, as JSON would give them back."""
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in DECISIVE or not (name in INCIDENTAL | CUT or name.startswith(INCIDENTAL_PREFIXES))
+    }
+    for name in ("data", "eval_data"):  # one file, by whatever path
+        if values[name] is not None and Path(values[name]).expanduser().exists():
+            values[name] = str(Path(values[name]).expanduser().resolve())
+    if config.engine == "torch":
+        values["zero_stage"] = None  # whose default follows the number of processes
+    values["global batch"] = config.global_batch
+    for name in ("data", "eval_data", *config.model_fields):
+        values[f"files of {name}"] = _files_digest(values[name])
+    return json.loads(json.dumps(values, default=str))
+
+
+def _files_digest(path: str | None) -> str | None:
+    """A hash over names, sizes and times of a file or of the files of a directory; None for what is not here.
+
+    Not over their content, which for a model is read in minutes: it is to notice an input that was made anew.
+    """
+    if path is None or not (place := Path(path).expanduser()).exists():
+        return None
+    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names[:5])

@@ -1,0 +1,85 @@
+"""Losses and gradients that are not finite: kept from the weights, and traced to the rows they came from.
+
+DeepSpeed's ZeRO optimizers leave out a step whose gradient norm is not finite and say so (`overflow`; in bf16 with
+check_grad_overflow, which exo_fast.training.trainer.deepspeed sets). `GradientGuard` does the same for a plain torch
+optimizer (ZeRO 0 in float32, and engine=torch).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+FOLDER = "non-finite"
+SHOWN = 8  # rows that a message names
+MOST_SKIPPED = 10  # steps left out one after another: then the weights themselves must be the cause
+
+
+class GradientGuard:
+    """Before each step of an optimizer: without gradients, and so without a step, where their norm is not finite."""
+
+    def __init__(self) -> None:
+        self.overflow = False
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the gradients before every step of `optimizer` from now on."""
+        optimizer.register_step_pre_hook(self._before)
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.overflow = not bool(torch.isfinite(norm))
+        if self.overflow:
+            for parameter in parameters:
+                parameter.grad = None
+
+
+@dataclass
+class MicroBatch:
+    """What a forward of this step was given, and what it gave."""
+
+    inputs: dict[str, Any]
+    loss: Tensor  # ()
+    metrics: Tensor  # (R, M)
+
+    def bad_rows(self) -> list[int]:
+        """The `index` of rows with a metric that is not finite; of all rows where only the loss is not."""
+        bad = ~torch.isfinite(self.metrics).all(dim=1)
+        if not bad.any() and not torch.isfinite(self.loss):
+            bad = torch.ones_like(bad)
+        return self.inputs["index"][bad].tolist()
+
+    @property
+    def rows(self) -> list[int]:
+        return self.inputs["index"].tolist()
+
+
+def save(step_batches: list[MicroBatch], folder: Path, process: int) -> None:
+    """This process's micro-batches of a step as `process-P-micro-M.safetensors`, their losses and rows as JSON beside
+    them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, batch in enumerate(step_batches):
+        place = folder / f"process-{process}-micro-{number}"
+        tensors = {name: torch.as_tensor(value) for name, value in batch.inputs.items() if _is_array(value)}
+        tensors |= {"metrics": batch.metrics}
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            place.with_suffix(".safetensors"),
+        )
+        about = {"loss": str(float(batch.loss)), "rows": batch.rows, "rows that are not finite": batch.bad_rows()}
+        place.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def shown(rows: list[int]) -> str:
+    """The first rows, for a message."""
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return ", ".join(map(str, rows[:SHOWN])) + more
