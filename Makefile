@@ -17,7 +17,7 @@ help:
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
 	@echo "make bench       all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
-	@echo "make lint        ruff, check only;  make format rewrites"
+	@echo "make lint        ruff and the layers of imports, check only;  make format rewrites"
 	@echo "make typecheck   mypy on what others import"
 	@echo "make docs        the documentation site, in build/site;  make docs-serve shows it while it is written"
 	@echo "make dist        the wheel and the source archive, in dist"
@@ -68,9 +68,14 @@ bench-op bench-step: bench-%: $(VENV)/.ready
 roofline: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.roofline.tables --markdown docs/gpu-analysis.md docs/performance.md
 
+# Which part may import which is checked on the tree as it is installed: exo_fast/ with the folders beside it in it.
+LAYERS := build/layers
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf $(LAYERS) && $(BIN)/python setup.py -q build_py -d $(LAYERS) 2> /dev/null
+	touch $(LAYERS)/exo_fast/kernels/__init__.py
+	cd $(LAYERS) && $(abspath $(BIN))/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

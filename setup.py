@@ -57,6 +57,7 @@ DEV = [
     *COMPLETION,
     *TEST,
     "ruff>=0.9",
+    "import-linter>=2.5",
     "mypy>=1.15",
     "types-PyYAML>=6.0",
     "build>=1.2",

@@ -121,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     choices = [*SUITES, "all"]
-    made.add_argument("suites", nargs="*", metavar="SUITE", type=_suite, help=f"of {', '.join(choices)}")
+    suites = made.add_argument("suites", nargs="*", metavar="SUITE", type=_suite, help=f"of {', '.join(choices)}")
+    suites.words = choices  # for shell completion
     made.add_argument(
         "--only",
         action="append",

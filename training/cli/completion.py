@@ -81,7 +81,7 @@ def whole_parser() -> argparse.ArgumentParser:
             missing.setdefault(str(error.name), []).append(name)
             made = empty
         _add_flags(made, FLAGS)
-        _say_what_completes(name, made)
+        _say_what_completes(made)
         stages.choices[name] = made
     for module, names in missing.items():
         command = command_for(distribution_of(module))
@@ -97,35 +97,22 @@ def _add_flags(parser: argparse.ArgumentParser, flags: dict[str, str]) -> None:
             parser.add_argument(flag, action="store_true", help=what)
 
 
-def _say_what_completes(stage: str, parser: argparse.ArgumentParser) -> None:
+def _say_what_completes(parser: argparse.ArgumentParser) -> None:
     """Mark file names, give choices to what takes one of a few words, and leave one spelling of each option."""
     from shtab import DIRECTORY, FILE
 
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
-                _say_what_completes(stage, inner)
+                _say_what_completes(inner)
             continue
         action.option_strings = [word for word in action.option_strings if "-" not in word[2:]] or action.option_strings
         marked: Any = action  # shtab reads an attribute that argparse does not have
         if action.choices is None:
-            action.choices = _words(stage, action.dest)
+            action.choices = getattr(action, "words", None)  # which the parser does not list, to name the nearest
         if action.choices is not None or action.nargs == 0:
             continue
         if action.dest.endswith("_dir") or action.dest == "output":
             marked.complete = DIRECTORY
         elif action.type is Path or action.dest in PATHS:
             marked.complete = FILE
-
-
-def _words(stage: str, dest: str) -> list[str] | None:
-    """The words that an argument takes whose parser does not list them, to say of a wrong one which is near."""
-    if (stage, dest) == ("recipes", "name"):
-        from exo_fast.training.pipeline.library import find_recipes
-
-        return list(find_recipes())
-    if (stage, dest) == ("bench", "suites"):
-        from exo_fast.benchmarks.harness.contract import SUITES
-
-        return [*SUITES, "all"]
-    return None

@@ -67,9 +67,10 @@ def parser() -> argparse.ArgumentParser:
     )
     actions = made.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="Names, with a line about each.")
-    actions.add_parser("show", help="Print one.").add_argument("name")
+    showing = actions.add_parser("show", help="Print one.")
     copying = actions.add_parser("copy", help="Write one to a file of yours.")
-    copying.add_argument("name")
+    for one in (showing, copying):
+        one.add_argument("name").words = list(find_recipes())  # for shell completion
     copying.add_argument("destination", nargs="?", type=Path, default=Path("."), help="A file or a directory. [.]")
     return made
 
