@@ -13,7 +13,8 @@ import numpy as np
 
 Duplicates = Literal["error", "drop", "keep"]
 Ties = Literal["error", "drop", "share"]
-DUPLICATES, TIES = get_args(Duplicates), get_args(Ties)
+Fate = Literal["keep", "drop", "error"]  # the strictest last
+DUPLICATES, TIES, FATES = get_args(Duplicates), get_args(Ties), get_args(Fate)
 SHOWN = 10  # rows of each reason
 
 ALIKE = "all candidates of the group are the same tokens, so there is nothing to learn"
@@ -39,43 +40,45 @@ def groups_of(count: int, size: int, seed: Any) -> list[list[int]]:
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
-def fault(
+def faults(
     candidates: Sequence[Sequence[int]],
     rewards: Sequence[float],
     *,
     loss_type: str | None,
     learned: Sequence[Sequence[bool]] | None = None,
-) -> str | None:
-    """Why a group, as token ids after all cutting, teaches nothing or the wrong thing; None if nothing is wrong.
+) -> tuple[str, ...]:
+    """All reasons why a group, as token ids after all cutting, teaches nothing or the wrong thing.
 
     Candidates that are the same tokens with the same reward, beside others, are no fault: what was sampled twice
-    counts twice, as the best too. Without a `loss_type` nothing is compared.
+    counts twice, as the best too. Without a `loss_type` nothing is compared, nor where no token of a candidate counts,
+    or all candidates are the same tokens.
     """
     if learned is not None and not all(map(any, learned)):
-        return UNLEARNED
+        return (UNLEARNED,)
     if loss_type is None:
-        return None
+        return ()
     texts = [tuple(ids) for ids in candidates]
     used = [float(np.float32(reward)) for reward in rewards]  # as the loss has them
     by_text: dict[tuple[int, ...], set[float]] = {}
     for ids, reward in zip(texts, used, strict=True):
         by_text.setdefault(ids, set()).add(reward)
     if len(by_text) == 1:
-        return ALIKE
-    if any(len(found) > 1 for found in by_text.values()):
-        return CONTRADICTION
-    if loss_type.endswith("-pref") and sum(max(used) in found for found in by_text.values()) > 1:
-        return TIE
-    return None
+        return (ALIKE,)
+    contradiction = any(len(found) > 1 for found in by_text.values())
+    tie = loss_type.endswith("-pref") and sum(max(used) in found for found in by_text.values()) > 1
+    return (CONTRADICTION,) * contradiction + (TIE,) * tie
 
 
-def verdict(reason: str | None, duplicates: Duplicates, ties: Ties) -> Literal["keep", "drop", "error"]:
-    """Fate of a group with this fault."""
-    if reason is None:
-        return "keep"
-    if reason == TIE:
-        return "keep" if ties == "share" else ties
-    return duplicates if reason in (ALIKE, CONTRADICTION) else "drop"
+def verdict(reasons: Sequence[str], duplicates: Duplicates, ties: Ties) -> tuple[Fate, str | None]:
+    """Fate of a group with these faults, and the fault that decides: each option says what it does about its own
+    faults, and the strictest wins, an error before leaving out."""
+    fates: list[tuple[Fate, str | None]] = [("keep", None)]
+    for reason in reasons:
+        if reason == TIE:
+            fates.append(("keep" if ties == "share" else ties, reason))
+        else:
+            fates.append((duplicates if reason in (ALIKE, CONTRADICTION) else "drop", reason))
+    return max(fates, key=lambda found: FATES.index(found[0]))
 
 
 @dataclass

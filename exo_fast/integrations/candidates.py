@@ -15,7 +15,7 @@ from transformers.utils import logging
 from exo_fast.data import examples
 from exo_fast.data.fields import BadField
 from exo_fast.data.forms import ACCEPTED, standard
-from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, fault, groups_of, verdict
+from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, faults, groups_of, verdict
 from exo_fast.data.tokens import RowTokenizer
 
 logger = logging.get_logger(__name__)
@@ -134,15 +134,14 @@ class CandidateRows:
                     return f"the prompt alone fills max_length={self.max_length}; raise it, or shorten the prompt"
                 room = slice(self.max_length - len(prompt))
             candidates, marks = [ids[room] for ids in candidates], [marked[room] for marked in marks]
-        reason = fault(candidates, group["rewards"], loss_type=self.loss_type, learned=marks)
-        match verdict(reason, self.duplicates, self.ties):
-            case "error":
-                assert reason is not None
-                field = "rewards" if reason == TIE else "candidate_ids"
-                raise BadField(field, group[field], f"{reason}. {FIX[reason]}.")
-            case "drop":
-                return reason or ""
-        return ""
+        reasons = faults(candidates, group["rewards"], loss_type=self.loss_type, learned=marks)
+        fate, reason = verdict(reasons, self.duplicates, self.ties)
+        if fate == "keep" or reason is None:
+            return ""
+        if fate == "error":
+            field = "rewards" if reason == TIE else "candidate_ids"
+            raise BadField(field, group[field], f"{reason}. {FIX[reason]}.")
+        return reason
 
     def _report(self, groups: Any) -> None:
         left_out = LeftOut()

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from exo_fast.data.examples import Example
-from exo_fast.data.selection import FIX, Duplicates, LeftOut, Ties, fault, groups_of, verdict
+from exo_fast.data.selection import FIX, Duplicates, LeftOut, Ties, faults, groups_of, verdict
 from exo_fast.data.tokens import RowTokenizer, Tokens
 from exo_fast.layout import Group, Packed, pack
 from exo_fast.positions import LengthRules
@@ -138,25 +138,25 @@ def tokenize(
     rows = RowTokenizer(tokenizer)
     size = num_contrastive or len(examples[0].completions)
     kept = _Kept(size, max_seq_len, max_gen_len, len(rows.prefix), left_out or LeftOut())
-    faults: list[str] = []
+    refused: list[str] = []
     bar = tqdm(total=len(examples), desc=description, unit=" examples", disable=not progress)
     for start in range(0, len(examples), EXAMPLES_PER_CALL):
         chunk = examples[start : start + EXAMPLES_PER_CALL]
         for row, (example, tokens) in enumerate(zip(chunk, encoded(rows, chunk), strict=True), start):
             for places in groups_of(len(example.completions), size, row):
                 group = kept.cut(example, tokens, places)
-                reason = fault(loss_type=loss_type, **group.facts())
-                match verdict(reason, duplicates, ties):
+                fate, reason = verdict(faults(loss_type=loss_type, **group.facts()), duplicates, ties)
+                match fate:
                     case "keep":
                         kept.add(group)
                     case "drop":
                         kept.left_out.add(reason, example.place)
                     case "error":
-                        faults.append(f"{example.place}, candidates {_few(places)}: {reason}. {FIX[reason]}.")
+                        refused.append(f"{example.place}, candidates {_few(places)}: {reason}. {FIX[reason]}.")
         bar.update(len(chunk))
     bar.close()
-    if faults:
-        raise InputError(f"{len(faults)} groups cannot be learned from:{listed(faults)}")
+    if refused:
+        raise InputError(f"{len(refused)} groups cannot be learned from:{listed(refused)}")
     if not kept.rewards:
         lines = kept.left_out.lines(str(getattr(examples[0].place, "file", "the data")))
         raise InputError("no group is left to learn from:\n  " + "\n  ".join(lines))

@@ -1,0 +1,26 @@
+"""Rows of a data set as groups: what is left out, what is an error, and how both are named."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from exo_fast.integrations.candidates import CandidateRows
+
+ROW = {"prompt": "the film ", "completions": ["was good", "was bad", "was long"], "rewards": [1.0, 0.0, 0.5]}
+
+
+def prepared(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **options: Any) -> Dataset:
+    how = {"loss_type": "exo-pref", **options}
+    return CandidateRows(tokenizer, "train", **how).prepared(Dataset.from_list(rows))
+
+
+def test_a_tie_beside_a_contradiction(tokenizer: PreTrainedTokenizerFast) -> None:
+    """What one option keeps, the other still judges."""
+    rows = [ROW, {**ROW, "completions": ["was good", "was good", "was bad"], "rewards": [1.0, 0.0, 1.0]}]
+    with pytest.raises(ValueError, match=r"row 1: field `rewards`.*different candidates share the highest reward"):
+        prepared(tokenizer, rows, duplicates="keep")
+    assert len(prepared(tokenizer, rows, duplicates="keep", ties="drop")) == 1
+    assert len(prepared(tokenizer, rows, duplicates="keep", ties="share")) == 2
+    assert len(prepared(tokenizer, rows, ties="share")) == 1
