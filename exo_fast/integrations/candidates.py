@@ -16,7 +16,7 @@ from exo_fast.data import examples
 from exo_fast.data.fields import BadField
 from exo_fast.data.forms import ACCEPTED, standard
 from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, faults, groups_of, verdict
-from exo_fast.data.tokens import RowTokenizer
+from exo_fast.data.tokens import RowTokenizer, need_prompts
 
 logger = logging.get_logger(__name__)
 OF_CANDIDATES = ("candidate_ids", "candidate_masks", "rewards")
@@ -30,9 +30,8 @@ def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokeniz
 
 def _tokens(row: dict[str, Any], rows: RowTokenizer, *, scored_pairs: bool = False) -> dict[str, Any]:
     example = examples.candidates(None, rows.text_of(row), scored_pairs=scored_pairs)
-    (tokens,) = rows.tokens([example])
-    if not tokens.prompt:
-        raise BadField("prompt", example.prompt, "no tokens, and the tokenizer adds no BOS; at least one is needed.")
+    (tokens,) = found = rows.tokens([example])
+    need_prompts([example], found)
     marks = tokens.learned or [[True] * len(ids) for ids in tokens.candidates]
     return {
         "prompt_ids": tokens.prompt,

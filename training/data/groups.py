@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exo_fast.data.examples import Example
 from exo_fast.data.selection import FIX, Duplicates, LeftOut, Ties, faults, groups_of, verdict
-from exo_fast.data.tokens import RowTokenizer, Tokens
+from exo_fast.data.tokens import RowTokenizer, Tokens, need_prompts
 from exo_fast.layout import Group, Packed, pack
 from exo_fast.positions import LengthRules
 from exo_fast.training.data.faults import MAX_SHOWN, listed
@@ -165,38 +165,12 @@ def tokenize(
 
 def encoded(rows: RowTokenizer, examples: Sequence[Example]) -> list[Tokens]:
     """The ids of each example. Raises InputError for what `tokenize` says of ids."""
-    check_drawn_ids(examples, rows.tokenizer)
     try:
         found = rows.tokens(examples)
-    except ValueError as error:  # a tokenizer without EOS
+        need_prompts(examples, found)
+    except ValueError as error:
         raise InputError(str(error)) from error
-    for example, tokens in zip(examples, found, strict=True):
-        if not tokens.prompt:
-            raise InputError(
-                f"{example.place}, field `prompt`, value {example.prompt!r}: no tokens, and the tokenizer adds no BOS; "
-                "at least one is needed, to predict a completion's first token from."
-            )
     return found
-
-
-def check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError where `completion_ids` are not what the tokenizer would have for the completion's text.
-
-    Ids that it has no token for are no text; whether the model has a row for them is judged by the model.
-    """
-    drawn = [(e, index, ids) for e in examples for index, ids in enumerate(e.completion_ids or ())]
-    if not drawn:
-        return
-    known = set(tokenizer.get_vocab().values())
-    texts = tokenizer.batch_decode([[i for i in ids if i in known] for *_, ids in drawn], skip_special_tokens=True)
-    for (example, index, _), text in zip(drawn, texts, strict=True):
-        # Spaces apart, which decoding may tidy.
-        if "".join(text.split()) != "".join(example.completions[index].split()):
-            raise InputError(
-                f"{example.place}, field `completion_ids[{index}]`: the tokenizer {tokenizer.name_or_path!r} makes "
-                f"{text!r} of it, and the completion is {example.completions[index]!r}. Was it sampled with "
-                "another model? Name that one, or remove `completion_ids` to tokenise the text."
-            )
 
 
 def _few(places: list[int]) -> str:

@@ -247,5 +247,5 @@ def test_ids_without_a_token_are_the_models_to_judge(run: Any, ids: Ids) -> None
     assert run([row]).group(0).completions == row.completion_ids
     rows = [Example(Place("f.json", i, 1), "the", ["good"], [1.0], [ids("good")]) for i in range(40)]
     rows.append(Example(Place("f.json", 40, 1), "the", ["good"], [1.0], [ids("bad")]))
-    with pytest.raises(InputError, match=r"row 40\), field `completion_ids\[0\]`: the tokenizer"):
+    with pytest.raises(InputError, match=r"row 40\), field `completion_ids\[0\]`, value \[\d+\]: the tokenizer"):
         run(rows)
