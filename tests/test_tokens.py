@@ -339,6 +339,21 @@ def test_ids_are_those_of_the_text(chats: ModuleType) -> None:
         tokens_of(tokenizer, {**row, "completion_ids": [good, good]})
 
 
+def test_ids_of_completions_of_which_parts_count(chats: ModuleType) -> None:
+    """Spans are of characters: which of the ids count cannot be told, so that all would be learned."""
+    tokenizer = chats.byte_level(chats.CHATML)
+    turns = [chats.say("good"), chats.user("film"), chats.say("long")]
+    spans = [[[0, 4]], [[0, 1]]]
+    several = {"prompt": HELLO, "completions": [turns, [chats.say("x")]], "rewards": [1, 0]}
+    text = {"prompt": "a", "completions": ["good film", "x"], "rewards": [1, 0], "completion_spans": spans}
+    pairs = {"prompt": "a", "chosen": "good film", "rejected": "x", "completion_spans": spans}
+    for row in (several, text, pairs):
+        with pytest.raises(BadField, match=r"field `completion_ids`, value \[\[5\], \[6\]\]: only parts of these"):
+            tokens_of(tokenizer, {**row, "completion_ids": [[5], [6]]})
+        with pytest.raises(BadField, match="remove `completion_ids` to tokenise the text"):
+            examples.samples("row", RowTokenizer(tokenizer).text_of({**row, "completion_ids": [[5], [6]]}))
+
+
 def test_a_prompt_beside_answers_in_messages_is_the_users(chats: ModuleType) -> None:
     tokenizer = chats.byte_level(chats.CHATML)
     assert tokens_of(tokenizer, pair(ANSWER, chats.say("x"), "hello")) == tokens_of(

@@ -6,7 +6,7 @@ The forms are those of the original EXO repository, and of TRL where it has anot
     sft         {"prompt": str, "chosen": str}                                     (or "completion"; or "text")
     samples     {"prompt": str, "completions": [str, …]}                           what a model wrote
     text        {"text": str, "label": "pos" | "neg"}                              (or 1 | 0, or true | false)
-Candidates may bring `completion_ids`, the token ids that were drawn, which are then used in place of their text, and
+Candidates may bring `completion_ids`, the token ids that were drawn, which are then used in place of their text, or
 `completion_spans`, the parts of each that count. Other fields are ignored.
 """
 
@@ -61,9 +61,10 @@ def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
         rewards = [1.0, 0.0]
         if scored_pairs and all(row.get(name) is not None for name in SCORES):
             rewards = [_reward(name, row[name]) for name in SCORES]
-        return Example(place, prompt, pair, rewards, _completions({**row, "completions": pair})[1], _spans(row, pair))
+        ids = _completions({**row, "completions": pair})[1]
+        return Example(place, prompt, pair, rewards, ids, _spans(row, pair, ids))
     completions, ids = _completions(row)
-    return Example(place, prompt, completions, _rewards(row, completions), ids, _spans(row, completions))
+    return Example(place, prompt, completions, _rewards(row, completions), ids, _spans(row, completions, ids))
 
 
 def need_two(example: Example, fix: str) -> None:
@@ -101,12 +102,12 @@ def samples(place: Any, row: Row) -> Example:
     if "completions" not in row and names:
         texts = [_text(row, name, may_be_empty=True) for name in names]
         ids = _completions({**row, "completions": texts}, may_be_empty=True)[1]
-        return Example(place, prompt, texts, [], ids, _spans(row, texts))
+        return Example(place, prompt, texts, [], ids, _spans(row, texts, ids))
     completions, ids = _completions(row, may_be_empty=True)
     if not completions:
         raise BadField("completions", completions, "at least one completion is needed.")
     rewards = _rewards(row, completions) if "rewards" in row else []
-    return Example(place, prompt, completions, rewards, ids, _spans(row, completions))
+    return Example(place, prompt, completions, rewards, ids, _spans(row, completions, ids))
 
 
 def text(place: Any, row: Row) -> Text:
@@ -138,10 +139,19 @@ def _completions(row: Row, may_be_empty: bool = False) -> tuple[list[str], list[
     return completions, ids
 
 
-def _spans(row: Row, completions: list[str]) -> list[list[tuple[int, int]]] | None:
+def _spans(row: Row, completions: list[str], ids: list[list[int]] | None = None) -> list[list[tuple[int, int]]] | None:
+    """The parts of each completion that count, None where the row does not say. Raises BadField where `ids` are to be
+    used: characters do not say which of them count."""
     spans = row.get("completion_spans")
     if spans is None:
         return None
+    if ids is not None:
+        raise BadField(
+            "completion_ids",
+            ids,
+            "only parts of these completions count (completion_spans, or the assistant's turns in a conversation of "
+            "several), and which of the ids those are is not known; remove `completion_ids` to tokenise the text.",
+        )
     if not isinstance(spans, list) or len(spans) != len(completions):
         raise BadField("completion_spans", spans, f"a list of spans per completion is needed: {len(completions)}.")
     for index, (text, found) in enumerate(zip(completions, spans, strict=True)):
