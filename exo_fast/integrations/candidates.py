@@ -6,6 +6,8 @@ pipeline says too (`exo_fast.data.selection`); the lengths are TRL's: `max_lengt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +43,13 @@ def _tokens(row: dict[str, Any], rows: RowTokenizer, *, scored_pairs: bool = Fal
     }
 
 
+def first_row(dataset: Any, split: str) -> dict[str, Any]:
+    """The first row of a data set or stream. Raises ValueError for one without rows."""
+    for row in dataset:
+        return row
+    raise ValueError(f"{split} dataset: no rows; at least one is needed.")
+
+
 @dataclass
 class CandidateRows:
     """The function of `Dataset.map`: rows to groups, one of which says in `left_out` why it is none.
@@ -65,10 +74,9 @@ class CandidateRows:
     def prepared(self, dataset: Any, **how: Any) -> Any:
         """The data set of groups. Says how many were left out and why (of a stream nobody knows); raises ValueError for
         no rows, and where no group is left."""
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError(f"{self.split} dataset: no rows; at least one is needed.")
-        self.size = self.num_contrastive or self._count(first)
+        first = first_row(dataset, self.split)
+        with self._named(0):
+            self.size = self.num_contrastive or self._count(first)
         if hasattr(dataset, "__len__"):
             how["desc"] = f"Tokenizing {self.split} dataset"
         else:
@@ -85,12 +93,18 @@ class CandidateRows:
         found: list[dict[str, Any]] = []
         for place, index in enumerate(indices):
             row = {name: values[place] for name, values in batch.items()}
-            try:
+            with self._named(index):
                 found += [{**group, "row": index} for group in self._groups(row, index)]
-            except ValueError as error:
-                forms = f" {ACCEPTED}" if getattr(error, "missing", False) else ""
-                raise ValueError(f"{self.split} dataset, row {index}: {error}{forms}") from error
         return {name: [group[name] for group in found] for name in found[0]}
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        """Faults inside say which row they are of."""
+        try:
+            yield
+        except ValueError as error:
+            forms = f" {ACCEPTED}" if getattr(error, "missing", False) else ""
+            raise ValueError(f"{self.split} dataset, row {index}: {error}{forms}") from error
 
     def _count(self, row: dict[str, Any]) -> int:
         candidates = standard(row).get("completions")

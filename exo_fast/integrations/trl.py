@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 from exo_fast.backends import BACKENDS
 from exo_fast.data.selection import DUPLICATES, TIES
-from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
+from exo_fast.integrations.candidates import CandidateRows, first_row, tokenize_candidates
 from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
 from exo_fast.layout import plan_mask
 from exo_fast.loss import group_loss
@@ -302,7 +302,7 @@ class ExoDPOTrainer(DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = ExoDPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-EXO")
-        first = None if train_dataset is None else next(iter(train_dataset))
+        first = None if train_dataset is None else first_row(train_dataset, "train")
         if args.precompute_ref_log_probs is None:
             eval_dataset = positional[0] if positional else named.get("eval_dataset")
             args.precompute_ref_log_probs = _can_precompute(args, train_dataset, eval_dataset, first)
@@ -338,10 +338,11 @@ class ExoDPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
+        first = first_row(dataset, dataset_name)
         if self.group_loss is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         self._candidates.pad_token_id = self._tokenizer.pad_token_id
-        if "candidate_ids" in next(iter(dataset)):
+        if "candidate_ids" in first:
             return dataset
         rows = CandidateRows(
             self._tokenizer,

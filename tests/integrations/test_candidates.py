@@ -24,3 +24,17 @@ def test_a_tie_beside_a_contradiction(tokenizer: PreTrainedTokenizerFast) -> Non
     assert len(prepared(tokenizer, rows, duplicates="keep", ties="drop")) == 1
     assert len(prepared(tokenizer, rows, duplicates="keep", ties="share")) == 2
     assert len(prepared(tokenizer, rows, ties="share")) == 1
+
+
+def test_a_fault_in_the_first_row_has_its_place(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also where the row is looked at before all others, for how many candidates a group has."""
+    row = {"conversations": [{"from": "nobody", "value": "hello"}], "chosen": "good", "rejected": "bad"}
+    with pytest.raises(ValueError, match=r"^train dataset, row 0: field `conversations\[0\]`.*`from` must be one of"):
+        prepared(tokenizer, [row])
+    with pytest.raises(ValueError, match=r"^train dataset, row 0: field `rewards`.*Rows have: prompt, completions"):
+        prepared(tokenizer, [{"prompt": "the", "completions": ["good", "bad"]}])
+
+
+def test_no_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"^train dataset: no rows; at least one is needed"):
+        prepared(tokenizer, [])

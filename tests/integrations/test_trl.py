@@ -12,7 +12,7 @@ from torch import Tensor
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, IterableDataset  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -581,6 +581,27 @@ def test_bad_rows_are_named(tmp_path: Path, tiny_llama: str, change: dict, messa
     rows[1].update(change)
     with pytest.raises(ValueError, match=message):
         run(ExoDPOTrainer, config(tmp_path, ExoDPOConfig), tiny_llama, Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("loss_type", ["exo-rw", "hinge"])
+@pytest.mark.parametrize("split", ["train", "eval", "stream", "part"])
+def test_a_data_set_without_rows_is_named(tmp_path: Path, tiny_llama: str, split: str, loss_type: str) -> None:
+    data = pairs(2)
+    empty = data.select([])
+    if split == "stream":
+        empty = IterableDataset.from_generator(lambda: iter(()))
+    sets = {
+        "eval": {"train_dataset": data, "eval_dataset": empty},
+        "part": {"train_dataset": data, "eval_dataset": {"other": data, "part": empty}},
+    }.get(split, {"train_dataset": empty})
+    name = {"stream": "train"}.get(split, split)
+    with pytest.raises(ValueError, match=f"^{name} dataset: no rows; at least one is needed"):
+        ExoDPOTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
+            args=config(tmp_path, ExoDPOConfig, loss_type=loss_type),
+            processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+            **sets,
+        )
 
 
 @pytest.mark.parametrize(
