@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from exo_fast.data.fields import BadField
 from exo_fast.data.selection import (
     ALIKE,
     CONTRADICTION,
@@ -13,6 +14,7 @@ from exo_fast.data.selection import (
     TIES,
     UNLEARNED,
     LeftOut,
+    enough,
     faults,
     groups_of,
     verdict,
@@ -82,6 +84,22 @@ TWO_FAULTS = {  # duplicates, ties: what becomes of a group with both faults
 @pytest.mark.parametrize("ties", TIES)
 def test_no_option_switches_another_off(duplicates: Any, ties: Any) -> None:
     assert verdict((CONTRADICTION, TIE), duplicates, ties) == TWO_FAULTS[duplicates, ties]
+
+
+def test_the_number_of_candidates_of_a_row() -> None:
+    assert enough([A, B, C], 3, None)
+    assert enough([A, B, C], 2, 2)
+    assert not enough([A], 2, 2)
+    for candidates, size, message in (
+        ([A], 2, r"field `here`, value \[\[5, 2\]\]: at least 2 candidates are needed, not 1; .* set num_contrastive"),
+        ([A, B], 3, "2 candidates where the rows before have 3; .* with 2 each of these rows"),
+        ([A, B, C], 2, "3 candidates where the rows before have 2; .* with 2 each of these rows"),
+        ([A] * 5000, 5000, "groups of 5000 candidates are too large, at most 4096"),
+    ):
+        with pytest.raises(BadField, match=message):
+            enough(candidates, size, None, field="here")
+    with pytest.raises(BadField, match=r"groups of 4097 candidates are too large.* set num_contrastive to a smaller"):
+        enough([A], 4097, 4097)
 
 
 def test_groups_of_a_row() -> None:

@@ -67,12 +67,6 @@ def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
     return Example(place, prompt, completions, _rewards(row, completions), ids, _spans(row, completions, ids))
 
 
-def need_two(example: Example, fix: str) -> None:
-    """Raises BadField for an example of fewer than two candidates."""
-    if (count := len(example.completions)) < 2:
-        raise BadField("completions", example.completions, f"at least 2 candidates are needed, not {count}; {fix}.")
-
-
 def sft(place: Any, row: Row) -> Example:
     """A prompt and the one completion to learn, with reward 0; `text` alone is a completion of an empty prompt. Raises
     BadField."""

@@ -11,11 +11,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from exo_fast.data.fields import BadField
+
 Duplicates = Literal["error", "drop", "keep"]
 Ties = Literal["error", "drop", "share"]
 Fate = Literal["keep", "drop", "error"]  # the strictest last
 DUPLICATES, TIES, FATES = get_args(Duplicates), get_args(Ties), get_args(Fate)
 SHOWN = 10  # rows of each reason
+MAX_CANDIDATES = 4096  # of a group, which is one row of a batch
 
 ALIKE = "all candidates of the group are the same tokens, so there is nothing to learn"
 CONTRADICTION = "two candidates are the same tokens and have different rewards"
@@ -29,6 +32,36 @@ FIX = {  # what to do instead of leaving a group out, by reason
     TIE: "ties=drop leaves such groups out, ties=share gives the best ones equal shares of the target, and a *-rw loss "
     "weighs all candidates by their rewards",
 }
+
+
+def need_two(candidates: Sequence[Any], fix: str, *, field: str = "completions") -> None:
+    """Raises BadField for fewer than two candidates."""
+    if (count := len(candidates)) < 2:
+        raise BadField(field, candidates, f"at least 2 candidates are needed, not {count}; {fix}.")
+
+
+def enough(candidates: Sequence[Any], size: int, num_contrastive: int | None, *, field: str = "completions") -> bool:
+    """Whether a row has candidates for groups of `size`, which is `num_contrastive`, or where that is None the number
+    that the rows before have. `field` is the row's that holds them. Raises BadField for a number that no group can
+    have."""
+    count = len(candidates)
+    if num_contrastive is None:
+        need_two(candidates, "remove the row, or set num_contrastive, which leaves such rows out", field=field)
+    if num_contrastive is None and count != size:
+        raise BadField(
+            field,
+            candidates,
+            f"{count} candidates where the rows before have {size}; give every prompt the same, or set "
+            f"num_contrastive: with {min(count, size)} each of these rows gives groups of so many of its candidates.",
+        )
+    if size > MAX_CANDIDATES:
+        raise BadField(
+            field,
+            candidates,
+            f"groups of {size} candidates are too large, at most {MAX_CANDIDATES} can be compared at once; set "
+            "num_contrastive to a smaller number.",
+        )
+    return count >= size
 
 
 def groups_of(count: int, size: int, seed: Any) -> list[list[int]]:

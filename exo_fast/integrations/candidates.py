@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from exo_fast.data import examples
+from exo_fast.data.examples import Example
 from exo_fast.data.fields import BadField
 from exo_fast.data.forms import ACCEPTED, standard
-from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, faults, groups_of, verdict
+from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, enough, faults, groups_of, verdict
 from exo_fast.data.tokens import RowTokenizer, need_prompts
 
 logger = logging.get_logger(__name__)
@@ -27,11 +28,11 @@ OF_CANDIDATES = ("candidate_ids", "candidate_masks", "rewards")
 def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
     """`prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (which of their tokens count) and `rewards` of a row
     of any form that `exo_fast.data.forms` accepts. Raises BadField, a ValueError."""
-    return _tokens(row, RowTokenizer(processing_class))
+    rows = RowTokenizer(processing_class)
+    return _tokens(examples.candidates(None, rows.text_of(row)), rows)
 
 
-def _tokens(row: dict[str, Any], rows: RowTokenizer, *, scored_pairs: bool = False) -> dict[str, Any]:
-    example = examples.candidates(None, rows.text_of(row), scored_pairs=scored_pairs)
+def _tokens(example: Example, rows: RowTokenizer) -> dict[str, Any]:
     (tokens,) = found = rows.tokens([example])
     need_prompts([example], found)
     marks = tokens.learned or [[True] * len(ids) for ids in tokens.candidates]
@@ -111,24 +112,11 @@ class CandidateRows:
         return len(candidates) if isinstance(candidates, list) else 2
 
     def _groups(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        tokens = _tokens(row, self.rows, scored_pairs=self.loss_type.endswith("-rw"))
-        count = len(tokens["rewards"])
+        example = examples.candidates(None, self.rows.text_of(row), scored_pairs=self.loss_type.endswith("-rw"))
         assert self.size is not None
-        if self.num_contrastive is None and count < 2:
-            raise BadField(
-                "completions",
-                row.get("completions"),
-                f"at least 2 candidates are needed, not {count}; remove the row, or set num_contrastive, which leaves "
-                "such rows out.",
-            )
-        if self.num_contrastive is None and count != self.size:
-            raise BadField(
-                "completions",
-                row.get("completions"),
-                f"{count} candidates, where all rows need the same number of candidates as the first one, which has "
-                f"{self.size}; or set num_contrastive, the number that each group is to have.",
-            )
-        if count < self.size:
+        several = enough(example.completions, self.size, self.num_contrastive)
+        tokens, count = _tokens(example, self.rows), len(example.completions)
+        if not several:
             return [{**tokens, "left_out": FEW}]
         groups = []
         for places in groups_of(count, self.size, index):

@@ -13,7 +13,9 @@ ROW = {"prompt": "the film ", "completions": ["was good", "was bad", "was long"]
 
 def prepared(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **options: Any) -> Dataset:
     how = {"loss_type": "exo-pref", **options}
-    return CandidateRows(tokenizer, "train", **how).prepared(Dataset.from_list(rows))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    data = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    return CandidateRows(tokenizer, "train", **how).prepared(data)
 
 
 def test_a_tie_beside_a_contradiction(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -38,3 +40,18 @@ def test_a_fault_in_the_first_row_has_its_place(tokenizer: PreTrainedTokenizerFa
 def test_no_rows(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"^train dataset: no rows; at least one is needed"):
         prepared(tokenizer, [])
+
+
+def test_the_number_of_candidates(tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = {"prompt": "the ", "chosen": "good", "rejected": "bad"}
+    with pytest.raises(ValueError, match=r"row 1: field `completions`, value \['good', 'bad'\]: 2 candidates where"):
+        prepared(tokenizer, [ROW, pair])
+    one = {"prompt": "the ", "completions": ["good"], "rewards": [1.0]}
+    with pytest.raises(
+        ValueError, match=r"row 0: .*at least 2 candidates are needed, not 1; .* or set num_contrastive"
+    ):
+        prepared(tokenizer, [one, ROW])
+    assert len(prepared(tokenizer, [one, ROW], num_contrastive=3)) == 1
+    many = {"prompt": "the ", "completions": ["good"] * 5000, "rewards": list(range(5000))}
+    with pytest.raises(ValueError, match=r"row 0: .*groups of 5000 candidates are too large, at most 4096"):
+        prepared(tokenizer, [many], duplicates="keep")

@@ -571,7 +571,7 @@ def test_conversations_of_candidates(tmp_path: Path, tiny_llama: str) -> None:
         ({"rewards": [1.0, 1.0, 0.0]}, "different candidates share the highest reward.*ties=share"),
         (
             {"completions": ["good", "bad"], "rewards": [1.0, 0.0]},
-            "row 1: .*2 candidates, where all rows need the same",
+            "row 1: field `completions`, value .'good', 'bad'.: 2 candidates where the rows before have 3",
         ),
         ({"prompt": None}, "row 1: field `prompt`, value missing.*Rows have: prompt, completions, rewards"),
     ],

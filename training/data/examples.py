@@ -20,13 +20,12 @@ from exo_fast.data import examples, forms
 from exo_fast.data.conversations import Learn, conversation_field
 from exo_fast.data.examples import Example, Text
 from exo_fast.data.fields import BadField
-from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut
+from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut, enough, need_two
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.data.faults import collect
 from exo_fast.training.data.records import Place, Source, read_records
 from exo_fast.training.errors import InputError
 
-MAX_CANDIDATES = 4096  # of a group, which is one row of a batch
 Tokenizer = PreTrainedTokenizerBase | None
 
 
@@ -57,7 +56,7 @@ def load_examples(
         if by_rewards and "completions" not in row:
             scored.add(all(row.get(name) is not None for name in examples.SCORES))
         group_size = group_size or max(len(example.completions), 2)
-        if _check_size(example, group_size, num_contrastive):
+        if enough(example.completions, group_size, num_contrastive):
             return example
         left_out.add(FEW, place)
         return None
@@ -91,7 +90,7 @@ def load_pairs(
     def convert(place: Place, record: Any) -> Example | None:
         row = text_of(record)
         example = examples.candidates(place, row)
-        examples.need_two(example, "remove the row, or sample more")
+        need_two(example.completions, "remove the row, or sample more")
         best, worst = int(np.argmax(example.rewards)), int(np.argmin(example.rewards))
         equal = example.rewards[best] == example.rewards[worst]
         if equal or example.completions[best] == example.completions[worst]:
@@ -189,26 +188,3 @@ def _text_only(row: dict[str, Any]) -> dict[str, Any]:
     if (name := conversation_field(row)) is not None:
         raise examples.conversation_without_template(name, row[name])
     return row
-
-
-def _check_size(example: Example, group_size: int, num_contrastive: int | None) -> bool:
-    """Whether the example has candidates for a group. Raises BadField for a number that no group can have."""
-    count = len(example.completions)
-    if num_contrastive is None:
-        examples.need_two(example, "remove the row, or set num_contrastive, which leaves such rows out")
-    if num_contrastive is None and count != group_size:
-        raise BadField(
-            "completions",
-            example.completions,
-            f"{count} candidates where the rows before have {group_size}; give every prompt the same, or set "
-            f"num_contrastive: with {min(count, group_size)} each of these rows gives groups of so many of its "
-            "candidates.",
-        )
-    if group_size > MAX_CANDIDATES:
-        raise BadField(
-            "completions",
-            example.completions,
-            f"groups of {group_size} candidates are too large, at most {MAX_CANDIDATES} can be compared at once; set "
-            "num_contrastive to a smaller number.",
-        )
-    return count >= group_size
