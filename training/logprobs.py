@@ -29,7 +29,7 @@ from exo_fast.masks import neighbours_hint
 from exo_fast.reference import sequence_logps
 from exo_fast.training.config import _field, temperature_problem
 from exo_fast.training.data.examples import load_samples
-from exo_fast.training.data.groups import EXAMPLES_PER_CALL, cut_left, encoded
+from exo_fast.training.data.groups import EXAMPLES_PER_CALL, Cut, encoded
 from exo_fast.training.errors import InputError, not_its_own
 from exo_fast.training.inference import (
     InferenceConfig,
@@ -136,38 +136,25 @@ def sequence_log_probs(
     return values
 
 
-@dataclass(frozen=True)
-class TokenizedRow:
-    """A prompt and its completions as the model reads them."""
-
-    group: Group
-    cut_prompt: bool  # lost tokens on the left
-    cut_completions: int  # how many lost tokens (and their EOS) on the right
-
-
 def tokenize_rows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, max_gen_len: int
-) -> list[TokenizedRow]:
-    """Examples of any number of completions as token ids (`exo_fast.data.tokens`).
+) -> list[Cut]:
+    """Examples of any number of completions as token ids (`exo_fast.data.tokens`), cut as in training
+    (`exo_fast.training.data.groups.Cut`).
 
-    A completion is cut on the right to `max_gen_len`, and a prompt on the left: where the completions were drawn, to
-    max_seq_len - max_gen_len, as `exo-fast generate` cut it; else only so that it and the longest completion fit
-    `max_seq_len`, as in training. Raises InputError as `data.groups.tokenize` does of ids, and for a completion none of
-    whose first `max_gen_len` tokens count.
+    Raises InputError as `data.groups.tokenize` does of ids, and for a completion none of whose first `max_gen_len`
+    tokens count.
     """
     tokenized = RowTokenizer(tokenizer)
+    lengths = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "prefix": len(tokenized.prefix)}
     rows = []
     for start in range(0, len(examples), EXAMPLES_PER_CALL):
         chunk = examples[start : start + EXAMPLES_PER_CALL]
         for example, tokens in zip(chunk, encoded(tokenized, chunk), strict=True):
-            completions = [ids[:max_gen_len] for ids in tokens.candidates]
-            longest = max_gen_len if example.completion_ids is not None else max(map(len, completions))
-            prompt, lost = cut_left(tokens.prompt, max_seq_len - longest, len(tokenized.prefix))
-            learned = None if tokens.learned is None else [marks[:max_gen_len] for marks in tokens.learned]
-            if learned is not None and not all(map(any, learned)):
+            row = Cut.of(example, tokens, range(len(tokens.candidates)), **lengths)
+            if row.learned is not None and not all(map(any, row.learned)):
                 raise InputError(f"{example.place}: {UNLEARNED}; set max_gen_len={max_gen_len} to a larger number.")
-            cut = sum(len(ids) > max_gen_len for ids in tokens.candidates)
-            rows.append(TokenizedRow(Group(prompt, completions, learned), lost > 0, cut))
+            rows.append(row)
     return rows
 
 
@@ -332,8 +319,8 @@ def _split_logprobs(
     return found
 
 
-def _count(rows: list[TokenizedRow], values: list[list[float]]) -> dict[str, Any]:
-    marked = [row.group.learned or [[True] * len(ids) for ids in row.group.completions] for row in rows]
+def _count(rows: list[Cut], values: list[list[float]]) -> dict[str, Any]:
+    marked = [row.learned or [[True] * len(ids) for ids in row.candidates] for row in rows]
     tokens = sum(sum(map(sum, marks)) for marks in marked)
     flat = [value for row in values for value in row]
     return {
