@@ -23,6 +23,10 @@ FIELDS = ("prompt", "completions", "rewards", "chosen", "rejected", "completion_
 LABELS = {"pos": 1, "neg": 0, 1: 1, 0: 0}  # True and False equal 1 and 0
 PAIR = ("chosen", "rejected")
 SCORES = ("score_chosen", "score_rejected")  # of UltraFeedback's pairs
+ALL_OR_NONE = (
+    f"some pairs have {' and '.join(SCORES)} and others have not, whose rewards of 1 and 0 are of another scale; give "
+    "all of them scores, or none."
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ class Text(NamedTuple):
     place: Any
     text: str
     label: int
+
+
+def scored(row: Row) -> bool | None:
+    """Whether a preference has the scores of both its answers; None for candidates, which have rewards of their own."""
+    return None if row.get("completions") is not None else all(row.get(name) is not None for name in SCORES)
 
 
 def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:

@@ -67,24 +67,30 @@ class CandidateRows:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     size: int | None = field(init=False, default=None)  # candidates of a group
+    scored: bool | None = field(init=False, default=None)  # whether pairs have scores: as the first one
     rows: RowTokenizer = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = RowTokenizer(self.tokenizer)
 
+    @property
+    def by_rewards(self) -> bool:
+        return self.loss_type.endswith("-rw")
+
     def prepared(self, dataset: Any, **how: Any) -> Any:
         """The data set of groups. Says how many were left out and why (of a stream nobody knows); raises ValueError for
         no rows, and where no group is left."""
         first = first_row(dataset, self.split)
+        columns = dataset.column_names or list(first)
         with self._named(0):
             self.size = self.num_contrastive or self._count(first)
+        if self.by_rewards and examples.SCORES[0] in columns:
+            self.scored = next(filter(lambda found: found is not None, map(examples.scored, dataset)), None)
         if hasattr(dataset, "__len__"):
             how["desc"] = f"Tokenizing {self.split} dataset"
         else:
             how.pop("num_proc", None)  # IterableDataset takes none
-        groups = dataset.map(
-            self, batched=True, with_indices=True, remove_columns=dataset.column_names or list(first), **how
-        )
+        groups = dataset.map(self, batched=True, with_indices=True, remove_columns=columns, **how)
         if hasattr(groups, "__len__"):
             self._report(groups)
         groups = groups.filter(lambda reason: not reason, input_columns="left_out")
@@ -112,7 +118,11 @@ class CandidateRows:
         return len(candidates) if isinstance(candidates, list) else 2
 
     def _groups(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        example = examples.candidates(None, self.rows.text_of(row), scored_pairs=self.loss_type.endswith("-rw"))
+        example = examples.candidates(None, self.rows.text_of(row), scored_pairs=self.by_rewards)
+        if self.by_rewards and (scored := examples.scored(row)) is not None:
+            self.scored = scored if self.scored is None else self.scored
+            if scored != self.scored:
+                raise BadField(examples.SCORES[0], row.get(examples.SCORES[0]), examples.ALL_OR_NONE)
         assert self.size is not None
         several = enough(example.completions, self.size, self.num_contrastive)
         tokens, count = _tokens(example, self.rows), len(example.completions)

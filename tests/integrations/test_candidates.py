@@ -11,11 +11,15 @@ from exo_fast.integrations.candidates import CandidateRows
 ROW = {"prompt": "the film ", "completions": ["was good", "was bad", "was long"], "rewards": [1.0, 0.0, 0.5]}
 
 
+def data_of(rows: list[dict[str, Any]]) -> Dataset:
+    """With nulls where a row has no such field."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
 def prepared(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **options: Any) -> Dataset:
     how = {"loss_type": "exo-pref", **options}
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    data = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    return CandidateRows(tokenizer, "train", **how).prepared(data)
+    return CandidateRows(tokenizer, "train", **how).prepared(data_of(rows))
 
 
 def test_a_tie_beside_a_contradiction(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -55,3 +59,37 @@ def test_the_number_of_candidates(tokenizer: PreTrainedTokenizerFast) -> None:
     many = {"prompt": "the ", "completions": ["good"] * 5000, "rewards": list(range(5000))}
     with pytest.raises(ValueError, match=r"row 0: .*groups of 5000 candidates are too large, at most 4096"):
         prepared(tokenizer, [many], duplicates="keep")
+
+
+PAIR = {"prompt": "the film ", "chosen": "was good", "rejected": "was bad"}
+SCORED = {**PAIR, "score_chosen": 8.5, "score_rejected": 4}
+
+
+def test_pairs_have_their_scores_for_rewards(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where the loss weighs by rewards; one that prefers the better one needs none."""
+    assert prepared(tokenizer, [SCORED] * 2, loss_type="dpo-rw")["rewards"] == [[8.5, 4.0]] * 2
+    for loss_type, row in (("dpo-pref", SCORED), ("exo-rw", PAIR), ("exo-rw", {**PAIR, "score_chosen": 8.5})):
+        assert prepared(tokenizer, [row], loss_type=loss_type)["rewards"] == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize("loss_type", ["dpo-rw", "exo-rw"])
+def test_rewards_of_two_scales_are_refused(tokenizer: PreTrainedTokenizerFast, loss_type: str) -> None:
+    """Some pairs with scores and some without, which would be 1 and 0; a null is none."""
+    half = {**SCORED, "score_rejected": None}
+    two = {"prompt": "the ", "completions": ["good", "bad"], "rewards": [3.0, 0.0]}
+    for rows in ([SCORED, PAIR], [PAIR, SCORED], [SCORED, half], [two, PAIR, two, SCORED]):
+        place = len(rows) - 1
+        with pytest.raises(ValueError, match=rf"row {place}: field `score_chosen`.*give all of them scores, or none"):
+            prepared(tokenizer, rows, loss_type=loss_type)
+        groups = CandidateRows(tokenizer, "train", loss_type).prepared(data_of(rows).to_iterable_dataset())
+        with pytest.raises(ValueError, match=rf"row {place}: .*give all of them scores, or none"):
+            list(groups)
+    assert len(prepared(tokenizer, [two, SCORED], loss_type=loss_type)) == 2  # rewards are of the data's own scale
+    assert len(prepared(tokenizer, [SCORED, PAIR], loss_type="dpo-pref")) == 2
+
+
+def test_several_processes_know_the_first_pair(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each of them sees pairs of one kind alone."""
+    two = {"prompt": "the ", "completions": ["good", "bad"], "rewards": [3.0, 0.0]}
+    with pytest.raises(ValueError, match=r"row 3: .*give all of them scores, or none"):
+        CandidateRows(tokenizer, "train", "exo-rw").prepared(data_of([two, PAIR, two, SCORED]), num_proc=2)

@@ -47,14 +47,13 @@ def load_examples(
     group_size = num_contrastive
     text_of = _Reader(tokenizer)
     left_out = LeftOut() if left_out is None else left_out
-    by_rewards, scored = loss_type.endswith("-rw"), set[bool]()
+    by_rewards, scored = loss_type.endswith("-rw"), set[bool | None]()
 
     def convert(place: Place, record: Any) -> Example | None:
         nonlocal group_size
         row = text_of(record)
         example = examples.candidates(place, row, scored_pairs=by_rewards)
-        if by_rewards and "completions" not in row:
-            scored.add(all(row.get(name) is not None for name in examples.SCORES))
+        scored.add(examples.scored(row))
         group_size = group_size or max(len(example.completions), 2)
         if enough(example.completions, group_size, num_contrastive):
             return example
@@ -66,11 +65,8 @@ def load_examples(
         raise InputError(
             f"{source}: no row has num_contrastive={num_contrastive} candidates; set it to a smaller number."
         )
-    if len(scored) > 1:
-        raise InputError(
-            f"{source}: some pairs have {' and '.join(examples.SCORES)} and others have not, whose rewards of 1 and 0 "
-            "are of another scale; give all of them scores, or none."
-        )
+    if by_rewards and {True, False} <= scored:
+        raise InputError(f"{source}: {examples.ALL_OR_NONE}")
     return found
 
 
