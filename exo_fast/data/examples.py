@@ -73,7 +73,8 @@ def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
         ids = _completions({**row, "completions": pair})[1]
         return Example(place, prompt, pair, rewards, ids, _spans(row, pair, ids))
     completions, ids = _completions(row)
-    return Example(place, prompt, completions, _rewards(row, completions), ids, _spans(row, completions, ids))
+    rewards = rewards_of(row, len(completions))
+    return Example(place, prompt, completions, rewards, ids, _spans(row, completions, ids))
 
 
 def sft(place: Any, row: Row) -> Example:
@@ -109,13 +110,13 @@ def samples(place: Any, row: Row) -> Example:
     completions, ids = _completions(row, may_be_empty=True)
     if not completions:
         raise BadField("completions", completions, "at least one completion is needed.")
-    rewards = _rewards(row, completions) if "rewards" in row else []
+    rewards = rewards_of(row, len(completions)) if "rewards" in row else []
     return Example(place, prompt, completions, rewards, ids, _spans(row, completions, ids))
 
 
 def text(place: Any, row: Row) -> Text:
     """A text with its class. Raises BadField."""
-    words, label = _text(row, "text"), _field(row, "label")
+    words, label = _text(row, "text"), field_of(row, "label")
     if not isinstance(label, (str, int)) or label not in LABELS:
         raise BadField("label", label, '"pos" or "neg" is needed (or 1 or 0, or true or false).')
     return Text(place, words, LABELS[label])
@@ -128,7 +129,7 @@ def prompt(row: Row) -> str:
 
 def _completions(row: Row, may_be_empty: bool = False) -> tuple[list[str], list[list[int]] | None]:
     """The completions and, if the row has them, the ids that were drawn. With ids a text may be empty: EOS is left."""
-    completions, ids = _field(row, "completions"), row.get("completion_ids")
+    completions, ids = field_of(row, "completions"), row.get("completion_ids")
     if not isinstance(completions, list):
         raise BadField("completions", completions, "a list of strings is needed.")
     for index, completion in enumerate(completions):
@@ -137,9 +138,14 @@ def _completions(row: Row, may_be_empty: bool = False) -> tuple[list[str], list[
         if not isinstance(ids, list) or len(ids) != len(completions):
             raise BadField("completion_ids", ids, f"a list of token ids per completion is needed: {len(completions)}.")
         for index, drawn in enumerate(ids):
-            if not isinstance(drawn, list) or not drawn or not all(type(i) is int and 0 <= i <= MAX_ID for i in drawn):
-                raise BadField(f"completion_ids[{index}]", drawn, "a list of token ids is needed, one at least.")
+            check_ids(f"completion_ids[{index}]", drawn)
     return completions, ids
+
+
+def check_ids(name: str, value: Any) -> None:
+    """Raises BadField for what is no list of token ids."""
+    if not isinstance(value, list) or not value or not all(type(i) is int and 0 <= i <= MAX_ID for i in value):
+        raise BadField(name, value, "a list of token ids is needed, one at least.")
 
 
 def _spans(row: Row, completions: list[str], ids: list[list[int]] | None = None) -> list[list[tuple[int, int]]] | None:
@@ -172,11 +178,12 @@ def _spans(row: Row, completions: list[str], ids: list[list[int]] | None = None)
     return [[(begin, end) for begin, end in found] for found in spans]
 
 
-def _rewards(row: Row, completions: list[str]) -> list[float]:
-    rewards = _field(row, "rewards")
-    if not isinstance(rewards, list) or len(rewards) != len(completions):
+def rewards_of(row: Row, count: int) -> list[float]:
+    """The rewards of `count` candidates. Raises BadField."""
+    rewards = field_of(row, "rewards")
+    if not isinstance(rewards, list) or len(rewards) != count:
         held = f"{len(rewards)} numbers" if isinstance(rewards, list) else "not a list"
-        raise BadField("rewards", rewards, f"one number per completion is needed: {len(completions)}, not {held}.")
+        raise BadField("rewards", rewards, f"one number per completion is needed: {count}, not {held}.")
     return [_reward(f"rewards[{index}]", reward) for index, reward in enumerate(rewards)]
 
 
@@ -189,7 +196,8 @@ def _reward(name: str, value: Any) -> float:
     return float(value)
 
 
-def _field(row: Row, name: str) -> Any:
+def field_of(row: Row, name: str) -> Any:
+    """The value of a field. Raises BadField for one that is not there, with the nearest name that is."""
     if name in row:
         return row[name]
     unknown = [key for key in row if key not in FIELDS]
@@ -199,7 +207,7 @@ def _field(row: Row, name: str) -> Any:
 
 
 def _text(row: Row, name: str, may_be_empty: bool = False) -> str:
-    value = _field(row, name)
+    value = field_of(row, name)
     _check_text(name, value, may_be_empty)
     return value
 

@@ -22,14 +22,30 @@ from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, en
 from exo_fast.data.tokens import RowTokenizer, need_prompts
 
 logger = logging.get_logger(__name__)
-OF_CANDIDATES = ("candidate_ids", "candidate_masks", "rewards")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's columns: of the first candidate, and of the others
 
 
-def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """`prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (which of their tokens count) and `rewards` of a row
-    of any form that `exo_fast.data.forms` accepts. Raises BadField, a ValueError."""
-    rows = RowTokenizer(processing_class)
-    return _tokens(examples.candidates(None, rows.text_of(row)), rows)
+def tokenize_candidates(
+    row: dict[str, Any], processing_class: PreTrainedTokenizerBase | RowTokenizer, *, scored_pairs: bool = False
+) -> dict[str, Any]:
+    """A row of any form that `exo_fast.data.forms` accepts as token ids, for `datasets.map`.
+
+    Args:
+        row: K candidates and their rewards, or a preference.
+        processing_class: a tokenizer, or its `RowTokenizer`, which is then made once for all rows.
+        scored_pairs: a preference has its `score_chosen` and `score_rejected` for rewards, where it has both, and not
+            1 and 0: for a `*-rw` loss.
+
+    Returns:
+        `prompt_ids`, a list of ints; `candidate_ids`, K lists of ints; `candidate_masks`, K lists of bools, which of
+        their tokens count; `rewards`, K floats.
+
+    Raises:
+        BadField, a ValueError: a field that is missing or wrong, a prompt of no tokens, ids of another tokenizer.
+        ValueError: a tokenizer without EOS.
+    """
+    rows = processing_class if isinstance(processing_class, RowTokenizer) else RowTokenizer(processing_class)
+    return _tokens(examples.candidates(None, rows.text_of(row), scored_pairs=scored_pairs), rows)
 
 
 def _tokens(example: Example, rows: RowTokenizer) -> dict[str, Any]:
@@ -44,6 +60,37 @@ def _tokens(example: Example, rows: RowTokenizer) -> dict[str, Any]:
     }
 
 
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    """The token columns that a row has, as `_tokens` makes them, and `ref_logps`, K numbers, if it has those."""
+    examples.check_ids("prompt_ids", prompt := examples.field_of(row, "prompt_ids"))
+    if not _lists(candidates := row["candidate_ids"]):
+        raise BadField("candidate_ids", candidates, "a list of token ids for each candidate is needed.")
+    for index, ids in enumerate(candidates):
+        examples.check_ids(f"candidate_ids[{index}]", ids)
+    marks = row.get("candidate_masks")
+    if marks is None:
+        marks = [[True] * len(ids) for ids in candidates]
+    elif not _lists(marks) or [len(marked) for marked in marks] != [len(ids) for ids in candidates]:
+        raise BadField("candidate_masks", marks, "a list for each candidate is needed, with a mark for each token.")
+    tokens = {
+        "prompt_ids": prompt,
+        "candidate_ids": candidates,
+        "candidate_masks": [[bool(mark) for mark in marked] for marked in marks],
+        "rewards": examples.rewards_of(row, len(candidates)),
+    }
+    if any(name in row for name in REFERENCE):
+        first, others = (row.get(name) for name in REFERENCE)
+        if first is None or not isinstance(others, list) or len(others) != len(candidates) - 1:
+            fix = f"a number for each candidate is needed, the first one's in `{REFERENCE[0]}`."
+            raise BadField(REFERENCE[1], others, fix)
+        tokens["ref_logps"] = [first, *others]
+    return tokens
+
+
+def _lists(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, list) for item in value)
+
+
 def first_row(dataset: Any, split: str) -> dict[str, Any]:
     """The first row of a data set or stream. Raises ValueError for one without rows."""
     for row in dataset:
@@ -54,6 +101,9 @@ def first_row(dataset: Any, split: str) -> dict[str, Any]:
 @dataclass
 class CandidateRows:
     """The function of `Dataset.map`: rows to groups, one of which says in `left_out` why it is none.
+
+    Rows of text, or of token ids as `tokenize_candidates` and this class make them: those are judged as well, and
+    judging twice changes nothing.
 
     Raises ValueError that names the data set's row, the field, its value and the fix.
     """
@@ -114,26 +164,38 @@ class CandidateRows:
             raise ValueError(f"{self.split} dataset, row {index}: {error}{forms}") from error
 
     def _count(self, row: dict[str, Any]) -> int:
-        candidates = standard(row).get("completions")
+        candidates = row.get("candidate_ids") or standard(row).get("completions")
         return len(candidates) if isinstance(candidates, list) else 2
 
     def _groups(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        example = examples.candidates(None, self.rows.text_of(row), scored_pairs=self.by_rewards)
-        if self.by_rewards and (scored := examples.scored(row)) is not None:
-            self.scored = scored if self.scored is None else self.scored
-            if scored != self.scored:
-                raise BadField(examples.SCORES[0], row.get(examples.SCORES[0]), examples.ALL_OR_NONE)
         assert self.size is not None
-        several = enough(example.completions, self.size, self.num_contrastive)
-        tokens, count = _tokens(example, self.rows), len(example.completions)
-        if not several:
-            return [{**tokens, "left_out": FEW}]
+        if row.get("candidate_ids") is not None:
+            tokens = _given(row)
+            several = enough(tokens["candidate_ids"], self.size, self.num_contrastive, field="candidate_ids")
+        else:
+            example = examples.candidates(None, self.rows.text_of(row), scored_pairs=self.by_rewards)
+            self._check_scores(row)
+            several = enough(example.completions, self.size, self.num_contrastive)
+            tokens = _tokens(example, self.rows)
+        prompt, count = tokens.pop("prompt_ids"), len(tokens["rewards"])
         groups = []
-        for places in groups_of(count, self.size, index):
-            group = {name: [tokens[name][k] for k in places] for name in OF_CANDIDATES}
-            group["prompt_ids"] = tokens["prompt_ids"]
-            groups.append({**group, "left_out": self._reason(group)})
+        for places in groups_of(count, self.size, index) if several else [list(range(count))]:
+            group = {"prompt_ids": prompt, **{name: [values[k] for k in places] for name, values in tokens.items()}}
+            group["left_out"] = self._reason(group) if several else FEW
+            if "ref_logps" in group:
+                first, *others = group.pop("ref_logps")
+                group |= dict(zip(REFERENCE, (first, others), strict=True))
+            groups.append(group)
         return groups
+
+    def _check_scores(self, row: dict[str, Any]) -> None:
+        """Raises BadField where the loss weighs by rewards and a pair's are of another scale than the first's."""
+        scored = examples.scored(row) if self.by_rewards else None
+        if scored is None:
+            return
+        self.scored = scored if self.scored is None else self.scored
+        if scored != self.scored:
+            raise BadField(examples.SCORES[0], row.get(examples.SCORES[0]), examples.ALL_OR_NONE)
 
     def _reason(self, group: dict[str, Any]) -> str:
         """Why the group is left out, at the lengths at which it would be trained on; empty if it is not."""

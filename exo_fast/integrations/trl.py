@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 from exo_fast.backends import BACKENDS
 from exo_fast.data.selection import DUPLICATES, TIES
-from exo_fast.integrations.candidates import CandidateRows, first_row, tokenize_candidates
+from exo_fast.integrations.candidates import REFERENCE, CandidateRows, first_row, tokenize_candidates
 from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
 from exo_fast.layout import plan_mask
 from exo_fast.loss import group_loss
@@ -332,18 +332,19 @@ class ExoDPOTrainer(DPOTrainer):
         facts = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
         computed = (config._attn_implementation, self.accelerator.mixed_precision, sorted(facts.items()))
         cut = (self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)
+        known = [name for name in REFERENCE if name in (dataset.column_names or ())]
+        if self.group_loss is not None and known:  # of a model that nobody knows
+            dataset = dataset.remove_columns(known)
         if hasattr(dataset, "_fingerprint"):
             dataset = copy.copy(dataset)
             dataset._fingerprint = hashlib.sha256(repr((dataset._fingerprint, cut, computed)).encode()).hexdigest()[:16]
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
-        first = first_row(dataset, dataset_name)
         if self.group_loss is None:
+            first_row(dataset, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         self._candidates.pad_token_id = self._tokenizer.pad_token_id
-        if "candidate_ids" in first:
-            return dataset
         rows = CandidateRows(
             self._tokenizer,
             dataset_name,
@@ -539,12 +540,12 @@ def _can_precompute(args: DPOConfig, dataset: Any, eval_dataset: Any, first: dic
 def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any] | None:
     """The options of `exo_fast.loss` for this configuration and data; None where TRL computes the loss of pairs."""
     (name,) = args.loss_type if len(args.loss_type) == 1 else (None,)
-    candidates = first is not None and "completions" in first
+    candidates = first is not None and bool({"completions", "candidate_ids"} & first.keys())
     if name not in LOSS_TYPES and not candidates:
         return None
     if name not in LOSS_TYPES and name not in AS_GROUPS:
         raise ValueError(
-            f"loss_type={args.loss_type} is a loss of pairs, and train_dataset has a column `completions`. Choose one "
+            f"loss_type={args.loss_type} is a loss of pairs, and train_dataset has candidates. Choose one "
             f"of {', '.join((*LOSS_TYPES, *AS_GROUPS))}."
         )
     for option, is_wrong, problem in _not_for_groups(args, AS_GROUPS.get(name, name)):
@@ -635,7 +636,7 @@ class CandidateCollator:
             "completion_mask": self._padded(masks, 0),
             "rewards": torch.tensor([example["rewards"] for example in examples], dtype=torch.float32),
         }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        for name in REFERENCE:
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])
         return batch

@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from exo_fast.integrations.candidates import CandidateRows
+from exo_fast.data.tokens import RowTokenizer
+from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
 
 ROW = {"prompt": "the film ", "completions": ["was good", "was bad", "was long"], "rewards": [1.0, 0.0, 0.5]}
 
@@ -93,3 +94,86 @@ def test_several_processes_know_the_first_pair(tokenizer: PreTrainedTokenizerFas
     two = {"prompt": "the ", "completions": ["good", "bad"], "rewards": [3.0, 0.0]}
     with pytest.raises(ValueError, match=r"row 3: .*give all of them scores, or none"):
         CandidateRows(tokenizer, "train", "exo-rw").prepared(data_of([two, PAIR, two, SCORED]), num_proc=2)
+
+
+def tokenized(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> Dataset:
+    return data_of(rows).map(tokenize_candidates, fn_kwargs={"processing_class": tokenizer})
+
+
+RULES: dict[str, tuple[dict[str, Any], dict[str, Any], int | str]] = {  # what is left of ROW and another, or the error
+    "a tie": ({"rewards": [1.0, 1.0, 0.0]}, {}, "row 1: field `rewards`, .*different candidates share the highest"),
+    "a tie left out": ({"rewards": [1.0, 1.0, 0.0]}, {"ties": "drop"}, 1),
+    "a tie shared": ({"rewards": [1.0, 1.0, 0.0]}, {"ties": "share"}, 2),
+    "duplicates": ({"completions": ["was good"] * 3}, {}, 1),
+    "duplicates refused": ({"completions": ["was good"] * 3}, {"duplicates": "error"}, "row 1: field `candidate_ids`"),
+    "a long prompt": ({"prompt": "the film was very very long and "}, {"max_length": 9}, 1),
+    "few": ({"completions": ["was good", "was bad"], "rewards": [1.0, 0.0]}, {"num_contrastive": 3}, 1),
+    "another number": ({"completions": ["was good", "was bad"], "rewards": [1.0, 0.0]}, {}, "2 candidates where"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rows_of_token_ids_are_judged_as_text_is(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    change, options, expected = RULES[name]
+    text, how = [ROW, {**ROW, **change}], {"loss_type": "exo-pref", **options}
+    for data in (data_of(text), tokenized(tokenizer, text), tokenized(tokenizer, text).select_columns(COLUMNS)):
+        rows = CandidateRows(tokenizer, "train", **how)
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                rows.prepared(data)
+            continue
+        groups = rows.prepared(data)
+        assert sorted(groups.column_names) == sorted(COLUMNS)
+        assert groups.to_list() == prepared(tokenizer, text, **options).to_list()
+        assert len(groups) == expected
+        assert CandidateRows(tokenizer, "train", **how).prepared(groups).to_list() == groups.to_list()
+
+
+COLUMNS = ["prompt_ids", "candidate_ids", "candidate_masks", "rewards"]
+IDS = {"prompt_ids": [1, 4], "candidate_ids": [[7, 2], [8, 2], [9]], "rewards": [1, 0, 0.5]}
+REFS = {"ref_chosen_logps": -1.0, "ref_rejected_logps": [-2.0, -3.0]}
+
+
+def test_reference_log_probs_go_with_their_candidates(tokenizer: PreTrainedTokenizerFast) -> None:
+    (group,) = prepared(tokenizer, [{**IDS, **REFS}]).to_list()
+    marks = [[True, True], [True, True], [True]]
+    assert group == {**IDS, "candidate_masks": marks, "rewards": [1.0, 0.0, 0.5], **REFS}
+    four = {"candidate_ids": [[7, 2], [8, 2], [9, 2], [10, 2]], "rewards": [1, 0, 0.5, 2]}
+    row = {**IDS, **four, "ref_chosen_logps": -1.0, "ref_rejected_logps": [-2.0, -3.0, -4.0]}
+    halves = prepared(tokenizer, [row], num_contrastive=2)
+    assert halves["candidate_ids"] == [four["candidate_ids"][:2], four["candidate_ids"][2:]]
+    assert (halves["ref_chosen_logps"], halves["ref_rejected_logps"]) == ([-1.0, -3.0], [[-2.0], [-4.0]])
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({"prompt_ids": []}, r"field `prompt_ids`, value \[\]: a list of token ids is needed, one at least"),
+    "no such column": ({"prompt_ids": None}, "field `prompt_ids`, value None: a list of token ids is needed"),
+    "no lists": ({"candidate_ids": [7, 8]}, r"field `candidate_ids`, value \[7, 8\]: a list of token ids for each"),
+    "an empty one": ({"candidate_ids": [[7], [], [9]]}, r"field `candidate_ids\[1\]`, value \[\]: a list of token"),
+    "a negative id": ({"candidate_ids": [[7], [-1], [9]]}, r"field `candidate_ids\[1\]`, value \[-1\]"),
+    "few marks": (
+        {"candidate_masks": [[True], [True, True], [True]]},
+        "field `candidate_masks`.* a mark for each token",
+    ),
+    "few rewards": ({"rewards": [1.0]}, "field `rewards`.*one number per completion is needed: 3, not 1 numbers"),
+    "few log-probs": (
+        {**REFS, "ref_rejected_logps": [-1.0]},
+        "field `ref_rejected_logps`.*for each candidate is needed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_token_columns_are_named(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    change, message = BAD[name]
+    with pytest.raises(ValueError, match=f"train dataset, row 0: {message}"):
+        prepared(tokenizer, [{**IDS, **change}])
+
+
+def test_one_tokenizer_for_all_rows_and_scores_for_rewards(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = RowTokenizer(tokenizer)
+    for row in (ROW, PAIR, SCORED):
+        assert tokenize_candidates(row, rows) == tokenize_candidates(row, tokenizer)
+    assert tokenize_candidates(SCORED, rows)["rewards"] == [1.0, 0.0]
+    assert tokenize_candidates(SCORED, rows, scored_pairs=True)["rewards"] == [8.5, 4.0]
+    assert tokenize_candidates(PAIR, rows, scored_pairs=True)["rewards"] == [1.0, 0.0]

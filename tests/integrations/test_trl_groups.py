@@ -16,7 +16,13 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments  # noqa: E402
 
 from exo_fast import reference  # noqa: E402
-from exo_fast.integrations.trl import CandidateCollator, ExoDPOConfig, ExoDPOTrainer  # noqa: E402
+from exo_fast.data.tokens import RowTokenizer  # noqa: E402
+from exo_fast.integrations.trl import (  # noqa: E402
+    CandidateCollator,
+    ExoDPOConfig,
+    ExoDPOTrainer,
+    tokenize_candidates,
+)
 from exo_fast.training.metrics import GROUP_METRICS, group_metrics  # noqa: E402
 
 EVERY = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
@@ -362,6 +368,33 @@ def test_precomputed_log_probs_are_of_what_they_are_of(tmp_path: Path, tiny_llam
     if change != "attention":
         assert not torch.allclose(found, before, atol=1e-4)
     assert torch.equal(columns(False, "data"), before)
+
+
+def test_rows_of_token_ids(tmp_path: Path, tiny_llama: str) -> None:
+    """The same numbers as of text, for the losses that TRL has for pairs too; and the same rules."""
+    text = candidates(4)
+    rows = RowTokenizer(AutoTokenizer.from_pretrained(tiny_llama))
+    made = text.map(tokenize_candidates, fn_kwargs={"processing_class": rows}, remove_columns=["prompt", "completions"])
+    logs = []
+    for name, data in (("text", text), ("ids", made)):
+        settings = config(tmp_path / name, ExoDPOConfig, loss_type="sigmoid", max_steps=2)
+        logs.append(run(ExoDPOTrainer, settings, tiny_llama, data)[0])
+    assert logs[0] == logs[1]
+    tied = made.map(lambda row: {"rewards": [1.0, 1.0, 0.0]})
+    with pytest.raises(ValueError, match=r"train dataset, row 0: .*different candidates share the highest reward"):
+        make(tmp_path, tiny_llama, tied, loss_type="exo-pref")
+    with pytest.raises(ValueError, match=r"eval dataset, row 0: .*different candidates share the highest reward"):
+        make(tmp_path, tiny_llama, made, eval_dataset=tied, loss_type="exo-pref")
+
+
+def test_data_that_was_prepared_is_evaluated_again(tmp_path: Path, tiny_llama: str) -> None:
+    """With reference log-probs of another length, which do not stay."""
+    rows = candidates(4)
+    trainer = make(tmp_path, tiny_llama, rows, eval_dataset=rows)
+    expected = trainer.evaluate()["eval_logps/rejected"]
+    assert trainer.evaluate(trainer.eval_dataset)["eval_logps/rejected"] == pytest.approx(expected, rel=1e-6)
+    known = trainer.eval_dataset.map(lambda row: {"ref_chosen_logps": row["ref_chosen_logps"] - 100})
+    assert trainer.evaluate(known)["eval_kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_pairs_of_ours_and_trls_do_not_share_a_file(tmp_path: Path, tiny_llama: str) -> None:
