@@ -1,6 +1,5 @@
 """TRL's trainers with and without the fused path: the same losses, metrics and weights."""
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -637,19 +636,6 @@ def test_a_model_whose_generation_config_cannot_be_saved_is_saved(tmp_path: Path
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").exists()
     assert GenerationConfig.from_pretrained(tmp_path / "saved").do_sample
-
-
-def test_the_best_candidate_sampled_twice_is_no_tie(tmp_path: Path, tiny_llama: str) -> None:
-    """It counts twice: half of the target each. A tie of different ones stops the trainer before it runs."""
-    rows = candidates(4).to_list()
-    for row in rows:
-        row["completions"][1], row["rewards"] = row["completions"][0], [1.0, 1.0, 0.0]
-    settings = config(tmp_path, ExoDPOConfig, loss_type="dpo-pref", max_steps=1, per_device_train_batch_size=4)
-    log, _ = run(ExoDPOTrainer, settings, tiny_llama, Dataset.from_list(rows))
-    assert log[0]["loss"] == pytest.approx(math.log(3), rel=1e-4)  # all log-ratios are 0, whatever the target
-    rows[0]["completions"][1] = rows[0]["completions"][2] + " bad"
-    with pytest.raises(ValueError, match=r"row 0: .*different candidates share the highest reward"):
-        run(ExoDPOTrainer, settings, tiny_llama, Dataset.from_list(rows))
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path: Path, tiny_llama: str, caplog: Any) -> None:
