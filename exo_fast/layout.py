@@ -72,7 +72,8 @@ class Group:
             if len(completion) == 0:
                 raise ValueError(f"Group.completions[{k}] is empty: at least one token is needed, such as EOS.")
         if self.learned is not None:
-            lengths = [len(marks) for marks in self.learned]
+            listed = hasattr(self.learned, "__len__")
+            lengths = [len(m) if hasattr(m, "__len__") else None for m in (self.learned if listed else [self.learned])]
             if lengths != [len(completion) for completion in self.completions]:
                 raise ValueError(f"Group.learned must have one mark for each token of each completion, got {lengths}.")
             for k, marks in enumerate(self.learned):

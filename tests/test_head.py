@@ -96,6 +96,12 @@ def test_head_under_lora_is_refused(families: ModuleType):
     read_head(model.merge_and_unload())
 
 
+def test_a_tied_head_under_lora_is_told_to_part_first(families: ModuleType):
+    model = get_peft_model(families.tiny_model("llama-tied"), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match=r"merge_and_unload; a head that is tied to the input embedding has to get a"):
+        read_head(model)
+
+
 def test_prompt_learning_is_refused(families: ModuleType, input_ids: Tensor):
     model = get_peft_model(
         families.tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
@@ -177,3 +178,25 @@ def test_one_tokenizer_for_all_rows_and_scores_for_rewards(tokenizer: PreTrained
     assert tokenize_candidates(SCORED, rows)["rewards"] == [1.0, 0.0]
     assert tokenize_candidates(SCORED, rows, scored_pairs=True)["rewards"] == [8.5, 4.0]
     assert tokenize_candidates(PAIR, rows, scored_pairs=True)["rewards"] == [1.0, 0.0]
+
+
+def test_what_max_length_leaves_nothing_of(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt that fills it alone, and a candidate whose words that count come after it."""
+    logging.enable_propagation()
+    long = {**ROW, "prompt": "the film was very very long and "}  # 15 tokens with <s> and spaces; that of ROW has 5
+    late = {
+        **ROW,
+        "completions": ["was good", "was bad", "was very long"],
+        "completion_spans": [[[0, 8]], [[0, 7]], [[9, 13]]],
+    }
+    rows = [ROW, long, late]
+    assert len(prepared(tokenizer, rows, max_length=8)) == 1
+    assert "train dataset: 1 group left out: the prompt alone fills max_length=8; raise it, or shorten" in caplog.text
+    assert "train dataset: 1 group left out: none of a candidate's tokens count" in caplog.text
+    assert len(prepared(tokenizer, rows, max_length=10)) == 2
+    with pytest.raises(ValueError, match=r"no group is left to learn from: .*prompt alone fills max_length=15.*row 0"):
+        prepared(tokenizer, [long], max_length=15)
+    # What is cut at the other end is the prompt's.
+    assert len(prepared(tokenizer, rows, max_length=8, truncation_mode="keep_end")) == 3

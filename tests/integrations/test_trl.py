@@ -613,6 +613,7 @@ def test_a_data_set_without_rows_is_named(tmp_path: Path, tiny_llama: str, split
         ({"loss_type": "exo-pref", "label_smoothing": 0.0}, "label_smoothing"),
         ({"loss_type": "exo-rw", "beta_r": 0.0}, "beta_r"),
         ({"loss_type": "exo-rw", "backend": "tritn"}, "'tritn'"),
+        ({"loss_type": "exo-rw", "num_contrastive": 1}, "num_contrastive=1: at least 2 candidates are compared"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, tiny_llama: str, options: dict, message: str) -> None:
