@@ -46,6 +46,16 @@ class Head:
         bf16 model, for one. Under torch.autocast as it is: there both operands are cast, the fused losses' too."""
         return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
 
+    def options(self, temperature: float = 1.0) -> dict[str, Any]:
+        """The keyword arguments of the fused losses that are the head's: bias, scale (divided by a sampling
+        temperature), softcap and process_group. Hidden states (`multiplied`), weight and targets stand before them."""
+        return {
+            "bias": self.bias,
+            "scale": self.scale / temperature,
+            "softcap": self.softcap,
+            "process_group": self.process_group,
+        }
+
 
 # What a model does to `lm_head(hidden)`, by model type: nothing …
 # fmt: off

@@ -347,15 +347,8 @@ def check_sharing(
         with by_text(base, inputs.pop("text_lengths", None)):
             hidden = torch.func.functional_call(base, weights, (), {**inputs, "use_cache": False}).last_hidden_state
         source, targets = packed.source.to(hidden.device), packed.targets.to(hidden.device)
-        return linear_logprobs(
-            head.multiplied(hidden.flatten(0, 1)[source]),
-            head.weight,
-            targets,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            process_group=head.process_group,
-        )
+        rows = head.multiplied(hidden.flatten(0, 1)[source])
+        return linear_logprobs(rows, head.weight, targets, **head.options())
 
     two_to_a_row = 2 * max(group.tokens() for group in groups)
     unshared = pack(groups, share_prompt=False)

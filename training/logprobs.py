@@ -121,15 +121,8 @@ def sequence_log_probs(
                 packed, plan, dtype=model.dtype, device=model.device, attn_implementation=implementation
             )
             hidden = final_hidden(model, **inputs).flatten(0, 1)[packed.source.to(model.device)]
-            token_logps = linear_logprobs(
-                head.multiplied(hidden),
-                head.weight,
-                packed.targets.to(model.device),
-                bias=head.bias,
-                scale=head.scale / temperature,
-                softcap=head.softcap,
-                process_group=head.process_group,
-            )
+            targets = packed.targets.to(model.device)
+            token_logps = linear_logprobs(head.multiplied(hidden), head.weight, targets, **head.options(temperature))
             sums = sequence_logps(token_logps, packed.cu_seqlens.to(model.device)).float().cpu().numpy()
             values += np.split(sums, np.cumsum([len(group.completions) for group in batch])[:-1])
             bar.update(len(batch))

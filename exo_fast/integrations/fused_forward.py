@@ -129,8 +129,7 @@ class FusedForward:
         hidden = head.multiplied(hidden.to(head.weight.device))
         mean, logps = linear_group_loss(
             hidden, head.weight, targets.to(hidden.device), bounds, ref_logps.to(hidden.device),
-            rewards.to(hidden.device), bias=head.bias, scale=head.scale / self.temperature, softcap=head.softcap,
-            **loss, **self.options,
+            rewards.to(hidden.device), **head.options(self.temperature), **loss, **self.options,
         )  # fmt: skip
         return GroupOutput(loss=mean, logits=logps)
 
@@ -205,7 +204,7 @@ class FusedForward:
             none = zero.detach()
             found = {name: none.bool() if name == "is_top1" else none for name in OUTPUTS if name in self.outputs}
             return zero, TokenStatistics(**found)
-        options = {"bias": bias, "scale": head.scale / self.temperature, "softcap": head.softcap, **self.options}
+        options = {**head.options(self.temperature), **self.options}
         names = tuple(name for name in OUTPUTS if name in self.outputs)
         autocast = torch.is_autocast_enabled(hidden.device.type) and not self.cast_lm_head_to_fp32
         with torch.autocast(hidden.device.type, enabled=autocast):

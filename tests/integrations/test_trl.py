@@ -438,6 +438,40 @@ def test_hidden_states_of_another_dtype_than_the_head(families: Any, name: str, 
     torch.testing.assert_close(logps, plain.sum(1).view(2, 2), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_slice_of_the_head_goes_with_its_group(families: Any, cast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's AutoTP has the group beside the weight. Cast to float32, nothing else tells that it is a slice."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from exo_fast.integrations import fused_forward
+
+    seen = []
+
+    def refuse(*_: Any, process_group: Any, **__: Any) -> None:
+        seen.append(process_group)
+        raise RuntimeError("asked")
+
+    for name in ("linear_logprobs", "linear_group_loss"):
+        monkeypatch.setattr(fused_forward, name, refuse)
+    ids = torch.randint(3, families.VOCAB, (4, 9), generator=torch.Generator().manual_seed(2))
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 0.0}
+    groups = {"labels": labels, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
+    ours = integration._fused_lm_head(add_fused_lm_head, False, {"memory_budget": None, "backend": "auto"})
+    for outputs, asked in ((("log_probs",), {"labels": labels, "fused_lm_head": True}), ((), {"fused_groups": groups})):
+        model = families.tiny_model("llama")
+        ours(model, cast_lm_head_to_fp32=cast, outputs=outputs)
+        model.lm_head.mp_group = group = object()
+        with pytest.raises(RuntimeError, match="asked"):
+            model(input_ids=ids, **asked)
+        assert seen.pop() is group
+    model = families.tiny_model("llama")
+    ours(model, cast_lm_head_to_fp32=cast, outputs=("log_probs", "entropy"))
+    model.lm_head.mp_group = object()
+    with pytest.raises(ValueError, match="a slice of the head, and statistics are of the whole vocabulary"):
+        model(input_ids=ids, labels=labels, fused_lm_head=True)
+
+
 # --- positions that depend on a text's length: every row's numbers are those that it has alone ---
 
 BY_LENGTH = ("gemma3-dynamic", "llama-dynamic", "phi3-longrope", "phimoe-longrope")  # beyond 12 tokens
