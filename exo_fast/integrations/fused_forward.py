@@ -1,4 +1,4 @@
-"""What a causal LM's forward becomes in a TRL trainer: log-probs of labels, or the loss of groups, without logits.
+"""The forward that a causal LM has in a TRL trainer: log-probs of labels, or the loss of groups, without logits.
 
 TRL asks a model for `model(..., labels=labels, fused_lm_head=True)` and reads per-token numbers off the answer
 (`trl.trainer.utils.add_fused_lm_head`). Here they come from `exo_fast.logprobs`, for the labelled positions alone, and

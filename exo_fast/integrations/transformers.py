@@ -110,7 +110,7 @@ def remove_exo_fast(model: Model) -> Model:
 
 
 class _Fused:
-    """What a patched model carries. No function in here is a closure over the model, so that a deep copy of the model
+    """The state of a patched model. No function in here is a closure over the model, so that a deep copy of the model
     is a model of its own."""
 
     def __init__(

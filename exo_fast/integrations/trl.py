@@ -153,7 +153,7 @@ def _patched(**options: Any) -> Iterator[None]:
 
 
 def _fused_lm_head(original: Any, share_prompts: bool, options: dict[str, Any]) -> Any:
-    """What stands in for TRL's `add_fused_lm_head`."""
+    """A function in the place of TRL's `add_fused_lm_head`."""
 
     def add_fused_lm_head(
         model: PreTrainedModel,
@@ -610,8 +610,13 @@ def _not_for_groups(args: DPOConfig, loss_type: str) -> list[tuple[str, bool, st
 @dataclass
 class CandidateCollator:
     """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (without them all tokens count) and `rewards`
-    -> input_ids, attention_mask and completion_mask (G·K, T), candidates of a group one after another, rewards (G, K),
-    and reference log-probs where they are known."""
+    -> a batch of G groups, whose candidates stand in rows one after another, cut to `max_length`:
+
+    `input_ids`, `attention_mask` and `completion_mask` (1 on the tokens that count), (G·K, T) long and padded on the
+    right; `rewards` (G, K) float32; `ref_chosen_logps` (G,) and `ref_rejected_logps` (G, K − 1) float32 where the first
+    row has them. Raises KeyError for a row without one of these columns, and ValueError for candidates and marks of
+    different numbers, and for groups of different K: `exo_fast.integrations.candidates` says so of rows, by name.
+    """
 
     pad_token_id: int = 0
     max_length: int | None = None
