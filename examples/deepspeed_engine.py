@@ -27,7 +27,7 @@ class Align(torch.nn.Module):
         inputs = model_inputs(packed, self.plan, dtype=torch.float32, device=device, attn_implementation=attention)
         hidden = final_hidden(self.policy, **inputs).flatten(0, 1)[packed.source.to(device)]
         head = read_head(self.policy)
-        projection = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
+        projection = head.options()
         targets, rewards = packed.targets.to(device), rewards.to(device)
         ref_logps = torch.zeros_like(rewards) if ref_logps is None else ref_logps  # (G, K)
         options = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.5, **projection}

@@ -29,7 +29,7 @@ class Align(lightning.LightningModule):
         how = {"dtype": model.dtype, "device": self.device, "attn_implementation": model.config._attn_implementation}
         hidden = final_hidden(model, **model_inputs(packed, self.plan, **how)).flatten(0, 1)[packed.source]
         head = read_head(model)
-        projection = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
+        projection = head.options()
         return sequence_logps(linear_logprobs(hidden, head.weight, packed.targets, **projection), packed.cu_seqlens)
 
     def training_step(self, batch, _):

@@ -23,7 +23,7 @@ inputs = model_inputs(
     packed, plan, dtype=policy.dtype, device=policy.device, attn_implementation=policy.config._attn_implementation
 )
 head = read_head(policy)
-projection = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
+projection = head.options()
 
 
 def predicting_hidden():

@@ -46,6 +46,16 @@ class Head:
         bf16 model, for one. Under torch.autocast as it is: there both operands are cast, the fused losses' too."""
         return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
 
+    def options(self, temperature: float = 1.0) -> dict[str, Any]:
+        """The keyword arguments of the fused losses that are the head's: bias, scale (divided by a sampling
+        temperature), softcap and process_group. Hidden states (`multiplied`), weight and targets stand before them."""
+        return {
+            "bias": self.bias,
+            "scale": self.scale / temperature,
+            "softcap": self.softcap,
+            "process_group": self.process_group,
+        }
+
 
 # What a model does to `lm_head(hidden)`, by model type: nothing …
 # fmt: off
@@ -121,11 +131,21 @@ def _numbers(config: Any, model_type: str) -> tuple[float, float | None]:
 
 
 def final_hidden(model: nn.Module, *, text_lengths: Tensor | None = None, **inputs: Any) -> Tensor:
-    """(B, T, D): the states that the model's lm_head reads, with no logits computed and no key-value cache kept.
+    """The states that the model's lm_head reads, with no logits computed and no key-value cache kept.
 
-    `inputs` are those of the model's forward: input_ids (B, T), attention_mask, position_ids …; `model` is a
-    transformers causal LM or a `PeftModel` around one (its adapters stay in effect). `text_lengths` (B, T), which
-    `exo_fast.masks.model_inputs` gives where it matters: the tokens of each token's text (`exo_fast.positions`).
+    Args:
+        model: a transformers causal LM, or a `PeftModel` around one (its adapters stay in effect).
+        text_lengths: (B, T) long, the tokens of each token's text (`exo_fast.positions`), which
+            `exo_fast.masks.model_inputs` gives where it matters.
+        inputs: those of the model's forward: input_ids (B, T), attention_mask, position_ids …
+
+    Returns:
+        (B, T, D) in the dtype in which the model leaves them, which need not be its weights' (Mamba's are float32 in a
+        bf16 model): `Head.multiplied` casts them for the head.
+
+    Raises:
+        ValueError: what is no causal LM of transformers, one without a base model apart from its head, a PEFT method
+            that puts tokens before the input, and with `text_lengths` what `exo_fast.positions.by_text` says.
     """
     base = decoder(model)
     with by_text(base, text_lengths):

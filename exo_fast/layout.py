@@ -72,7 +72,8 @@ class Group:
             if len(completion) == 0:
                 raise ValueError(f"Group.completions[{k}] is empty: at least one token is needed, such as EOS.")
         if self.learned is not None:
-            lengths = [len(marks) for marks in self.learned]
+            listed = hasattr(self.learned, "__len__")
+            lengths = [len(m) if hasattr(m, "__len__") else None for m in (self.learned if listed else [self.learned])]
             if lengths != [len(completion) for completion in self.completions]:
                 raise ValueError(f"Group.learned must have one mark for each token of each completion, got {lengths}.")
             for k, marks in enumerate(self.learned):
@@ -346,15 +347,8 @@ def check_sharing(
         with by_text(base, inputs.pop("text_lengths", None)):
             hidden = torch.func.functional_call(base, weights, (), {**inputs, "use_cache": False}).last_hidden_state
         source, targets = packed.source.to(hidden.device), packed.targets.to(hidden.device)
-        return linear_logprobs(
-            head.multiplied(hidden.flatten(0, 1)[source]),
-            head.weight,
-            targets,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            process_group=head.process_group,
-        )
+        rows = head.multiplied(hidden.flatten(0, 1)[source])
+        return linear_logprobs(rows, head.weight, targets, **head.options())
 
     two_to_a_row = 2 * max(group.tokens() for group in groups)
     unshared = pack(groups, share_prompt=False)
@@ -379,8 +373,16 @@ def check_neighbours(
 ) -> SharingReport:
     """Whether a group's log-probs are its own: of `shortest` alone and beside `longest`.
 
-    `token_logps` runs a batch of groups as a run does and gives the log-probs (N,) of their tokens, in eval mode and
-    without gradients. Meant for models of which `exo_fast.masks.neighbours_hint` has something to say.
+    Meant for models of which `exo_fast.masks.neighbours_hint` has something to say.
+
+    Args:
+        token_logps: runs a batch of groups as a run does and gives the log-probs of their tokens that count, (N,)
+            floating, group by group; in eval mode and without gradients.
+        shortest, longest: groups of the run.
+        atol: bounds the root mean square difference of a token's log-prob, in nats, as `check_sharing` says.
+
+    Returns:
+        The report, which is not ok where a difference is not a number.
     """
     expected = token_logps([shortest])
     found = token_logps([shortest, longest])[: len(expected)]
@@ -389,7 +391,9 @@ def check_neighbours(
 
 
 def compared(found: Tensor, expected: Tensor, cu_seqlens: Tensor, atol: float, problem: str) -> SharingReport:
-    """The report of two times the same tokens' log-probs (N,); `problem` says what it means that they differ."""
+    """The report of two times the same tokens' log-probs, (N,) floating, of one dtype and on one device, which
+    `cu_seqlens` (S + 1,) int, there too or on the CPU, divides into sequences. Differences are summed in float64; with
+    NaN among them it is not ok. `problem` says what it means that they differ."""
     difference = (found - expected).double()
     boundaries = torch.nn.functional.pad(difference.cumsum(0), (1, 0))[cu_seqlens.long()]
     token_rms = difference.square().mean().sqrt().item()

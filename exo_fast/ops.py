@@ -53,7 +53,7 @@ def _filled(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Sequence[bool]) -> tuple[Tensor, ...]:
-    """What the gradients look like, for tracing."""
+    """Gradients without values, for tracing."""
     acc = compute_dtype(hidden)
     dh = hidden.new_empty(hidden.shape) if need[0] else None
     dw = weight.new_empty(weight.shape, dtype=acc) if need[1] else None

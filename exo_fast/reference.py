@@ -71,7 +71,7 @@ def token_statistics(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
-    """What each row's distribution p = softmax(z) looks like, without a gradient; 0 (False) where the target is
+    """Statistics of each row's distribution p = softmax(z), without a gradient; 0 (False) where the target is
     `ignore_index`. Shape of `targets`, in the compute dtype.
 
     entropy: −Σ p log p in nats. log_sum_sq_probs: log Σ p². mean_logits: the mean of z over the vocabulary. is_top1

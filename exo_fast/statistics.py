@@ -48,6 +48,7 @@ def linear_logprobs_with_statistics(
     ignore_index: int = -100,
     memory_budget: int | None = None,
     backend: str = "auto",
+    process_group: Any = None,
 ) -> tuple[Tensor, TokenStatistics]:
     """The log-probs of `exo_fast.logprobs.linear_logprobs`, and the statistics of the same walk over the vocabulary.
 
@@ -60,6 +61,7 @@ def linear_logprobs_with_statistics(
             is saved by it).
         bias, scale, softcap, ignore_index, memory_budget, backend: as of `linear_logprobs`. With a budget too small
             for one row of logits the triton backend still holds one, 4·V bytes.
+        process_group: None, as of a head in one piece (`exo_fast.head.Head.options`).
 
     Returns:
         Log-probs in float32 (float64 for float64 inputs) of the shape of `targets`, differentiable in hidden, weight
@@ -67,11 +69,12 @@ def linear_logprobs_with_statistics(
         input gives the same bits.
 
     Raises:
-        ValueError: as `linear_logprobs`; an unknown name in `outputs`; a weight that is a slice of the vocabulary.
+        ValueError: as `linear_logprobs`; an unknown name in `outputs`; a weight that is a slice of the vocabulary, or a
+            `process_group`, which says so.
     """
     if isinstance(outputs, str) or not all(name in OUTPUTS for name in outputs):
         raise ValueError(f"outputs must be some of {', '.join(OUTPUTS)}, in a sequence; got {outputs!r}")
-    _check_whole(weight)
+    _check_whole(weight, process_group)
     hidden, weight, bias, _ = checked_operands(
         hidden, weight, targets, bias, scale, softcap, ignore_index, memory_budget, backend
     )
@@ -90,11 +93,12 @@ def linear_logprobs_with_statistics(
     return logps.view(targets.shape), TokenStatistics(**shaped)
 
 
-def _check_whole(weight: Tensor) -> None:
+def _check_whole(weight: Tensor, process_group: Any) -> None:
     """A statistic of a slice of the vocabulary would be one of another distribution."""
     sharded = any(not placement.is_replicate() for placement in getattr(weight, "placements", ()))
-    if sharded or getattr(weight, "tensor_model_parallel", False):
-        kind = "a sharded DTensor" if sharded else "marked tensor_model_parallel"
+    marked = getattr(weight, "tensor_model_parallel", False)
+    if sharded or marked or process_group is not None:
+        kind = "a sharded DTensor" if sharded else "marked tensor_model_parallel" if marked else "of a process_group"
         raise ValueError(
             f"weight is {kind}, a slice of the head, and statistics are of the whole vocabulary: pass the whole weight "
             "(of a DTensor: weight.full_tensor()), or call linear_logprobs, which takes slices"

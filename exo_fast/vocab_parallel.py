@@ -92,7 +92,7 @@ def gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 def operands(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: Any, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None, dist.ProcessGroup | None]:
-    """What the losses work on: plain tensors and the process group of the vocabulary, if it is in slices.
+    """The operands of the losses: plain tensors and the process group of the vocabulary, if it is in slices.
 
     A weight that is a DTensor sharded on dim 0, as tensor parallelism of PyTorch and of transformers leaves it, gives
     its local rows and its mesh's group, a replicated one itself and no group; gradients come back as DTensors of the

@@ -1,4 +1,4 @@
-"""What a head does to a raw product, z = softcap(a + b) · scale, shared by every kernel that meets logits.
+"""The logits of a raw product, z = softcap(a + b) · scale, shared by every kernel that meets logits.
 
 float32 throughout. `softcap` and `scale` arrive as float32 arguments; a head without a softcap is compiled without it.
 """

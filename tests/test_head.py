@@ -44,6 +44,25 @@ def test_facts(families: ModuleType):
     assert read_head(families.tiny_model("llama")).bias is None
 
 
+def test_options_are_what_the_losses_take(families: ModuleType, input_ids: Tensor):
+    """Of every fact, and with a temperature."""
+    for family in ("cohere", "gemma2", "phi"):
+        model = families.tiny_model(family)
+        head = read_head(model)
+        with torch.no_grad():
+            hidden, expected = final_hidden(model, input_ids=input_ids), model(input_ids=input_ids).logits / 0.5
+            found = linear_logprobs(hidden, head.weight, input_ids, **head.options(0.5))
+        expected = expected.log_softmax(-1).gather(-1, input_ids[..., None])[..., 0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    group = object()
+    assert Head(head.weight, scale=3.0, process_group=group).options(2.0) == {
+        "bias": None,
+        "scale": 1.5,
+        "softcap": None,
+        "process_group": group,
+    }
+
+
 def test_weight_is_the_parameter_itself(families: ModuleType, input_ids: Tensor):
     untied, tied = families.tiny_model("llama"), families.tiny_model("llama-tied")
     assert read_head(untied).weight is untied.lm_head.weight
@@ -94,6 +113,12 @@ def test_head_under_lora_is_refused(families: ModuleType):
     with pytest.raises(ValueError, match=r"lm_head is under an adapter.*target_modules.*modules_to_save"):
         read_head(model)
     read_head(model.merge_and_unload())
+
+
+def test_a_tied_head_under_lora_is_told_to_part_first(families: ModuleType):
+    model = get_peft_model(families.tiny_model("llama-tied"), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match=r"merge_and_unload; a head that is tied to the input embedding has to get a"):
+        read_head(model)
 
 
 def test_prompt_learning_is_refused(families: ModuleType, input_ids: Tensor):

@@ -71,6 +71,26 @@ def test_the_same_group_unshared():
     assert not packed.share_prompt
 
 
+def test_marked_tokens_alone_are_predicted():
+    """Beside a group without marks, of which all count."""
+    groups = [Group([11, 12], [[21, 22, 23], [31]], [[True, False, True], [True]]), Group([13], [[41, 42]])]
+    shared = pack(groups, row_length=6)
+    assert shared.input_ids.tolist() == [[11, 12, 21, 22, 23, 31], [13, 41, 42, 0, 0, 0]]
+    assert shared.source.tolist() == [1, 3, 1, 6, 7]
+    unshared = pack(groups, share_prompt=False)
+    assert unshared.input_ids.tolist() == [[11, 12, 21, 22, 23], [11, 12, 31, 0, 0], [13, 41, 42, 0, 0]]
+    assert unshared.source.tolist() == [1, 3, 6, 10, 11]
+    for packed in (shared, unshared):
+        assert packed.targets.tolist() == [21, 23, 31, 41, 42]
+        assert packed.cu_seqlens.tolist() == [0, 2, 3, 5]
+
+
+def test_some_candidates_of_a_group_keep_their_marks():
+    group = Group([11], [[21, 22], [31], [41, 42]], [[True, False], [True], [False, True]])
+    assert group.some([2, 0]) == Group([11], [[41, 42], [21, 22]], [[False, True], [True, False]])
+    assert Group([11], [[21, 22], [31]]).some([1]) == Group([11], [[31]])
+
+
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_index_lists_lead_back_to_the_groups(seed: int, share_prompt: bool):
@@ -129,6 +149,15 @@ def test_the_row_length_is_that_of_the_longest_group_by_default():
             lambda: pack(make_groups((2, [3]), (4, [5, 6])), row_length=9, share_prompt=False),
             "sequence 2 has 10 tokens, more than row_length=9.*cut the sequence",
         ),
+        (lambda: Group([1], [[2], [3, 4]], [[True], [True]]), r"learned must have one mark for each .*, got \[1, 1\]"),
+        (lambda: Group([1], [[2], [3, 4]], [[True]]), r"Group.learned must have one mark .*, got \[1\]"),
+        (lambda: Group([1], [[2]], [True]), r"Group.learned must have one mark .*, got \[None\]"),
+        (lambda: Group([1], [[2]], True), r"Group.learned must have one mark .*, got \[None\]"),
+        (
+            lambda: Group([1], [[2], [3, 4]], [[True], [False, False]]),
+            r"Group.learned\[1\] marks no token: at least one",
+        ),
+        (lambda: Group([1], [[2]], [[0]]), r"Group.learned\[0\] marks no token"),
     ],
 )
 def test_pack_errors(make, message: str):

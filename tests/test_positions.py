@@ -316,6 +316,19 @@ def test_a_rotary_embedding_that_checkpointing_runs_again_is_an_error(families: 
         pass
 
 
+def test_a_rotary_embedding_of_another_form_is_an_error(families: ModuleType):
+    """One row for all positions, as of a module that averages: nobody could tell whose it is."""
+    model = families.tiny_model("llama-dynamic")
+
+    class RotaryMean(type(model.model.rotary_emb)):
+        def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+            return tuple(part.mean(-2, keepdim=True) for part in super().forward(x, position_ids))
+
+    model.model.rotary_emb = RotaryMean(model.config)
+    with pytest.raises(ValueError, match=r"RotaryMean: its output is not \(…, T, d\), a row for each position"):
+        families.token_logps(model, pack(MIXED, share_prompt=False), plan_mask(model.config))
+
+
 def test_starting_anew(families: ModuleType):
     model, new = (families.tiny_model("gemma3-dynamic") for _ in range(2))
     ids = torch.randint(3, 61, (1, LIMIT))

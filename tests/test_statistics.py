@@ -347,6 +347,8 @@ def test_a_slice_of_the_vocabulary_is_refused(tmp_path: Any) -> None:
     marked.tensor_model_parallel = True
     with pytest.raises(ValueError, match="weight is marked tensor_model_parallel, a slice of the head"):
         linear_logprobs_with_statistics(**{**made, "weight": marked})
+    with pytest.raises(ValueError, match="weight is of a process_group, a slice of the head"):
+        linear_logprobs_with_statistics(**made, process_group=object())
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

@@ -297,8 +297,10 @@ def test_halves_of_surrogate_pairs_are_no_text(chats: ModuleType) -> None:
 def test_ids_that_were_drawn_and_spans_of_text(chats: ModuleType) -> None:
     tokenizer = chats.byte_level(None)
     rows = RowTokenizer(tokenizer)
+    (a,), (b,) = rows.encode(["a", "b"])
+    ids = [[a], [b, tokenizer.eos_token_id]]  # the first was cut short
     drawn = examples.candidates(
-        "row", {"prompt": "hello", "completions": ["a", "b"], "rewards": [1, 0], "completion_ids": [[9], [8, 2]]}
+        "row", {"prompt": "hello", "completions": ["a", "b"], "rewards": [1, 0], "completion_ids": ids}
     )
     spans = examples.candidates(
         "row",
@@ -310,7 +312,7 @@ def test_ids_that_were_drawn_and_spans_of_text(chats: ModuleType) -> None:
         },
     )
     first, second = rows.tokens([drawn, spans])
-    assert first.candidates == [[9], [8, 2]]
+    assert first.candidates == ids
     learned = [i for i, counts in zip(second.candidates[0], second.learned[0], strict=True) if counts]
     assert read(tokenizer, learned) == "good<|im_end|>"  # EOS is ours, and counts
     for bad in ([[0, 4]], [[[0, 99]], [[0, 1]]], [[[3, 1]], [[0, 1]]], [[], [[0, 1]]], [[[0, True]], [[0, 1]]]):
@@ -318,6 +320,38 @@ def test_ids_that_were_drawn_and_spans_of_text(chats: ModuleType) -> None:
             examples.candidates(
                 "row", {"prompt": "p", "completions": ["good", "x"], "rewards": [1, 0], "completion_spans": bad}
             )
+
+
+def test_ids_are_those_of_the_text(chats: ModuleType) -> None:
+    """Drawn by this tokenizer for this text: with the end of a turn in the text and in the ids, or in one of them."""
+    tokenizer = chats.byte_level(chats.CHATML)
+    rows = RowTokenizer(tokenizer)
+    good, long, end = rows.encode(["good", "long", "<|im_end|>"])
+    row = {"prompt": HELLO, "completions": [[ANSWER], [chats.say("long")]], "rewards": [1, 0]}
+    for ids in ([good + end, long + end], [good, long]):
+        tokens = tokens_of(tokenizer, {**row, "completion_ids": ids})
+        assert (tokens.candidates, tokens.learned) == (ids, None)
+    letters = [i for part in rows.encode(["<|", "im_end", "|>"]) for i in part]  # which a model may write
+    text = {"prompt": "a", "completions": ["<|im_end|>", "x"], "rewards": [1, 0]}
+    ids = [letters, *rows.encode(["x"])]
+    assert tokens_of(tokenizer, {**text, "completion_ids": ids}).candidates == ids
+    with pytest.raises(BadField, match=r"row, field `completion_ids\[1\]`, value \[.*makes 'good' of it.* is 'long<"):
+        tokens_of(tokenizer, {**row, "completion_ids": [good, good]})
+
+
+def test_ids_of_completions_of_which_parts_count(chats: ModuleType) -> None:
+    """Spans are of characters: which of the ids count cannot be told, so that all would be learned."""
+    tokenizer = chats.byte_level(chats.CHATML)
+    turns = [chats.say("good"), chats.user("film"), chats.say("long")]
+    spans = [[[0, 4]], [[0, 1]]]
+    several = {"prompt": HELLO, "completions": [turns, [chats.say("x")]], "rewards": [1, 0]}
+    text = {"prompt": "a", "completions": ["good film", "x"], "rewards": [1, 0], "completion_spans": spans}
+    pairs = {"prompt": "a", "chosen": "good film", "rejected": "x", "completion_spans": spans}
+    for row in (several, text, pairs):
+        with pytest.raises(BadField, match=r"field `completion_ids`, value \[\[5\], \[6\]\]: only parts of these"):
+            tokens_of(tokenizer, {**row, "completion_ids": [[5], [6]]})
+        with pytest.raises(BadField, match="remove `completion_ids` to tokenise the text"):
+            examples.samples("row", RowTokenizer(tokenizer).text_of({**row, "completion_ids": [[5], [6]]}))
 
 
 def test_a_prompt_beside_answers_in_messages_is_the_users(chats: ModuleType) -> None:

@@ -127,7 +127,7 @@ class LogitBlocks:
 
 @dataclass
 class Statistics:
-    """What a softmax row leaves behind: with these, E and U can be made again. All (n,), accumulator dtype."""
+    """Numbers of a softmax row, of which E and U can be made again. All (n,), accumulator dtype."""
 
     shift: Tensor
     sum: Tensor  # Σ_v exp(z_v − shift)
@@ -377,7 +377,7 @@ class Moments:
         self.shift = shift
 
     def outputs(self, targets: Tensor, vocab: int) -> list[Tensor | None]:
-        """What was wanted, from the sums of the whole vocabulary."""
+        """The statistics that were asked for, from the sums of the whole vocabulary."""
         log_sum = self.sum.log()
         return [
             None if self.weighted is None else log_sum - self.weighted / self.sum,

@@ -109,7 +109,7 @@ class Rows:
         return configured.get(key, static)
 
     def residual(self, coefficients: Tensor) -> Tensor | None:
-        """What rounding takes off ∂L/∂a at the target, (n, 1) float32; None for float32 operands.
+        """The part of ∂L/∂a at the target that rounding takes off, (n, 1) float32; None for float32 operands.
 
         A target's entry is half of its row, and that of all tokens of a sequence is near c: one rounding of it is no
         noise that averages out. So products of rounded gradients get it back, in float32. (`index_put_` sorts indices

@@ -131,13 +131,17 @@ class ChatTemplate:
     def _named(self) -> set[str]:
         return set(self.tokenizer.all_special_tokens)
 
+    def without_special(self, text: str) -> str:
+        """`text` without the special tokens that are written out in it."""
+        return self._special.sub("", text)
+
     def trimmed(self, text: str) -> str:
         """`text` up to the end of its last turn: without what the template writes after that."""
         if self.tail and text.endswith(self.tail):
             stops = [self.tail.index(end) + len(end) for end in self.ends if end in self.tail]
             return text.removesuffix(self.tail) + self.tail[: min(stops, default=len(self.tail.rstrip()))]
         stop = max((text.rfind(end) + len(end) for end in self.ends if end in text), default=len(text))
-        return text if self._special.sub("", text[stop:]).strip() else text[:stop]
+        return text if self.without_special(text[stop:]).strip() else text[:stop]
 
     def completed(self, text: str) -> str | None:
         """The text of a conversation with all that the template writes at its end; None for a text that holds no end

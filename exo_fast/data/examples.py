@@ -6,7 +6,7 @@ The forms are those of the original EXO repository, and of TRL where it has anot
     sft         {"prompt": str, "chosen": str}                                     (or "completion"; or "text")
     samples     {"prompt": str, "completions": [str, …]}                           what a model wrote
     text        {"text": str, "label": "pos" | "neg"}                              (or 1 | 0, or true | false)
-Candidates may bring `completion_ids`, the token ids that were drawn, which are then used in place of their text, and
+Candidates may bring `completion_ids`, the token ids that were drawn, which are then used in place of their text, or
 `completion_spans`, the parts of each that count. Other fields are ignored.
 """
 
@@ -23,6 +23,10 @@ FIELDS = ("prompt", "completions", "rewards", "chosen", "rejected", "completion_
 LABELS = {"pos": 1, "neg": 0, 1: 1, 0: 0}  # True and False equal 1 and 0
 PAIR = ("chosen", "rejected")
 SCORES = ("score_chosen", "score_rejected")  # of UltraFeedback's pairs
+ALL_OR_NONE = (
+    f"some pairs have {' and '.join(SCORES)} and others have not, whose rewards of 1 and 0 are of another scale; give "
+    "all of them scores, or none."
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Text(NamedTuple):
     label: int
 
 
+def scored(row: Row) -> bool | None:
+    """Whether a preference has the scores of both its answers; None for candidates, which have rewards of their own."""
+    return None if row.get("completions") is not None else all(row.get(name) is not None for name in SCORES)
+
+
 def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
     """A prompt, its candidates and their rewards. A preference has the rewards 1 and 0, or with `scored_pairs`
     its `score_chosen` and `score_rejected` where it has them. Raises BadField."""
@@ -61,15 +70,11 @@ def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
         rewards = [1.0, 0.0]
         if scored_pairs and all(row.get(name) is not None for name in SCORES):
             rewards = [_reward(name, row[name]) for name in SCORES]
-        return Example(place, prompt, pair, rewards, _completions({**row, "completions": pair})[1], _spans(row, pair))
+        ids = _completions({**row, "completions": pair})[1]
+        return Example(place, prompt, pair, rewards, ids, _spans(row, pair, ids))
     completions, ids = _completions(row)
-    return Example(place, prompt, completions, _rewards(row, completions), ids, _spans(row, completions))
-
-
-def need_two(example: Example, fix: str) -> None:
-    """Raises BadField for an example of fewer than two candidates."""
-    if (count := len(example.completions)) < 2:
-        raise BadField("completions", example.completions, f"at least 2 candidates are needed, not {count}; {fix}.")
+    rewards = rewards_of(row, len(completions))
+    return Example(place, prompt, completions, rewards, ids, _spans(row, completions, ids))
 
 
 def sft(place: Any, row: Row) -> Example:
@@ -101,17 +106,17 @@ def samples(place: Any, row: Row) -> Example:
     if "completions" not in row and names:
         texts = [_text(row, name, may_be_empty=True) for name in names]
         ids = _completions({**row, "completions": texts}, may_be_empty=True)[1]
-        return Example(place, prompt, texts, [], ids, _spans(row, texts))
+        return Example(place, prompt, texts, [], ids, _spans(row, texts, ids))
     completions, ids = _completions(row, may_be_empty=True)
     if not completions:
         raise BadField("completions", completions, "at least one completion is needed.")
-    rewards = _rewards(row, completions) if "rewards" in row else []
-    return Example(place, prompt, completions, rewards, ids, _spans(row, completions))
+    rewards = rewards_of(row, len(completions)) if "rewards" in row else []
+    return Example(place, prompt, completions, rewards, ids, _spans(row, completions, ids))
 
 
 def text(place: Any, row: Row) -> Text:
     """A text with its class. Raises BadField."""
-    words, label = _text(row, "text"), _field(row, "label")
+    words, label = _text(row, "text"), field_of(row, "label")
     if not isinstance(label, (str, int)) or label not in LABELS:
         raise BadField("label", label, '"pos" or "neg" is needed (or 1 or 0, or true or false).')
     return Text(place, words, LABELS[label])
@@ -124,7 +129,7 @@ def prompt(row: Row) -> str:
 
 def _completions(row: Row, may_be_empty: bool = False) -> tuple[list[str], list[list[int]] | None]:
     """The completions and, if the row has them, the ids that were drawn. With ids a text may be empty: EOS is left."""
-    completions, ids = _field(row, "completions"), row.get("completion_ids")
+    completions, ids = field_of(row, "completions"), row.get("completion_ids")
     if not isinstance(completions, list):
         raise BadField("completions", completions, "a list of strings is needed.")
     for index, completion in enumerate(completions):
@@ -133,15 +138,29 @@ def _completions(row: Row, may_be_empty: bool = False) -> tuple[list[str], list[
         if not isinstance(ids, list) or len(ids) != len(completions):
             raise BadField("completion_ids", ids, f"a list of token ids per completion is needed: {len(completions)}.")
         for index, drawn in enumerate(ids):
-            if not isinstance(drawn, list) or not drawn or not all(type(i) is int and 0 <= i <= MAX_ID for i in drawn):
-                raise BadField(f"completion_ids[{index}]", drawn, "a list of token ids is needed, one at least.")
+            check_ids(f"completion_ids[{index}]", drawn)
     return completions, ids
 
 
-def _spans(row: Row, completions: list[str]) -> list[list[tuple[int, int]]] | None:
+def check_ids(name: str, value: Any) -> None:
+    """Raises BadField for what is no list of token ids."""
+    if not isinstance(value, list) or not value or not all(type(i) is int and 0 <= i <= MAX_ID for i in value):
+        raise BadField(name, value, "a list of token ids is needed, one at least.")
+
+
+def _spans(row: Row, completions: list[str], ids: list[list[int]] | None = None) -> list[list[tuple[int, int]]] | None:
+    """The parts of each completion that count, None where the row does not say. Raises BadField where `ids` are to be
+    used: characters do not say which of them count."""
     spans = row.get("completion_spans")
     if spans is None:
         return None
+    if ids is not None:
+        raise BadField(
+            "completion_ids",
+            ids,
+            "only parts of these completions count (completion_spans, or the assistant's turns in a conversation of "
+            "several), and which of the ids those are is not known; remove `completion_ids` to tokenise the text.",
+        )
     if not isinstance(spans, list) or len(spans) != len(completions):
         raise BadField("completion_spans", spans, f"a list of spans per completion is needed: {len(completions)}.")
     for index, (text, found) in enumerate(zip(completions, spans, strict=True)):
@@ -159,11 +178,12 @@ def _spans(row: Row, completions: list[str]) -> list[list[tuple[int, int]]] | No
     return [[(begin, end) for begin, end in found] for found in spans]
 
 
-def _rewards(row: Row, completions: list[str]) -> list[float]:
-    rewards = _field(row, "rewards")
-    if not isinstance(rewards, list) or len(rewards) != len(completions):
+def rewards_of(row: Row, count: int) -> list[float]:
+    """The rewards of `count` candidates. Raises BadField."""
+    rewards = field_of(row, "rewards")
+    if not isinstance(rewards, list) or len(rewards) != count:
         held = f"{len(rewards)} numbers" if isinstance(rewards, list) else "not a list"
-        raise BadField("rewards", rewards, f"one number per completion is needed: {len(completions)}, not {held}.")
+        raise BadField("rewards", rewards, f"one number per completion is needed: {count}, not {held}.")
     return [_reward(f"rewards[{index}]", reward) for index, reward in enumerate(rewards)]
 
 
@@ -176,7 +196,8 @@ def _reward(name: str, value: Any) -> float:
     return float(value)
 
 
-def _field(row: Row, name: str) -> Any:
+def field_of(row: Row, name: str) -> Any:
+    """The value of a field. Raises BadField for one that is not there, with the nearest name that is."""
     if name in row:
         return row[name]
     unknown = [key for key in row if key not in FIELDS]
@@ -186,7 +207,7 @@ def _field(row: Row, name: str) -> Any:
 
 
 def _text(row: Row, name: str, may_be_empty: bool = False) -> str:
-    value = _field(row, name)
+    value = field_of(row, name)
     _check_text(name, value, may_be_empty)
     return value
 

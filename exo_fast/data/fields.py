@@ -13,10 +13,10 @@ class Missing:
 
 
 class BadField(ValueError):
-    """A fault in one field of one row, before its place is known."""
+    """A fault in one field of one row; `place` says which row, where that is known."""
 
-    def __init__(self, field: str, value: Any, fix: str):
-        super().__init__(f"field `{field}`, value {short(value)}: {fix}")
+    def __init__(self, field: str, value: Any, fix: str, *, place: Any = None):
+        super().__init__(f"{'' if place is None else f'{place}, '}field `{field}`, value {short(value)}: {fix}")
         self.missing = isinstance(value, Missing)
 
 

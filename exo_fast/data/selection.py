@@ -11,10 +11,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from exo_fast.data.fields import BadField
+
 Duplicates = Literal["error", "drop", "keep"]
 Ties = Literal["error", "drop", "share"]
-DUPLICATES, TIES = get_args(Duplicates), get_args(Ties)
+Fate = Literal["keep", "drop", "error"]  # the strictest last
+DUPLICATES, TIES, FATES = get_args(Duplicates), get_args(Ties), get_args(Fate)
 SHOWN = 10  # rows of each reason
+MAX_CANDIDATES = 4096  # of a group, which is one row of a batch
 
 ALIKE = "all candidates of the group are the same tokens, so there is nothing to learn"
 CONTRADICTION = "two candidates are the same tokens and have different rewards"
@@ -30,6 +34,36 @@ FIX = {  # what to do instead of leaving a group out, by reason
 }
 
 
+def need_two(candidates: Sequence[Any], fix: str, *, field: str = "completions") -> None:
+    """Raises BadField for fewer than two candidates."""
+    if (count := len(candidates)) < 2:
+        raise BadField(field, candidates, f"at least 2 candidates are needed, not {count}; {fix}.")
+
+
+def enough(candidates: Sequence[Any], size: int, num_contrastive: int | None, *, field: str = "completions") -> bool:
+    """Whether a row has candidates for groups of `size`, which is `num_contrastive`, or where that is None the number
+    that the rows before have. `field` is the row's that holds them. Raises BadField for a number that no group can
+    have."""
+    count = len(candidates)
+    if num_contrastive is None:
+        need_two(candidates, "remove the row, or set num_contrastive, which leaves such rows out", field=field)
+    if num_contrastive is None and count != size:
+        raise BadField(
+            field,
+            candidates,
+            f"{count} candidates where the rows before have {size}; give every prompt the same, or set "
+            f"num_contrastive: with {min(count, size)} each of these rows gives groups of so many of its candidates.",
+        )
+    if size > MAX_CANDIDATES:
+        raise BadField(
+            field,
+            candidates,
+            f"groups of {size} candidates are too large, at most {MAX_CANDIDATES} can be compared at once; set "
+            "num_contrastive to a smaller number.",
+        )
+    return count >= size
+
+
 def groups_of(count: int, size: int, seed: Any) -> list[list[int]]:
     """The candidates of each group of `size`, of a row that has `count`: one after another where they come out even,
     else `count // size` groups drawn by `seed` (of which each candidate is in one at most), in the row's order."""
@@ -39,43 +73,45 @@ def groups_of(count: int, size: int, seed: Any) -> list[list[int]]:
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
-def fault(
+def faults(
     candidates: Sequence[Sequence[int]],
     rewards: Sequence[float],
     *,
     loss_type: str | None,
     learned: Sequence[Sequence[bool]] | None = None,
-) -> str | None:
-    """Why a group, as token ids after all cutting, teaches nothing or the wrong thing; None if nothing is wrong.
+) -> tuple[str, ...]:
+    """All reasons why a group, as token ids after all cutting, teaches nothing or the wrong thing.
 
     Candidates that are the same tokens with the same reward, beside others, are no fault: what was sampled twice
-    counts twice, as the best too. Without a `loss_type` nothing is compared.
+    counts twice, as the best too. Without a `loss_type` nothing is compared, nor where no token of a candidate counts,
+    or all candidates are the same tokens.
     """
     if learned is not None and not all(map(any, learned)):
-        return UNLEARNED
+        return (UNLEARNED,)
     if loss_type is None:
-        return None
+        return ()
     texts = [tuple(ids) for ids in candidates]
     used = [float(np.float32(reward)) for reward in rewards]  # as the loss has them
     by_text: dict[tuple[int, ...], set[float]] = {}
     for ids, reward in zip(texts, used, strict=True):
         by_text.setdefault(ids, set()).add(reward)
     if len(by_text) == 1:
-        return ALIKE
-    if any(len(found) > 1 for found in by_text.values()):
-        return CONTRADICTION
-    if loss_type.endswith("-pref") and sum(max(used) in found for found in by_text.values()) > 1:
-        return TIE
-    return None
+        return (ALIKE,)
+    contradiction = any(len(found) > 1 for found in by_text.values())
+    tie = loss_type.endswith("-pref") and sum(max(used) in found for found in by_text.values()) > 1
+    return (CONTRADICTION,) * contradiction + (TIE,) * tie
 
 
-def verdict(reason: str | None, duplicates: Duplicates, ties: Ties) -> Literal["keep", "drop", "error"]:
-    """Fate of a group with this fault."""
-    if reason is None:
-        return "keep"
-    if reason == TIE:
-        return "keep" if ties == "share" else ties
-    return duplicates if reason in (ALIKE, CONTRADICTION) else "drop"
+def verdict(reasons: Sequence[str], duplicates: Duplicates, ties: Ties) -> tuple[Fate, str | None]:
+    """Fate of a group with these faults, and the fault that decides: each option says what it does about its own
+    faults, and the strictest wins, an error before leaving out."""
+    fates: list[tuple[Fate, str | None]] = [("keep", None)]
+    for reason in reasons:
+        if reason == TIE:
+            fates.append(("keep" if ties == "share" else ties, reason))
+        else:
+            fates.append((duplicates if reason in (ALIKE, CONTRADICTION) else "drop", reason))
+    return max(fates, key=lambda found: FATES.index(found[0]))
 
 
 @dataclass

@@ -7,7 +7,8 @@
   stand, because the model is asked with them, and the candidate is tokenised as it reads in the middle of a text.
   (Tokenised alone, a SentencePiece tokenizer would put a space before it.)
 - A candidate ends with EOS, or with the end of turn that the chat template writes, and never with both.
-- Ids that were drawn are taken as they are: with EOS if that was drawn, without where sampling was cut short.
+- Ids that were drawn are taken as they are: with EOS if that was drawn, without where sampling was cut short. They
+  must be those of the completion's text; else another model has drawn them.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exo_fast.data.conversations import ChatTemplate, Learn
 from exo_fast.data.examples import Example
+from exo_fast.data.fields import BadField
 from exo_fast.data.forms import Row, standard
 
 CONTEXT = 128  # characters before a text, which say how it begins: words are shorter
@@ -70,6 +72,11 @@ class RowTokenizer:
         turns = self.tokenizer.convert_tokens_to_ids(list(self.chat.ends)) if self.tokenizer.chat_template else []
         return frozenset({*turns, self.tokenizer.eos_token_id} - {None})
 
+    @cached_property
+    def known(self) -> frozenset[int]:
+        """The ids that it has a token for."""
+        return frozenset(self.tokenizer.get_vocab().values())
+
     # Rows
 
     def text_of(self, row: Row, learn: Learn = "last") -> Row:
@@ -81,8 +88,12 @@ class RowTokenizer:
         return [self.prefix + ids for ids in self._bodies(texts)]
 
     def tokens(self, examples: Sequence[Example]) -> list[Tokens]:
-        """Ids of the prompt and of the candidates of each example. Raises ValueError for a tokenizer without EOS where
-        there is text."""
+        """Ids of the prompt and of the candidates of each example.
+
+        Raises BadField, a ValueError, with the example's place if it has one, for ids that another tokenizer drew;
+        ValueError for a tokenizer without EOS where there is text.
+        """
+        self._check_drawn(examples)
         prompts = self._bodies([example.prompt for example in examples])
         written = [list(_pieces(example)) for example in examples]
         behind = [
@@ -122,6 +133,31 @@ class RowTokenizer:
         found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return found["input_ids"]
 
+    def _check_drawn(self, examples: Sequence[Example]) -> None:
+        """Raises BadField where `completion_ids` are not what the tokenizer would have for the completion's text.
+
+        Ids that it has no token for are no text; whether the model has a row for them is judged by the model.
+        """
+        drawn = [(e, index, ids) for e in examples for index, ids in enumerate(e.completion_ids or ())]
+        if not drawn:
+            return
+        ids_of_text = [[i for i in ids if i in self.known] for *_, ids in drawn]
+        for (example, index, ids), text in zip(
+            drawn, self.tokenizer.batch_decode(ids_of_text, skip_special_tokens=True), strict=True
+        ):
+            completion = example.completions[index]
+            # Of a conversation it has the end of turn. Spaces apart, which decoding may tidy.
+            forms = {"".join(form.split()) for form in (completion, self.chat.without_special(completion))}
+            if "".join(text.split()) not in forms:
+                raise BadField(
+                    f"completion_ids[{index}]",
+                    ids,
+                    f"the tokenizer {self.tokenizer.name_or_path!r} makes {text!r} of it, and the completion is "
+                    f"{completion!r}. Was it sampled with another model? Name that one, or remove `completion_ids` to "
+                    "tokenise the text.",
+                    place=example.place,
+                )
+
     def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt without BOS, which a template may have written already."""
         return [self._unprefixed(ids) for ids in self.encode(texts)]
@@ -142,6 +178,14 @@ class RowTokenizer:
             if before and self._begins(both, before):
                 return both[len(before) :]
         return self.encode([text])[0]
+
+
+def need_prompts(examples: Sequence[Example], found: Sequence[Tokens]) -> None:
+    """Raises BadField for a prompt of no tokens, from which no completion could be predicted."""
+    for example, tokens in zip(examples, found, strict=True):
+        if not tokens.prompt:
+            fix = "no tokens, and the tokenizer adds no BOS; at least one is needed, to predict a first token from."
+            raise BadField("prompt", example.prompt, fix, place=example.place)
 
 
 def _pieces(example: Example) -> Any:

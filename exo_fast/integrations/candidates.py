@@ -6,6 +6,8 @@ pipeline says too (`exo_fast.data.selection`); the lengths are TRL's: `max_lengt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,26 +15,42 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from exo_fast.data import examples
+from exo_fast.data.examples import Example
 from exo_fast.data.fields import BadField
 from exo_fast.data.forms import ACCEPTED, standard
-from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, fault, groups_of, verdict
-from exo_fast.data.tokens import RowTokenizer
+from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, enough, faults, groups_of, verdict
+from exo_fast.data.tokens import RowTokenizer, need_prompts
 
 logger = logging.get_logger(__name__)
-OF_CANDIDATES = ("candidate_ids", "candidate_masks", "rewards")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's columns: of the first candidate, and of the others
 
 
-def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """`prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (which of their tokens count) and `rewards` of a row
-    of any form that `exo_fast.data.forms` accepts. Raises BadField, a ValueError."""
-    return _tokens(row, RowTokenizer(processing_class))
+def tokenize_candidates(
+    row: dict[str, Any], processing_class: PreTrainedTokenizerBase | RowTokenizer, *, scored_pairs: bool = False
+) -> dict[str, Any]:
+    """A row of any form that `exo_fast.data.forms` accepts as token ids, for `datasets.map`.
+
+    Args:
+        row: K candidates and their rewards, or a preference.
+        processing_class: a tokenizer, or its `RowTokenizer`, which is then made once for all rows.
+        scored_pairs: a preference has its `score_chosen` and `score_rejected` for rewards, where it has both, and not
+            1 and 0: for a `*-rw` loss.
+
+    Returns:
+        `prompt_ids`, a list of ints; `candidate_ids`, K lists of ints; `candidate_masks`, K lists of bools, which of
+        their tokens count; `rewards`, K floats.
+
+    Raises:
+        BadField, a ValueError: a field that is missing or wrong, a prompt of no tokens, ids of another tokenizer.
+        ValueError: a tokenizer without EOS.
+    """
+    rows = processing_class if isinstance(processing_class, RowTokenizer) else RowTokenizer(processing_class)
+    return _tokens(examples.candidates(None, rows.text_of(row), scored_pairs=scored_pairs), rows)
 
 
-def _tokens(row: dict[str, Any], rows: RowTokenizer, *, scored_pairs: bool = False) -> dict[str, Any]:
-    example = examples.candidates(None, rows.text_of(row), scored_pairs=scored_pairs)
-    (tokens,) = rows.tokens([example])
-    if not tokens.prompt:
-        raise BadField("prompt", example.prompt, "no tokens, and the tokenizer adds no BOS; at least one is needed.")
+def _tokens(example: Example, rows: RowTokenizer) -> dict[str, Any]:
+    (tokens,) = found = rows.tokens([example])
+    need_prompts([example], found)
     marks = tokens.learned or [[True] * len(ids) for ids in tokens.candidates]
     return {
         "prompt_ids": tokens.prompt,
@@ -42,9 +60,50 @@ def _tokens(row: dict[str, Any], rows: RowTokenizer, *, scored_pairs: bool = Fal
     }
 
 
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    """The token columns that a row has, as `_tokens` makes them, and `ref_logps`, K numbers, if it has those."""
+    examples.check_ids("prompt_ids", prompt := examples.field_of(row, "prompt_ids"))
+    if not _lists(candidates := row["candidate_ids"]):
+        raise BadField("candidate_ids", candidates, "a list of token ids for each candidate is needed.")
+    for index, ids in enumerate(candidates):
+        examples.check_ids(f"candidate_ids[{index}]", ids)
+    marks = row.get("candidate_masks")
+    if marks is None:
+        marks = [[True] * len(ids) for ids in candidates]
+    elif not _lists(marks) or [len(marked) for marked in marks] != [len(ids) for ids in candidates]:
+        raise BadField("candidate_masks", marks, "a list for each candidate is needed, with a mark for each token.")
+    tokens = {
+        "prompt_ids": prompt,
+        "candidate_ids": candidates,
+        "candidate_masks": [[bool(mark) for mark in marked] for marked in marks],
+        "rewards": examples.rewards_of(row, len(candidates)),
+    }
+    if any(name in row for name in REFERENCE):
+        first, others = (row.get(name) for name in REFERENCE)
+        if first is None or not isinstance(others, list) or len(others) != len(candidates) - 1:
+            fix = f"a number for each candidate is needed, the first one's in `{REFERENCE[0]}`."
+            raise BadField(REFERENCE[1], others, fix)
+        tokens["ref_logps"] = [first, *others]
+    return tokens
+
+
+def _lists(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, list) for item in value)
+
+
+def first_row(dataset: Any, split: str) -> dict[str, Any]:
+    """The first row of a data set or stream. Raises ValueError for one without rows."""
+    for row in dataset:
+        return row
+    raise ValueError(f"{split} dataset: no rows; at least one is needed.")
+
+
 @dataclass
 class CandidateRows:
     """The function of `Dataset.map`: rows to groups, one of which says in `left_out` why it is none.
+
+    Rows of text, or of token ids as `tokenize_candidates` and this class make them: those are judged as well, and
+    judging twice changes nothing.
 
     Raises ValueError that names the data set's row, the field, its value and the fix.
     """
@@ -58,25 +117,30 @@ class CandidateRows:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     size: int | None = field(init=False, default=None)  # candidates of a group
+    scored: bool | None = field(init=False, default=None)  # whether pairs have scores: as the first one
     rows: RowTokenizer = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = RowTokenizer(self.tokenizer)
 
+    @property
+    def by_rewards(self) -> bool:
+        return self.loss_type.endswith("-rw")
+
     def prepared(self, dataset: Any, **how: Any) -> Any:
         """The data set of groups. Says how many were left out and why (of a stream nobody knows); raises ValueError for
         no rows, and where no group is left."""
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError(f"{self.split} dataset: no rows; at least one is needed.")
-        self.size = self.num_contrastive or self._count(first)
+        first = first_row(dataset, self.split)
+        columns = dataset.column_names or list(first)
+        with self._named(0):
+            self.size = self.num_contrastive or self._count(first)
+        if self.by_rewards and examples.SCORES[0] in columns:
+            self.scored = next(filter(lambda found: found is not None, map(examples.scored, dataset)), None)
         if hasattr(dataset, "__len__"):
             how["desc"] = f"Tokenizing {self.split} dataset"
         else:
             how.pop("num_proc", None)  # IterableDataset takes none
-        groups = dataset.map(
-            self, batched=True, with_indices=True, remove_columns=dataset.column_names or list(first), **how
-        )
+        groups = dataset.map(self, batched=True, with_indices=True, remove_columns=columns, **how)
         if hasattr(groups, "__len__"):
             self._report(groups)
         groups = groups.filter(lambda reason: not reason, input_columns="left_out")
@@ -86,43 +150,52 @@ class CandidateRows:
         found: list[dict[str, Any]] = []
         for place, index in enumerate(indices):
             row = {name: values[place] for name, values in batch.items()}
-            try:
+            with self._named(index):
                 found += [{**group, "row": index} for group in self._groups(row, index)]
-            except ValueError as error:
-                forms = f" {ACCEPTED}" if getattr(error, "missing", False) else ""
-                raise ValueError(f"{self.split} dataset, row {index}: {error}{forms}") from error
         return {name: [group[name] for group in found] for name in found[0]}
 
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        """Faults inside say which row they are of."""
+        try:
+            yield
+        except ValueError as error:
+            forms = f" {ACCEPTED}" if getattr(error, "missing", False) else ""
+            raise ValueError(f"{self.split} dataset, row {index}: {error}{forms}") from error
+
     def _count(self, row: dict[str, Any]) -> int:
-        candidates = standard(row).get("completions")
+        candidates = row.get("candidate_ids") or standard(row).get("completions")
         return len(candidates) if isinstance(candidates, list) else 2
 
     def _groups(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        tokens = _tokens(row, self.rows, scored_pairs=self.loss_type.endswith("-rw"))
-        count = len(tokens["rewards"])
         assert self.size is not None
-        if self.num_contrastive is None and count < 2:
-            raise BadField(
-                "completions",
-                row.get("completions"),
-                f"at least 2 candidates are needed, not {count}; remove the row, or set num_contrastive, which leaves "
-                "such rows out.",
-            )
-        if self.num_contrastive is None and count != self.size:
-            raise BadField(
-                "completions",
-                row.get("completions"),
-                f"{count} candidates, where all rows need the same number of candidates as the first one, which has "
-                f"{self.size}; or set num_contrastive, the number that each group is to have.",
-            )
-        if count < self.size:
-            return [{**tokens, "left_out": FEW}]
+        if row.get("candidate_ids") is not None:
+            tokens = _given(row)
+            several = enough(tokens["candidate_ids"], self.size, self.num_contrastive, field="candidate_ids")
+        else:
+            example = examples.candidates(None, self.rows.text_of(row), scored_pairs=self.by_rewards)
+            self._check_scores(row)
+            several = enough(example.completions, self.size, self.num_contrastive)
+            tokens = _tokens(example, self.rows)
+        prompt, count = tokens.pop("prompt_ids"), len(tokens["rewards"])
         groups = []
-        for places in groups_of(count, self.size, index):
-            group = {name: [tokens[name][k] for k in places] for name in OF_CANDIDATES}
-            group["prompt_ids"] = tokens["prompt_ids"]
-            groups.append({**group, "left_out": self._reason(group)})
+        for places in groups_of(count, self.size, index) if several else [list(range(count))]:
+            group = {"prompt_ids": prompt, **{name: [values[k] for k in places] for name, values in tokens.items()}}
+            group["left_out"] = self._reason(group) if several else FEW
+            if "ref_logps" in group:
+                first, *others = group.pop("ref_logps")
+                group |= dict(zip(REFERENCE, (first, others), strict=True))
+            groups.append(group)
         return groups
+
+    def _check_scores(self, row: dict[str, Any]) -> None:
+        """Raises BadField where the loss weighs by rewards and a pair's are of another scale than the first's."""
+        scored = examples.scored(row) if self.by_rewards else None
+        if scored is None:
+            return
+        self.scored = scored if self.scored is None else self.scored
+        if scored != self.scored:
+            raise BadField(examples.SCORES[0], row.get(examples.SCORES[0]), examples.ALL_OR_NONE)
 
     def _reason(self, group: dict[str, Any]) -> str:
         """Why the group is left out, at the lengths at which it would be trained on; empty if it is not."""
@@ -134,15 +207,14 @@ class CandidateRows:
                     return f"the prompt alone fills max_length={self.max_length}; raise it, or shorten the prompt"
                 room = slice(self.max_length - len(prompt))
             candidates, marks = [ids[room] for ids in candidates], [marked[room] for marked in marks]
-        reason = fault(candidates, group["rewards"], loss_type=self.loss_type, learned=marks)
-        match verdict(reason, self.duplicates, self.ties):
-            case "error":
-                assert reason is not None
-                field = "rewards" if reason == TIE else "candidate_ids"
-                raise BadField(field, group[field], f"{reason}. {FIX[reason]}.")
-            case "drop":
-                return reason or ""
-        return ""
+        reasons = faults(candidates, group["rewards"], loss_type=self.loss_type, learned=marks)
+        fate, reason = verdict(reasons, self.duplicates, self.ties)
+        if fate == "keep" or reason is None:
+            return ""
+        if fate == "error":
+            field = "rewards" if reason == TIE else "candidate_ids"
+            raise BadField(field, group[field], f"{reason}. {FIX[reason]}.")
+        return reason
 
     def _report(self, groups: Any) -> None:
         left_out = LeftOut()

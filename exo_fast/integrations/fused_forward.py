@@ -1,4 +1,4 @@
-"""What a causal LM's forward becomes in a TRL trainer: log-probs of labels, or the loss of groups, without logits.
+"""The forward that a causal LM has in a TRL trainer: log-probs of labels, or the loss of groups, without logits.
 
 TRL asks a model for `model(..., labels=labels, fused_lm_head=True)` and reads per-token numbers off the answer
 (`trl.trainer.utils.add_fused_lm_head`). Here they come from `exo_fast.logprobs`, for the labelled positions alone, and
@@ -129,8 +129,7 @@ class FusedForward:
         hidden = head.multiplied(hidden.to(head.weight.device))
         mean, logps = linear_group_loss(
             hidden, head.weight, targets.to(hidden.device), bounds, ref_logps.to(hidden.device),
-            rewards.to(hidden.device), bias=head.bias, scale=head.scale / self.temperature, softcap=head.softcap,
-            **loss, **self.options,
+            rewards.to(hidden.device), **head.options(self.temperature), **loss, **self.options,
         )  # fmt: skip
         return GroupOutput(loss=mean, logits=logps)
 
@@ -206,7 +205,7 @@ class FusedForward:
             none = zero.detach()
             found = {name: none.bool() if name == "is_top1" else none for name in OUTPUTS if name in self.outputs}
             return zero, TokenStatistics(**found)
-        options = {"bias": bias, "scale": head.scale / self.temperature, "softcap": head.softcap, **self.options}
+        options = {**head.options(self.temperature), **self.options}
         names = tuple(name for name in OUTPUTS if name in self.outputs)
         autocast = torch.is_autocast_enabled(hidden.device.type) and not self.cast_lm_head_to_fp32
         with torch.autocast(hidden.device.type, enabled=autocast):

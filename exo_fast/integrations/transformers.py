@@ -110,7 +110,7 @@ def remove_exo_fast(model: Model) -> Model:
 
 
 class _Fused:
-    """What a patched model carries. No function in here is a closure over the model, so that a deep copy of the model
+    """The state of a patched model. No function in here is a closure over the model, so that a deep copy of the model
     is a model of its own."""
 
     def __init__(
@@ -202,16 +202,7 @@ def _causal_lm_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(hidden.device)
     head = read_head(model)
-    logps = linear_logprobs(
-        head.multiplied(hidden.flatten(0, -2)),
-        head.weight,
-        targets,
-        bias=head.bias,
-        scale=head.scale,
-        softcap=head.softcap,
-        process_group=head.process_group,
-        ignore_index=ignore_index,
-        **options,
-    )
+    rows = head.multiplied(hidden.flatten(0, -2))
+    logps = linear_logprobs(rows, head.weight, targets, ignore_index=ignore_index, **head.options(), **options)
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return -logps.sum() / (count.to(logps.device) if isinstance(count, torch.Tensor) else count)

@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 from exo_fast.backends import BACKENDS
 from exo_fast.data.selection import DUPLICATES, TIES
-from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
+from exo_fast.integrations.candidates import REFERENCE, CandidateRows, first_row, tokenize_candidates
 from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
 from exo_fast.integrations.generation_config import settle_generation_config
 from exo_fast.layout import plan_mask
@@ -153,7 +153,7 @@ def _patched(**options: Any) -> Iterator[None]:
 
 
 def _fused_lm_head(original: Any, share_prompts: bool, options: dict[str, Any]) -> Any:
-    """What stands in for TRL's `add_fused_lm_head`."""
+    """A function in the place of TRL's `add_fused_lm_head`."""
 
     def add_fused_lm_head(
         model: PreTrainedModel,
@@ -302,7 +302,7 @@ class ExoDPOTrainer(DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = ExoDPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-EXO")
-        first = None if train_dataset is None else next(iter(train_dataset))
+        first = None if train_dataset is None else first_row(train_dataset, "train")
         if args.precompute_ref_log_probs is None:
             eval_dataset = positional[0] if positional else named.get("eval_dataset")
             args.precompute_ref_log_probs = _can_precompute(args, train_dataset, eval_dataset, first)
@@ -332,6 +332,9 @@ class ExoDPOTrainer(DPOTrainer):
         facts = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
         computed = (config._attn_implementation, self.accelerator.mixed_precision, sorted(facts.items()))
         cut = (self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)
+        known = [name for name in REFERENCE if name in (dataset.column_names or ())]
+        if self.group_loss is not None and known:  # of a model that nobody knows
+            dataset = dataset.remove_columns(known)
         if hasattr(dataset, "_fingerprint"):
             dataset = copy.copy(dataset)
             dataset._fingerprint = hashlib.sha256(repr((dataset._fingerprint, cut, computed)).encode()).hexdigest()[:16]
@@ -339,10 +342,9 @@ class ExoDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         if self.group_loss is None:
+            first_row(dataset, dataset_name)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         self._candidates.pad_token_id = self._tokenizer.pad_token_id
-        if "candidate_ids" in next(iter(dataset)):
-            return dataset
         rows = CandidateRows(
             self._tokenizer,
             dataset_name,
@@ -538,12 +540,12 @@ def _can_precompute(args: DPOConfig, dataset: Any, eval_dataset: Any, first: dic
 def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any] | None:
     """The options of `exo_fast.loss` for this configuration and data; None where TRL computes the loss of pairs."""
     (name,) = args.loss_type if len(args.loss_type) == 1 else (None,)
-    candidates = first is not None and "completions" in first
+    candidates = first is not None and bool({"completions", "candidate_ids"} & first.keys())
     if name not in LOSS_TYPES and not candidates:
         return None
     if name not in LOSS_TYPES and name not in AS_GROUPS:
         raise ValueError(
-            f"loss_type={args.loss_type} is a loss of pairs, and train_dataset has a column `completions`. Choose one "
+            f"loss_type={args.loss_type} is a loss of pairs, and train_dataset has candidates. Choose one "
             f"of {', '.join((*LOSS_TYPES, *AS_GROUPS))}."
         )
     for option, is_wrong, problem in _not_for_groups(args, AS_GROUPS.get(name, name)):
@@ -608,8 +610,13 @@ def _not_for_groups(args: DPOConfig, loss_type: str) -> list[tuple[str, bool, st
 @dataclass
 class CandidateCollator:
     """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (without them all tokens count) and `rewards`
-    -> input_ids, attention_mask and completion_mask (G·K, T), candidates of a group one after another, rewards (G, K),
-    and reference log-probs where they are known."""
+    -> a batch of G groups, whose candidates stand in rows one after another, cut to `max_length`:
+
+    `input_ids`, `attention_mask` and `completion_mask` (1 on the tokens that count), (G·K, T) long and padded on the
+    right; `rewards` (G, K) float32; `ref_chosen_logps` (G,) and `ref_rejected_logps` (G, K − 1) float32 where the first
+    row has them. Raises KeyError for a row without one of these columns, and ValueError for candidates and marks of
+    different numbers, and for groups of different K: `exo_fast.integrations.candidates` says so of rows, by name.
+    """
 
     pad_token_id: int = 0
     max_length: int | None = None
@@ -634,7 +641,7 @@ class CandidateCollator:
             "completion_mask": self._padded(masks, 0),
             "rewards": torch.tensor([example["rewards"] for example in examples], dtype=torch.float32),
         }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        for name in REFERENCE:
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])
         return batch

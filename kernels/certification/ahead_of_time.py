@@ -53,7 +53,8 @@ def example(kind: str, aligned: bool, small: bool) -> Any:
 
 
 def source_of(variant: Variant, config: Config, target: Target, buffers: bool) -> tuple[ASTSource, list[str]]:
-    """What Triton's own launcher makes of example arguments of a variant, and where that is not what it declares.
+    """The source of a variant as Triton's own launcher specialises it for example arguments, and where it declares
+    something else.
 
     Names of a Config's constants may stand in the shape of a descriptor: tensordesc<bf16[BLOCK_N,BLOCK_D]>.
     """

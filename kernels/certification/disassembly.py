@@ -1,4 +1,4 @@
-"""What a compiled kernel is made of, read from the machine code itself: SASS for NVIDIA, amdgcn assembly for AMD.
+"""Instructions of a compiled kernel, read from the machine code itself: SASS for NVIDIA, amdgcn assembly for AMD.
 
 Nothing here compiles or judges: `certify.py` does. `cuobjdump` and `nvdisasm` come with Triton.
 """

@@ -16,7 +16,7 @@ TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100; handed out in powe
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What allocation is rounded to. One program runs on `units` multiprocessors of `targets.py`, which share all."""
+    """The units of allocation. One program runs on `units` multiprocessors of `targets.py`, which share all."""
 
     files: int  # register files of `units` multiprocessors
     granule: int  # registers of a thread are handed out in multiples of this

@@ -131,6 +131,27 @@ def test_every_door_gives_the_same_ids(name: str, template: str, chats: ModuleTy
         assert (group.prompt + group.completions[0]) == found[0].prompt + found[0].candidates[0]
 
 
+DOORS = {"align": by_align, "logprobs": by_logprobs, "ExoDPOTrainer": by_trl}
+DRAWN = {
+    "text": {"prompt": "hello", "completions": ["good", "long"], "rewards": [1, 0]},
+    "a conversation": {"prompt": [USER], "completions": [[say("good")], [say("long")]], "rewards": [1, 0]},
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", DRAWN)
+def test_ids_that_were_drawn_are_the_same_at_every_door(
+    name: str, door: str, chats: ModuleType, tmp_path: Path
+) -> None:
+    """The first was ended by the model, the second cut short; and ids that another tokenizer drew are refused."""
+    tokenizer = chats.byte_level(chats.CHATML)
+    ended, cut, foreign = tokenizer(["good<|im_end|>", "long", "film"], add_special_tokens=False)["input_ids"]
+    own = DOORS[door]({**DRAWN[name], "completion_ids": [ended, cut]}, tokenizer, tmp_path)
+    assert own == Tokens(own.prompt, [ended, cut], None)
+    with pytest.raises(ValueError, match=r"row .*field `completion_ids\[1\]`.*makes 'film' of it.*another model\?"):
+        DOORS[door]({**DRAWN[name], "completion_ids": [ended, foreign]}, tokenizer, tmp_path)
+
+
 def model_of(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

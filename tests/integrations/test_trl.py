@@ -1,6 +1,5 @@
 """TRL's trainers with and without the fused path: the same losses, metrics and weights."""
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, IterableDataset  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -439,6 +438,40 @@ def test_hidden_states_of_another_dtype_than_the_head(families: Any, name: str, 
     torch.testing.assert_close(logps, plain.sum(1).view(2, 2), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_slice_of_the_head_goes_with_its_group(families: Any, cast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's AutoTP has the group beside the weight. Cast to float32, nothing else tells that it is a slice."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from exo_fast.integrations import fused_forward
+
+    seen = []
+
+    def refuse(*_: Any, process_group: Any, **__: Any) -> None:
+        seen.append(process_group)
+        raise RuntimeError("asked")
+
+    for name in ("linear_logprobs", "linear_group_loss"):
+        monkeypatch.setattr(fused_forward, name, refuse)
+    ids = torch.randint(3, families.VOCAB, (4, 9), generator=torch.Generator().manual_seed(2))
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 0.0}
+    groups = {"labels": labels, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
+    ours = integration._fused_lm_head(add_fused_lm_head, False, {"memory_budget": None, "backend": "auto"})
+    for outputs, asked in ((("log_probs",), {"labels": labels, "fused_lm_head": True}), ((), {"fused_groups": groups})):
+        model = families.tiny_model("llama")
+        ours(model, cast_lm_head_to_fp32=cast, outputs=outputs)
+        model.lm_head.mp_group = group = object()
+        with pytest.raises(RuntimeError, match="asked"):
+            model(input_ids=ids, **asked)
+        assert seen.pop() is group
+    model = families.tiny_model("llama")
+    ours(model, cast_lm_head_to_fp32=cast, outputs=("log_probs", "entropy"))
+    model.lm_head.mp_group = object()
+    with pytest.raises(ValueError, match="a slice of the head, and statistics are of the whole vocabulary"):
+        model(input_ids=ids, labels=labels, fused_lm_head=True)
+
+
 # --- positions that depend on a text's length: every row's numbers are those that it has alone ---
 
 BY_LENGTH = ("gemma3-dynamic", "llama-dynamic", "phi3-longrope", "phimoe-longrope")  # beyond 12 tokens
@@ -571,7 +604,7 @@ def test_conversations_of_candidates(tmp_path: Path, tiny_llama: str) -> None:
         ({"rewards": [1.0, 1.0, 0.0]}, "different candidates share the highest reward.*ties=share"),
         (
             {"completions": ["good", "bad"], "rewards": [1.0, 0.0]},
-            "row 1: .*2 candidates, where all rows need the same",
+            "row 1: field `completions`, value .'good', 'bad'.: 2 candidates where the rows before have 3",
         ),
         ({"prompt": None}, "row 1: field `prompt`, value missing.*Rows have: prompt, completions, rewards"),
     ],
@@ -581,6 +614,27 @@ def test_bad_rows_are_named(tmp_path: Path, tiny_llama: str, change: dict, messa
     rows[1].update(change)
     with pytest.raises(ValueError, match=message):
         run(ExoDPOTrainer, config(tmp_path, ExoDPOConfig), tiny_llama, Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("loss_type", ["exo-rw", "hinge"])
+@pytest.mark.parametrize("split", ["train", "eval", "stream", "part"])
+def test_a_data_set_without_rows_is_named(tmp_path: Path, tiny_llama: str, split: str, loss_type: str) -> None:
+    data = pairs(2)
+    empty = data.select([])
+    if split == "stream":
+        empty = IterableDataset.from_generator(lambda: iter(()))
+    sets = {
+        "eval": {"train_dataset": data, "eval_dataset": empty},
+        "part": {"train_dataset": data, "eval_dataset": {"other": data, "part": empty}},
+    }.get(split, {"train_dataset": empty})
+    name = {"stream": "train"}.get(split, split)
+    with pytest.raises(ValueError, match=f"^{name} dataset: no rows; at least one is needed"):
+        ExoDPOTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
+            args=config(tmp_path, ExoDPOConfig, loss_type=loss_type),
+            processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+            **sets,
+        )
 
 
 @pytest.mark.parametrize(
@@ -593,6 +647,7 @@ def test_bad_rows_are_named(tmp_path: Path, tiny_llama: str, change: dict, messa
         ({"loss_type": "exo-pref", "label_smoothing": 0.0}, "label_smoothing"),
         ({"loss_type": "exo-rw", "beta_r": 0.0}, "beta_r"),
         ({"loss_type": "exo-rw", "backend": "tritn"}, "'tritn'"),
+        ({"loss_type": "exo-rw", "num_contrastive": 1}, "num_contrastive=1: at least 2 candidates are compared"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, tiny_llama: str, options: dict, message: str) -> None:
@@ -616,19 +671,6 @@ def test_a_model_whose_generation_config_cannot_be_saved_is_saved(tmp_path: Path
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").exists()
     assert GenerationConfig.from_pretrained(tmp_path / "saved").do_sample
-
-
-def test_the_best_candidate_sampled_twice_is_no_tie(tmp_path: Path, tiny_llama: str) -> None:
-    """It counts twice: half of the target each. A tie of different ones stops the trainer before it runs."""
-    rows = candidates(4).to_list()
-    for row in rows:
-        row["completions"][1], row["rewards"] = row["completions"][0], [1.0, 1.0, 0.0]
-    settings = config(tmp_path, ExoDPOConfig, loss_type="dpo-pref", max_steps=1, per_device_train_batch_size=4)
-    log, _ = run(ExoDPOTrainer, settings, tiny_llama, Dataset.from_list(rows))
-    assert log[0]["loss"] == pytest.approx(math.log(3), rel=1e-4)  # all log-ratios are 0, whatever the target
-    rows[0]["completions"][1] = rows[0]["completions"][2] + " bad"
-    with pytest.raises(ValueError, match=r"row 0: .*different candidates share the highest reward"):
-        run(ExoDPOTrainer, settings, tiny_llama, Dataset.from_list(rows))
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path: Path, tiny_llama: str, caplog: Any) -> None:

@@ -14,9 +14,16 @@ from peft import LoraConfig  # noqa: E402
 from test_trl import candidates, config, exact_logps, pairs, run  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from exo_fast import reference  # noqa: E402
-from exo_fast.integrations.trl import CandidateCollator, ExoDPOConfig, ExoDPOTrainer  # noqa: E402
+from exo_fast.data.tokens import RowTokenizer  # noqa: E402
+from exo_fast.integrations.trl import (  # noqa: E402
+    CandidateCollator,
+    ExoDPOConfig,
+    ExoDPOTrainer,
+    tokenize_candidates,
+)
 from exo_fast.metrics import GROUP_METRICS, group_metrics  # noqa: E402
 
 EVERY = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
@@ -72,6 +79,47 @@ def test_a_step_is_the_mean_over_the_groups_of_its_global_batch(
         assert_log(mine, right)
     for name, value in trained.items():
         torch.testing.assert_close(value.double(), weights[name], atol=2e-5, rtol=2e-5)
+
+
+TIES: dict[str, tuple[list[int], str]] = {  # candidates of a group by their places in a row, all but the last the best
+    "sampled twice": ([0, 0, 2], "error"),  # no tie: it counts twice
+    "a tie that is shared": ([0, 1, 2], "share"),
+}
+
+
+@pytest.mark.parametrize("loss_type", ["exo-pref", "dpo-pref"])
+@pytest.mark.parametrize("name", TIES)
+def test_several_best_candidates_have_equal_shares(tmp_path: Path, tiny_llama: str, name: str, loss_type: str) -> None:
+    """Two steps: in the first one all log-ratios are 0, and dpo's loss is log 3 whatever the target."""
+    places, ties = TIES[name]
+    rows = candidates(4).map(
+        lambda row: {"completions": [row["completions"][k] for k in places], "rewards": [1.0, 1.0, 0.0]}
+    )
+    log, weights = exact_epoch(tiny_llama, rows, loss_type, [slice(0, 4)] * 2)
+    single = rows.map(lambda row: {"rewards": [1.0, 0.0, 0.0]})
+    if (name, loss_type) != ("sampled twice", "dpo-pref"):  # −Σ p log q is one number for the same candidate twice
+        other, _ = exact_epoch(tiny_llama, single, loss_type, [slice(0, 4)] * 2)
+        assert abs(log[1]["loss"] - other[1]["loss"]) > 1e-2  # or this test shows nothing
+    options = {**EPOCH, "max_steps": 2, "loss_type": loss_type, "label_smoothing": 1e-3, "ties": ties}
+    found, trained = run(ExoDPOTrainer, config(tmp_path, ExoDPOConfig, **options), tiny_llama, rows)
+    for mine, right in zip(found, log, strict=True):
+        assert_log(mine, right)
+    for parameter, value in trained.items():
+        torch.testing.assert_close(value.double(), weights[parameter], atol=2e-5, rtol=2e-5)
+
+
+def test_ties_that_are_refused_or_left_out(tmp_path: Path, tiny_llama: str, caplog: pytest.LogCaptureFixture) -> None:
+    rows = candidates(4).map(
+        lambda row, k: {"rewards": [1.0, 1.0, 0.0] if k % 2 else row["rewards"]}, with_indices=True
+    )
+    with pytest.raises(ValueError, match=r"row 1: .*different candidates share the highest reward"):
+        make(tmp_path, tiny_llama, rows, loss_type="dpo-pref")
+    transformers_logging.enable_propagation()
+    dropped = make(tmp_path, tiny_llama, rows, loss_type="dpo-pref", ties="drop").train_dataset
+    assert dropped["rewards"] == [row["rewards"] for row in candidates(4).select([0, 2])]
+    said = "train dataset: 2 groups left out: different candidates share the highest reward"
+    assert f"{said}, so none is preferred (row 1; row 3)" in caplog.text
+    assert len(make(tmp_path, tiny_llama, rows, loss_type="dpo-rw").train_dataset) == 4
 
 
 def test_a_log_of_several_steps_is_the_mean_over_their_groups(tmp_path: Path, tiny_llama: str) -> None:
@@ -362,6 +410,33 @@ def test_precomputed_log_probs_are_of_what_they_are_of(tmp_path: Path, tiny_llam
     if change != "attention":
         assert not torch.allclose(found, before, atol=1e-4)
     assert torch.equal(columns(False, "data"), before)
+
+
+def test_rows_of_token_ids(tmp_path: Path, tiny_llama: str) -> None:
+    """The same numbers as of text, for the losses that TRL has for pairs too; and the same rules."""
+    text = candidates(4)
+    rows = RowTokenizer(AutoTokenizer.from_pretrained(tiny_llama))
+    made = text.map(tokenize_candidates, fn_kwargs={"processing_class": rows}, remove_columns=["prompt", "completions"])
+    logs = []
+    for name, data in (("text", text), ("ids", made)):
+        settings = config(tmp_path / name, ExoDPOConfig, loss_type="sigmoid", max_steps=2)
+        logs.append(run(ExoDPOTrainer, settings, tiny_llama, data)[0])
+    assert logs[0] == logs[1]
+    tied = made.map(lambda row: {"rewards": [1.0, 1.0, 0.0]})
+    with pytest.raises(ValueError, match=r"train dataset, row 0: .*different candidates share the highest reward"):
+        make(tmp_path, tiny_llama, tied, loss_type="exo-pref")
+    with pytest.raises(ValueError, match=r"eval dataset, row 0: .*different candidates share the highest reward"):
+        make(tmp_path, tiny_llama, made, eval_dataset=tied, loss_type="exo-pref")
+
+
+def test_data_that_was_prepared_is_evaluated_again(tmp_path: Path, tiny_llama: str) -> None:
+    """With reference log-probs of another length, which do not stay."""
+    rows = candidates(4)
+    trainer = make(tmp_path, tiny_llama, rows, eval_dataset=rows)
+    expected = trainer.evaluate()["eval_logps/rejected"]
+    assert trainer.evaluate(trainer.eval_dataset)["eval_logps/rejected"] == pytest.approx(expected, rel=1e-6)
+    known = trainer.eval_dataset.map(lambda row: {"ref_chosen_logps": row["ref_chosen_logps"] - 100})
+    assert trainer.evaluate(known)["eval_kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_pairs_of_ours_and_trls_do_not_share_a_file(tmp_path: Path, tiny_llama: str) -> None:

@@ -20,14 +20,13 @@ from exo_fast.data import examples, forms
 from exo_fast.data.conversations import Learn, conversation_field
 from exo_fast.data.examples import Example, Text
 from exo_fast.data.fields import BadField
-from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut
+from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut, enough, need_two
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training.data.faults import collect
 from exo_fast.training.data.places import Place, Source
 from exo_fast.training.data.sources import read_records
 from exo_fast.training.errors import InputError
 
-MAX_CANDIDATES = 4096  # of a group, which is one row of a batch
 Tokenizer = PreTrainedTokenizerBase | None
 
 
@@ -49,16 +48,15 @@ def load_examples(
     group_size = num_contrastive
     text_of = _Reader(tokenizer)
     left_out = LeftOut() if left_out is None else left_out
-    by_rewards, scored = loss_type.endswith("-rw"), set[bool]()
+    by_rewards, scored = loss_type.endswith("-rw"), set[bool | None]()
 
     def convert(place: Place, record: Any) -> Example | None:
         nonlocal group_size
         row = text_of(record)
         example = examples.candidates(place, row, scored_pairs=by_rewards)
-        if by_rewards and "completions" not in row:
-            scored.add(all(row.get(name) is not None for name in examples.SCORES))
+        scored.add(examples.scored(row))
         group_size = group_size or max(len(example.completions), 2)
-        if _check_size(example, group_size, num_contrastive):
+        if enough(example.completions, group_size, num_contrastive):
             return example
         left_out.add(FEW, place)
         return None
@@ -68,11 +66,8 @@ def load_examples(
         raise InputError(
             f"{source}: no row has num_contrastive={num_contrastive} candidates; set it to a smaller number."
         )
-    if len(scored) > 1:
-        raise InputError(
-            f"{source}: some pairs have {' and '.join(examples.SCORES)} and others have not, whose rewards of 1 and 0 "
-            "are of another scale; give all of them scores, or none."
-        )
+    if by_rewards and {True, False} <= scored:
+        raise InputError(f"{source}: {examples.ALL_OR_NONE}")
     return found
 
 
@@ -92,7 +87,7 @@ def load_pairs(
     def convert(place: Place, record: Any) -> Example | None:
         row = text_of(record)
         example = examples.candidates(place, row)
-        examples.need_two(example, "remove the row, or sample more")
+        need_two(example.completions, "remove the row, or sample more")
         best, worst = int(np.argmax(example.rewards)), int(np.argmin(example.rewards))
         equal = example.rewards[best] == example.rewards[worst]
         if equal or example.completions[best] == example.completions[worst]:
@@ -190,26 +185,3 @@ def _text_only(row: dict[str, Any]) -> dict[str, Any]:
     if (name := conversation_field(row)) is not None:
         raise examples.conversation_without_template(name, row[name])
     return row
-
-
-def _check_size(example: Example, group_size: int, num_contrastive: int | None) -> bool:
-    """Whether the example has candidates for a group. Raises BadField for a number that no group can have."""
-    count = len(example.completions)
-    if num_contrastive is None:
-        examples.need_two(example, "remove the row, or set num_contrastive, which leaves such rows out")
-    if num_contrastive is None and count != group_size:
-        raise BadField(
-            "completions",
-            example.completions,
-            f"{count} candidates where the rows before have {group_size}; give every prompt the same, or set "
-            f"num_contrastive: with {min(count, group_size)} each of these rows gives groups of so many of its "
-            "candidates.",
-        )
-    if group_size > MAX_CANDIDATES:
-        raise BadField(
-            "completions",
-            example.completions,
-            f"groups of {group_size} candidates are too large, at most {MAX_CANDIDATES} can be compared at once; set "
-            "num_contrastive to a smaller number.",
-        )
-    return count >= group_size

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from exo_fast.data.examples import Example
-from exo_fast.data.selection import FIX, Duplicates, LeftOut, Ties, fault, groups_of, verdict
-from exo_fast.data.tokens import RowTokenizer, Tokens
+from exo_fast.data.selection import FIX, Duplicates, LeftOut, Ties, faults, groups_of, verdict
+from exo_fast.data.tokens import RowTokenizer, Tokens, need_prompts
 from exo_fast.layout import Group, Packed, pack
 from exo_fast.positions import LengthRules
 from exo_fast.training.data.faults import MAX_SHOWN, listed
@@ -137,26 +137,29 @@ def tokenize(
     """
     rows = RowTokenizer(tokenizer)
     size = num_contrastive or len(examples[0].completions)
-    kept = _Kept(size, max_seq_len, max_gen_len, len(rows.prefix), left_out or LeftOut())
-    faults: list[str] = []
+    kept = _Kept(size, left_out or LeftOut())
+    lengths = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "prefix": len(rows.prefix)}
+    refused: list[str] = []
     bar = tqdm(total=len(examples), desc=description, unit=" examples", disable=not progress)
     for start in range(0, len(examples), EXAMPLES_PER_CALL):
         chunk = examples[start : start + EXAMPLES_PER_CALL]
         for row, (example, tokens) in enumerate(zip(chunk, encoded(rows, chunk), strict=True), start):
             for places in groups_of(len(example.completions), size, row):
-                group = kept.cut(example, tokens, places)
-                reason = fault(loss_type=loss_type, **group.facts())
-                match verdict(reason, duplicates, ties):
+                group = Cut.of(example, tokens, places, **lengths)
+                rewards = [example.rewards[place] for place in places]
+                reasons = faults(group.candidates, rewards, loss_type=loss_type, learned=group.learned)
+                fate, reason = verdict(reasons, duplicates, ties)
+                match fate:
                     case "keep":
-                        kept.add(group)
+                        kept.add(group, rewards)
                     case "drop":
                         kept.left_out.add(reason, example.place)
                     case "error":
-                        faults.append(f"{example.place}, candidates {_few(places)}: {reason}. {FIX[reason]}.")
+                        refused.append(f"{example.place}, candidates {_few(places)}: {reason}. {FIX[reason]}.")
         bar.update(len(chunk))
     bar.close()
-    if faults:
-        raise InputError(f"{len(faults)} groups cannot be learned from:{listed(faults)}")
+    if refused:
+        raise InputError(f"{len(refused)} groups cannot be learned from:{listed(refused)}")
     if not kept.rewards:
         lines = kept.left_out.lines(str(getattr(examples[0].place, "file", "the data")))
         raise InputError("no group is left to learn from:\n  " + "\n  ".join(lines))
@@ -165,38 +168,12 @@ def tokenize(
 
 def encoded(rows: RowTokenizer, examples: Sequence[Example]) -> list[Tokens]:
     """The ids of each example. Raises InputError for what `tokenize` says of ids."""
-    check_drawn_ids(examples, rows.tokenizer)
     try:
         found = rows.tokens(examples)
-    except ValueError as error:  # a tokenizer without EOS
+        need_prompts(examples, found)
+    except ValueError as error:
         raise InputError(str(error)) from error
-    for example, tokens in zip(examples, found, strict=True):
-        if not tokens.prompt:
-            raise InputError(
-                f"{example.place}, field `prompt`, value {example.prompt!r}: no tokens, and the tokenizer adds no BOS; "
-                "at least one is needed, to predict a completion's first token from."
-            )
     return found
-
-
-def check_drawn_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError where `completion_ids` are not what the tokenizer would have for the completion's text.
-
-    Ids that it has no token for are no text; whether the model has a row for them is judged by the model.
-    """
-    drawn = [(e, index, ids) for e in examples for index, ids in enumerate(e.completion_ids or ())]
-    if not drawn:
-        return
-    known = set(tokenizer.get_vocab().values())
-    texts = tokenizer.batch_decode([[i for i in ids if i in known] for *_, ids in drawn], skip_special_tokens=True)
-    for (example, index, _), text in zip(drawn, texts, strict=True):
-        # Spaces apart, which decoding may tidy.
-        if "".join(text.split()) != "".join(example.completions[index].split()):
-            raise InputError(
-                f"{example.place}, field `completion_ids[{index}]`: the tokenizer {tokenizer.name_or_path!r} makes "
-                f"{text!r} of it, and the completion is {example.completions[index]!r}. Was it sampled with "
-                "another model? Name that one, or remove `completion_ids` to tokenise the text."
-            )
 
 
 def _few(places: list[int]) -> str:
@@ -204,51 +181,54 @@ def _few(places: list[int]) -> str:
 
 
 @dataclass(frozen=True)
-class _CutGroup:
-    """A group at the length at which it is trained on."""
+class Cut:
+    """Candidates of one prompt at the length at which they are read; `learned` may mark no token of one."""
 
     prompt: list[int]
     candidates: list[list[int]]
     learned: list[list[bool]] | None
-    rewards: list[float]
-    cut_prompt: bool
-    cut_completions: int
+    cut_prompt: bool  # lost tokens on the left
+    cut_completions: int  # how many lost tokens (and their EOS) on the right
 
-    def facts(self) -> dict[str, Any]:
-        return {"candidates": self.candidates, "rewards": self.rewards, "learned": self.learned}
+    @classmethod
+    def of(
+        cls, example: Example, tokens: Tokens, places: Sequence[int], *, max_seq_len: int, max_gen_len: int, prefix: int
+    ) -> "Cut":
+        """The candidates at `places`, each cut on the right to `max_gen_len`, behind a prompt that is cut on the left,
+        after its first `prefix` tokens (BOS): so that it and the longest of them fit `max_seq_len`, or where they were
+        drawn to max_seq_len - max_gen_len, as `exo-fast generate` cut it for the model."""
+        whole = [tokens.candidates[place] for place in places]
+        candidates = [ids[:max_gen_len] for ids in whole]
+        reserved = max(map(len, candidates)) if example.completion_ids is None else max_gen_len
+        prompt, lost = cut_left(tokens.prompt, max_seq_len - reserved, prefix)
+        learned = None if tokens.learned is None else [tokens.learned[place][:max_gen_len] for place in places]
+        return cls(prompt, candidates, learned, lost > 0, sum(len(ids) > max_gen_len for ids in whole))
+
+    @property
+    def group(self) -> Group:
+        """As the layout takes them. Raises ValueError for a candidate none of whose tokens count."""
+        return Group(self.prompt, self.candidates, self.learned)
 
 
 class _Kept:
     """The groups that are learned from, in flat arrays, and what was counted on the way."""
 
-    def __init__(self, size: int, max_seq_len: int, max_gen_len: int, prefix: int, left_out: LeftOut):
-        self.size, self.max_seq_len, self.max_gen_len, self.prefix = size, max_seq_len, max_gen_len, prefix
+    def __init__(self, size: int, left_out: LeftOut):
+        self.size = size
         self.prompt_ids, self.completion_ids, self.learned = array("i"), array("i"), array("b")
         self.prompt_offsets, self.completion_offsets = array("q", [0]), array("q", [0])
         self.rewards: list[list[float]] = []
         self.cut_prompts = self.cut_completions = self.longest_sequence = 0
         self.left_out = left_out
 
-    def cut(self, example: Example, tokens: Tokens, places: list[int]) -> _CutGroup:
-        whole = [tokens.candidates[place] for place in places]
-        candidates = [ids[: self.max_gen_len] for ids in whole]
-        # Drawn completions are continued from the prompt that `generate` gave the model, cut for the longest.
-        reserved = max(map(len, candidates)) if example.completion_ids is None else self.max_gen_len
-        prompt, lost = cut_left(tokens.prompt, self.max_seq_len - reserved, self.prefix)
-        learned = None
-        if tokens.learned is not None:
-            learned = [tokens.learned[place][: self.max_gen_len] for place in places]
-        rewards = [example.rewards[place] for place in places]
-        return _CutGroup(prompt, candidates, learned, rewards, lost > 0, sum(len(i) > self.max_gen_len for i in whole))
-
-    def add(self, group: _CutGroup) -> None:
+    def add(self, group: Cut, rewards: list[float]) -> None:
         self.prompt_ids.extend(group.prompt)
         self.prompt_offsets.append(len(self.prompt_ids))
         for ids, marks in zip(group.candidates, group.learned or [None] * self.size, strict=True):
             self.completion_ids.extend(ids)
             self.completion_offsets.append(len(self.completion_ids))
             self.learned.extend([True] * len(ids) if marks is None else marks)
-        self.rewards.append(group.rewards)
+        self.rewards.append(rewards)
         self.cut_prompts += group.cut_prompt
         self.cut_completions += group.cut_completions
         longest = len(group.prompt) + max(map(len, group.candidates))

@@ -1,7 +1,6 @@
 """Sequence log-probs of completions under a model, without training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from exo_fast.layout import Group, check_sharing, model_inputs, pack, plan_mask
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.masks import neighbours_hint
 from exo_fast.reference import sequence_logps
-from exo_fast.training.data.groups import EXAMPLES_PER_CALL, cut_left, encoded
+from exo_fast.training.data.groups import EXAMPLES_PER_CALL, Cut, encoded
 from exo_fast.training.errors import InputError, not_its_own
 
 logger = logging.get_logger(__name__)
@@ -97,51 +96,31 @@ def sequence_log_probs(
                 packed, plan, dtype=model.dtype, device=model.device, attn_implementation=implementation
             )
             hidden = final_hidden(model, **inputs).flatten(0, 1)[packed.source.to(model.device)]
-            token_logps = linear_logprobs(
-                head.multiplied(hidden),
-                head.weight,
-                packed.targets.to(model.device),
-                bias=head.bias,
-                scale=head.scale / temperature,
-                softcap=head.softcap,
-                process_group=head.process_group,
-            )
+            targets = packed.targets.to(model.device)
+            token_logps = linear_logprobs(head.multiplied(hidden), head.weight, targets, **head.options(temperature))
             sums = sequence_logps(token_logps, packed.cu_seqlens.to(model.device)).float().cpu().numpy()
             values += np.split(sums, np.cumsum([len(group.completions) for group in batch])[:-1])
             bar.update(len(batch))
     return values
 
 
-@dataclass(frozen=True)
-class TokenizedRow:
-    """A prompt and its completions as the model reads them."""
-
-    group: Group
-    cut_prompt: bool  # lost tokens on the left
-    cut_completions: int  # how many lost tokens (and their EOS) on the right
-
-
 def tokenize_rows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, max_gen_len: int
-) -> list[TokenizedRow]:
-    """Examples of any number of completions as token ids (`exo_fast.data.tokens`).
+) -> list[Cut]:
+    """Examples of any number of completions as token ids (`exo_fast.data.tokens`), cut as in training
+    (`exo_fast.training.data.groups.Cut`).
 
-    A completion is cut on the right to `max_gen_len`, and a prompt on the left: where the completions were drawn, to
-    max_seq_len - max_gen_len, as `exo-fast generate` cut it; else only so that it and the longest completion fit
-    `max_seq_len`, as in training. Raises InputError as `data.groups.tokenize` does of ids, and for a completion none of
-    whose first `max_gen_len` tokens count.
+    Raises InputError as `data.groups.tokenize` does of ids, and for a completion none of whose first `max_gen_len`
+    tokens count.
     """
     tokenized = RowTokenizer(tokenizer)
+    lengths = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "prefix": len(tokenized.prefix)}
     rows = []
     for start in range(0, len(examples), EXAMPLES_PER_CALL):
         chunk = examples[start : start + EXAMPLES_PER_CALL]
         for example, tokens in zip(chunk, encoded(tokenized, chunk), strict=True):
-            completions = [ids[:max_gen_len] for ids in tokens.candidates]
-            longest = max_gen_len if example.completion_ids is not None else max(map(len, completions))
-            prompt, lost = cut_left(tokens.prompt, max_seq_len - longest, len(tokenized.prefix))
-            learned = None if tokens.learned is None else [marks[:max_gen_len] for marks in tokens.learned]
-            if learned is not None and not all(map(any, learned)):
+            row = Cut.of(example, tokens, range(len(tokens.candidates)), **lengths)
+            if row.learned is not None and not all(map(any, row.learned)):
                 raise InputError(f"{example.place}: {UNLEARNED}; set max_gen_len={max_gen_len} to a larger number.")
-            cut = sum(len(ids) > max_gen_len for ids in tokens.candidates)
-            rows.append(TokenizedRow(Group(prompt, completions, learned), lost > 0, cut))
+            rows.append(row)
     return rows

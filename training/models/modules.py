@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from exo_fast.head import Head, final_hidden, read_head, unwrap
+from exo_fast.head import final_hidden, read_head, unwrap
 from exo_fast.layout import (
     Group,
     MaskPlan,
@@ -110,12 +110,6 @@ class CausalModule(TrainedModule):
         """(N, D): the hidden state that predicts each completion token."""
         return self.packed_hidden(packed, self.plan)[packed.source.to(self.model.device)]
 
-    def projection(self, head: Head) -> dict[str, Any]:
-        """Facts of `head` that the fused losses need beside its weight, and settings of how they work."""
-        scale = head.scale / self.temperature
-        options = {"bias": head.bias, "scale": scale, "softcap": head.softcap, "process_group": head.process_group}
-        return options | self.kernel_options
-
     def token_logps(self, packed: Packed) -> Tensor:
         """(N,) float32, the log-prob of each completion token."""
         return self.projected(self.predicting_hidden(packed), packed.targets)
@@ -123,8 +117,8 @@ class CausalModule(TrainedModule):
     def projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N,) float32, the log-prob of each target under the hidden state that predicts it."""
         head = read_head(self.model)
-        targets = targets.to(hidden.device)
-        return linear_logprobs(head.multiplied(hidden), head.weight, targets, **self.projection(head))
+        options = {**head.options(self.temperature), **self.kernel_options}
+        return linear_logprobs(head.multiplied(hidden), head.weight, targets.to(hidden.device), **options)
 
     def check_neighbours(self, shortest: Group, longest: Group, *, shared: bool) -> SharingReport:
         """Whether the log-probs of a group are its own, in rows as the run will have them. To be called in a forward of
@@ -246,7 +240,8 @@ class AlignModule(CausalModule):
                 ref_logps,
                 rewards,
                 **self.loss_options,
-                **self.projection(head),
+                **head.options(self.temperature),
+                **self.kernel_options,
             )
             return loss, group_metrics(policy_logps, ref_logps, rewards, self.beta_pi)
         with self.adapters_off() if reference else nullcontext():

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from exo_fast.layout import Group
 from exo_fast.precision import matmul_precision
 from exo_fast.training.data.examples import load_samples
+from exo_fast.training.data.groups import Cut
 from exo_fast.training.inference.config import (
     InferenceConfig,
     find_splits,
@@ -28,7 +29,6 @@ from exo_fast.training.inference.config import (
 )
 from exo_fast.training.inference.log_probs import (
     MAX_TOGETHER,
-    TokenizedRow,
     can_share_prompts,
     need_own_numbers,
     sequence_log_probs,
@@ -203,8 +203,8 @@ def _split_logprobs(
     return found
 
 
-def _count(rows: list[TokenizedRow], values: list[list[float]]) -> dict[str, Any]:
-    marked = [row.group.learned or [[True] * len(ids) for ids in row.group.completions] for row in rows]
+def _count(rows: list[Cut], values: list[list[float]]) -> dict[str, Any]:
+    marked = [row.learned or [[True] * len(ids) for ids in row.candidates] for row in rows]
     tokens = sum(sum(map(sum, marks)) for marks in marked)
     flat = [value for row in values for value in row]
     return {

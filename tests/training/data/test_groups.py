@@ -196,6 +196,20 @@ def test_ties_for_the_best(run: Any) -> None:
     assert (pairs.rewards.tolist(), pairs.counts.left_out) == ([[7.0, 6.0]], {TIE: 1})
 
 
+def test_a_tie_beside_a_contradiction(run: Any) -> None:
+    """What one option keeps, the other still judges."""
+    rows = [
+        Example(Place("f.json", 0, 1), "the", ["good", "good", "bad"], [1.0, 0.0, 1.0]),
+        Example(Place("f.json", 1, 2), "the", ["good", "bad", "long"], [1.0, 0.0, 0.5]),
+    ]
+    with pytest.raises(InputError, match=r"line 1 \(row 0\), candidates 0, 1, 2: different candidates share"):
+        run(rows, loss_type="exo-pref", duplicates="keep")
+    dropped = run(rows, loss_type="exo-pref", duplicates="keep", ties="drop")
+    assert (len(dropped), dropped.counts.left_out) == (1, {TIE: 1})
+    assert len(run(rows, loss_type="exo-pref", duplicates="keep", ties="share")) == 2
+    assert run(rows, loss_type="exo-pref", ties="share").counts.left_out == {CONTRADICTION: 1}
+
+
 def test_groups_are_drawn_where_candidates_do_not_come_out_even(run: Any) -> None:
     rows = [example("the", *WORDS[: 5 + k]) for k in range(3)]
     data = run(rows, num_contrastive=3)
@@ -233,5 +247,5 @@ def test_ids_without_a_token_are_the_models_to_judge(run: Any, ids: Ids) -> None
     assert run([row]).group(0).completions == row.completion_ids
     rows = [Example(Place("f.json", i, 1), "the", ["good"], [1.0], [ids("good")]) for i in range(40)]
     rows.append(Example(Place("f.json", 40, 1), "the", ["good"], [1.0], [ids("bad")]))
-    with pytest.raises(InputError, match=r"row 40\), field `completion_ids\[0\]`: the tokenizer"):
+    with pytest.raises(InputError, match=r"row 40\), field `completion_ids\[0\]`, value \[\d+\]: the tokenizer"):
         run(rows)
