@@ -2,7 +2,7 @@
 
 CONTRIBUTING.md and CHANGELOG.md stay where hosting sites look for them, the examples' README beside the examples, and
 all are pages of the site as well. A link from a page to a recipe or to code leads nowhere in a built site, so its text
-is kept and the link is not; tests/test_docs.py checks that every such file exists.
+is kept and the link is not; tests/docs/test_docs.py checks that every such file exists.
 """
 
 from __future__ import annotations

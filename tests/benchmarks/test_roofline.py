@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tree import ROOT
 
 from exo_fast.benchmarks.harness.tables import block
 from exo_fast.benchmarks.roofline import model, tables
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / "gpu-analysis.md", ROOT / "docs" / "performance.md"]
 N, D, V = 300, 512, 1000
 

@@ -15,14 +15,11 @@ from exo_fast.benchmarks import cli
 from exo_fast.benchmarks.harness import contract, runner
 from exo_fast.training.errors import InputError
 
-HERE = Path(__file__).parent
 PACKAGED = dict(contract.SUITES)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
     monkeypatch.setattr(contract, "SUITES", {"tiny": "tiny_suite"})
     for module in (cli, cli.compare):
         monkeypatch.setattr(module, "SUITES", contract.SUITES)

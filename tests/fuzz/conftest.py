@@ -1,14 +1,9 @@
 """The table of what was fuzzed, printed at the end of a run with EXO_FAST_FUZZ, also from several workers."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for fuzzing.py
-
 from fuzzing import CASES, TALLY
 
 

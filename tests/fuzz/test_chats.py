@@ -10,14 +10,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
+import chat_forms
 import pytest
+from data_files import folder, load, make_tokenizer
 from fuzzing import JSON, REFUSED, fuzzed, judge, mutated
 from hypothesis import given
 from hypothesis import strategies as st
-from test_datasets import folder, load, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from exo_fast.data.examples import Example
@@ -43,7 +43,7 @@ class Tokenizers(dict[str, PreTrainedTokenizerBase]):
 
 
 @pytest.fixture(scope="module")
-def tokenizers(chat_forms: ModuleType) -> Tokenizers:
+def tokenizers() -> Tokenizers:
     """Byte-level and SentencePiece, with BOS and without, EOS the end of turn or not; words; one without EOS."""
     made = Tokenizers({name: chat_forms.bare_tokenizer(name) for name in LOSSLESS})
     made |= {"words": make_tokenizer(), "no EOS": chat_forms.bare_tokenizer("chatml")}

@@ -5,9 +5,7 @@ import io
 import json
 import shutil
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_files import folder, load, make_tokenizer
 from fuzzing import JSON, REFUSED, TEXTS, damaged, fuzzed, judge, mutated
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from exo_fast.data.examples import MAX_ID, Example
+from exo_fast.data.examples import Example
 from exo_fast.training.data.examples import (
     load_examples,
     load_pairs,
@@ -36,7 +33,6 @@ from exo_fast.training.data.sources import find_source, read_records
 from exo_fast.training.downloads import MAX_UNPACKED, read_member
 from exo_fast.training.errors import InputError
 
-WORDS = ("the", "film", "was", "good", "é")
 USER, ASSISTANT = {"role": "user", "content": "the film"}, {"role": "assistant", "content": "was good"}
 OTHER = {"role": "assistant", "content": "good"}
 ROWS = {
@@ -73,62 +69,8 @@ NAMES = ("hh/sft", "hh/pref", "hh/rw", "tldr/sft", "tldr/pref", "tldr/rw", "cust
 RAW = {"hh": ("dialogue",), "tldr": ("tldr", "filtered")}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(("<unk>", "<s>", "</s>", " ", *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}assistant {% endif %}"
-    )
-    return tokenizer
-
-
 TOKENIZER = make_tokenizer()
 TOKENIZERS = st.sampled_from([None, TOKENIZER, TOKENIZER])
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    """A new folder, and what lies beside it."""
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name, "here")
-        place.mkdir()
-        yield place
-
-
-def check_place(text: str) -> None:
-    """A list of faulty rows names row and field of each."""
-    if "rows cannot be used" in text:
-        assert "row " in text, text
-        assert "field `" in text, text
-
-
-def load(place: Path, path: Path | str, loader: Callable[..., list[Any]], tokenizer: Any, split: str = "train") -> Any:
-    """What `loader` makes of `path`, checked; REFUSED as it should be, None for a split that is not there."""
-
-    def call() -> list[Any] | None:
-        source = find_source(path, split)
-        try:
-            return None if source is None else loader(source, tokenizer=tokenizer)
-        except InputError as error:
-            check_place(str(error))
-            raise
-
-    rows = judge(call, InputError, [str(place)])
-    if rows is REFUSED or rows is None:
-        return rows
-    assert rows
-    for row in rows:
-        texts = [row] if isinstance(row, str) else [row.text] if not isinstance(row, Example) else []
-        if isinstance(row, Example):
-            texts = [row.prompt, *row.completions]
-            assert all(abs(reward) < 3.5e38 for reward in row.rewards)  # False for NaN
-            assert all(0 <= i <= MAX_ID for ids in row.completion_ids or () for i in ids)
-        for text in texts:
-            text.encode()
-    return rows
 
 
 def tokenise(rows: list[Any], place: Path) -> None:

@@ -8,9 +8,10 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import chat_forms
+import chats
 import pytest
 import torch
 from datasets import Dataset
@@ -107,7 +108,7 @@ def by_trl(row: dict[str, Any], tokenizer: Any, folder: Path) -> Tokens:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", ROWS)
-def test_every_door_gives_the_same_ids(name: str, template: str, chats: ModuleType, tmp_path: Path) -> None:
+def test_every_door_gives_the_same_ids(name: str, template: str, tmp_path: Path) -> None:
     if (name, template) in NO_CALLS:
         with pytest.raises(InputError, match=r"writes nothing of what the assistant says|an empty completion"):
             by_align(ROWS[name], chats.byte_level(getattr(chats, template)), tmp_path)
@@ -140,9 +141,7 @@ DRAWN = {
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", DRAWN)
-def test_ids_that_were_drawn_are_the_same_at_every_door(
-    name: str, door: str, chats: ModuleType, tmp_path: Path
-) -> None:
+def test_ids_that_were_drawn_are_the_same_at_every_door(name: str, door: str, tmp_path: Path) -> None:
     """The first was ended by the model, the second cut short; and ids that another tokenizer drew are refused."""
     tokenizer = chats.byte_level(chats.CHATML)
     ended, cut, foreign = tokenizer(["good<|im_end|>", "long", "film"], add_special_tokens=False)["input_ids"]
@@ -244,9 +243,7 @@ def doors_logps(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder:
 
 
 @pytest.mark.parametrize("form", ["chatml", "llama-3", "gemma", "mistral", "qwen3-thinking", "qwen2.5-tools"])
-def test_every_door_gives_the_same_log_prob(
-    form: str, chat_forms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_door_gives_the_same_log_prob(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To 1e-4 nats in float32, on rows whose boundaries melt, with tools where the form has them."""
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}]} if "tools" in form else {}
     found = doors_logps({**CHAT, **tools}, chat_forms.chat_tokenizer(form), tmp_path, monkeypatch)
@@ -255,9 +252,7 @@ def test_every_door_gives_the_same_log_prob(
     assert abs(found["plain"][0] - found["plain"][1]) > 1
 
 
-def test_every_door_leaves_out_the_words_of_others(
-    chats: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_door_leaves_out_the_words_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but score's function, which sees a text and no spans."""
     row = {"prompt": [USER], "completions": [TURNS, [say("x")]], "rewards": [1, 0]}
     found = doors_logps(row, chats.byte_level(chats.CHATML), tmp_path, monkeypatch)

@@ -12,9 +12,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import families
 import pytest
 import torch
 import torch.distributed as dist
@@ -59,17 +59,17 @@ def assert_same_training(patched: nn.Module, own: nn.Module, *, rtol: float = 1e
 
 
 @pytest.fixture
-def own(families: ModuleType) -> PreTrainedModel:
+def own() -> PreTrainedModel:
     return families.tiny_model("llama")
 
 
 @pytest.fixture
-def patched(families: ModuleType) -> PreTrainedModel:
+def patched() -> PreTrainedModel:
     return apply_exo_fast(families.tiny_model("llama"))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_every_family(families: ModuleType, family: str, training: bool) -> None:
+def test_every_family(family: str, training: bool) -> None:
     """Also with the router loss of a mixture of experts, and under dropout."""
     own = families.tiny_model(family).train(training)
     patched = apply_exo_fast(copy.deepcopy(own))
@@ -104,7 +104,7 @@ def test_arguments_by_position(own: PreTrainedModel, patched: PreTrainedModel) -
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "cohere", "phi"])
-def test_float64_against_the_definition(families: ModuleType, name: str) -> None:
+def test_float64_against_the_definition(name: str) -> None:
     """To 1e-12: transformers' own loss would round the logits to float32."""
     model = families.tiny_model(name, dtype=torch.float64)
     logps = model(input_ids=IDS).logits[:, :-1].log_softmax(-1)
@@ -147,7 +147,7 @@ def test_outputs_other_than_the_loss(own: PreTrainedModel, patched: PreTrainedMo
     torch.testing.assert_close(as_tuple[0], found.loss, rtol=0, atol=0)
 
 
-def test_return_dict_of_the_config(families: ModuleType) -> None:
+def test_return_dict_of_the_config() -> None:
     """A model that heeds it; llama and its kin fail on it themselves."""
     model = apply_exo_fast(families.tiny_model("bloom"))
     model.config.return_dict = False
@@ -155,7 +155,7 @@ def test_return_dict_of_the_config(families: ModuleType) -> None:
     torch.testing.assert_close(loss, model(**BATCH, return_dict=True).loss, rtol=0, atol=0)
 
 
-def test_router_outputs(families: ModuleType) -> None:
+def test_router_outputs() -> None:
     own = families.tiny_model("mixtral")
     patched = apply_exo_fast(copy.deepcopy(own))
     expected, found = (model(**BATCH, output_router_logits=True) for model in (own, patched))
@@ -190,7 +190,7 @@ def test_options(options: dict[str, Any], own: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bf16"])
-def test_bfloat16(families: ModuleType, weights: torch.dtype) -> None:
+def test_bfloat16(weights: torch.dtype) -> None:
     """The same to the precision of bf16, and nearer to the float32 loss of the same hidden states than the model's
     own, whose logits are rounded."""
     own = families.tiny_model("llama", dtype=weights)
@@ -208,7 +208,7 @@ STATES = ("falcon-mamba", "mamba", "mamba2")  # of float32 in a model of half pr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_hidden_states_of_another_dtype_than_the_head(families: ModuleType, family: str, dtype: torch.dtype) -> None:
+def test_hidden_states_of_another_dtype_than_the_head(family: str, dtype: torch.dtype) -> None:
     """The loss of each family in half precision: that of the product that its own lm_head makes, but for rounding."""
     own = families.tiny_model(family, dtype=dtype)
     hidden = own.base_model(input_ids=IDS).last_hidden_state
@@ -225,13 +225,13 @@ def test_hidden_states_of_another_dtype_than_the_head(families: ModuleType, fami
 
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bf16"])
-def test_gradients_of_states_of_another_dtype(families: ModuleType, name: str, weights: torch.dtype) -> None:
+def test_gradients_of_states_of_another_dtype(name: str, weights: torch.dtype) -> None:
     own = families.tiny_model(name, dtype=weights)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
         assert_same_training(apply_exo_fast(copy.deepcopy(own)), own, rtol=4e-2, **BATCH)
 
 
-def test_a_head_kept_in_float32_on_a_bf16_model(families: ModuleType) -> None:
+def test_a_head_kept_in_float32_on_a_bf16_model() -> None:
     """As it is trained in full beside LoRA. Outside of autocast the model's own forward refuses this."""
     model = adapted(families.tiny_model("llama", dtype=torch.bfloat16), modules_to_save=["lm_head"])
     model.get_base_model().lm_head.modules_to_save["default"].float()
@@ -256,7 +256,7 @@ def adapted(model: PreTrainedModel, **options: Any) -> nn.Module:
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["lora", "lora-and-head"])
 @pytest.mark.parametrize("first", ["peft", "exo_fast"])
-def test_peft(families: ModuleType, saved: list[str] | None, first: str) -> None:
+def test_peft(saved: list[str] | None, first: str) -> None:
     own = adapted(families.tiny_model("llama"), modules_to_save=saved)
     if first == "peft":
         patched = apply_exo_fast(adapted(families.tiny_model("llama"), modules_to_save=saved))
@@ -284,7 +284,7 @@ def test_gradient_checkpointing(own: PreTrainedModel, patched: PreTrainedModel, 
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_compile(families: ModuleType, name: str) -> None:
+def test_compile(name: str) -> None:
     own = families.tiny_model(name)
     patched = apply_exo_fast(copy.deepcopy(own))
     compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
@@ -491,7 +491,7 @@ def test_another_loss_is_not_replaced(own: PreTrainedModel) -> None:
     assert apply_exo_fast(own)(**BATCH).logits is None
 
 
-def test_unknown_models_are_refused(families: ModuleType, own: PreTrainedModel) -> None:
+def test_unknown_models_are_refused(own: PreTrainedModel) -> None:
     model = families.random_model("hyperclovax", **families.LLAMA)
     with pytest.raises(ValueError, match=r"'hyperclovax'.*Known types"):
         apply_exo_fast(model)

@@ -5,58 +5,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
-from torch import Tensor
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
 from datasets import Dataset, IterableDataset  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
+from trl_runs import candidates, config, exact_logps, pairs, run  # noqa: E402
 
 from exo_fast import reference  # noqa: E402
 from exo_fast.integrations import trl as integration  # noqa: E402
 from exo_fast.integrations.padded import share_rows  # noqa: E402
 from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer, patch_trl, unpatch_trl  # noqa: E402
-
-WORDS = ["the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great"]
-SILENT = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
-
-
-def pairs(n: int = 8) -> Dataset:
-    draw = torch.Generator().manual_seed(0)
-
-    def text(length: int) -> str:
-        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=draw).tolist())
-
-    return Dataset.from_list(
-        [{"prompt": text(3 + i % 4) + " ", "chosen": text(2 + i % 3), "rejected": text(1 + i % 5)} for i in range(n)]
-    )
-
-
-def candidates(n: int = 8, k: int = 3) -> Dataset:
-    rows = pairs(n * k).to_list()
-    return Dataset.from_list(
-        [
-            {
-                "prompt": rows[i * k]["prompt"],
-                "completions": [row["chosen"] for row in rows[i * k : i * k + k]],
-                "rewards": [((i + j) % k) / 2 for j in range(k)],
-            }
-            for i in range(n)
-        ]
-    )
-
-
-def run(trainer_class: type, config: Any, model: str, data: Dataset, **options: Any) -> tuple[list[dict], dict]:
-    """The log of every step, and the weights at the end."""
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    trainer = trainer_class(policy, args=config, train_dataset=data, processing_class=tokenizer, **options)
-    trainer.train()
-    weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
-    return [entry for entry in trainer.state.log_history if "loss" in entry], weights
 
 
 def difference(found: dict, expected: dict) -> float:
@@ -69,20 +32,6 @@ def difference(found: dict, expected: dict) -> float:
 def unpatched() -> Any:
     yield
     unpatch_trl()
-
-
-def config(path: Path, kind: type = trl.DPOConfig, **options: Any) -> Any:
-    # SGD: Adam divides by gradients, and makes as much of those that are rounding. TRL's default is bf16.
-    settings = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "bf16": False,
-        **SILENT,
-        **options,
-    }
-    return kind(str(path), **settings)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +150,7 @@ def test_sft(tmp_path: Path, tiny_llama: str) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "cohere", "granite", "phi", "qwen3_moe", "opt"])
-def test_the_forward_is_trls_over_families(families: Any, model_type: str, side: str) -> None:
+def test_the_forward_is_trls_over_families(model_type: str, side: str) -> None:
     """Every number that TRL reads off a model, and the gradients, on rows of one prompt that are padded on a side."""
     from trl.trainer.utils import add_fused_lm_head
 
@@ -240,9 +189,7 @@ def test_the_forward_is_trls_over_families(families: Any, model_type: str, side:
 
 
 @pytest.mark.parametrize(("implementation", "shares"), [("eager", False), ("sdpa", True)])
-def test_a_dense_mask_that_costs_more_than_prompts_save_is_not_made(
-    families: Any, implementation: str, shares: bool
-) -> None:
+def test_a_dense_mask_that_costs_more_than_prompts_save_is_not_made(implementation: str, shares: bool) -> None:
     """Eight completions of 3 tokens behind one prompt token: a row of 25 tokens, in place of eight of 4."""
     from trl.trainer.utils import add_fused_lm_head
 
@@ -364,18 +311,6 @@ def test_pairs_by_trls_loss(tmp_path: Path, tiny_llama: str) -> None:
     assert difference(weights_of_ours, weights) < 2e-5
 
 
-def exact_logps(model: Any, tokenizer: Any, rows: Dataset) -> Tensor:
-    """(G, K) in float64 from full logits, differentiable."""
-    found = []
-    for row in rows:
-        start = len(tokenizer(row["prompt"])["input_ids"])
-        for text in row["completions"]:
-            ids = torch.tensor([tokenizer(row["prompt"] + text + "</s>")["input_ids"]])
-            logps = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
-            found.append(logps.gather(1, ids[0, 1:, None]).sum(1)[start - 1 :].sum())
-    return torch.stack(found).view(len(rows), -1)
-
-
 @pytest.mark.parametrize("precomputed", [True, False])
 @pytest.mark.parametrize("loss_type", ["exo-rw", "dpo-rw", "exo-pref", "sigmoid"])
 def test_candidates(tmp_path: Path, tiny_llama: str, loss_type: str, precomputed: bool) -> None:
@@ -412,7 +347,7 @@ def test_candidates(tmp_path: Path, tiny_llama: str, loss_type: str, precomputed
 
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("name", ["mamba", "llama", "float32 head"])
-def test_hidden_states_of_another_dtype_than_the_head(families: Any, name: str, cast: bool) -> None:
+def test_hidden_states_of_another_dtype_than_the_head(name: str, cast: bool) -> None:
     """Of float32 in a bf16 Mamba, and of bf16 below a head that is kept in float32: as the model's lm_head multiplies
     them, or all in float32 where TRL asks for that."""
     from trl.trainer.utils import add_fused_lm_head
@@ -439,7 +374,7 @@ def test_hidden_states_of_another_dtype_than_the_head(families: Any, name: str, 
 
 
 @pytest.mark.parametrize("cast", [False, True])
-def test_a_slice_of_the_head_goes_with_its_group(families: Any, cast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_of_the_head_goes_with_its_group(cast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's AutoTP has the group beside the weight. Cast to float32, nothing else tells that it is a slice."""
     from trl.trainer.utils import add_fused_lm_head
 
@@ -480,7 +415,7 @@ BY_LENGTH = ("gemma3-dynamic", "llama-dynamic", "phi3-longrope", "phimoe-longrop
 @pytest.mark.parametrize("layout", ["left", "right", "both sides", "no mask", "positions", "two texts a row"])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", BY_LENGTH)
-def test_rows_are_run_as_each_alone(families: Any, name: str, share: bool, layout: str) -> None:
+def test_rows_are_run_as_each_alone(name: str, share: bool, layout: str) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     draw = torch.Generator().manual_seed(1)
@@ -522,9 +457,7 @@ def test_rows_are_run_as_each_alone(families: Any, name: str, share: bool, layou
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
-def test_an_untrained_policy_is_its_own_precomputed_reference(
-    families: Any, tokenizer: Any, tmp_path: Path, name: str
-) -> None:
+def test_an_untrained_policy_is_its_own_precomputed_reference(tokenizer: Any, tmp_path: Path, name: str) -> None:
     """References are computed in other batches, with other neighbours."""
     model = tmp_path / "model"
     quiet = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0} if "phimoe" in name else {}  # drawn in training

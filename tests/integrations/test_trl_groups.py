@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 
@@ -11,10 +12,10 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_
 
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from test_trl import candidates, config, exact_logps, pairs, run  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
+from trl_runs import candidates, config, exact_logps, pairs, run  # noqa: E402
 
 from exo_fast import reference  # noqa: E402
 from exo_fast.data.tokens import RowTokenizer  # noqa: E402
@@ -216,7 +217,7 @@ def test_rewards_of_any_number_type(tmp_path: Path, tiny_llama: str, scale: type
     assert batch["rewards"].dtype == torch.float32
 
 
-def test_the_router_loss_of_experts(tmp_path: Path, tiny_llama: str, families: Any) -> None:
+def test_the_router_loss_of_experts(tmp_path: Path, tiny_llama: str) -> None:
     """Its share of a step goes by the groups of a micro-batch; the logged one is the mean over groups."""
     rows = candidates(3)
     logs = {}

@@ -11,9 +11,10 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import chat_forms
 import pytest
 
 pytest.importorskip("trl")
@@ -213,7 +214,7 @@ class Judge:
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_ids_are_those_of_trl_or_differ_for_a_reason(name: str, chat_forms: ModuleType) -> None:
+def test_ids_are_those_of_trl_or_differ_for_a_reason(name: str) -> None:
     form, tokenizer = chat_forms.FORMS[name], chat_forms.chat_tokenizer(name)
     conversations, judge = Conversations(form, name), Judge(name, form, tokenizer)
     rows = [conversations.row() for _ in range(ROWS)]
@@ -260,7 +261,7 @@ TALKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_no_template_makes_the_words_of_others_count(path: Path, chat_forms: ModuleType) -> None:
+def test_no_template_makes_the_words_of_others_count(path: Path) -> None:
     """Each conversation is refused, or the assistant's words count and nobody else's."""
     tokenizer = chat_forms.bare_tokenizer("chatml")
     tokenizer.chat_template = path.read_text()

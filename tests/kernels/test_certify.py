@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tree import HELPERS
 
 pytest.importorskip("triton")
 
@@ -26,7 +27,7 @@ from exo_fast.kernels.certification.disassembly import (
 from exo_fast.kernels.certification.occupancy import occupancy
 from exo_fast.kernels.targets import TARGETS
 
-PLANTED = Path(__file__).with_name("planted.py")
+PLANTED = HELPERS / "planted.py"
 COMMAND = ("-m", "exo_fast.kernels.certification")
 COMPILED = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
 

@@ -3,13 +3,13 @@
 import itertools
 import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import triton
 from torch import Tensor
+from tree import SEED_LOSSES
 
 from exo_fast import reference
 from exo_fast.closed_form import losses_and_coefficients
@@ -18,8 +18,8 @@ from exo_fast.kernels.targets import TARGETS, of_device
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
-CASES = json.loads((Path(__file__).parents[1] / "data" / "seed_losses.json").read_text())["cases"]
-EPSILON = math.exp(-10) / (1 + math.exp(-10))  # see tests/test_reference.py
+CASES = json.loads(SEED_LOSSES.read_text())["cases"]
+EPSILON = math.exp(-10) / (1 + math.exp(-10))  # see tests/library/test_reference.py
 
 
 class Result(NamedTuple):
@@ -225,7 +225,7 @@ def test_the_same_bits_every_time_and_nothing_written_unasked() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_original_losses_and_gradients(case: dict) -> None:
-    """The original's numbers (see tests/test_reference.py), its gradient put together from the token coefficients."""
+    """The original's numbers (as in tests/library/test_reference.py), its gradient made of the token coefficients."""
     hidden = torch.tensor(case["policy_hidden"], dtype=torch.float64)
     width = hidden.shape[1]
     lengths, source, targets = [], [], []

@@ -1,13 +1,12 @@
 """What CONTRIBUTING.md and CHANGELOG.md name is there: every path, make target and name of code."""
 
 import re
-from pathlib import Path
 
 import pytest
+from tree import ROOT
 
 from exo_fast.version import __version__
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 QUOTED = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.S))

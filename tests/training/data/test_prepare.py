@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tree import RAW
 
 from exo_fast.training.cli.command import main
 from exo_fast.training.errors import InputError
@@ -15,7 +16,6 @@ from exo_fast.training.stages.pref_to_rw import PrefToRwConfig, pref_to_rw
 from exo_fast.training.stages.prepare import PrepareConfig, prepare
 from exo_fast.version import __version__
 
-RAW = Path(__file__).parents[2] / "data" / "raw"
 HH = f"hh/pref:{RAW / 'hh' / 'helpful-base'}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from tree import RAW
 
 from exo_fast.training.data import registry
 from exo_fast.training.data.examples import load_examples, load_prompts, load_sft, load_texts
@@ -23,7 +24,6 @@ from exo_fast.training.data.sources import find_source, read_records
 from exo_fast.training.downloads import Snippet
 from exo_fast.training.errors import InputError
 
-RAW = Path(__file__).parents[2] / "data" / "raw"
 FILTERED, COMPARISONS = RAW / "tldr" / "openai-tldr-filtered", RAW / "tldr" / "summarize_from_feedback"
 HELPFUL, IMDB = RAW / "hh" / "helpful-base", RAW / "imdb" / "aclImdb"
 EGG = "\n\nHuman: How do I boil an egg?"
