@@ -10,7 +10,7 @@ are not distances in the text.
 A layer that carries a state along the row, or derives distances from a 2-D mask or from indices, cannot be
 told any of this. `plan_mask` therefore says yes to model types whose shared and unshared results the tests
 compare, to others only as a trial (full softmax attention, and nothing in the configuration that hints at
-anything else), and no to the rest. Known or on trial, `exo_fast.layout.check_sharing` settles it on
+anything else), and no to the rest. Known or on trial, `exo_fast.sharing.check_sharing` settles it on
 numbers.
 """
 
@@ -33,7 +33,7 @@ from exo_fast.validate import readable
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from exo_fast.layout import Packed
+    from exo_fast.packing import Packed
 
 # fmt: off
 # Every layer sees all earlier tokens.
@@ -115,7 +115,7 @@ def _plan(config: Any) -> MaskPlan:
 
 def neighbours_hint(config: Any) -> str:
     """Why a text's numbers in a model of this config might depend on the other texts of its batch, so that it is to be
-    seen that they do not (`exo_fast.layout.check_neighbours`); empty where nothing hints at it."""
+    seen that they do not (`exo_fast.sharing.check_neighbours`); empty where nothing hints at it."""
     if getattr(config, "auto_map", None):
         return "code of its own"
     if config.model_type not in KNOWN_SHARING:

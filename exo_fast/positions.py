@@ -4,7 +4,7 @@ Of rope type "longrope" and "dynamic" transformers chooses the frequencies by th
 and keeps those of "dynamic" for the batches after it. A text's numbers would then be its neighbours' too: an untrained
 policy would differ from its own reference wherever the two were batched otherwise. What is wanted is what the model
 gives for the text alone, as when it is used. So lengths fall into classes that have the same frequencies
-(`LengthRule`), candidates share a prompt only with those of their class (`exo_fast.layout.pack`), and inside `by_text`
+(`LengthRule`), candidates share a prompt only with those of their class (`exo_fast.packing.pack`), and inside `by_text`
 each rotary embedding of the model runs once for each class in the batch, from a fresh state and with positions that end
 where the class's longest text ends; each token takes what belongs to its text. No other model is touched.
 """

@@ -69,7 +69,7 @@ class Span:
 
 
 def spans(group_ids: Tensor, candidate_ids: Tensor) -> tuple[Span, ...] | None:
-    """The groups in rows of (B, T) ids (those of `exo_fast.layout.Packed`), or None where these are not
+    """The groups in rows of (B, T) ids (those of `exo_fast.packing.Packed`), or None where these are not
     `[prompt][candidate]…` with every group in one piece."""
     length = group_ids.shape[1]
     pairs = torch.stack([group_ids, candidate_ids], -1).flatten(0, 1)

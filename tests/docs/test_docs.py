@@ -122,7 +122,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for block in of("python"):
             if block.page == page:
                 needed = [name for name in OPTIONAL if re.search(rf"(from|import) {name}\b", block.text)]
-                if "exo_fast.integrations.trl" in block.text:
+                if "exo_fast.integrations.trl.trainer" in block.text:
                     needed.append("trl")
                 for name in needed:
                     pytest.importorskip(name, reason=f"{page.name} imports {name}, which is not installed")

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exo_fast.data.examples import Example
 from exo_fast.data.tokens import RowTokenizer
-from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
+from exo_fast.integrations.trl.candidates import CandidateRows, tokenize_candidates
 from exo_fast.training.data.examples import load_examples, load_pairs, load_prompts, load_samples, load_sft
 from exo_fast.training.data.groups import tokenize
 from exo_fast.training.errors import InputError

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from exo_fast.data.tokens import RowTokenizer
-from exo_fast.integrations.candidates import CandidateRows, tokenize_candidates
+from exo_fast.integrations.trl.candidates import CandidateRows, tokenize_candidates
 
 ROW = {"prompt": "the film ", "completions": ["was good", "was bad", "was long"], "rewards": [1.0, 0.0, 0.5]}
 

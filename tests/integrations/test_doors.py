@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 pytest.importorskip("trl")
 
 from exo_fast.data.tokens import Tokens
-from exo_fast.integrations.candidates import CandidateRows
 from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer
+from exo_fast.integrations.trl.candidates import CandidateRows
 from exo_fast.training.data.examples import load_examples, load_prompts, load_samples, load_sft
 from exo_fast.training.data.groups import tokenize
 from exo_fast.training.data.places import Source

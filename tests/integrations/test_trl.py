@@ -11,15 +11,21 @@ import torch
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
-from datasets import Dataset, IterableDataset  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
-from trl_runs import candidates, config, exact_logps, pairs, run  # noqa: E402
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+from trl_runs import candidates, config, exact_logps, pairs, run
 
-from exo_fast import reference  # noqa: E402
-from exo_fast.integrations import trl as integration  # noqa: E402
-from exo_fast.integrations.padded import share_rows  # noqa: E402
-from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer, patch_trl, unpatch_trl  # noqa: E402
+from exo_fast import reference
+from exo_fast.integrations.trl import (
+    ExoDPOConfig,
+    ExoDPOTrainer,
+    patch,
+    patch_trl,
+    tokenize_candidates,
+    unpatch_trl,
+)
+from exo_fast.integrations.trl.shared_rows import share_rows
 
 
 def difference(found: dict, expected: dict) -> float:
@@ -177,7 +183,7 @@ def test_the_forward_is_trls_over_families(model_type: str, side: str) -> None:
 
     expected, gradients = numbers(lambda model: add_fused_lm_head(model, temperature=0.7, outputs=outputs))
     options = {"memory_budget": None, "backend": "auto"}
-    ours = integration._fused_lm_head(add_fused_lm_head, True, options)
+    ours = patch.fused_lm_head(add_fused_lm_head, True, options)
     found, found_gradients = numbers(lambda model: ours(model, temperature=0.7, outputs=outputs))
     for name in ("loss", *outputs, "label_mask"):
         torch.testing.assert_close(found[name], expected[name], atol=2e-5, rtol=2e-5, msg=lambda t, n=name: f"{n}: {t}")
@@ -195,7 +201,7 @@ def test_a_dense_mask_that_costs_more_than_prompts_save_is_not_made(implementati
 
     model = families.tiny_model("llama")
     model.set_attn_implementation(implementation)
-    integration._fused_lm_head(add_fused_lm_head, True, {"memory_budget": None, "backend": "auto"})(model)
+    patch.fused_lm_head(add_fused_lm_head, True, {"memory_budget": None, "backend": "auto"})(model)
     ids = torch.randint(3, families.VOCAB, (8, 4), generator=torch.Generator().manual_seed(2))
     ids[:, 0] = 5
     labels = ids.masked_fill(torch.arange(4) == 0, -100)
@@ -216,9 +222,9 @@ def test_tools_are_part_of_the_prompt(tiny_llama: str) -> None:
     )
     row = {"prompt": [{"role": "user", "content": "good"}], "completions": ["bad", "dull"], "rewards": [1.0, 0.0]}
     for tools in ([{"name": "film"}], '[{"name": "film"}]'):
-        made = integration.tokenize_candidates({**row, "tools": tools}, tokenizer)
+        made = tokenize_candidates({**row, "tools": tools}, tokenizer)
         assert tokenizer.decode(made["prompt_ids"]).split()[-2:] == ["film", "good"]
-    assert "film" not in tokenizer.decode(integration.tokenize_candidates(row, tokenizer)["prompt_ids"])
+    assert "film" not in tokenizer.decode(tokenize_candidates(row, tokenizer)["prompt_ids"])
 
 
 def test_rows_of_a_group_keep_their_order() -> None:
@@ -267,7 +273,7 @@ def test_undo_and_settings(tiny_llama: str) -> None:
 def test_another_version_of_trl_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(trl, "__version__", version)
     with pytest.raises(ImportError, match=rf"trl {version}: .* tested with 1\.15\.x, 1\.16\.x"):
-        integration.check_version()
+        patch.check_version()
 
 
 def test_a_model_that_is_not_known_keeps_trls_head(tmp_path: Path, tiny_llama: str, caplog: Any) -> None:
@@ -362,7 +368,7 @@ def test_hidden_states_of_another_dtype_than_the_head(name: str, cast: bool) -> 
     operands = hidden if cast else hidden.to(model.lm_head.weight.dtype)
     expected = reference.linear_logprobs(operands, model.lm_head.weight, labels[:, 1:])
 
-    ours = integration._fused_lm_head(add_fused_lm_head, True, {"memory_budget": None, "backend": "auto"})
+    ours = patch.fused_lm_head(add_fused_lm_head, True, {"memory_budget": None, "backend": "auto"})
     ours(model, cast_lm_head_to_fp32=cast)
     found = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -378,7 +384,7 @@ def test_a_slice_of_the_head_goes_with_its_group(cast: bool, monkeypatch: pytest
     """DeepSpeed's AutoTP has the group beside the weight. Cast to float32, nothing else tells that it is a slice."""
     from trl.trainer.utils import add_fused_lm_head
 
-    from exo_fast.integrations import fused_forward
+    from exo_fast.integrations.trl import forward
 
     seen = []
 
@@ -387,12 +393,12 @@ def test_a_slice_of_the_head_goes_with_its_group(cast: bool, monkeypatch: pytest
         raise RuntimeError("asked")
 
     for name in ("linear_logprobs", "linear_group_loss"):
-        monkeypatch.setattr(fused_forward, name, refuse)
+        monkeypatch.setattr(forward, name, refuse)
     ids = torch.randint(3, families.VOCAB, (4, 9), generator=torch.Generator().manual_seed(2))
     labels = ids.masked_fill(torch.arange(9) < 3, -100)
     loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 0.0}
     groups = {"labels": labels, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
-    ours = integration._fused_lm_head(add_fused_lm_head, False, {"memory_budget": None, "backend": "auto"})
+    ours = patch.fused_lm_head(add_fused_lm_head, False, {"memory_budget": None, "backend": "auto"})
     for outputs, asked in ((("log_probs",), {"labels": labels, "fused_lm_head": True}), ((), {"fused_groups": groups})):
         model = families.tiny_model("llama")
         ours(model, cast_lm_head_to_fp32=cast, outputs=outputs)
@@ -447,7 +453,7 @@ def test_rows_are_run_as_each_alone(name: str, share: bool, layout: str) -> None
         layout, {"position_ids": positions} if layout == "two texts a row" else {"attention_mask": mask}
     )
     model = families.tiny_model(name, attn_implementation="eager")
-    integration._fused_lm_head(add_fused_lm_head, share, {"memory_budget": None, "backend": "auto"})(model)
+    patch.fused_lm_head(add_fused_lm_head, share, {"memory_budget": None, "backend": "auto"})(model)
     found = model(**inputs, fused_lm_head=True).log_probs
     for text, (at, start, length) in zip(texts, places, strict=True):
         with torch.no_grad():

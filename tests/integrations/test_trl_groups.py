@@ -10,22 +10,17 @@ import torch
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
-from datasets import Dataset  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from torch import Tensor  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
-from trl_runs import candidates, config, exact_logps, pairs, run  # noqa: E402
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+from trl_runs import candidates, config, exact_logps, pairs, run
 
-from exo_fast import reference  # noqa: E402
-from exo_fast.data.tokens import RowTokenizer  # noqa: E402
-from exo_fast.integrations.trl import (  # noqa: E402
-    CandidateCollator,
-    ExoDPOConfig,
-    ExoDPOTrainer,
-    tokenize_candidates,
-)
-from exo_fast.metrics import GROUP_METRICS, group_metrics  # noqa: E402
+from exo_fast import reference
+from exo_fast.data.tokens import RowTokenizer
+from exo_fast.integrations.trl import CandidateCollator, ExoDPOConfig, ExoDPOTrainer, tokenize_candidates
+from exo_fast.metrics import GROUP_METRICS, group_metrics
 
 EVERY = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
 EPOCH = {**EVERY, "max_steps": -1, "num_train_epochs": 1, "learning_rate": 5e-2, "lr_scheduler_type": "constant"}

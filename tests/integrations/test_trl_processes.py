@@ -11,8 +11,8 @@ import torch
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
-from datasets import Dataset  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WORDS = ["the", "film", "was", "good", "bad", "long", "plot", "and", "but", "very", "fine", "dull", "great"]
 ROWS = [
@@ -35,7 +35,7 @@ deepspeed.init_distributed(dist_backend="gloo")
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
-from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer, patch_trl
+from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer; from exo_fast.integrations.trl import patch_trl
 
 model, output, rows, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
 lora = {}
@@ -102,7 +102,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 import trl.trainer.utils as utils
-from exo_fast.integrations.trl import _fused_lm_head
+from exo_fast.integrations.trl.patch import fused_lm_head
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -115,7 +115,7 @@ labels[..., :5] = -100
 
 def build():
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-    _fused_lm_head(utils.add_fused_lm_head, True, options)(model, outputs=("log_probs", "entropy"))
+    fused_lm_head(utils.add_fused_lm_head, True, options)(model, outputs=("log_probs", "entropy"))
     return model
 
 plain, sharded = build(), build()

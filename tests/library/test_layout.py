@@ -13,16 +13,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from exo_fast.head import Head
-from exo_fast.layout import (
-    Group,
-    MaskPlan,
-    Packed,
-    check_sharing,
-    from_padded,
-    model_inputs,
-    pack,
-    plan_mask,
-)
+from exo_fast.layout import Group, MaskPlan, Packed, check_sharing, from_padded, model_inputs, pack, plan_mask
 from exo_fast.masks import KNOWN_SHARING
 
 PLAIN = MaskPlan("llama", share=True)

@@ -17,23 +17,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from exo_fast.head import final_hidden, read_head, unwrap
-from exo_fast.layout import (
-    Group,
-    MaskPlan,
-    Packed,
-    SharingReport,
-    _eval_mode,
-    check_neighbours,
-    check_sharing,
-    compared,
-    model_inputs,
-    pack,
-)
+from exo_fast.layout import Group, MaskPlan, Packed, SharingReport, check_neighbours, check_sharing, model_inputs, pack
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import group_loss, linear_group_loss
 from exo_fast.metrics import GROUP_METRICS, group_metrics
 from exo_fast.precision import true_float32
 from exo_fast.reference import sequence_logps
+from exo_fast.sharing import compared, eval_mode
 from exo_fast.training.models.sequence_parallel import SequenceParallel
 
 logger = logging.get_logger(__name__)
@@ -146,7 +136,7 @@ class CausalModule(TrainedModule):
     def as_it_is(self) -> Iterator[None]:
         """The model without dropout, gradients and rounded products, to compare what it computes."""
         device = self.model.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False), _eval_mode(self.model), true_float32():
+        with torch.no_grad(), torch.autocast(device, enabled=False), eval_mode(self.model), true_float32():
             yield
 
     def register_head(self) -> None:

@@ -6,12 +6,9 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from exo_fast.layout import (
-    CHECKED_GROUPS,
-    Group,
-    shortened,
-)
+from exo_fast.layout import Group, shortened
 from exo_fast.masks import neighbours_hint
+from exo_fast.sharing import CHECKED_GROUPS
 from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.errors import InputError, not_its_own
 from exo_fast.training.models.modules import AlignModule, CausalModule

@@ -1,4 +1,4 @@
-"""Rows of a `datasets` data set as groups of token ids, for `exo_fast.integrations.trl.ExoDPOTrainer`.
+"""Rows of a `datasets` data set as groups of token ids, for `exo_fast.integrations.trl.trainer.ExoDPOTrainer`.
 
 The ids are those of every other door (`exo_fast.data.tokens`). What a group is, and which groups are left out, the
 pipeline says too (`exo_fast.data.selection`); the lengths are TRL's: `max_length` and `truncation_mode`.
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -226,3 +228,48 @@ class CandidateRows:
             raise ValueError("no group is left to learn from: " + "; ".join(lines))
         for line in lines:
             logger.warning(line)
+
+
+@dataclass
+class CandidateCollator:
+    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (without them all tokens count) and `rewards`
+    -> a batch of G groups, whose candidates stand in rows one after another, cut to `max_length`:
+
+    `input_ids`, `attention_mask` and `completion_mask` (1 on the tokens that count), (G·K, T) long and padded on the
+    right; `rewards` (G, K) float32; `ref_chosen_logps` (G,) and `ref_rejected_logps` (G, K − 1) float32 where the first
+    row has them. Raises KeyError for a row without one of these columns, and ValueError for candidates and marks of
+    different numbers, and for groups of different K: `exo_fast.integrations.trl.candidates` says so of rows, by name.
+    """
+
+    pad_token_id: int = 0
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows, masks = [], []
+        kept = slice(None)
+        if self.max_length is not None:
+            kept = (
+                slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+            )
+        for example in examples:
+            marked = example.get("candidate_masks") or [[True] * len(ids) for ids in example["candidate_ids"]]
+            for ids, marks in zip(example["candidate_ids"], marked, strict=True):
+                rows.append(torch.tensor((example["prompt_ids"] + ids)[kept]))
+                masks.append(torch.tensor(([False] * len(example["prompt_ids"]) + marks)[kept]).long())
+        batch = {
+            "input_ids": self._padded(rows, self.pad_token_id),
+            "attention_mask": self._padded([torch.ones_like(row) for row in rows], 0),
+            "completion_mask": self._padded(masks, 0),
+            "rewards": torch.tensor([example["rewards"] for example in examples], dtype=torch.float32),
+        }
+        for name in REFERENCE:
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        extra = -padded.shape[1] % (self.pad_to_multiple_of or 1)
+        return torch.nn.functional.pad(padded, (0, extra), value=value)

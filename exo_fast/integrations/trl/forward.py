@@ -2,8 +2,8 @@
 
 TRL asks a model for `model(..., labels=labels, fused_lm_head=True)` and reads per-token numbers off the answer
 (`trl.trainer.utils.add_fused_lm_head`). Here they come from `exo_fast.logprobs`, for the labelled positions alone, and
-rows that have the same prompt share it (`exo_fast.integrations.padded`). All of it is inside the model's forward, where
-DDP, FSDP and DeepSpeed ZeRO-3 expect parameters to be read.
+rows that have the same prompt share it (`shared_rows`). All of it is inside the model's forward, where DDP, FSDP and
+DeepSpeed ZeRO-3 expect parameters to be read.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from exo_fast.head import Head, final_hidden, read_head
-from exo_fast.integrations.padded import SharedRows, share_rows
-from exo_fast.layout import CHECKED_GROUPS, MaskPlan, check_sharing, model_inputs, shortened
+from exo_fast.integrations.trl.shared_rows import SharedRows, share_rows
+from exo_fast.layout import MaskPlan, model_inputs
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import linear_group_loss
 from exo_fast.positions import by_text, packed_lengths, padded_texts
+from exo_fast.sharing import CHECKED_GROUPS, check_sharing, shortened
 from exo_fast.statistics import OUTPUTS, TokenStatistics, linear_logprobs_with_statistics
 
 logger = logging.get_logger(__name__)

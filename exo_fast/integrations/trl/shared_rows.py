@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exo_fast.layout import Group, Packed, pack
+from exo_fast.packing import Group, Packed, pack
 from exo_fast.positions import LengthRules
 
 

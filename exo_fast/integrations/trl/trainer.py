@@ -1,187 +1,34 @@
-"""TRL's trainers on the fused path: `patch_trl()` for those you have, `ExoDPOTrainer` for K candidates.
-
-    from exo_fast.integrations.trl import patch_trl
-    patch_trl()                       # before DPOTrainer(...) is made; KTO, GRPO, RLOO and SFT too
-    …
-    unpatch_trl()
-
-Trainers made after it compute their per-token log-probs, and the numbers they log beside them, through
-`exo_fast.logprobs`: for the labelled positions alone, and with rows of one prompt (a DPO pair, a GRPO group) in one
-row that runs it once. Losses and gradients are TRL's own to rounding.
-
-`ExoDPOTrainer` is DPOTrainer with the losses of this library beside TRL's, over K candidates:
-
-    ExoDPOTrainer(model, args=ExoDPOConfig("out", loss_type="exo-rw"), train_dataset=data, processing_class=tokenizer)
-
-with rows {"prompt", "completions": [K], "rewards": [K]}, texts or conversations, or TRL's {"prompt", "chosen",
-"rejected"}. Reference log-probs are computed once before training, as TRL's `precompute_ref_log_probs` does.
-
-TRL has no stable interface for any of this. So its version is checked: see TESTED.
-"""
+"""`ExoDPOTrainer`: TRL's DPOTrainer with the losses of this library beside TRL's, over K candidates."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-import inspect
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
-from exo_fast.backends import BACKENDS
 from exo_fast.data.selection import DUPLICATES, TIES
-from exo_fast.integrations.candidates import REFERENCE, CandidateRows, first_row, tokenize_candidates
-from exo_fast.integrations.fused_forward import FusedForward, GroupOutput, fuse, fusible
 from exo_fast.integrations.generation_config import settle_generation_config
-from exo_fast.layout import plan_mask
+from exo_fast.integrations.trl.candidates import REFERENCE, CandidateCollator, CandidateRows, first_row
+from exo_fast.integrations.trl.forward import GroupOutput, fusible
+from exo_fast.integrations.trl.patch import check_options, fused_heads
 from exo_fast.loss import group_loss
 from exo_fast.metrics import GROUP_METRICS, group_metrics
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
-from exo_fast.validate import check_budget, check_groups
+from exo_fast.validate import check_groups
 
-try:
-    import trl
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("exo_fast.integrations.trl needs TRL: pip install 'exo_fast[trl]'", name="trl") from error
-
-TESTED = ("1.15", "1.16")  # minor versions whose interface this module knows: tested on 1.15.0 and 1.16.0
-HEAD = "add_fused_lm_head"
-HEAD_PARAMETERS = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
-TRAINERS = ("dpo", "kto", "grpo", "rloo", "sft")
 AS_GROUPS = {"sigmoid": "dpo-pref", "exo_pair": "exo-pref"}  # TRL's losses of pairs that are ours for K = 2
 
 logger = logging.get_logger(__name__)
-__all__ = ["CandidateCollator", "ExoDPOConfig", "ExoDPOTrainer", "patch_trl", "tokenize_candidates", "unpatch_trl"]
-
-
-def check_version() -> None:
-    """Raises ImportError where this TRL is not one of the versions that were tested."""
-    found = trl.__version__
-    parameters: tuple[str, ...] = ()
-    if ".".join(found.split(".")[:2]) in TESTED:
-        utils = importlib.import_module("trl.trainer.utils")
-        parameters = tuple(inspect.signature(_original(utils)).parameters)
-    if parameters != HEAD_PARAMETERS:
-        raise ImportError(
-            f"trl {found}: exo_fast.integrations.trl is tested with {', '.join(f'{v}.x' for v in TESTED)}, and other "
-            f"versions compute log-probs in other ways. pip install 'trl>={TESTED[0]},<{_next(TESTED[-1])}'"
-        )
-
-
-def _next(version: str) -> str:
-    major, minor = version.split(".")
-    return f"{major}.{int(minor) + 1}"
-
-
-def _original(module: ModuleType) -> Any:
-    current = getattr(module, HEAD)
-    return getattr(current, "exo_fast_original", current)
-
-
-check_version()
-
-from trl.trainer.dpo_config import DPOConfig  # noqa: E402  only now is it known to be the one that is meant
-from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
-from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
-
-
-def patch_trl(
-    *,
-    trainers: Sequence[str] = TRAINERS,
-    share_prompts: bool = True,
-    memory_budget: int | None = None,
-    backend: str = "auto",
-) -> None:
-    """From now on, TRL trainers that are made use the fused path. Called again, it replaces the settings.
-
-    Args:
-        trainers: which: dpo, kto, grpo, rloo, sft.
-        share_prompts: run a prompt once for the rows of a batch that have it, where the model allows it; the first such
-            batch is computed both ways and compared. False leaves rows as they are.
-        memory_budget: bytes of vocabulary-sized scratch; see `exo_fast.logprobs.linear_logprobs`.
-        backend: auto, triton, torch or reference.
-
-    Models that `exo_fast.head.read_head` does not know and multimodal ones keep TRL's own head, with a warning. GRPO's
-    entropy bonus needs a gradient of the entropy, which is not given: asking for it is an error in backward.
-
-    Raises ValueError for a trainer that is not known.
-    """
-    unknown = sorted(set(trainers) - set(TRAINERS))
-    if unknown:
-        raise ValueError(f"trainers={list(trainers)}: {unknown[0]!r} is not one of {', '.join(TRAINERS)}.")
-    _check_options(memory_budget, backend)
-    unpatch_trl()
-    for name in trainers:
-        module = importlib.import_module(f"trl.trainer.{name}_trainer")
-        original = getattr(module, HEAD)
-        options = {"memory_budget": memory_budget, "backend": backend}
-        setattr(module, HEAD, _fused_lm_head(original, share_prompts, options))
-
-
-def _check_options(memory_budget: int | None, backend: str) -> None:
-    check_budget(memory_budget)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}.")
-
-
-def unpatch_trl() -> None:
-    """Trainers made after this use TRL's own head again. Those that were made under `patch_trl` keep what they have."""
-    for name in TRAINERS:
-        module = importlib.import_module(f"trl.trainer.{name}_trainer")
-        setattr(module, HEAD, _original(module))
-
-
-@contextmanager
-def _patched(**options: Any) -> Iterator[None]:
-    module = importlib.import_module("trl.trainer.dpo_trainer")
-    before = getattr(module, HEAD)
-    setattr(module, HEAD, _fused_lm_head(_original(module), **options))
-    try:
-        yield
-    finally:
-        setattr(module, HEAD, before)
-
-
-def _fused_lm_head(original: Any, share_prompts: bool, options: dict[str, Any]) -> Any:
-    """A function in the place of TRL's `add_fused_lm_head`."""
-
-    def add_fused_lm_head(
-        model: PreTrainedModel,
-        temperature: float = 1.0,
-        cast_lm_head_to_fp32: bool = False,
-        outputs: tuple[str, ...] = ("log_probs",),
-    ) -> None:
-        original(model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs)
-        why_not = fusible(model)
-        if why_not:
-            logger.warning(f"exo_fast: {type(model).__name__} keeps TRL's head: {why_not}")
-            return
-        fused = FusedForward(
-            fallback=model.forward,
-            output_class=FusedCausalLMOutput,
-            plan=plan_mask(model.config),
-            temperature=temperature,
-            cast_lm_head_to_fp32=cast_lm_head_to_fp32,
-            outputs=tuple(outputs),
-            share_prompts=share_prompts,
-            options=dict(options),
-        )
-        if share_prompts and not fused.plan.share:
-            logger.warning(f"exo_fast: rows of one prompt do not share it: {fused.plan.reason}")
-        fuse(model, fused)
-
-    add_fused_lm_head.exo_fast_original = original  # type: ignore[attr-defined]
-    return add_fused_lm_head
 
 
 @dataclass
@@ -245,7 +92,7 @@ class ExoDPOConfig(DPOConfig):
             exo = any(name.startswith("exo") and name != "exo-rw" for name in self.loss_type)
             self.label_smoothing = default_label_smoothing("exo-pref") if exo else 0.0
         super().__post_init__()
-        _check_options(self.memory_budget, self.backend)
+        check_options(self.memory_budget, self.backend)
         for name, known in (("duplicates", DUPLICATES), ("ties", TIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)} is needed.")
@@ -313,7 +160,7 @@ class ExoDPOTrainer(DPOTrainer):
             data_collator.max_length, data_collator.truncation_mode = args.max_length, args.truncation_mode
             data_collator.pad_to_multiple_of = args.pad_to_multiple_of
         options = {"memory_budget": getattr(args, "memory_budget", None), "backend": getattr(args, "backend", "auto")}
-        with _patched(share_prompts=getattr(args, "share_prompts", True), options=options):
+        with fused_heads(share_prompts=getattr(args, "share_prompts", True), options=options):
             super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **named)
         causal_lm = self.accelerator.unwrap_model(self.model)
         settle_generation_config(causal_lm)  # or what the model brought would keep it from being saved at the end
@@ -605,48 +452,3 @@ def _not_for_groups(args: DPOConfig, loss_type: str) -> list[tuple[str, bool, st
             "leave it out; `exo-fast align --sequence_parallel` trains on parts of sequences",
         ),
     ]
-
-
-@dataclass
-class CandidateCollator:
-    """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (without them all tokens count) and `rewards`
-    -> a batch of G groups, whose candidates stand in rows one after another, cut to `max_length`:
-
-    `input_ids`, `attention_mask` and `completion_mask` (1 on the tokens that count), (G·K, T) long and padded on the
-    right; `rewards` (G, K) float32; `ref_chosen_logps` (G,) and `ref_rejected_logps` (G, K − 1) float32 where the first
-    row has them. Raises KeyError for a row without one of these columns, and ValueError for candidates and marks of
-    different numbers, and for groups of different K: `exo_fast.integrations.candidates` says so of rows, by name.
-    """
-
-    pad_token_id: int = 0
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        rows, masks = [], []
-        kept = slice(None)
-        if self.max_length is not None:
-            kept = (
-                slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
-            )
-        for example in examples:
-            marked = example.get("candidate_masks") or [[True] * len(ids) for ids in example["candidate_ids"]]
-            for ids, marks in zip(example["candidate_ids"], marked, strict=True):
-                rows.append(torch.tensor((example["prompt_ids"] + ids)[kept]))
-                masks.append(torch.tensor(([False] * len(example["prompt_ids"]) + marks)[kept]).long())
-        batch = {
-            "input_ids": self._padded(rows, self.pad_token_id),
-            "attention_mask": self._padded([torch.ones_like(row) for row in rows], 0),
-            "completion_mask": self._padded(masks, 0),
-            "rewards": torch.tensor([example["rewards"] for example in examples], dtype=torch.float32),
-        }
-        for name in REFERENCE:
-            if name in examples[0]:
-                batch[name] = torch.tensor([example[name] for example in examples])
-        return batch
-
-    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-        extra = -padded.shape[1] % (self.pad_to_multiple_of or 1)
-        return torch.nn.functional.pad(padded, (0, extra), value=value)
