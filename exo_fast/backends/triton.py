@@ -45,6 +45,7 @@ from exo_fast.kernels import logsumexp_gather as gather_kernel
 from exo_fast.kernels import token_statistics as statistics_kernel
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import Target, of_device
+from exo_fast.reference import LossOptions
 
 if interpreted():
     from exo_fast.backends.interpreter import repair
@@ -535,7 +536,7 @@ def group_loss_forward(
     cu_seqlens: Tensor,
     ref_logps: Tensor,
     rewards: Tensor,
-    loss: dict,  # loss_type, beta_pi, beta_r, label_smoothing
+    loss: LossOptions,
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Gradients3]:
@@ -552,9 +553,9 @@ def group_loss_forward(
             "logps": logps, "cu_seqlens": cu_seqlens.to(rows.device, non_blocking=True).contiguous(),
             "ref_logps": ref_logps.float().contiguous(), "rewards": rewards.float().contiguous(), "losses": losses,
             "policy_logps": policy_logps, "coefficients": per_sequence, "token_coefficients": coefficients,
-            "beta_pi": loss["beta_pi"], "beta_r": loss["beta_r"], "label_smoothing": loss["label_smoothing"],
+            "beta_pi": loss.beta_pi, "beta_r": loss.beta_r, "label_smoothing": loss.label_smoothing,
             "upstream": 1 / groups, "CANDIDATES": candidates, "BLOCK_K": triton.next_power_of_2(candidates),
-            "EXO": loss["loss_type"].startswith("exo"), "PREF": loss["loss_type"].endswith("-pref"),
+            "EXO": loss.loss_type.startswith("exo"), "PREF": loss.loss_type.endswith("-pref"),
             "WRITE_TOKENS": any(need),
         }  # fmt: skip
         config = group_loss_kernel.configs(rows.target, "fp32")[0]
