@@ -25,7 +25,7 @@ function draw(place) {
     width: place.clientWidth, height: 200, scales: {x: {time: false}}, padding: [8, 14, 0, 0], cursor: {y: false},
     series: [{}, ...series],
     axes: [
-      {...axis, grid: {show: false}, size: 20, gap: 2, incrs: whole, label: "step", labelSize: 14, labelGap: 0, labelFont: axis.font},
+      {...axis, grid: {show: false}, size: 24, gap: 6, incrs: whole, label: "step", labelSize: 14, labelGap: 0, labelFont: axis.font},
       {...axis, size: 54, space: 28, values: ticks},
     ],
   }, uPlot.join(curves.map(({points}) => points)), place);
