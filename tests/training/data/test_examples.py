@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from exo_fast.data.selection import ALIKE, EQUAL, FEW, LeftOut
-from exo_fast.training.data import json_rows
+from exo_fast.training.data import arrow_rows, json_rows
 from exo_fast.training.data.examples import (
     load_examples,
     load_pairs,
@@ -379,7 +379,7 @@ def test_columns_of_files_are_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_file_of_too_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "MAX_ROWS", 1)
+    monkeypatch.setattr(arrow_rows, "MAX_ROWS", 1)
     table = datasets.Dataset.from_list([GOOD, GOOD])
     table.to_parquet(tmp_path / "train.parquet")
     table.save_to_disk(tmp_path / "saved")

@@ -357,7 +357,7 @@ def test_the_small_model_is_fetched_when_a_stage_uses_it(
 ) -> None:
     recipe = write(CHAIN.replace("data:", 'model: "${{smollm2}}/x", data:'))
     asked = []
-    monkeypatch.setattr(run.assets, "get_model", lambda cache: asked.append(cache) or Path("/models/small"))
+    monkeypatch.setattr(run.downloads, "get_model", lambda cache: asked.append(cache) or Path("/models/small"))
     assert run.run_recipe(recipe, only=["first"], cli_module="tiny_stages") == 0
     assert asked == []
     assert run.run_recipe(recipe, cli_module="tiny_stages") == 0
