@@ -208,7 +208,7 @@ def train(
         "train_seconds": round(output.metrics["train_runtime"], 3),
         "total_seconds": round(time.time() - config.started, 3),
         **trainer.throughput(),
-        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": facts.command_line(),
         "warnings": config.warnings,
     }
