@@ -61,12 +61,9 @@ def is_plain_name(name: str) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
-    digest = hashlib.sha256()
+    """Return the hexadecimal sha256 of a file's content."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
