@@ -101,14 +101,10 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-def _stream_key(seed: int, prompt: str, candidate: int) -> bytes:
-    return hashlib.sha256(f"{seed}\x00{candidate}\x00{prompt}".encode()).digest()[:16]
-
-
 def _uniforms(seed: int, prompt: str, candidate: int, count: int) -> np.ndarray:
-    """(count,) float32 in [0, 1): the stream of one candidate of one prompt."""
-    key = int.from_bytes(_stream_key(seed, prompt, candidate), "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count, np.float32)
+    """Return (count,) float32 in [0, 1): the stream of one candidate of one prompt."""
+    key = hashlib.sha256(f"{seed}\x00{candidate}\x00{prompt}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count, np.float32)
 
 
 def plan_batches(

@@ -4,10 +4,8 @@ And what the stage makes of it.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -387,42 +385,10 @@ def test_one_completion_where_nothing_is_left_to_chance(
         ({"prompt_num": 0}, "prompt_num=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"matmul_precision": "tf32"}, "matmul_precision='tf32': ieee or bf16"),
-        ({"engine": "vllm"}, "vLLM is not installed; pip install vllm"),
+        ({"engine": "vllm"}, "engine='vllm': sampling by another library was taken out of exo_fast"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_errors_of_the_stage(settings: Settings, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         generate(GenerateConfig(**settings(**changed)))
-
-
-def test_what_vllm_is_given_and_gives_back(
-    settings: Settings, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM needs a GPU: one that echoes the prompt stands in for it."""
-    requests: list[tuple[list[int], SimpleNamespace]] = []
-
-    class Echo:
-        def __init__(self, **options: Any):
-            assert options["max_model_len"] == 24
-
-        def generate(self, prompts: list[dict], params: list[SimpleNamespace], use_tqdm: bool) -> list[Any]:
-            requests.extend((prompt["prompt_token_ids"], p) for prompt, p in zip(prompts, params, strict=True))
-            answers = [SimpleNamespace(token_ids=(*prompt["prompt_token_ids"][1:3], 2)) for prompt in prompts]
-            return [SimpleNamespace(outputs=[answer]) for answer in answers]
-
-    vllm = ModuleType("vllm")
-    vllm.LLM, vllm.SamplingParams = Echo, SimpleNamespace
-    vllm.__spec__ = SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    config = GenerateConfig(**settings(engine="vllm", split="test"))
-    with pytest.raises(InputError, match="needs a GPU"):
-        generate(config)
-    config.use_cpu = False
-    generate(config)
-    for row in read(config.output_dir, "test"):
-        prompt_ids = tokenizer(row["prompt"])["input_ids"]
-        assert row["completion_ids"] == [[*prompt_ids[1:3], 2]] * 2
-        assert row["completions"] == [tokenizer.decode(prompt_ids[1:3])] * 2
-    assert len({params.seed for _, params in requests}) == len(requests)
-    assert {(p.top_k, p.stop_token_ids[0], p.max_tokens) for _, p in requests} == {(-1, 2, 6)}
