@@ -1,24 +1,21 @@
-"""What the stages share that run models without training them: settings, processes, models, data.
+"""What the stages share that run models without training them: settings, models, data.
 
 They need no DeepSpeed engine: every process holds a whole model and takes its share of the batches
 (`exo_fast.training.inference.resumable`), under torchrun, the deepspeed launcher, or alone.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from exo_fast.data.tokens import RowTokenizer
+from exo_fast.training import processes
 from exo_fast.training.data.groups import cut_left
 from exo_fast.training.data.places import Source
 from exo_fast.training.data.sources import find_source
@@ -100,23 +97,6 @@ class InferenceConfig:
         }
 
 
-# Processes
-
-
-def start_processes(config: InferenceConfig) -> PartialState:
-    """This process and the others that a launcher started: gloo on CPU, the accelerator's own elsewhere.
-
-    A process may wait a day for the slowest: a batch takes as long as it takes.
-    """
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what a training stage in this process left behind
-    return PartialState(cpu=config.use_cpu, timeout=timedelta(days=1))
-
-
-def from_main(value: Any, state: PartialState) -> Any:
-    """The main process's `value`, in every process."""
-    return broadcast_object_list([value])[0] if state.num_processes > 1 else value
-
-
 # Models
 
 
@@ -144,7 +124,7 @@ def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = F
         refuse_scalar_adapter(name_or_path)
         base = from_pretrained(AutoModelForCausalLM, adapter_base(name_or_path), **options)
         model = merge_adapter(base, name_or_path)
-    return model.to(PartialState().device).eval()
+    return model.to(processes.start(on_cpu=config.use_cpu)).eval()
 
 
 # Data

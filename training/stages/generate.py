@@ -25,23 +25,21 @@ from transformers import PreTrainedTokenizerBase
 
 from exo_fast.positions import length_rules
 from exo_fast.precision import matmul_precision
+from exo_fast.training import processes
 from exo_fast.training.data.examples import load_prompts
 from exo_fast.training.errors import InputError
 from exo_fast.training.inference.config import (
     InferenceConfig,
     encode_prompts,
     find_splits,
-    from_main,
     load_model,
     load_tokenizer,
-    start_processes,
 )
-from exo_fast.training.inference.resumable import ResumableRun
+from exo_fast.training.inference.resumable import ResumableRun, plan_batches
 from exo_fast.training.inference.sampling import (
     Sampler,
     Sampling,
     ids_without_token,
-    plan_batches,
     sample_batch,
 )
 from exo_fast.training.models.digests import digest, json_digest
@@ -129,7 +127,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     Writes {"prompt", "completions", "completion_ids"} rows to train.json and test.json, and summary.json, which is
     also returned. Raises InputError for settings, data or models that cannot work, before any sampling.
     """
-    state = start_processes(config)
+    device = processes.start(on_cpu=config.use_cpu)
     tokenizer = load_tokenizer(config, config.model_name_or_path)
     room = config.max_seq_len - config.max_new_tokens
     prompts, encoded = {}, {}
@@ -149,7 +147,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     rules = length_rules(model_config(config, config.model_name_or_path))
     identity = {
         "stage": "generate",
-        "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),
+        "model": processes.from_first(digest(config.model_name_or_path) if processes.index() == 0 else None),
         "prompts": {split: json_digest(texts) for split, texts in prompts.items()},
         **asdict(config.sampling),
         "max_seq_len": config.max_seq_len,
@@ -157,7 +155,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         **({"batches": "of one length"} if rules else {}),
         **config.numerics(),
     }
-    run = ResumableRun(config.output_dir, identity, state)
+    run = ResumableRun(config.output_dir, identity)
     if (summary := run.finished([f"{split}.json" for split in prompts])) is not None:
         return summary
 
@@ -165,12 +163,13 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     files, counts = {}, {}
     for split, texts in prompts.items():
         ids = [row for row, _ in encoded[split]]
-        batches = plan_batches(list(map(len, ids)), config.return_num, config.batch_size, of_one_length=bool(rules))
+        sequences = [config.return_num] * len(ids)
+        batches = plan_batches(list(map(len, ids)), sequences, config.batch_size, of_one_length=bool(rules))
 
         def compute(index: int, texts: list[str] = texts, ids: list[list[int]] = ids, batches=batches) -> Any:
             return sampler()([texts[i] for i in batches[index]], [ids[i] for i in batches[index]])
 
-        with matmul_precision(config.matmul_precision, state.device.type):
+        with matmul_precision(config.matmul_precision, device.type):
             values = run.compute(
                 split,
                 [len(batch) * config.return_num for batch in batches],
@@ -192,7 +191,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         cut = sum(lost > 0 for _, lost in encoded[split])
         counts[split] = _count(files[f"{split}.json"], cut, config.max_new_tokens)
     summary = run.finish(files, {"model": config.model_name_or_path, "data": config.data, "counts": counts})
-    if state.is_main_process:
+    if processes.index() == 0:
         for split, count in counts.items():
             print(f"{split}: " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in count.items()))
         print(f"the samples are in {config.output_dir}", flush=True)
