@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.files import user_path
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 from exo_fast.training.data.files import find_files, read_rows
 from exo_fast.training.data.json_rows import JsonLine
 from exo_fast.training.data.places import Place, Source
-from exo_fast.training.data.registry import DATASET_NAME, known_names, nearest, open_dataset
+from exo_fast.training.data.registry import CUTOFF, DATASET_NAME, known_names, open_dataset
 
 
 def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Source | None:
@@ -34,7 +34,7 @@ def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase
     path = user_path(path)
     hint = ""
     if not path.exists() and (named := split_name(text)) is not None:
-        hint = nearest(named[0])
+        hint = nearest(named[0], known_names(), otherwise="", cutoff=CUTOFF)
         if named[1] is not None or named[0] in known_names():
             dataset = open_dataset(*named, tokenizer=tokenizer)
             name = "train" if split == "train" else "test"
