@@ -19,6 +19,8 @@ from exo_fast.training.data.json_rows import JsonLine
 from exo_fast.training.data.places import Place, Source
 from exo_fast.training.data.registry import CUTOFF, DATASET_NAME, known_names, open_dataset
 
+SPLITS = ("train", "test")
+
 
 def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Source | None:
     """The data of `split` ("train", or "test", also called "eval") under `path`; None when there is no such split.
@@ -40,6 +42,24 @@ def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase
             name = "train" if split == "train" else "test"
             return Source(dataset.path or Path(text), name, dataset) if name in dataset.splits() else None
     return find_files(path, split, hint)
+
+
+def find_splits(data: str, split: str) -> dict[str, Source]:
+    """Return the data of each split that `split` (train, test or all) asks for, by the name that its output file gets.
+
+    A single file is the split it is named after (train or test), else the one asked for, else train. Raises InputError
+    where there is none.
+    """
+    path = user_path(data, "data")
+    if path.is_file():
+        stem = re.split(r"\.|-\d{5}-of-\d{5}", path.name)[0]
+        name = stem if stem in SPLITS and split == "all" else split
+        return {"train" if name == "all" else name: find_source(data, "train")}
+    names = SPLITS if split == "all" else (split,)
+    splits = {name: source for name in names if (source := find_source(data, name)) is not None}
+    if not splits:
+        raise InputError(f"data={data!r}: holds no {' or '.join(names)} split.")
+    return splits
 
 
 def split_name(text: str) -> tuple[str, str | None] | None:

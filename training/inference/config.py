@@ -4,29 +4,22 @@ They need no DeepSpeed engine: every process holds a whole model and takes its s
 (`exo_fast.training.inference.resumable`), under torchrun, the deepspeed launcher, or alone.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.training import processes
 from exo_fast.training.data.groups import cut_left
-from exo_fast.training.data.places import Source
-from exo_fast.training.data.sources import find_source
 from exo_fast.training.errors import InputError
-from exo_fast.training.files import user_path
 from exo_fast.training.models.loading import adapter_base, from_pretrained, is_adapter, refuse_scalar_adapter
 from exo_fast.training.models.merging import merge_adapter
 from exo_fast.training.options import PRECISION_HELP, option, resolve
 from exo_fast.training.processes import announce_cpu
-
-SPLITS = ("train", "test")
 
 
 @dataclass
@@ -100,13 +93,6 @@ class InferenceConfig:
 # Models
 
 
-def load_tokenizer(config: InferenceConfig, name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; of an adapter's base model where the adapter's directory has none."""
-    if is_adapter(name_or_path) and not any(Path(name_or_path).glob("tokenizer*")):
-        name_or_path = adapter_base(name_or_path)
-    return from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=config.trust_remote_code)
-
-
 def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = False) -> nn.Module:
     """A causal LM in `config.dtype` on this process's device, in eval mode; a LoRA adapter is merged into its base
     (`loading.merge_adapter`).
@@ -138,22 +124,3 @@ def encode_prompts(
     rows = RowTokenizer(tokenizer)
     found = rows.prompts(prompts)
     return [cut_left(ids, limit, len(rows.prefix)) for ids, limit in zip(found, max_tokens, strict=True)]
-
-
-def find_splits(config: InferenceConfig) -> dict[str, Source]:
-    """The data of each split that `config.split` asks for, by the name that its output file gets.
-
-    A single file is the split it is named after (train or test), else the one asked for, else train. Raises
-    InputError where there is none.
-    """
-    path = user_path(config.data, "data")
-    if path.is_file():
-        stem = re.split(r"\.|-\d{5}-of-\d{5}", path.name)[0]
-        name = stem if stem in SPLITS and config.split == "all" else config.split
-        return {"train" if name == "all" else name: find_source(config.data, "train")}
-    names = SPLITS if config.split == "all" else (config.split,)
-    found = {name: find_source(config.data, name) for name in names}
-    splits = {name: source for name, source in found.items() if source is not None}
-    if not splits:
-        raise InputError(f"data={config.data!r}: holds no {' or '.join(names)} split.")
-    return splits

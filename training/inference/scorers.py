@@ -19,9 +19,9 @@ from exo_fast.precision import matmul_precision
 from exo_fast.training import processes
 from exo_fast.training.data.texts import encode, pad
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference.config import InferenceConfig, load_tokenizer
+from exo_fast.training.inference.config import InferenceConfig
 from exo_fast.training.models.digests import digest
-from exo_fast.training.models.loading import check_fits_model, from_pretrained
+from exo_fast.training.models.loading import check_fits_model, from_pretrained, load_tokenizer
 from exo_fast.training.models.scorer import (
     ROUNDED_TOLERANCE,
     TOLERANCE,
@@ -100,7 +100,7 @@ class ModelScorer(Scorer):
     def __init__(self, config: ScorerConfig, kind: str):
         self.config, self.name = config, getattr(config, kind)
         self.checked: list[list[int]] = []  # the shortest and the longest text that there is
-        self.tokenizer = load_tokenizer(config, self.name)
+        self.tokenizer = load_tokenizer(self.name, trust_remote_code=config.trust_remote_code)
         self.at_end = config.reward_at == "end"
         if config.reward_at == "auto":
             options = {"trust_remote_code": config.trust_remote_code}
@@ -164,7 +164,9 @@ class FunctionScorer(Scorer):
     def __init__(self, config: ScorerConfig):
         name = config.function
         self.label = f"function={name!r}"
-        self.tokenizer = None if config.tokenizer is None else load_tokenizer(config, config.tokenizer)
+        self.tokenizer = None
+        if config.tokenizer is not None:
+            self.tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         self.function = _import_function(name)
         source = hashlib.sha256()
         # The module too: what a decorator returns stands in the decorator's file, and an object in none.

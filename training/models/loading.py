@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -114,7 +115,11 @@ def _broken_json(name_or_path: str) -> str | None:
     return None
 
 
-# Merging adapters
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model; of an adapter's base model where the adapter's directory has none."""
+    if is_adapter(name_or_path) and not any(Path(name_or_path).glob("tokenizer*")):
+        name_or_path = adapter_base(name_or_path)
+    return from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
 
 
 # Fitting data

@@ -18,8 +18,8 @@ from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.data.places import Source
 from exo_fast.training.errors import InputError
 from exo_fast.training.machine import give_back_freed_memory
-from exo_fast.training.models.causal import add_lora, check_lora, load_causal_lm, load_tokenizer
-from exo_fast.training.models.loading import from_pretrained, refuse_adapter
+from exo_fast.training.models.causal import add_lora, check_lora, load_causal_lm
+from exo_fast.training.models.loading import from_pretrained, load_tokenizer, refuse_adapter
 from exo_fast.training.models.modules import AlignModule
 from exo_fast.training.models.sequence_parallel import SEQUENCE_PARALLEL_CORES, SequenceParallel, refusal
 from exo_fast.training.models.sharing import settle_layout
@@ -29,7 +29,14 @@ from exo_fast.training.trainer import non_finite
 from exo_fast.training.trainer.config import AFTER_PRESETS, TRAINING_GROUPS, CausalConfig
 from exo_fast.training.trainer.continuing import begin
 from exo_fast.training.trainer.reference_logps import fill_reference_logps
-from exo_fast.training.trainer.run import find_splits, losses_line, table, tokenize_splits, train, training_scope
+from exo_fast.training.trainer.run import (
+    find_training_splits,
+    losses_line,
+    table,
+    tokenize_splits,
+    train,
+    training_scope,
+)
 from exo_fast.training.trainer.trainer import StageTrainer
 from exo_fast.validate import LARGEST, LEAST, LEAST_SMOOTHING
 
@@ -229,8 +236,9 @@ def align(config: AlignConfig) -> dict[str, Any]:
         return finished
     if config.long_sequence and config.device.type == "cpu":
         give_back_freed_memory()
-    sources = find_splits(config)
-    tokenizer = load_tokenizer(config)
+    sources = find_training_splits(config)
+    refuse_adapter(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     check_models(config)
     check_lora(config, "CAUSAL_LM")
     left_out = {name: LeftOut() for name in sources}

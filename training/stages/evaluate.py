@@ -20,14 +20,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from exo_fast.training import processes
+from exo_fast.training import machine, processes
 from exo_fast.training.data.writing import to_json
 from exo_fast.training.errors import InputError
 from exo_fast.training.files import user_path, write_file
@@ -278,7 +277,7 @@ def _write_results(
         measurements.append(Measurement(model.label, model.seed, model.step, rewards, log_ratios, model.path))
         completions.append([row["completions"] for row in part])
         start = stop
-    versions = {name: _version(name) for name in VERSIONS} | {"python": platform.python_version()}
+    versions = {name: machine.version(name) for name in VERSIONS} | {"python": platform.python_version()}
     results = write_report(
         measurements[1:],
         measurements[0],
@@ -334,13 +333,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _array(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([row[name] for row in rows], dtype=np.float64)  # (P, S)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class _Clock:

@@ -27,23 +27,13 @@ from exo_fast.positions import length_rules
 from exo_fast.precision import matmul_precision
 from exo_fast.training import processes
 from exo_fast.training.data.examples import load_prompts
+from exo_fast.training.data.sources import find_splits
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference.config import (
-    InferenceConfig,
-    encode_prompts,
-    find_splits,
-    load_model,
-    load_tokenizer,
-)
+from exo_fast.training.inference.config import InferenceConfig, encode_prompts, load_model
 from exo_fast.training.inference.resumable import ResumableRun, plan_batches
-from exo_fast.training.inference.sampling import (
-    Sampler,
-    Sampling,
-    ids_without_token,
-    sample_batch,
-)
+from exo_fast.training.inference.sampling import Sampler, Sampling, ids_without_token, sample_batch
 from exo_fast.training.models.digests import digest, json_digest
-from exo_fast.training.models.loading import check_fits_model, model_config
+from exo_fast.training.models.loading import check_fits_model, load_tokenizer, model_config
 from exo_fast.training.options import check_model_name, option
 
 DEFAULT_RETURN_NUM = 4
@@ -128,10 +118,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     also returned. Raises InputError for settings, data or models that cannot work, before any sampling.
     """
     device = processes.start(on_cpu=config.use_cpu)
-    tokenizer = load_tokenizer(config, config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     room = config.max_seq_len - config.max_new_tokens
     prompts, encoded = {}, {}
-    for split, source in find_splits(config).items():
+    for split, source in find_splits(config.data, config.split).items():
         prompts[split] = config.first(load_prompts(source, tokenizer=tokenizer))
         encoded[split] = encode_prompts(tokenizer, prompts[split], [room] * len(prompts[split]))
         for index, (ids, _) in enumerate(encoded[split]):

@@ -20,12 +20,8 @@ from exo_fast.precision import matmul_precision
 from exo_fast.training import processes
 from exo_fast.training.data.examples import load_samples
 from exo_fast.training.data.groups import Cut
-from exo_fast.training.inference.config import (
-    InferenceConfig,
-    find_splits,
-    load_model,
-    load_tokenizer,
-)
+from exo_fast.training.data.sources import find_splits
+from exo_fast.training.inference.config import InferenceConfig, load_model
 from exo_fast.training.inference.log_probs import (
     MAX_TOGETHER,
     can_share_prompts,
@@ -35,7 +31,7 @@ from exo_fast.training.inference.log_probs import (
 )
 from exo_fast.training.inference.resumable import ResumableRun, plan_batches
 from exo_fast.training.models.digests import digest, json_digest
-from exo_fast.training.models.loading import check_fits_model
+from exo_fast.training.models.loading import check_fits_model, load_tokenizer
 from exo_fast.training.options import check_model_name, option, temperature_problem
 
 logger = logging.get_logger(__name__)
@@ -90,10 +86,9 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
     Returns the summary, which is written there too. Raises InputError for settings, data or models that cannot work.
     """
     processes.start(on_cpu=config.use_cpu)
-    tokenizer = load_tokenizer(config, config.model_name_or_path)
-    examples = {
-        split: config.first(load_samples(source, tokenizer=tokenizer)) for split, source in find_splits(config).items()
-    }
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    sources = find_splits(config.data, config.split)
+    examples = {split: config.first(load_samples(source, tokenizer=tokenizer)) for split, source in sources.items()}
     rows = {
         split: tokenize_rows(found, tokenizer, max_seq_len=config.max_seq_len, max_gen_len=config.max_gen_len)
         for split, found in examples.items()

@@ -18,9 +18,9 @@ from exo_fast.data.examples import Example
 from exo_fast.training import processes
 from exo_fast.training.data.examples import load_samples
 from exo_fast.training.data.places import Source
-from exo_fast.training.data.sources import read_records
+from exo_fast.training.data.sources import find_splits, read_records
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference.config import InferenceConfig, find_splits
+from exo_fast.training.inference.config import InferenceConfig
 from exo_fast.training.inference.resumable import ResumableRun, plan_batches
 from exo_fast.training.inference.scorers import SCORERS, Scorer, ScorerConfig, load_scorer
 from exo_fast.training.models.digests import json_digest
@@ -85,7 +85,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """
     processes.start(on_cpu=config.use_cpu)
     scorer = load_scorer(config)
-    sources = find_splits(config)
+    sources = find_splits(config.data, config.split)
     examples = {
         split: config.first(load_samples(source, tokenizer=scorer.tokenizer)) for split, source in sources.items()
     }

@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,14 @@ logger = logging.get_logger(__name__)
 VERSIONS = ("exo_fast", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
 
 
-# Starting, continuing, or having finished
-
-
 # Data
 
 
-def find_splits(config: TrainConfig) -> dict[str, Source]:
-    """The data to train on and, where there is any, to evaluate on: {"train": …, "eval": …}."""
+def find_training_splits(config: TrainConfig) -> dict[str, Source]:
+    """Return the data to train on and, where there is any, to evaluate on: {"train": …, "eval": …}.
+
+    Without any, `config` evaluates nothing. Raises InputError where there is nothing to train on.
+    """
     sources = {"train": find_source(config.data, "train")}
     if sources["train"] is None:
         raise InputError(f"data={config.data!r}: the directory holds no train.json, train.jsonl or train.parquet.")
@@ -73,7 +72,7 @@ def find_splits(config: TrainConfig) -> dict[str, Source]:
 
 
 def table(rows: list[tuple[str, list[Any]]]) -> str:
-    """Aligned lines: a name, and a cell for each split."""
+    """Return aligned lines: a name, and a cell for each split."""
     return "\n".join(
         f"{name:<32}" + "".join(f"{cell:>14,}" if isinstance(cell, int) else f"{cell:>14}" for cell in cells)
         for name, cells in rows
@@ -128,9 +127,6 @@ def check_batches(config: TrainConfig, rows: int) -> None:
             f"dataloader_drop_last=True: {rows} rows make no whole batch of {config.global_batch} ({product}), so "
             "nothing would be trained on; leave dataloader_drop_last out, or make the batch smaller."
         )
-
-
-# Models
 
 
 # Surroundings
@@ -197,7 +193,7 @@ def train(
         "stage": config.stage,
         "config": config.to_dict(),
         "changed": config.changed,
-        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "versions": {name: machine.version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "device": str(config.device),
         "processes": config.world_size,
         **about(),
@@ -216,7 +212,7 @@ def train(
     if config.process_index == 0:
         ran = machine.describe()
         summary |= {"machine": ran["machine"], "commit": ran["commit"]}
-        summary["data_files"] = _or_warn("data_files", lambda: facts.data_files(find_splits(config))) or {}
+        summary["data_files"] = _or_warn("data_files", lambda: facts.data_files(find_training_splits(config))) or {}
         if samples is not None:
             _or_warn(facts.SAMPLES, lambda: facts.write_samples(Path(config.output_dir), samples))
         content = json.dumps(summary, indent=2, default=str) + "\n"
@@ -253,11 +249,3 @@ def _first_and_last(history: list[dict[str, Any]]) -> dict[str, dict[str, dict[s
         if entries:
             found[name] = {"first": entries[0], "last": entries[-1]}
     return found
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -21,7 +21,7 @@ from transformers import (
 from exo_fast.head import read_head
 from exo_fast.training.errors import InputError
 from exo_fast.training.inference.config import InferenceConfig, load_model
-from exo_fast.training.models import loading
+from exo_fast.training.models import merging
 from exo_fast.training.models.merging import merge_adapter, save_merged
 from exo_fast.training.stages.align import AlignConfig, align
 from exo_fast.training.stages.logprobs import LogprobsConfig, logprobs
@@ -111,7 +111,7 @@ def test_a_merge_that_changes_numbers_is_refused(
     noisy(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))).save_pretrained(tmp_path)
     merged = merge_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype), str(tmp_path))
     assert merged.dtype == dtype
-    monkeypatch.setattr(loading, "_give_head_its_own_weights", lambda adapted: False)  # as PEFT alone has it
+    monkeypatch.setattr(merging, "_give_head_its_own_weights", lambda adapted: False)  # as PEFT alone has it
     with pytest.raises(InputError, match=r"cannot be merged into its base .*: the logits of 16 tokens differ by \d"):
         merge_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype), str(tmp_path))
 
