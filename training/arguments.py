@@ -19,7 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from exo_fast.data.fields import short
+from exo_fast.data.fields import shorten
 from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.files import user_path
 
@@ -146,7 +146,7 @@ def _recipe_words(parser: StageParser, hints: dict[str, Any], path: Path) -> lis
         if not isinstance(key, str) or key not in actions or key in NOT_FIELDS:
             name = key if isinstance(key, str) else "(a list or mapping)"
             known = [action for action in actions if action not in NOT_FIELDS]
-            raise InputError(f"line {line}: unknown key {short(name)}{nearest(name, known, otherwise='.')}")
+            raise InputError(f"line {line}: unknown key {shorten(name)}{nearest(name, known, otherwise='.')}")
         if key in seen:
             raise InputError(f"line {line}: key {key!r} is set twice.")
         seen.add(key)
@@ -206,13 +206,13 @@ class _Values:
         if isinstance(node, yaml.MappingNode) and kind == "map":
             return {self._name(key): self.of(value, depth + 1) for key, value in node.value}
         if not isinstance(node, yaml.ScalarNode) or kind not in SCALARS:
-            raise InputError(f"{where}: {short(node.tag)} is not taken here; write a plain value.")
+            raise InputError(f"{where}: {shorten(node.tag)} is not taken here; write a plain value.")
         if kind in ("str", "timestamp"):
             return node.value
         try:
             return self.constructor.construct_object(node)
         except Exception as error:  # as above
-            raise InputError(f"{where}: {short(node.value)} is no {kind}.") from error
+            raise InputError(f"{where}: {shorten(node.value)} is no {kind}.") from error
 
     def _name(self, node: yaml.Node) -> str:
         if not isinstance(node, yaml.ScalarNode):

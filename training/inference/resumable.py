@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from exo_fast.training import processes
 from exo_fast.training.data.writing import PARTIAL, SUMMARY, to_json
 from exo_fast.training.errors import InputError
-from exo_fast.training.files import hold, release, write_file
+from exo_fast.training.files import lock_directory, unlock_directory, write_file
 
 FORMAT = 1  # raised when the same identity gives other results
 DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
@@ -47,7 +47,7 @@ class ResumableRun:
         naming what differs, or files of those names that no run of this identity was writing; and where another
         process is writing there (`files`), which this run keeps others from until it is finished.
         """
-        hold(self.directory)
+        lock_directory(self.directory)
         path = self.directory / SUMMARY
         if path.is_file():
             summary = _read_summary(path)
@@ -61,7 +61,7 @@ class ResumableRun:
                 if processes.index() == 0:
                     shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
                     print(f"reusing {self.directory}: finished earlier with the same settings and data", flush=True)
-                release(self.directory)
+                unlock_directory(self.directory)
                 return summary
         elif not any(self._stored_files("*")):
             for name in files:
@@ -127,7 +127,7 @@ class ResumableRun:
             write_file(self.directory, SUMMARY, to_json(whole))
             shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
         processes.wait()
-        release(self.directory)
+        unlock_directory(self.directory)
         return whole
 
     def _path(self, split: str, rank: int | str) -> Path:

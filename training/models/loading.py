@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from exo_fast.data.fields import short
+from exo_fast.data.fields import shorten
 from exo_fast.positions import longest_text
 from exo_fast.training.data.json_rows import read_json
 from exo_fast.training.errors import InputError, first_line
@@ -65,7 +65,7 @@ def check_counts(name_or_path: str) -> None:
                 parts.append(value)
             for pattern, limit in LIMITS.items():
                 if isinstance(value, int) and value > limit and pattern.match(key):
-                    raise InputError(f"{path}: {key} is {short(value)}; no model has more than {limit:,}.")
+                    raise InputError(f"{path}: {key} is {shorten(value)}; no model has more than {limit:,}.")
 
 
 def check_weights(name_or_path: str) -> None:

@@ -27,7 +27,7 @@ from exo_fast.training.models.tiled_mlp import tile_mlps
 from exo_fast.training.options import option, temperature_problem
 from exo_fast.training.trainer import non_finite
 from exo_fast.training.trainer.config import AFTER_PRESETS, TRAINING_GROUPS, CausalConfig
-from exo_fast.training.trainer.continuing import begin
+from exo_fast.training.trainer.continuing import resume_or_start
 from exo_fast.training.trainer.reference_logps import fill_reference_logps
 from exo_fast.training.trainer.run import (
     find_training_splits,
@@ -231,7 +231,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     checkpoints; trainer_state.json; TensorBoard logs; summary.json; report.html and README.md, the model card. Returns
     the summary. Raises InputError, before any training, for data, models or directories that cannot work.
     """
-    checkpoint, finished = begin(config)
+    checkpoint, finished = resume_or_start(config)
     if finished is not None:
         return finished
     if config.long_sequence and config.device.type == "cpu":
@@ -453,7 +453,7 @@ class AlignTrainer(StageTrainer):
         counts = self.train_dataset.counts
         each = max(1, counts.groups // counts.examples)
         examples = sorted({index // each for index in indices})
-        return f"examples {non_finite.shown(examples)} of the training data (counted from 0)"
+        return f"examples {non_finite.format_rows(examples)} of the training data (counted from 0)"
 
     def _before_start(self) -> None:
         self.layout = settle_layout(

@@ -23,7 +23,7 @@ from exo_fast.training.models.scorer import ROUNDED_TOLERANCE, TOLERANCE, load_s
 from exo_fast.training.models.scorer_modules import RewardModule, settle_layout
 from exo_fast.training.options import option
 from exo_fast.training.trainer.config import TrainConfig
-from exo_fast.training.trainer.continuing import begin
+from exo_fast.training.trainer.continuing import resume_or_start
 from exo_fast.training.trainer.run import check_batches, find_training_splits, table, train, training_scope
 from exo_fast.training.trainer.trainer import StageTrainer
 
@@ -128,7 +128,7 @@ def train_scalar(
     `to_row` gives an example's texts and label. `held_out` turns the metrics of the model that is saved (without
     "eval_") into `summary["held_out"]`, and `closing` that into the last line.
     """
-    checkpoint, finished = begin(config)
+    checkpoint, finished = resume_or_start(config)
     if finished is not None:
         return finished
     refuse_adapter(config.model_name_or_path)

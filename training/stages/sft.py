@@ -16,7 +16,7 @@ from exo_fast.training.models.modules import SftModule
 from exo_fast.training.models.sharing import need_own_numbers
 from exo_fast.training.options import option
 from exo_fast.training.trainer.config import CausalConfig
-from exo_fast.training.trainer.continuing import begin
+from exo_fast.training.trainer.continuing import resume_or_start
 from exo_fast.training.trainer.run import (
     find_training_splits,
     losses_line,
@@ -72,7 +72,7 @@ class SftTrainer(StageTrainer):
 def sft(config: SftConfig) -> dict[str, Any]:
     """Fine-tune `config.model_name_or_path` on `config.data`; writes to `config.output_dir` and returns what `align`
     does. Raises InputError, before any training, for data, models or directories that cannot work."""
-    checkpoint, finished = begin(config)
+    checkpoint, finished = resume_or_start(config)
     if finished is not None:
         return finished
     sources = find_training_splits(config)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from exo_fast.training import processes
 from exo_fast.training.files import file_sha256
-from exo_fast.training.models.saving import _force
+from exo_fast.training.models.saving import force_to_disk
 
 logger = logging.get_logger(__name__)
 
@@ -101,13 +101,13 @@ def publish(written: Path, target: Path, facts: Facts) -> None:
 def _finish(written: Path, target: Path, manifest: dict) -> None:
     path = written / MANIFEST
     path.write_text(json.dumps(manifest, indent=1) + "\n")
-    _force(path)
+    force_to_disk(path)
     for folder in {written, *((written / name).parent for name in manifest["files"])}:
-        _force(folder)
+        force_to_disk(folder)
     if target.exists():  # a damaged one, which the run went back from
         _discard(target)
     written.rename(target)
-    _force(target.parent)
+    force_to_disk(target.parent)
 
 
 def rotate(output_dir: Path, keep: int | None, spare: str | None) -> None:
@@ -250,7 +250,7 @@ def _shared(names: list[str], work: Callable[[str], object]) -> dict:
 
 def _entry(path: Path) -> dict:
     """Force a file to disk; return its size and hash."""
-    _force(path)
+    force_to_disk(path)
     return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 

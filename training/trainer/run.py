@@ -1,8 +1,7 @@
-"""What the training stages have in common: `begin`, the loading of models, `training_scope`, and `train`.
+"""The steps that all training stages share: finding and tokenising data, `training_scope`, and `train`.
 
-A stage (align, sft, reward_model, classifier) reads from top to bottom as: begin, read data, load the tokenizer and the
-model, build a module and a trainer, train. The same command given again finishes what was interrupted: the settings
-that decide the result are kept in the output directory, so that continuing and mistaking are told apart.
+A stage (align, sft, reward_model, classifier) reads from top to bottom as: resume or start, read data, load the
+tokenizer and the model, build a module and a trainer, train.
 """
 
 import datetime
@@ -36,7 +35,7 @@ from exo_fast.training.models.loading import check_fits_model
 from exo_fast.training.reports import facts
 from exo_fast.training.trainer.config import CausalConfig, TrainConfig
 from exo_fast.training.trainer.deepspeed import pickle_plainly, start_on_cpu
-from exo_fast.training.trainer.finishing import _or_warn, finish
+from exo_fast.training.trainer.finishing import finish, try_or_warn
 from exo_fast.training.trainer.trainer import StageTrainer
 
 logger = logging.get_logger(__name__)
@@ -141,7 +140,7 @@ def training_scope(config: TrainConfig) -> Iterator[None]:
         with precision, _deepspeed_scope(config), facts.heard_warnings() as config.warnings:
             yield
     finally:
-        files.release(Path(config.output_dir))
+        files.unlock_directory(Path(config.output_dir))
 
 
 @contextmanager
@@ -188,7 +187,7 @@ def train(
     # The model that is saved, which with load_best_model_at_end is not the one that was evaluated last.
     if trainer.eval_dataset is not None and (config.load_best_model_at_end or not trainer.is_evaluated()):
         trainer.evaluate()
-    _or_warn("trainer_state.json", trainer.save_state)
+    try_or_warn("trainer_state.json", trainer.save_state)
     summary = {
         "stage": config.stage,
         "config": config.to_dict(),
@@ -208,13 +207,13 @@ def train(
         "command": facts.command_line(),
         "warnings": config.warnings,
     }
-    samples = _or_warn("samples", lambda: facts.take_samples(trainer))  # a collective call
+    samples = try_or_warn("samples", lambda: facts.take_samples(trainer))  # a collective call
     if config.process_index == 0:
         ran = machine.describe()
         summary |= {"machine": ran["machine"], "commit": ran["commit"]}
-        summary["data_files"] = _or_warn("data_files", lambda: facts.data_files(find_training_splits(config))) or {}
+        summary["data_files"] = try_or_warn("data_files", lambda: facts.data_files(find_training_splits(config))) or {}
         if samples is not None:
-            _or_warn(facts.SAMPLES, lambda: facts.write_samples(Path(config.output_dir), samples))
+            try_or_warn(facts.SAMPLES, lambda: facts.write_samples(Path(config.output_dir), samples))
         content = json.dumps(summary, indent=2, default=str) + "\n"
         try:
             write_file(Path(config.output_dir), "summary.json", content.encode())  # it says that the run is finished

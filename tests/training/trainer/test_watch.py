@@ -167,9 +167,8 @@ def test_a_directory_that_another_process_writes_to_is_refused(
 ) -> None:
     monkeypatch.setattr(files, "PATIENCE", 0.0)
     output = tmp_path / "run"
-    code = (
-        f"import sys; from pathlib import Path; from exo_fast.training import files; files.hold(Path({str(output)!r}))"
-    )
+    code = "import sys; from pathlib import Path; from exo_fast.training import files"
+    code += f"; files.lock_directory(Path({str(output)!r}))"
     holder = subprocess.Popen(
         [sys.executable, "-c", f"{code}; print('held', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE,
