@@ -17,6 +17,7 @@ from exo_fast.training import files
 from exo_fast.training.cli import command
 from exo_fast.training.errors import InputError, RunError, Stopped
 from exo_fast.training.models import modules
+from exo_fast.training.stages import align as align_stage
 from exo_fast.training.stages.align import AlignConfig, align
 from exo_fast.training.trainer import trainer
 
@@ -84,13 +85,13 @@ def test_the_command_line_ends_well_after_sigterm(
 
 
 def test_sigterm_before_the_first_step_ends_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = trainer.fill_reference_logps
+    fill = align_stage.fill_reference_logps
 
     def interrupted(*args: Any) -> dict[str, bool]:
         os.kill(os.getpid(), signal.SIGTERM)
         return fill(*args)
 
-    monkeypatch.setattr(trainer, "fill_reference_logps", interrupted)
+    monkeypatch.setattr(align_stage, "fill_reference_logps", interrupted)
     with pytest.raises(Stopped, match="before the first step: nothing to save"):
         run(settings(engine="torch"))
 
