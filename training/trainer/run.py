@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
 from transformers import (
     PreTrainedTokenizerBase,
 )
@@ -71,11 +72,9 @@ def find_training_splits(config: TrainConfig) -> dict[str, Source]:
 
 
 def table(rows: list[tuple[str, list[Any]]]) -> str:
-    """Return aligned lines: a name, and a cell for each split."""
-    return "\n".join(
-        f"{name:<32}" + "".join(f"{cell:>14,}" if isinstance(cell, int) else f"{cell:>14}" for cell in cells)
-        for name, cells in rows
-    )
+    """Return aligned lines: a name, and a cell for each split. The first row names the splits."""
+    (head, splits), *others = rows
+    return tabulate([[name, *cells] for name, cells in others], [head, *splits], tablefmt="plain", intfmt=",")
 
 
 def tokenize_splits(
