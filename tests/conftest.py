@@ -31,8 +31,6 @@ def keep_environment() -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests with an argument of these names run once for each family of the table."""
-    import families  # not above: it imports the kernels
-
     tables = {"family": "FAMILIES", "sharing_family": "SHARING", "refusing_family": "REFUSING"}
     for argument, table in tables.items():
         if argument in metafunc.fixturenames:
