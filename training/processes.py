@@ -2,6 +2,7 @@
 
 import os
 import socket
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -10,18 +11,29 @@ Value = TypeVar("Value")
 LAUNCHER_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
+def start(*, on_cpu: bool) -> torch.device:
+    """Join the processes that a launcher started, by gloo on a CPU; return this one's device. Calling it again is free.
+
+    A process waits up to a day for the slowest: a batch takes as long as it takes.
+    """
+    from accelerate import PartialState
+
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what a training stage in this process left behind
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=1)).device
+
+
 def count() -> int:
-    """How many processes run together."""
+    """Return how many processes run together."""
     return torch.distributed.get_world_size() if _together() else 1
 
 
 def index() -> int:
-    """Which of them this is; 0 writes what is written once."""
+    """Return which of them this is; 0 writes what is written once."""
     return torch.distributed.get_rank() if _together() else 0
 
 
 def gather(value: Value) -> list[Value]:
-    """The values of all processes, in their order; a collective call, for small values."""
+    """Return the values of all processes, in their order; a collective call, for small values."""
     if count() == 1:
         return [value]
     values: list[Value] = [value] * count()
@@ -30,12 +42,12 @@ def gather(value: Value) -> list[Value]:
 
 
 def from_first(value: Value) -> Value:
-    """The first process's value; a collective call."""
+    """Return the first process's value; a collective call."""
     return gather(value if index() == 0 else None)[0]
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if count() > 1:
         torch.distributed.barrier()
 

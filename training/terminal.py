@@ -12,11 +12,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import select
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -73,7 +71,7 @@ def lost_output() -> OSError | None:
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether `stream` gets colours: a terminal does, unless NO_COLOR is set; FORCE_COLOR gives them to all streams."""
+    """Say if `stream` gets colours: a terminal does, unless NO_COLOR is set; FORCE_COLOR gives them to all streams."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR", "0") != "0":
@@ -82,42 +80,8 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def paint(text: str, colour: str, stream: TextIO) -> str:
-    """`text` in a colour (red, green or yellow) where `stream` has colours, else as it is."""
+    """Return `text` in a colour (red, green or yellow) where `stream` has colours, else as it is."""
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if has_colour(stream) else text
-
-
-class _Painted(logging.Formatter):
-    """What another formatter makes of a record, painted by its level."""
-
-    def __init__(self, inner: logging.Formatter):
-        super().__init__()
-        self.inner = inner
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = self.inner.format(record)
-        if record.levelno < logging.WARNING:
-            return text
-        return paint(text, "yellow" if record.levelno < logging.ERROR else "red", sys.stderr)
-
-
-def _painted_warning(*about: Any, **more: Any) -> str:
-    return paint(_plain_warning(*about, **more), "yellow", sys.stderr)
-
-
-_plain_warning = warnings.formatwarning
-
-
-def paint_warnings() -> None:
-    """Warnings of Python, of ours and of transformers yellow from now on, errors red, where stderr has colours.
-
-    Loggers that have a handler by now: to be called again when transformers has been imported.
-    """
-    if not has_colour(sys.stderr):
-        return
-    warnings.formatwarning = _painted_warning
-    for handler in (logging.lastResort, *logging.getLogger("transformers").handlers):
-        if handler is not None and not isinstance(handler.formatter, _Painted):
-            handler.setFormatter(_Painted(handler.formatter or logging.Formatter()))
 
 
 @contextlib.contextmanager
@@ -127,7 +91,7 @@ def results_only() -> Iterator[None]:
     stdout = sys.stdout
     stdout.flush()
     own = os.dup(1)
-    is_own = stdout is sys.__stdout__  # a notebook's or a test's is none of a descriptor
+    is_own = stdout is sys.__stdout__  # notebooks and pytest replace stdout by an object without a file descriptor
     _results = os.fdopen(os.dup(own), "w", encoding="utf-8", errors="backslashreplace") if is_own else stdout
     try:
         os.dup2(2, 1)  # for child processes, and libraries that print without Python
@@ -142,9 +106,9 @@ def results_only() -> Iterator[None]:
 
 
 def give_result(value: Any) -> None:
-    """Print `value` as a line of JSON on stdout if results were asked for; of several processes, the first does.
+    """Print `value` as one line of JSON on stdout if results were asked for. Only rank 0 prints.
 
-    What JSON has no form for becomes text, and numbers that are not finite null, so that any reader can parse it.
+    Values that JSON cannot hold become strings; NaN and infinity become null.
     """
     if _results is None or os.environ.get("RANK", "0") != "0":
         return

@@ -344,7 +344,7 @@ def poison(path: Path, rng: random.Random) -> None:
     torch.save({"payload": Payload()}, path, pickle_module=pickle)
     folder = next(parent for parent in path.parents if (parent / checkpoints.MANIFEST).exists())
     manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
-    manifest["files"][path.relative_to(folder).as_posix()] = checkpoints._entry(path, to_disk=False)
+    manifest["files"][path.relative_to(folder).as_posix()] = checkpoints._entry(path)
     (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
 
 

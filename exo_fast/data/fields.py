@@ -16,12 +16,12 @@ class BadField(ValueError):
     """A fault in one field of one row; `place` says which row, where that is known."""
 
     def __init__(self, field: str, value: Any, fix: str, *, place: Any = None):
-        super().__init__(f"{'' if place is None else f'{place}, '}field `{field}`, value {short(value)}: {fix}")
+        super().__init__(f"{'' if place is None else f'{place}, '}field `{field}`, value {shorten(value)}: {fix}")
         self.missing = isinstance(value, Missing)
 
 
-def short(value: Any, width: int = 80) -> str:
-    """`repr(value)`, cut to `width` characters."""
+def shorten(value: Any, width: int = 80) -> str:
+    """Return `repr(value)`, cut to `width` characters."""
     try:
         text = repr(value[:width] if isinstance(value, (str, bytes)) else value)
     except (RecursionError, ValueError):  # lists in lists in lists, a number of thousands of digits
@@ -39,6 +39,6 @@ def is_unicode(text: str) -> bool:
 
 
 def field_names(row: dict[str, Any]) -> str:
-    """The names of a row's fields, the first ten of them, for an error's text."""
-    names = [short(name)[1:-1] for name in list(row)[:MAX_NAMES]]
+    """Return the names of a row's fields, the first ten of them, for an error's text."""
+    names = [shorten(name)[1:-1] for name in list(row)[:MAX_NAMES]]
     return ", ".join(names + ["…"] * (len(row) > MAX_NAMES)) or "no fields"

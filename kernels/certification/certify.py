@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = run(jobs(options.kernel, options.target), options.jobs)
     failures = [(row, failed) for row in rows for failed in row.failures]
     report = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "triton": triton.__version__,
         "fp_fusion": os.environ["TRITON_DEFAULT_FP_FUSION"],
         "binaries": len(rows),

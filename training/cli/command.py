@@ -103,7 +103,6 @@ STAGES: dict[str, Stage] = {
 def run_stage(name: str, argv: Sequence[str]) -> int:
     """Run the stage `name` with the words of its command line; returns the exit status."""
     stage = STAGES[name]
-    terminal.paint_warnings()
     if stage.config is None:
         return getattr(stage.code(), stage.function)(argv) or 0
 
@@ -125,7 +124,6 @@ def run_stage(name: str, argv: Sequence[str]) -> int:
         epilog=config_class.examples,
     )
     function = getattr(stage.code(), stage.function)
-    terminal.paint_warnings()  # of transformers, which is imported now
     terminal.give_result(function(config))
     return 0
 

@@ -15,7 +15,7 @@ MAX_ROWS = 2**28  # of a file that says how many it has: their objects alone wou
 ROWS_PER_BATCH = 1024
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[Place, Any]]:
+def read_parquet(path: Path) -> Iterator[tuple[Place, Any]]:
     import pyarrow.parquet
 
     try:
@@ -34,14 +34,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[Place, Any]]:
         raise InputError(f"{path}: not a readable parquet file: {first_line(error)}") from error
 
 
-def _read_saved_dataset(source: Source) -> Iterator[tuple[Place, Any]]:
+def read_saved_dataset(source: Source) -> Iterator[tuple[Place, Any]]:
     """Rows as Python values. Nothing outside the folder is opened: not by the names of its data files, and not by
     columns that hold paths of images or sounds, which are left out."""
     import datasets
 
     folder = source.path if source.dataset_split is None else source.path / source.dataset_split
     try:
-        _saved_names(folder / "state.json", "_data_files")
+        saved_names(folder / "state.json", "_data_files")
         dataset = datasets.Dataset.load_from_disk(str(folder)).with_format(None)
         _check_row_count(folder, len(dataset))
         columns = [name for name, feature in dataset.features.items() if not _names_files(feature)]
@@ -70,7 +70,7 @@ def _check_row_count(path: Path, rows: int) -> None:
         raise InputError(f"{path}: says that it has {rows:,} rows; at most {MAX_ROWS:,} can be read.")
 
 
-def _saved_names(path: Path, key: str) -> list[str]:
+def saved_names(path: Path, key: str) -> list[str]:
     """The names of splits or data files in a JSON file of a saved dataset. Raises InputError for a file of another form
     and for a name that leads out of the folder."""
     value = read_json(path)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exo_fast.training.data.arrow_rows import _read_parquet, _read_saved_dataset, _saved_names
-from exo_fast.training.data.json_rows import _read_json
+from exo_fast.training.data.arrow_rows import read_parquet, read_saved_dataset, saved_names
+from exo_fast.training.data.json_rows import read_json_rows
 from exo_fast.training.data.places import Place, Source
 from exo_fast.training.errors import InputError
 
@@ -23,10 +23,10 @@ SPLIT_NAMES = {
 def read_rows(source: Source) -> Iterator[tuple[Place, Any]]:
     """As read_records, for files and saved datasets; lines of JSONL come undecoded, as JsonLine."""
     if source.path.is_dir() and not source.shards:
-        yield from _read_saved_dataset(source)
+        yield from read_saved_dataset(source)
         return
     for path in source.shards or (source.path,):
-        yield from _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+        yield from read_parquet(path) if path.suffix == ".parquet" else read_json_rows(path)
 
 
 def _shards(folder: Path, name: str, suffix: str) -> tuple[Path, ...]:
@@ -57,7 +57,7 @@ def find_files(path: Path, split: str, hint: str = "") -> Source | None:
     if not path.is_dir():
         raise InputError(f"{path}: no such file or directory{hint}.")
     if (path / "dataset_dict.json").is_file():
-        available = _saved_names(path / "dataset_dict.json", "splits")
+        available = saved_names(path / "dataset_dict.json", "splits")
         return next((Source(path, name) for name in names if name in available), None)
     if (path / "state.json").is_file():
         return Source(path) if split == "train" else None

@@ -95,7 +95,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.") from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[Place, Any]]:
+def read_json_rows(path: Path) -> Iterator[tuple[Place, Any]]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             blocks = (file.read(BLOCK_BYTES) for _ in range(MAX_ROW_BYTES // BLOCK_BYTES))

@@ -16,7 +16,6 @@ KIND says what a record holds (KINDS). If PATH holds such records already, say b
 `score` wrote them, they are taken as they are: one name serves a dataset at every step, as in the original.
 """
 
-import difflib
 import importlib
 import json
 import re
@@ -34,7 +33,7 @@ from exo_fast.training.data.faults import collect
 from exo_fast.training.data.files import find_files, read_rows
 from exo_fast.training.data.json_rows import JsonLine
 from exo_fast.training.data.places import Place
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.files import user_path
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ KINDS = {
 }
 ENTRY_POINT_GROUP = "exo_fast.datasets"
 OURS = ("custom", "hh", "imdb", "reviews", "tldr")  # modules beside this one, each registers its names
+CUTOFF = 0.75  # of names that are near: a path such as data/sft is no slip of the pen
 DATASET_NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_-]+"
 
 
@@ -202,13 +202,6 @@ def known_names() -> list[str]:
     return sorted({*_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def nearest(name: str) -> str:
-    """ "; did you mean …?" with the known names nearest to `name`, or nothing when none is near or it is known."""
-    known = known_names()
-    near = [] if name in known else difflib.get_close_matches(name, known, n=3, cutoff=0.75)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
 def open_dataset(name: str, path: str | None, **options: Any) -> RawDataset:
     """The dataset `name` with its data at `path`; `options` as RawDataset takes them.
 
@@ -230,7 +223,7 @@ def _find_class(name: str) -> type[RawDataset]:
         return _registered[name]
     point = next((point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name), None)
     if point is None:
-        raise InputError(f"unknown dataset {name!r}{nearest(name) or '; known are ' + ', '.join(known) + '.'}")
+        raise InputError(f"unknown dataset {name!r}{nearest(name, known, cutoff=CUTOFF)}")
     try:
         dataset = point.load()
     except Exception as error:  # whatever someone else's module raises on import

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.files import user_path
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 from exo_fast.training.data.files import find_files, read_rows
 from exo_fast.training.data.json_rows import JsonLine
 from exo_fast.training.data.places import Place, Source
-from exo_fast.training.data.registry import DATASET_NAME, known_names, nearest, open_dataset
+from exo_fast.training.data.registry import CUTOFF, DATASET_NAME, known_names, open_dataset
+
+SPLITS = ("train", "test")
 
 
 def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Source | None:
@@ -34,12 +36,30 @@ def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase
     path = user_path(path)
     hint = ""
     if not path.exists() and (named := split_name(text)) is not None:
-        hint = nearest(named[0])
+        hint = nearest(named[0], known_names(), otherwise="", cutoff=CUTOFF)
         if named[1] is not None or named[0] in known_names():
             dataset = open_dataset(*named, tokenizer=tokenizer)
             name = "train" if split == "train" else "test"
             return Source(dataset.path or Path(text), name, dataset) if name in dataset.splits() else None
     return find_files(path, split, hint)
+
+
+def find_splits(data: str, split: str) -> dict[str, Source]:
+    """Return the data of each split that `split` (train, test or all) asks for, by the name that its output file gets.
+
+    A single file is the split it is named after (train or test), else the one asked for, else train. Raises InputError
+    where there is none.
+    """
+    path = user_path(data, "data")
+    if path.is_file():
+        stem = re.split(r"\.|-\d{5}-of-\d{5}", path.name)[0]
+        name = stem if stem in SPLITS and split == "all" else split
+        return {"train" if name == "all" else name: find_source(data, "train")}
+    names = SPLITS if split == "all" else (split,)
+    splits = {name: source for name in names if (source := find_source(data, name)) is not None}
+    if not splits:
+        raise InputError(f"data={data!r}: holds no {' or '.join(names)} split.")
+    return splits
 
 
 def split_name(text: str) -> tuple[str, str | None] | None:

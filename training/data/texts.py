@@ -73,7 +73,7 @@ def tokenize_rows(
         chunk = rows[start : start + ROWS_PER_CALL]
         whole = encode_whole(tokenizer, [text for row in chunk for text in row])
         cut_texts += sum(len(text) > max_seq_len for text in whole)
-        texts = (np.asarray(cut(text, max_seq_len, tokenizer.bos_token_id), np.int32) for text in whole)
+        texts = (np.asarray(truncate(text, max_seq_len, tokenizer.bos_token_id), np.int32) for text in whole)
         ids += [tuple(next(texts) for _ in row) for row in chunk]
         bar.update(len(chunk))
     bar.close()
@@ -162,7 +162,7 @@ def encode(
     Longer ones lose tokens on the left to fit `max_seq_len`, but keep BOS. Raises InputError for a text of no
     tokens.
     """
-    return [cut(ids, max_seq_len, tokenizer.bos_token_id) for ids in encode_whole(tokenizer, texts, at_end=at_end)]
+    return [truncate(ids, max_seq_len, tokenizer.bos_token_id) for ids in encode_whole(tokenizer, texts, at_end=at_end)]
 
 
 def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, at_end: bool = False) -> list[list[int]]:
@@ -186,8 +186,8 @@ def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, at
     return ended
 
 
-def cut(ids: list[int], max_seq_len: int, bos_token_id: int | None) -> list[int]:
-    """At most `max_seq_len` of the tokens: the last ones, behind BOS where `ids` begins with it."""
+def truncate(ids: list[int], max_seq_len: int, bos_token_id: int | None) -> list[int]:
+    """Return at most `max_seq_len` of the tokens: the last ones, behind BOS where `ids` begins with it."""
     if len(ids) <= max_seq_len:
         return ids
     kept = 1 if bos_token_id is not None and ids[0] == bos_token_id and max_seq_len > 1 else 0

@@ -1,35 +1,25 @@
-"""What the stages share that run models without training them: settings, processes, models, data.
+"""What the stages share that run models without training them: settings, models, data.
 
 They need no DeepSpeed engine: every process holds a whole model and takes its share of the batches
 (`exo_fast.training.inference.resumable`), under torchrun, the deepspeed launcher, or alone.
 """
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from exo_fast.data.tokens import RowTokenizer
+from exo_fast.training import processes
 from exo_fast.training.data.groups import cut_left
-from exo_fast.training.data.places import Source
-from exo_fast.training.data.sources import find_source
 from exo_fast.training.errors import InputError
-from exo_fast.training.files import user_path
 from exo_fast.training.models.loading import adapter_base, from_pretrained, is_adapter, refuse_scalar_adapter
 from exo_fast.training.models.merging import merge_adapter
 from exo_fast.training.options import PRECISION_HELP, option, resolve
 from exo_fast.training.processes import announce_cpu
-
-SPLITS = ("train", "test")
 
 
 @dataclass
@@ -100,31 +90,7 @@ class InferenceConfig:
         }
 
 
-# Processes
-
-
-def start_processes(config: InferenceConfig) -> PartialState:
-    """This process and the others that a launcher started: gloo on CPU, the accelerator's own elsewhere.
-
-    A process may wait a day for the slowest: a batch takes as long as it takes.
-    """
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what a training stage in this process left behind
-    return PartialState(cpu=config.use_cpu, timeout=timedelta(days=1))
-
-
-def from_main(value: Any, state: PartialState) -> Any:
-    """The main process's `value`, in every process."""
-    return broadcast_object_list([value])[0] if state.num_processes > 1 else value
-
-
 # Models
-
-
-def load_tokenizer(config: InferenceConfig, name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; of an adapter's base model where the adapter's directory has none."""
-    if is_adapter(name_or_path) and not any(Path(name_or_path).glob("tokenizer*")):
-        name_or_path = adapter_base(name_or_path)
-    return from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = False) -> nn.Module:
@@ -144,7 +110,7 @@ def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = F
         refuse_scalar_adapter(name_or_path)
         base = from_pretrained(AutoModelForCausalLM, adapter_base(name_or_path), **options)
         model = merge_adapter(base, name_or_path)
-    return model.to(PartialState().device).eval()
+    return model.to(processes.start(on_cpu=config.use_cpu)).eval()
 
 
 # Data
@@ -158,22 +124,3 @@ def encode_prompts(
     rows = RowTokenizer(tokenizer)
     found = rows.prompts(prompts)
     return [cut_left(ids, limit, len(rows.prefix)) for ids, limit in zip(found, max_tokens, strict=True)]
-
-
-def find_splits(config: InferenceConfig) -> dict[str, Source]:
-    """The data of each split that `config.split` asks for, by the name that its output file gets.
-
-    A single file is the split it is named after (train or test), else the one asked for, else train. Raises
-    InputError where there is none.
-    """
-    path = user_path(config.data, "data")
-    if path.is_file():
-        stem = re.split(r"\.|-\d{5}-of-\d{5}", path.name)[0]
-        name = stem if stem in SPLITS and config.split == "all" else config.split
-        return {"train" if name == "all" else name: find_source(config.data, "train")}
-    names = SPLITS if config.split == "all" else (config.split,)
-    found = {name: find_source(config.data, name) for name in names}
-    splits = {name: source for name, source in found.items() if source is not None}
-    if not splits:
-        raise InputError(f"data={config.data!r}: holds no {' or '.join(names)} split.")
-    return splits

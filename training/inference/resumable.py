@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from exo_fast.training import processes
 from exo_fast.training.data.writing import PARTIAL, SUMMARY, to_json
 from exo_fast.training.errors import InputError
-from exo_fast.training.files import hold, release, write_file
+from exo_fast.training.files import lock_directory, unlock_directory, write_file
 
 FORMAT = 1  # raised when the same identity gives other results
 DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
@@ -35,20 +35,19 @@ class ResumableRun:
     `identity` is what the results depend on, JSON values by name: settings, and digests of data and models.
     """
 
-    def __init__(self, output_dir: str | Path, identity: Mapping[str, Any], state: PartialState):
+    def __init__(self, output_dir: str | Path, identity: Mapping[str, Any]):
         self.directory = Path(output_dir).expanduser()
         self.identity = json.loads(json.dumps({"format": FORMAT, **identity}))  # as the summary gives it back
         self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
-        self.state = state
 
     def finished(self, files: Sequence[str]) -> dict[str, Any] | None:
         """The summary of a finished run with this identity; None where there is work to do.
 
         `files` are the names that the run will write. Raises InputError where the directory holds another run,
         naming what differs, or files of those names that no run of this identity was writing; and where another
-        process is writing there (`files.hold`), which this run keeps others from until it is finished.
+        process is writing there (`files`), which this run keeps others from until it is finished.
         """
-        hold(self.directory)
+        lock_directory(self.directory)
         path = self.directory / SUMMARY
         if path.is_file():
             summary = _read_summary(path)
@@ -59,10 +58,10 @@ class ResumableRun:
                     "that one to write it again."
                 )
             if all((self.directory / name).is_file() for name in files):
-                if self.state.is_main_process:
+                if processes.index() == 0:
                     shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
                     print(f"reusing {self.directory}: finished earlier with the same settings and data", flush=True)
-                release(self.directory)
+                unlock_directory(self.directory)
                 return summary
         elif not any(self._stored_files("*")):
             for name in files:
@@ -71,7 +70,7 @@ class ResumableRun:
                         f"output_dir={str(self.directory)!r}: holds a {name} that this run did not write; choose "
                         "another output_dir, or move that file away."
                     )
-        self.state.wait_for_everyone()  # nobody writes before all have looked
+        processes.wait()  # nobody writes before all have looked
         return None
 
     def compute(
@@ -94,10 +93,10 @@ class ResumableRun:
         """
         stored = self._read(split)
         todo = [index for index in range(len(sizes)) if index not in stored]
-        self.state.wait_for_everyone()  # so that all deal out the same batches
-        rank, count = self.state.process_index, self.state.num_processes
+        processes.wait()  # so that all deal out the same batches
+        rank, count = processes.index(), processes.count()
         done = sum(sizes[index] for index in stored)
-        shown = progress and self.state.is_main_process
+        shown = progress and processes.index() == 0
         if rank < len(todo):
             prepare()
         with (
@@ -108,7 +107,7 @@ class ResumableRun:
                 lines.append(json.dumps({"batch": todo[position], "value": compute(todo[position])}))
                 # The others are about as far.
                 bar.update(sum(sizes[index] for index in todo[position : position + count]))
-        self.state.wait_for_everyone()
+        processes.wait()
         stored = self._read(split)
         missing = [index for index in range(len(sizes)) if index not in stored]
         if missing:
@@ -121,14 +120,14 @@ class ResumableRun:
     def finish(self, files: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write `files` (JSON values by file name), then the summary with the identity; returns what that holds."""
         whole = json.loads(json.dumps({**summary, "identity": self.identity}))
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
+        processes.wait()
+        if processes.index() == 0:
             for name, value in files.items():
                 write_file(self.directory, name, to_json(value))
             write_file(self.directory, SUMMARY, to_json(whole))
             shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
-        self.state.wait_for_everyone()
-        release(self.directory)
+        processes.wait()
+        unlock_directory(self.directory)
         return whole
 
     def _path(self, split: str, rank: int | str) -> Path:
@@ -169,6 +168,27 @@ class _Lines:
 
     def __exit__(self, *error: Any) -> None:
         self.file.close()
+
+
+def plan_batches(
+    lengths: Sequence[int], sequences: Sequence[int], batch_size: int, *, of_one_length: bool = False
+) -> list[list[int]]:
+    """Return the indices of each batch, longest first, so that a batch pads little and the largest one comes first.
+
+    Item i has `sequences[i]` sequences of `lengths[i]` tokens. A batch has at most `batch_size` sequences, or one item.
+
+    `of_one_length`: only items of the same length in a batch, for a model whose rotary embedding depends on the longest
+    one (`exo_fast.positions`): all its rows are then of one length at every step.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if sequences[index] > room or (of_one_length and lengths[index] != lengths[batches[-1][0]]):
+            batches.append([])
+            room = batch_size
+        batches[-1].append(index)
+        room -= sequences[index]
+    return batches
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from transformers import (
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.positions import length_rules, start_anew
 from exo_fast.training.errors import RunError
+from exo_fast.training.inference.resumable import plan_batches
 from exo_fast.training.options import temperature_problem
 
 SMALLEST_SHARE = 1e-6  # a smaller top_p keeps one token: the most likely one has more in every vocabulary there is
@@ -101,30 +101,10 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-def _stream_key(seed: int, prompt: str, candidate: int) -> bytes:
-    return hashlib.sha256(f"{seed}\x00{candidate}\x00{prompt}".encode()).digest()[:16]
-
-
 def _uniforms(seed: int, prompt: str, candidate: int, count: int) -> np.ndarray:
-    """(count,) float32 in [0, 1): the stream of one candidate of one prompt."""
-    key = int.from_bytes(_stream_key(seed, prompt, candidate), "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count, np.float32)
-
-
-def plan_batches(
-    lengths: Sequence[int], return_num: int, batch_size: int, *, of_one_length: bool = False
-) -> list[list[int]]:
-    """Prompt indices, longest first, so that a batch pads little and the largest batch comes first.
-
-    `of_one_length`: only prompts of the same length in a batch, for a model whose rotary embedding depends on the
-    longest one (`exo_fast.positions`): all its rows are then of one length at every step.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    step = max(1, batch_size // return_num)
-    runs = [order]
-    if of_one_length:
-        runs = [list(run) for _, run in itertools.groupby(order, key=lambda index: lengths[index])]
-    return [run[start : start + step] for run in runs for start in range(0, len(run), step)]
+    """Return (count,) float32 in [0, 1): the stream of one candidate of one prompt."""
+    key = hashlib.sha256(f"{seed}\x00{candidate}\x00{prompt}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count, np.float32)
 
 
 def end_tokens(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -272,7 +252,8 @@ def sample_tokens(
     found: list[list[list[int]]] = [[] for _ in prompts]
     with tqdm(total=len(prompts) * return_num, desc=progress, unit="seq", disable=progress is None) as bar:
         of_one_length = bool(length_rules(model.config))
-        for batch in plan_batches(list(map(len, encoded)), return_num, batch_size, of_one_length=of_one_length):
+        numbers = list(map(len, encoded)), [return_num] * len(encoded)
+        for batch in plan_batches(*numbers, batch_size, of_one_length=of_one_length):
             some = [prompts[i] for i in batch], [encoded[i] for i in batch]
             groups = sample_batch(model, tokenizer, *some, sampling, batch_size, without_token)
             for index, group in zip(batch, groups, strict=True):
@@ -280,34 +261,3 @@ def sample_tokens(
             bar.update(len(batch) * return_num)
     model.train(was_training)
     return found
-
-
-def sample_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    return_num: int = 1,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 128,
-    progress: str | None = None,
-) -> list[list[str]]:
-    """`sample_tokens`, decoded without special tokens: for each prompt, `return_num` strings."""
-    tokens = sample_tokens(
-        model,
-        tokenizer,
-        prompts,
-        return_num=return_num,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in tokens]

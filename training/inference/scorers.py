@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from exo_fast.precision import matmul_precision
+from exo_fast.training import processes
 from exo_fast.training.data.texts import encode, pad
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference.config import InferenceConfig, from_main, load_tokenizer
+from exo_fast.training.inference.config import InferenceConfig
 from exo_fast.training.models.digests import digest
-from exo_fast.training.models.loading import check_fits_model, from_pretrained
+from exo_fast.training.models.loading import check_fits_model, from_pretrained, load_tokenizer
 from exo_fast.training.models.scorer import (
     ROUNDED_TOLERANCE,
     TOLERANCE,
@@ -100,7 +100,7 @@ class ModelScorer(Scorer):
     def __init__(self, config: ScorerConfig, kind: str):
         self.config, self.name = config, getattr(config, kind)
         self.checked: list[list[int]] = []  # the shortest and the longest text that there is
-        self.tokenizer = load_tokenizer(config, self.name)
+        self.tokenizer = load_tokenizer(self.name, trust_remote_code=config.trust_remote_code)
         self.at_end = config.reward_at == "end"
         if config.reward_at == "auto":
             options = {"trust_remote_code": config.trust_remote_code}
@@ -110,11 +110,10 @@ class ModelScorer(Scorer):
                     f"{kind}={self.name!r}: its padding is not EOS, so it is read at the end of each text, EOS "
                     "included, as TRL trains such models. --reward_at before_end reads it before EOS."
                 )
-        state = PartialState()
         self.identity = {
             "scorer": kind,
             "reward_at": "end" if self.at_end else "before_end",
-            "model": from_main(digest(self.name) if state.is_main_process else None, state),
+            "model": processes.from_first(digest(self.name) if processes.index() == 0 else None),
             "max_seq_len": config.max_seq_len,
             **config.numerics(),
         }
@@ -129,7 +128,7 @@ class ModelScorer(Scorer):
             trust_remote_code=config.trust_remote_code,
             new_head=False,
         )
-        model = model.to(PartialState().device).eval()
+        model = model.to(processes.start(on_cpu=config.use_cpu)).eval()
         if self.checked:
             rounded = config.dtype != torch.float32 or config.matmul_precision != "ieee"
             with matmul_precision(config.matmul_precision, model.device.type):
@@ -165,7 +164,9 @@ class FunctionScorer(Scorer):
     def __init__(self, config: ScorerConfig):
         name = config.function
         self.label = f"function={name!r}"
-        self.tokenizer = None if config.tokenizer is None else load_tokenizer(config, config.tokenizer)
+        self.tokenizer = None
+        if config.tokenizer is not None:
+            self.tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         self.function = _import_function(name)
         source = hashlib.sha256()
         # The module too: what a decorator returns stands in the decorator's file, and an object in none.

@@ -11,22 +11,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
 )
 
 from exo_fast.head import read_head
 from exo_fast.training.errors import InputError, nearest
-from exo_fast.training.models.loading import SCALAR_TASK, from_pretrained, refuse_adapter
+from exo_fast.training.models.loading import SCALAR_TASK, from_pretrained
 
 if TYPE_CHECKING:
     from exo_fast.training.trainer.config import TrainConfig
-
-
-def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model to train, which must be a whole one."""
-    refuse_adapter(config.model_name_or_path)
-    return from_pretrained(AutoTokenizer, config.model_name_or_path, trust_remote_code=config.trust_remote_code)
 
 
 def load_causal_lm(config: TrainConfig, name_or_path: str) -> nn.Module:

@@ -15,9 +15,9 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json
 
 
 def digest(name_or_path: str) -> str:
-    """SHA-256 over a model's weights, configuration and tokenizer, and over those of an adapter's base.
+    """Return the SHA-256 of a model's weights, configuration and tokenizer, and of an adapter's base.
 
-    Of a model of the Hub over its commit, which fixes all of them: its weights may not have been downloaded yet.
+    A model of the Hub is known by its commit, which fixes all of them: its weights may not have been downloaded yet.
     """
     directory = Path(name_or_path)
     if not directory.is_dir():
@@ -33,12 +33,12 @@ def digest(name_or_path: str) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value."""
+    """Return the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def model_digest(name_or_path: str) -> str:
-    """SHA-256 over the names and content of a model's weight and configuration files (local, or a Hub snapshot)."""
+    """Return the SHA-256 of the names and content of a model's weight and configuration files, local or of the Hub."""
     directory = Path(name_or_path)
     if not directory.is_dir():
         directory = Path(cached_file(name_or_path, "config.json")).parent
@@ -46,6 +46,5 @@ def model_digest(name_or_path: str) -> str:
     for path in sorted({path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)}):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # goes on with this one
     return digest.hexdigest()

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from exo_fast.data.fields import short
+from exo_fast.data.fields import shorten
 from exo_fast.positions import longest_text
 from exo_fast.training.data.json_rows import read_json
 from exo_fast.training.errors import InputError, first_line
@@ -64,7 +65,7 @@ def check_counts(name_or_path: str) -> None:
                 parts.append(value)
             for pattern, limit in LIMITS.items():
                 if isinstance(value, int) and value > limit and pattern.match(key):
-                    raise InputError(f"{path}: {key} is {short(value)}; no model has more than {limit:,}.")
+                    raise InputError(f"{path}: {key} is {shorten(value)}; no model has more than {limit:,}.")
 
 
 def check_weights(name_or_path: str) -> None:
@@ -114,7 +115,11 @@ def _broken_json(name_or_path: str) -> str | None:
     return None
 
 
-# Merging adapters
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model; of an adapter's base model where the adapter's directory has none."""
+    if is_adapter(name_or_path) and not any(Path(name_or_path).glob("tokenizer*")):
+        name_or_path = adapter_base(name_or_path)
+    return from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
 
 
 # Fitting data

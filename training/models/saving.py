@@ -128,17 +128,17 @@ def replace_files(source: Path, target: Path) -> None:
             if path.is_dir():
                 replace_files(path, target / path.name)
             else:
-                _force(path)
+                force_to_disk(path)
                 os.replace(path, target / path.name)
         except OSError as error:
             if path.suffix == WEIGHTS_SUFFIX:
                 raise
             logger.warning(f"{target / path.name} was not written: {error.strerror or error}")
-    _force(target)
+    force_to_disk(target)
 
 
-def _force(path: Path) -> None:
-    """fsync of a file or a folder."""
+def force_to_disk(path: Path) -> None:
+    """Write a file or a folder through to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

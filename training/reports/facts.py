@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from exo_fast.training import files
+from exo_fast.training.files import file_sha256
 from exo_fast.training.models.modules import AlignModule
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def data_files(sources: dict[str, Source]) -> dict[str, dict[str, Any]]:
         found[split] = {"name": str(source)}
         if source.raw is None:
             path, files = source.path.expanduser(), source.files
-            lines = [f"{file.relative_to(path).as_posix()} {_sha256(file)}" for file in files]
+            lines = [f"{file.relative_to(path).as_posix()} {file_sha256(file)}" for file in files]
             together = hashlib.sha256("\n".join(lines).encode()).hexdigest()
             found[split] |= {
                 "files": len(files),
@@ -74,14 +75,6 @@ def data_files(sources: dict[str, Source]) -> dict[str, dict[str, Any]]:
                 "sha256": together if path.is_dir() else lines[0].split()[-1],
             }
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class _Listener(logging.Handler):

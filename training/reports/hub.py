@@ -7,9 +7,7 @@ tells of the machine and its paths. An upload that fails loses nothing, because 
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.utils import logging
 
-from exo_fast.training.errors import InputError, RunError, Stopped
+from exo_fast.training.errors import InputError, RunError, Stopped, nearest
 from exo_fast.training.files import why_not_writable
 
 if TYPE_CHECKING:
@@ -28,22 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# transformers' names for where logs can go: the module each needs, and the package that has it.
-TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
-    "mlflow": ("mlflow", "mlflow"),
-    "comet_ml": ("comet_ml", "comet-ml"),
-    "trackio": ("trackio", "trackio"),
-    "clearml": ("clearml", "clearml"),
-    "codecarbon": ("codecarbon", "codecarbon"),
-    "dagshub": ("dagshub", "dagshub"),
-    "dvclive": ("dvclive", "dvclive"),
-    "flyte": ("flytekit", "flytekit"),
-    "neptune": ("neptune", "neptune"),
-    "swanlab": ("swanlab", "swanlab"),
-    "azure_ml": ("azureml", "azureml-core"),
-}
+# Packages of trackers that transformers calls otherwise.
+PACKAGES = {"comet_ml": "comet-ml", "flyte": "flytekit", "azure_ml": "azureml-core"}
 STRATEGIES = ("end", "every_save")
 # What from_pretrained reads. A list of what to take, so that a file that nobody thought of stays here.
 PUBLISHED = (
@@ -68,15 +56,14 @@ PUBLISHED = (
 
 def check_trackers(report_to: list[str]) -> None:
     """Raises InputError for a tracker that transformers does not know, or whose package is not installed."""
+    # transformers lists flyte nowhere as available; its callback says if flytekit is missing.
+    there = {"all", "none", "flyte", *get_available_reporting_integrations()}
     for name in report_to:
-        if name in ("all", "none"):
-            continue
-        if name not in TRACKERS:
-            near = difflib.get_close_matches(name, TRACKERS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f": one of {', '.join(TRACKERS)}, or none, is needed."
+        if name not in there | INTEGRATION_TO_CALLBACK.keys():
+            hint = nearest(name, INTEGRATION_TO_CALLBACK)
             raise InputError(f"report_to={name!r}: nothing that logs can go to{hint}")
-        module, package = TRACKERS[name]
-        if importlib.util.find_spec(module) is None:
+        if name not in there:
+            package = PACKAGES.get(name, name)
             raise InputError(f"report_to={name!r}: needs {package}: pip install {package} (or --report_to none).")
 
 

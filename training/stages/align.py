@@ -18,8 +18,8 @@ from exo_fast.training.data.groups import GroupCollator, GroupDataset
 from exo_fast.training.data.places import Source
 from exo_fast.training.errors import InputError
 from exo_fast.training.machine import give_back_freed_memory
-from exo_fast.training.models.causal import add_lora, check_lora, load_causal_lm, load_tokenizer
-from exo_fast.training.models.loading import from_pretrained, refuse_adapter
+from exo_fast.training.models.causal import add_lora, check_lora, load_causal_lm
+from exo_fast.training.models.loading import from_pretrained, load_tokenizer, refuse_adapter
 from exo_fast.training.models.modules import AlignModule
 from exo_fast.training.models.sequence_parallel import SEQUENCE_PARALLEL_CORES, SequenceParallel, refusal
 from exo_fast.training.models.sharing import settle_layout
@@ -27,9 +27,16 @@ from exo_fast.training.models.tiled_mlp import tile_mlps
 from exo_fast.training.options import option, temperature_problem
 from exo_fast.training.trainer import non_finite
 from exo_fast.training.trainer.config import AFTER_PRESETS, TRAINING_GROUPS, CausalConfig
-from exo_fast.training.trainer.continuing import begin
+from exo_fast.training.trainer.continuing import resume_or_start
 from exo_fast.training.trainer.reference_logps import fill_reference_logps
-from exo_fast.training.trainer.run import find_splits, losses_line, table, tokenize_splits, train, training_scope
+from exo_fast.training.trainer.run import (
+    find_training_splits,
+    losses_line,
+    table,
+    tokenize_splits,
+    train,
+    training_scope,
+)
 from exo_fast.training.trainer.trainer import StageTrainer
 from exo_fast.validate import LARGEST, LEAST, LEAST_SMOOTHING
 
@@ -224,13 +231,14 @@ def align(config: AlignConfig) -> dict[str, Any]:
     checkpoints; trainer_state.json; TensorBoard logs; summary.json; report.html and README.md, the model card. Returns
     the summary. Raises InputError, before any training, for data, models or directories that cannot work.
     """
-    checkpoint, finished = begin(config)
+    checkpoint, finished = resume_or_start(config)
     if finished is not None:
         return finished
     if config.long_sequence and config.device.type == "cpu":
         give_back_freed_memory()
-    sources = find_splits(config)
-    tokenizer = load_tokenizer(config)
+    sources = find_training_splits(config)
+    refuse_adapter(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     check_models(config)
     check_lora(config, "CAUSAL_LM")
     left_out = {name: LeftOut() for name in sources}
@@ -445,7 +453,7 @@ class AlignTrainer(StageTrainer):
         counts = self.train_dataset.counts
         each = max(1, counts.groups // counts.examples)
         examples = sorted({index // each for index in indices})
-        return f"examples {non_finite.shown(examples)} of the training data (counted from 0)"
+        return f"examples {non_finite.format_rows(examples)} of the training data (counted from 0)"
 
     def _before_start(self) -> None:
         self.layout = settle_layout(

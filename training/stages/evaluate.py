@@ -20,17 +20,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from exo_fast.training import machine, processes
 from exo_fast.training.data.writing import to_json
 from exo_fast.training.errors import InputError
 from exo_fast.training.files import user_path, write_file
-from exo_fast.training.inference.config import InferenceConfig, start_processes
+from exo_fast.training.inference.config import InferenceConfig
 from exo_fast.training.inference.scorers import ScorerConfig
 from exo_fast.training.models.digests import json_digest
 from exo_fast.training.options import check_model_name, option, temperature_problem
@@ -215,11 +215,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise InputError(f"the report needs {module}: pip install 'exo_fast[demo]'.")
     models = find_models(config)
     output = Path(config.output_dir).expanduser()
-    state = start_processes(config)
+    processes.start(on_cpu=config.use_cpu)
     clock = _Clock()
     rows: list[list[dict[str, Any]]] = []
     for number, model in enumerate(models, 1):
-        if state.is_main_process:
+        if processes.index() == 0:
             print(f"[{number}/{len(models)}] {model.title}", flush=True)
         place = output / model.place
         with clock.time("sampling"):
@@ -237,21 +237,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     together = [{key: row[key] for key in ("prompt", "completions", "completion_ids")} for part in rows for row in part]
     place = output / "together" / json_digest(together)[:12]
-    if state.is_main_process:
+    if processes.index() == 0:
         write_file(place / "samples", f"{config.split}.json", to_json(together))
-    state.wait_for_everyone()
-    if state.is_main_process:
+    processes.wait()
+    if processes.index() == 0:
         print(f"the completions of all {len(models)} models, for the SFT model and the scorer", flush=True)
     with clock.time("log-probs under the SFT model"):
         logprobs(_logprobs_config(config, config.reference, place / "samples", place / "logprobs"))
     with clock.time("scoring"):
         score(_score_config(config, place / "samples", place / "scores"))
     results: dict[str, Any] = {}
-    if state.is_main_process:
+    if processes.index() == 0:
         reference_logps = _read(place / "logprobs" / f"{config.split}.json")
         scored = _read(place / "scores" / f"{config.split}.json")
         results = _write_results(config, models, rows, reference_logps, scored, clock)
-    state.wait_for_everyone()
+    processes.wait()
     return results
 
 
@@ -277,7 +277,7 @@ def _write_results(
         measurements.append(Measurement(model.label, model.seed, model.step, rewards, log_ratios, model.path))
         completions.append([row["completions"] for row in part])
         start = stop
-    versions = {name: _version(name) for name in VERSIONS} | {"python": platform.python_version()}
+    versions = {name: machine.version(name) for name in VERSIONS} | {"python": platform.python_version()}
     results = write_report(
         measurements[1:],
         measurements[0],
@@ -333,13 +333,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _array(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([row[name] for row in rows], dtype=np.float64)  # (P, S)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class _Clock:

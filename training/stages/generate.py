@@ -18,41 +18,22 @@ own softmax, over all ids.)
 from __future__ import annotations
 
 import functools
-import importlib.util
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from exo_fast.positions import length_rules
 from exo_fast.precision import matmul_precision
+from exo_fast.training import processes
 from exo_fast.training.data.examples import load_prompts
+from exo_fast.training.data.sources import find_splits
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference.config import (
-    InferenceConfig,
-    encode_prompts,
-    find_splits,
-    from_main,
-    load_model,
-    load_tokenizer,
-    start_processes,
-)
-from exo_fast.training.inference.resumable import ResumableRun
-from exo_fast.training.inference.sampling import (
-    Sampler,
-    Sampling,
-    _stream_key,
-    end_tokens,
-    ids_without_token,
-    plan_batches,
-    sample_batch,
-)
+from exo_fast.training.inference.config import InferenceConfig, encode_prompts, load_model
+from exo_fast.training.inference.resumable import ResumableRun, plan_batches
+from exo_fast.training.inference.sampling import Sampler, Sampling, ids_without_token, sample_batch
 from exo_fast.training.models.digests import digest, json_digest
-from exo_fast.training.models.loading import check_fits_model, from_pretrained, is_adapter, merge_advice, model_config
+from exo_fast.training.models.loading import check_fits_model, load_tokenizer, model_config
 from exo_fast.training.options import check_model_name, option
 
 DEFAULT_RETURN_NUM = 4
@@ -78,7 +59,7 @@ class GenerateConfig(InferenceConfig):
         512, "Longest prompt plus completion, in tokens: prompts are cut on the left to max_seq_len - max_new_tokens."
     )
     seed: int = option(0, "Of the random streams: each prompt and candidate has its own.")
-    engine: Literal["transformers", "vllm"] = option("transformers", "vllm: sample with vLLM (installed apart, GPU).")
+    engine: str = option("transformers", "The only one that there is; kept for recipes that name it.")
 
     field_groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "model": ("model_name_or_path", *InferenceConfig.model_fields),
@@ -104,6 +85,11 @@ examples:
     def __post_init__(self) -> None:
         super().__post_init__()
         check_model_name(self)
+        self._need(
+            self.engine == "transformers",
+            "engine",
+            "sampling by another library was taken out of exo_fast; leave engine out, and transformers samples.",
+        )
         self._need(
             self.max_seq_len > self.max_new_tokens,
             "max_seq_len",
@@ -131,13 +117,11 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     Writes {"prompt", "completions", "completion_ids"} rows to train.json and test.json, and summary.json, which is
     also returned. Raises InputError for settings, data or models that cannot work, before any sampling.
     """
-    state = start_processes(config)
-    if config.engine == "vllm":
-        _check_vllm(config, state.num_processes)
-    tokenizer = load_tokenizer(config, config.model_name_or_path)
+    device = processes.start(on_cpu=config.use_cpu)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     room = config.max_seq_len - config.max_new_tokens
     prompts, encoded = {}, {}
-    for split, source in find_splits(config).items():
+    for split, source in find_splits(config.data, config.split).items():
         prompts[split] = config.first(load_prompts(source, tokenizer=tokenizer))
         encoded[split] = encode_prompts(tokenizer, prompts[split], [room] * len(prompts[split]))
         for index, (ids, _) in enumerate(encoded[split]):
@@ -153,15 +137,15 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     rules = length_rules(model_config(config, config.model_name_or_path))
     identity = {
         "stage": "generate",
-        "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),
+        "model": processes.from_first(digest(config.model_name_or_path) if processes.index() == 0 else None),
         "prompts": {split: json_digest(texts) for split, texts in prompts.items()},
         **asdict(config.sampling),
         "max_seq_len": config.max_seq_len,
-        "engine": config.engine,
+        "engine": config.engine,  # as runs of earlier versions name it
         **({"batches": "of one length"} if rules else {}),
         **config.numerics(),
     }
-    run = ResumableRun(config.output_dir, identity, state)
+    run = ResumableRun(config.output_dir, identity)
     if (summary := run.finished([f"{split}.json" for split in prompts])) is not None:
         return summary
 
@@ -169,12 +153,13 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     files, counts = {}, {}
     for split, texts in prompts.items():
         ids = [row for row, _ in encoded[split]]
-        batches = plan_batches(list(map(len, ids)), config.return_num, config.batch_size, of_one_length=bool(rules))
+        sequences = [config.return_num] * len(ids)
+        batches = plan_batches(list(map(len, ids)), sequences, config.batch_size, of_one_length=bool(rules))
 
         def compute(index: int, texts: list[str] = texts, ids: list[list[int]] = ids, batches=batches) -> Any:
             return sampler()([texts[i] for i in batches[index]], [ids[i] for i in batches[index]])
 
-        with matmul_precision(config.matmul_precision, state.device.type):
+        with matmul_precision(config.matmul_precision, device.type):
             values = run.compute(
                 split,
                 [len(batch) * config.return_num for batch in batches],
@@ -196,7 +181,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         cut = sum(lost > 0 for _, lost in encoded[split])
         counts[split] = _count(files[f"{split}.json"], cut, config.max_new_tokens)
     summary = run.finish(files, {"model": config.model_name_or_path, "data": config.data, "counts": counts})
-    if state.is_main_process:
+    if processes.index() == 0:
         for split, count in counts.items():
             print(f"{split}: " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in count.items()))
         print(f"the samples are in {config.output_dir}", flush=True)
@@ -216,77 +201,10 @@ def _count(rows: list[dict[str, Any]], cut_prompts: int, max_new_tokens: int) ->
 
 
 def _make_sampler(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    if config.engine == "vllm":
-        return _vllm_sampler(config, tokenizer)
     model = load_model(config, config.model_name_or_path, sampling=True)
     without_token = ids_without_token(tokenizer, model.config.get_text_config().vocab_size)
 
     def sample(prompts: list[str], encoded: list[list[int]]) -> list[list[list[int]]]:
         return sample_batch(model, tokenizer, prompts, encoded, config.sampling, config.batch_size, without_token)
-
-    return sample
-
-
-def _check_vllm(config: GenerateConfig, num_processes: int) -> None:
-    problem = None
-    if importlib.util.find_spec("vllm") is None:
-        problem = "vLLM is not installed; pip install vllm."
-    elif config.use_cpu:
-        problem = "needs a GPU."
-    elif num_processes > 1:
-        problem = "vLLM starts processes of its own; run this stage without a launcher."
-    elif is_adapter(config.model_name_or_path):
-        problem = f"needs a whole model; merge the adapter first: {merge_advice(config.model_name_or_path)}"
-    config._need(problem is None, "engine", problem or "")
-
-
-def _vllm_sampler(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    """Sampling by vLLM on one GPU.
-
-    Every request has a seed of its own, made of the same (seed, prompt, candidate) as the streams here, but the
-    numbers drawn from it are vLLM's: the text differs from that of engine=transformers, and vLLM does not promise
-    the same text when other requests run beside it or on another version or GPU. Not covered by the tests, which have
-    no GPU, beyond what is handed to vLLM and taken from it.
-    """
-    from vllm import LLM, SamplingParams
-
-    try:
-        generation_config = GenerationConfig.from_pretrained(config.model_name_or_path)
-    except OSError:
-        generation_config = GenerationConfig()
-    ends = sorted(end_tokens(generation_config, tokenizer))
-    shape = from_pretrained(AutoConfig, config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    vocab_size = shape.get_text_config().vocab_size
-    masked = {}
-    if ids_without_token(tokenizer, vocab_size):
-        masked["allowed_token_ids"] = sorted(id for id in set(tokenizer.get_vocab().values()) if id < vocab_size)
-    model = LLM(
-        model=config.model_name_or_path,
-        dtype="bfloat16" if config.bf16 else "float32",
-        max_model_len=config.max_seq_len,
-        trust_remote_code=config.trust_remote_code,
-        generation_config="vllm",  # defaults that a model ships with must not join in unseen
-        seed=config.seed,
-    )
-
-    def sample(prompts: list[str], encoded: list[list[int]]) -> list[list[list[int]]]:
-        rows = [(index, candidate) for index in range(len(prompts)) for candidate in range(config.return_num)]
-        requests = [{"prompt_token_ids": encoded[index]} for index, _ in rows]
-        params = [
-            SamplingParams(
-                temperature=config.temperature,
-                top_k=config.top_k or -1,
-                top_p=config.top_p,
-                max_tokens=config.max_new_tokens,
-                seed=int.from_bytes(_stream_key(config.seed, prompts[index], candidate)[:4], "little"),
-                stop_token_ids=ends,
-                **masked,
-            )
-            for index, candidate in rows
-        ]
-        found: list[list[list[int]]] = [[] for _ in prompts]
-        for (index, _), answer in zip(rows, model.generate(requests, params, use_tqdm=False), strict=True):
-            found[index].append(list(answer.outputs[0].token_ids))
-        return found
 
     return sample

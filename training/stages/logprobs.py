@@ -17,16 +17,11 @@ from transformers.utils import logging
 
 from exo_fast.layout import Group
 from exo_fast.precision import matmul_precision
+from exo_fast.training import processes
 from exo_fast.training.data.examples import load_samples
 from exo_fast.training.data.groups import Cut
-from exo_fast.training.inference.config import (
-    InferenceConfig,
-    find_splits,
-    from_main,
-    load_model,
-    load_tokenizer,
-    start_processes,
-)
+from exo_fast.training.data.sources import find_splits
+from exo_fast.training.inference.config import InferenceConfig, load_model
 from exo_fast.training.inference.log_probs import (
     MAX_TOGETHER,
     can_share_prompts,
@@ -34,9 +29,9 @@ from exo_fast.training.inference.log_probs import (
     sequence_log_probs,
     tokenize_rows,
 )
-from exo_fast.training.inference.resumable import ResumableRun
+from exo_fast.training.inference.resumable import ResumableRun, plan_batches
 from exo_fast.training.models.digests import digest, json_digest
-from exo_fast.training.models.loading import check_fits_model
+from exo_fast.training.models.loading import check_fits_model, load_tokenizer
 from exo_fast.training.options import check_model_name, option, temperature_problem
 
 logger = logging.get_logger(__name__)
@@ -90,11 +85,10 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
 
     Returns the summary, which is written there too. Raises InputError for settings, data or models that cannot work.
     """
-    state = start_processes(config)
-    tokenizer = load_tokenizer(config, config.model_name_or_path)
-    examples = {
-        split: config.first(load_samples(source, tokenizer=tokenizer)) for split, source in find_splits(config).items()
-    }
+    processes.start(on_cpu=config.use_cpu)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    sources = find_splits(config.data, config.split)
+    examples = {split: config.first(load_samples(source, tokenizer=tokenizer)) for split, source in sources.items()}
     rows = {
         split: tokenize_rows(found, tokenizer, max_seq_len=config.max_seq_len, max_gen_len=config.max_gen_len)
         for split, found in examples.items()
@@ -108,7 +102,7 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
     )
     identity = {
         "stage": "logprobs",
-        "model": from_main(digest(config.model_name_or_path) if state.is_main_process else None, state),
+        "model": processes.from_first(digest(config.model_name_or_path) if processes.index() == 0 else None),
         "rows": {
             split: json_digest([(e.prompt, e.completions, e.extras()) for e in found])
             for split, found in examples.items()
@@ -118,7 +112,7 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
         "max_gen_len": config.max_gen_len,
         **config.numerics(),
     }
-    run = ResumableRun(config.output_dir, identity, state)
+    run = ResumableRun(config.output_dir, identity)
     if (summary := run.finished([f"{split}.json" for split in rows])) is not None:
         return summary
 
@@ -143,7 +137,7 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
         ]
         counts[split] = _count(found, values)
     summary = run.finish(files, {"model": config.model_name_or_path, "data": config.data, "counts": counts})
-    if state.is_main_process:
+    if processes.index() == 0:
         for split, count in counts.items():
             print(
                 f"{split}: mean log-prob {count['mean']:.4f} nats over {count['completions']:,} completions, "
@@ -164,16 +158,8 @@ def _split_logprobs(
         for index, group in enumerate(groups)
         for first in range(0, len(group.completions), together)
     ]
-    order = sorted(range(len(parts)), key=lambda place: (-parts[place][1].tokens(), place))
-    batches: list[list[int]] = []
-    room = 0
-    for place in order:
-        count = len(parts[place][1].completions)
-        if count > room:
-            batches.append([])
-            room = config.batch_size
-        batches[-1].append(place)
-        room -= count
+    sizes = [len(group.completions) for _, group in parts]
+    batches = plan_batches([group.tokens() for _, group in parts], sizes, config.batch_size)
 
     def compute(index: int) -> list[list[float]]:
         loaded, share_prompt = model()
@@ -187,7 +173,7 @@ def _split_logprobs(
 
     values = run.compute(
         split,
-        [sum(len(parts[place][1].completions) for place in batch) for batch in batches],
+        [sum(sizes[place] for place in batch) for batch in batches],
         compute,
         description=f"log-probs ({split})",
         unit="seq",

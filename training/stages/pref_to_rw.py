@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 
 from exo_fast.data.selection import LeftOut
 from exo_fast.training.data.examples import load_pairs
+from exo_fast.training.data.sources import find_splits
 from exo_fast.training.data.writing import is_main_process, write_rows
-from exo_fast.training.inference.config import find_splits
-from exo_fast.training.options import need_value, option
-from exo_fast.training.stages.prepare import load_tokenizer
+from exo_fast.training.models.loading import load_tokenizer
+from exo_fast.training.options import check_model_name, need_value, option
 
 
 @dataclass
@@ -41,13 +41,15 @@ examples:
     def __post_init__(self) -> None:
         need_value(self, "data", "preferences (a file or a directory)")
         need_value(self, "output_dir", "the directory to write to")
+        if self.tokenizer is not None:
+            check_model_name(self, "tokenizer")
 
 
 def pref_to_rw(config: PrefToRwConfig) -> dict[str, Any]:
     """Write each split's preferences as candidates with rewards, and return the summary with how many there are."""
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     files, splits = {}, {}
-    for split, source in find_splits(config).items():
+    for split, source in find_splits(config.data, config.split).items():
         left_out = LeftOut()
         pairs = load_pairs(source, tokenizer=tokenizer, left_out=left_out, scored_pairs=True)
         files[f"{split}.json"] = [_to_row(pair) for pair in pairs]

@@ -8,16 +8,13 @@ import random
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from exo_fast.training.data.places import Place
 from exo_fast.training.data.registry import known_names, open_dataset
 from exo_fast.training.data.sources import split_name
 from exo_fast.training.data.writing import is_main_process, write_rows
 from exo_fast.training.errors import InputError
-from exo_fast.training.files import user_path
-from exo_fast.training.models.loading import from_pretrained
-from exo_fast.training.options import need_value, option
+from exo_fast.training.models.loading import load_tokenizer
+from exo_fast.training.options import check_model_name, need_value, option
 
 
 @dataclass
@@ -65,21 +62,12 @@ examples:
                 f"data={self.data!r}: NAME/KIND:PATH is needed, with one of {', '.join(known_names())}; rows that are "
                 "ready need no preparing (custom/KIND:PATH reads them)."
             )
+        if self.tokenizer is not None:
+            check_model_name(self, "tokenizer")
         for name, least in (("prefix_tokens", 1), ("prompt_words", 1), ("limit", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name}={value}: at least {least} is needed.")
-
-
-def load_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a directory or of the Hub; None for None. Raises InputError for what cannot be loaded."""
-    if name_or_path is None:
-        return None
-    path = user_path(name_or_path, "tokenizer")
-    try:
-        return from_pretrained(AutoTokenizer, str(path) if path.is_dir() else name_or_path, trust_remote_code=False)
-    except InputError as error:
-        raise InputError(f"tokenizer={name_or_path!r}: no tokenizer can be loaded from there: {error}") from error
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -88,7 +76,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in ("prefix_tokens", "prompt_words")}
     dataset = open_dataset(
         *split_name(config.data),
-        tokenizer=load_tokenizer(config.tokenizer),
+        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer else None,
         skip_malformed=config.skip_malformed,
         progress=not config.disable_tqdm and is_main_process(),
         **{name: value for name, value in options.items() if value is not None},

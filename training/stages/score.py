@@ -15,27 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from exo_fast.data.examples import Example
+from exo_fast.training import processes
 from exo_fast.training.data.examples import load_samples
 from exo_fast.training.data.places import Source
-from exo_fast.training.data.sources import read_records
+from exo_fast.training.data.sources import find_splits, read_records
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference.config import InferenceConfig, find_splits, start_processes
-from exo_fast.training.inference.resumable import ResumableRun
+from exo_fast.training.inference.config import InferenceConfig
+from exo_fast.training.inference.resumable import ResumableRun, plan_batches
 from exo_fast.training.inference.scorers import SCORERS, Scorer, ScorerConfig, load_scorer
 from exo_fast.training.models.digests import json_digest
 from exo_fast.training.options import option
 
 logger = logging.get_logger(__name__)
 EXTRAS = ("completion_ids", "completion_spans")  # of each completion, beside its text
-
-
-def plan_batches(
-    scorer: Scorer, prompts: Sequence[str], completions: Sequence[str], batch_size: int
-) -> list[list[int]]:
-    """Indices of the completions of each batch, longest first."""
-    lengths = scorer.lengths(prompts, completions)
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def statistics(rewards: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
@@ -91,9 +83,9 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 
     Returns the summary, which is written there too. Raises InputError for settings, data or scorers that cannot work.
     """
-    state = start_processes(config)
+    processes.start(on_cpu=config.use_cpu)
     scorer = load_scorer(config)
-    sources = find_splits(config)
+    sources = find_splits(config.data, config.split)
     examples = {
         split: config.first(load_samples(source, tokenizer=scorer.tokenizer)) for split, source in sources.items()
     }
@@ -106,7 +98,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         **scorer.identity,
         "rows": {split: json_digest(found) for split, found in rows.items()},
     }
-    run = ResumableRun(config.output_dir, identity, state)
+    run = ResumableRun(config.output_dir, identity)
     if (summary := run.finished([f"{split}.json" for split in rows])) is not None:
         return summary
 
@@ -123,7 +115,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         files[f"{split}.json"] = labelled
     names = {name: getattr(config, name) for name in SCORERS if getattr(config, name)}
     summary = run.finish(files, {**names, "mode": config.mode, "data": config.data, "counts": counts})
-    if state.is_main_process:
+    if processes.index() == 0:
         for split, count in counts.items():
             print(f"{split}: " + _in_words(count))
         print(f"the rows are in {config.output_dir}", flush=True)
@@ -140,7 +132,7 @@ def _score_split(
     """The rewards of each row's completions."""
     prompts = [row["prompt"] for row in rows for _ in row["completions"]]
     completions = [text for row in rows for text in row["completions"]]
-    batches = plan_batches(scorer, prompts, completions, config.batch_size)
+    batches = plan_batches(scorer.lengths(prompts, completions), [1] * len(prompts), config.batch_size)
     values = run.compute(
         split,
         [len(batch) for batch in batches],

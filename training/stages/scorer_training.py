@@ -14,8 +14,8 @@ from transformers.utils import logging
 from exo_fast.data.selection import LeftOut
 from exo_fast.training.data.texts import RowCollator, RowDataset, pad_with_eos, tokenize_rows
 from exo_fast.training.models import saving
-from exo_fast.training.models.causal import add_lora, check_lora, load_tokenizer, model_options, switch_off_dropout
-from exo_fast.training.models.loading import SCALAR_TASK, check_fits_model
+from exo_fast.training.models.causal import add_lora, check_lora, model_options, switch_off_dropout
+from exo_fast.training.models.loading import SCALAR_TASK, check_fits_model, load_tokenizer, refuse_adapter
 from exo_fast.training.models.merging import merge_adapter
 from exo_fast.training.models.modules import TrainedModule
 from exo_fast.training.models.saving import save_model
@@ -23,8 +23,8 @@ from exo_fast.training.models.scorer import ROUNDED_TOLERANCE, TOLERANCE, load_s
 from exo_fast.training.models.scorer_modules import RewardModule, settle_layout
 from exo_fast.training.options import option
 from exo_fast.training.trainer.config import TrainConfig
-from exo_fast.training.trainer.continuing import begin
-from exo_fast.training.trainer.run import check_batches, find_splits, table, train, training_scope
+from exo_fast.training.trainer.continuing import resume_or_start
+from exo_fast.training.trainer.run import check_batches, find_training_splits, table, train, training_scope
 from exo_fast.training.trainer.trainer import StageTrainer
 
 logger = logging.get_logger(__name__)
@@ -128,13 +128,15 @@ def train_scalar(
     `to_row` gives an example's texts and label. `held_out` turns the metrics of the model that is saved (without
     "eval_") into `summary["held_out"]`, and `closing` that into the last line.
     """
-    checkpoint, finished = begin(config)
+    checkpoint, finished = resume_or_start(config)
     if finished is not None:
         return finished
-    tokenizer = pad_with_eos(load_tokenizer(config))
+    refuse_adapter(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    tokenizer = pad_with_eos(tokenizer)
     check_lora(config, SCALAR_TASK)
     datasets = {}
-    for name, source in find_splits(config).items():
+    for name, source in find_training_splits(config).items():
         left_out = LeftOut()
         rows, labels = zip(*map(to_row, load(source, tokenizer=tokenizer, left_out=left_out)), strict=True)
         datasets[name] = tokenize_rows(

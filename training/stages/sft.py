@@ -10,14 +10,15 @@ from typing import Any, ClassVar, Literal
 from exo_fast.layout import plan_mask
 from exo_fast.training.data.examples import load_sft
 from exo_fast.training.data.groups import GroupDataset, SftCollator
-from exo_fast.training.models.causal import add_lora, check_lora, load_causal_lm, load_tokenizer
+from exo_fast.training.models.causal import add_lora, check_lora, load_causal_lm
+from exo_fast.training.models.loading import load_tokenizer, refuse_adapter
 from exo_fast.training.models.modules import SftModule
 from exo_fast.training.models.sharing import need_own_numbers
 from exo_fast.training.options import option
 from exo_fast.training.trainer.config import CausalConfig
-from exo_fast.training.trainer.continuing import begin
+from exo_fast.training.trainer.continuing import resume_or_start
 from exo_fast.training.trainer.run import (
-    find_splits,
+    find_training_splits,
     losses_line,
     perplexity,
     table,
@@ -71,11 +72,12 @@ class SftTrainer(StageTrainer):
 def sft(config: SftConfig) -> dict[str, Any]:
     """Fine-tune `config.model_name_or_path` on `config.data`; writes to `config.output_dir` and returns what `align`
     does. Raises InputError, before any training, for data, models or directories that cannot work."""
-    checkpoint, finished = begin(config)
+    checkpoint, finished = resume_or_start(config)
     if finished is not None:
         return finished
-    sources = find_splits(config)
-    tokenizer = load_tokenizer(config)
+    sources = find_training_splits(config)
+    refuse_adapter(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     check_lora(config, "CAUSAL_LM")
     examples = {name: load_sft(source, tokenizer=tokenizer, learn=config.learn) for name, source in sources.items()}
     datasets = tokenize_splits(config, examples, tokenizer, num_contrastive=1)

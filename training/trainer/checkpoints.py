@@ -9,7 +9,6 @@ DeepSpeed writes and reads pickles. A pickle can run code, and whoever can chang
 the pickles of a checkpoint would import is held to a list of names that training states consist of (`PICKLED`).
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,7 +21,8 @@ import torch
 from transformers.utils import logging
 
 from exo_fast.training import processes
-from exo_fast.training.models.saving import _force
+from exo_fast.training.files import file_sha256
+from exo_fast.training.models.saving import force_to_disk
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +87,7 @@ def publish(written: Path, target: Path, facts: Facts) -> None:
     """Force `written` to disk, add its manifest, and make it `target`; a collective call. Raises Unwritable, in every
     process."""
     processes.wait()  # until all have written
-    entries = _shared(_files(written), lambda name: _entry(written / name, to_disk=True))
+    entries = _shared(_files(written), lambda name: _entry(written / name))
     problem = None
     if processes.index() == 0:
         try:
@@ -101,13 +101,13 @@ def publish(written: Path, target: Path, facts: Facts) -> None:
 def _finish(written: Path, target: Path, manifest: dict) -> None:
     path = written / MANIFEST
     path.write_text(json.dumps(manifest, indent=1) + "\n")
-    _force(path)
+    force_to_disk(path)
     for folder in {written, *((written / name).parent for name in manifest["files"])}:
-        _force(folder)
+        force_to_disk(folder)
     if target.exists():  # a damaged one, which the run went back from
         _discard(target)
     written.rename(target)
-    _force(target.parent)
+    force_to_disk(target.parent)
 
 
 def rotate(output_dir: Path, keep: int | None, spare: str | None) -> None:
@@ -248,24 +248,20 @@ def _shared(names: list[str], work: Callable[[str], object]) -> dict:
     return {name: together[name] for name in names}
 
 
-def _entry(path: Path, *, to_disk: bool) -> dict:
-    if to_disk:
-        _force(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+def _entry(path: Path) -> dict:
+    """Force a file to disk; return its size and hash."""
+    force_to_disk(path)
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _fault(path: Path, entry: dict) -> str | None:
-    """What is wrong with a file, in words that follow its name."""
+    """Describe the fault of a file (the text follows its name in messages)."""
     try:
         if path.is_symlink() or not path.is_file():
             return "is not a plain file"
         if (size := path.stat().st_size) != entry["size"]:
             return f"has {size:,} bytes where {entry['size']:,} were written"
-        if _entry(path, to_disk=False)["sha256"] != entry["sha256"]:
+        if file_sha256(path) != entry["sha256"]:
             return "has another content than was written"
         if path.suffix in PICKLES and (names := foreign_names(path)):
             return f"is a pickle that would import {', '.join(sorted(names)[:3])}"

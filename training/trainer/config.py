@@ -204,7 +204,7 @@ class TrainConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.started = time.time()
         self.changed = sorted(
-            field.name for field in fields(self) if field.init and not _same(getattr(self, field.name), _default(field))
+            field.name for field in fields(self) if field.init and not _is_default(getattr(self, field.name), field)
         )
         for name in self.changed:
             if name in REFUSED:
@@ -454,13 +454,14 @@ class CausalConfig(TrainConfig):
             parse_size(self.memory_budget)
 
 
-def _default(field: Field) -> Any:
-    """What a field is where nobody sets it; of one that a preset may replace, what it is without."""
+def default_of(field: Field) -> Any:
+    """Return the default of a field, ignoring presets."""
     if field.default_factory is not MISSING:
         return field.default_factory()
     return AFTER_PRESETS.get(field.name) if field.default is None else field.default
 
 
-def _same(value: Any, default: Any) -> bool:
-    """Whether a field is at its default; transformers has several words for off."""
+def _is_default(value: Any, field: Field) -> bool:
+    """Check whether a field is at its default; transformers has several words for off."""
+    default = default_of(field)
     return value == default or all(one is None or one is False or one in ("", "no", []) for one in (value, default))

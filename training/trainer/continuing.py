@@ -1,4 +1,8 @@
-"""Whether an output directory holds a run to continue, a finished one, or another one's results."""
+"""Find out whether an output directory holds a run to continue, a finished one, or another one's results.
+
+The same command given again finishes what was interrupted: the settings that decide the result are kept in the output
+directory, so that continuing a run is not confused with overwriting another one.
+"""
 
 import hashlib
 import json
@@ -6,16 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    set_seed,
-)
+from transformers import set_seed
 
 from exo_fast.training import files, processes
 from exo_fast.training.errors import InputError
 from exo_fast.training.files import write_file
 from exo_fast.training.reports import hub
 from exo_fast.training.trainer import checkpoints
-from exo_fast.training.trainer.config import TrainConfig, _default
+from exo_fast.training.trainer.config import TrainConfig, default_of
 from exo_fast.training.trainer.finishing import finish
 
 SETTINGS = "settings.json"
@@ -40,14 +42,14 @@ INCIDENTAL_PREFIXES = ("hub_", "push_to_hub", "dataloader_", "logging_", "tracki
 DECISIVE = {"dataloader_drop_last"}  # for all that
 
 
-def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
+def resume_or_start(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     """Seed everything, and say what `config.output_dir` holds: (checkpoint to continue from, finished summary).
 
     Both None: start anew. Raises InputError, before any work, for a directory that another run's results are in.
     """
     set_seed(config.seed)
     output = Path(config.output_dir)
-    files.hold(output)
+    files.lock_directory(output)
     if config.process_index == 0:
         hub.warn_of_logging_dir(config.report_to)
     checkpoint, summary = _found(config)
@@ -61,7 +63,7 @@ def begin(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     processes.wait()  # before the first process writes what the others look for
     if summary is not None:
         finish(config, summary, anew=False)
-        files.release(output)
+        files.unlock_directory(output)
     elif config.process_index == 0:
         (output / "summary.json").unlink(missing_ok=True)
         write_file(output, SETTINGS, (json.dumps(settings_of(config), indent=1) + "\n").encode())
@@ -88,7 +90,7 @@ def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
     if wish == "same" and (output / SETTINGS).is_file():
         now = settings_of(config)
         # What an earlier version had no field for is as it was then: at its default.
-        unknown = {field.name: _default(field) for field in fields(config) if field.init and field.name in now}
+        unknown = {field.name: default_of(field) for field in fields(config) if field.init and field.name in now}
         differences = _differences({**unknown, **json.loads((output / SETTINGS).read_text())}, now)
         if not differences:
             if finished:

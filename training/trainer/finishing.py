@@ -17,8 +17,8 @@ from exo_fast.training.trainer.config import TrainConfig
 logger = logging.get_logger(__name__)
 
 
-def _or_warn(what: str, value: Callable[[], Any]) -> Any:
-    """Result of `value`; None, and a warning, where it fails: the model is saved already."""
+def try_or_warn(what: str, value: Callable[[], Any]) -> Any:
+    """Return `value()`; None, after a warning, where it fails: the model is saved already."""
     try:
         return value()
     except Exception as error:
@@ -35,7 +35,7 @@ def finish(config: TrainConfig, summary: dict[str, Any], *, anew: bool) -> None:
     """
     problem = None
     if config.process_index == 0:
-        _or_warn("checkpoints of stops", lambda: checkpoints.remove_unscheduled(Path(config.output_dir)))
+        try_or_warn("checkpoints of stops", lambda: checkpoints.remove_unscheduled(Path(config.output_dir)))
         _write_pages(Path(config.output_dir), anew)
         if config.push_to_hub and not hub.is_done(config, summary):
             problem = _publish(config, summary)

@@ -79,7 +79,7 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray)
 
 
-def shown(rows: list[int]) -> str:
-    """The first rows, for a message."""
+def format_rows(rows: list[int]) -> str:
+    """Return the numbers of the first rows, for a message."""
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return ", ".join(map(str, rows[:SHOWN])) + more

@@ -1,8 +1,7 @@
-"""What the training stages have in common: `begin`, the loading of models, `training_scope`, and `train`.
+"""The steps that all training stages share: finding and tokenising data, `training_scope`, and `train`.
 
-A stage (align, sft, reward_model, classifier) reads from top to bottom as: begin, read data, load the tokenizer and the
-model, build a module and a trainer, train. The same command given again finishes what was interrupted: the settings
-that decide the result are kept in the output directory, so that continuing and mistaking are told apart.
+A stage (align, sft, reward_model, classifier) reads from top to bottom as: resume or start, read data, load the
+tokenizer and the model, build a module and a trainer, train.
 """
 
 import datetime
@@ -13,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +36,21 @@ from exo_fast.training.models.loading import check_fits_model
 from exo_fast.training.reports import facts
 from exo_fast.training.trainer.config import CausalConfig, TrainConfig
 from exo_fast.training.trainer.deepspeed import pickle_plainly, start_on_cpu
-from exo_fast.training.trainer.finishing import _or_warn, finish
+from exo_fast.training.trainer.finishing import finish, try_or_warn
 from exo_fast.training.trainer.trainer import StageTrainer
 
 logger = logging.get_logger(__name__)
 VERSIONS = ("exo_fast", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
 
 
-# Starting, continuing, or having finished
-
-
 # Data
 
 
-def find_splits(config: TrainConfig) -> dict[str, Source]:
-    """The data to train on and, where there is any, to evaluate on: {"train": …, "eval": …}."""
+def find_training_splits(config: TrainConfig) -> dict[str, Source]:
+    """Return the data to train on and, where there is any, to evaluate on: {"train": …, "eval": …}.
+
+    Without any, `config` evaluates nothing. Raises InputError where there is nothing to train on.
+    """
     sources = {"train": find_source(config.data, "train")}
     if sources["train"] is None:
         raise InputError(f"data={config.data!r}: the directory holds no train.json, train.jsonl or train.parquet.")
@@ -74,7 +72,7 @@ def find_splits(config: TrainConfig) -> dict[str, Source]:
 
 
 def table(rows: list[tuple[str, list[Any]]]) -> str:
-    """Aligned lines: a name, and a cell for each split. The first row names the splits."""
+    """Return aligned lines: a name, and a cell for each split. The first row names the splits."""
     (head, splits), *others = rows
     return tabulate([[name, *cells] for name, cells in others], [head, *splits], tablefmt="plain", intfmt=",")
 
@@ -129,9 +127,6 @@ def check_batches(config: TrainConfig, rows: int) -> None:
         )
 
 
-# Models
-
-
 # Surroundings
 
 
@@ -144,7 +139,7 @@ def training_scope(config: TrainConfig) -> Iterator[None]:
         with precision, _deepspeed_scope(config), facts.heard_warnings() as config.warnings:
             yield
     finally:
-        files.release(Path(config.output_dir))
+        files.unlock_directory(Path(config.output_dir))
 
 
 @contextmanager
@@ -191,12 +186,12 @@ def train(
     # The model that is saved, which with load_best_model_at_end is not the one that was evaluated last.
     if trainer.eval_dataset is not None and (config.load_best_model_at_end or not trainer.is_evaluated()):
         trainer.evaluate()
-    _or_warn("trainer_state.json", trainer.save_state)
+    try_or_warn("trainer_state.json", trainer.save_state)
     summary = {
         "stage": config.stage,
         "config": config.to_dict(),
         "changed": config.changed,
-        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "versions": {name: machine.version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "device": str(config.device),
         "processes": config.world_size,
         **about(),
@@ -207,17 +202,17 @@ def train(
         "train_seconds": round(output.metrics["train_runtime"], 3),
         "total_seconds": round(time.time() - config.started, 3),
         **trainer.throughput(),
-        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": facts.command_line(),
         "warnings": config.warnings,
     }
-    samples = _or_warn("samples", lambda: facts.take_samples(trainer))  # a collective call
+    samples = try_or_warn("samples", lambda: facts.take_samples(trainer))  # a collective call
     if config.process_index == 0:
         ran = machine.describe()
         summary |= {"machine": ran["machine"], "commit": ran["commit"]}
-        summary["data_files"] = _or_warn("data_files", lambda: facts.data_files(find_splits(config))) or {}
+        summary["data_files"] = try_or_warn("data_files", lambda: facts.data_files(find_training_splits(config))) or {}
         if samples is not None:
-            _or_warn(facts.SAMPLES, lambda: facts.write_samples(Path(config.output_dir), samples))
+            try_or_warn(facts.SAMPLES, lambda: facts.write_samples(Path(config.output_dir), samples))
         content = json.dumps(summary, indent=2, default=str) + "\n"
         try:
             write_file(Path(config.output_dir), "summary.json", content.encode())  # it says that the run is finished
@@ -252,11 +247,3 @@ def _first_and_last(history: list[dict[str, Any]]) -> dict[str, dict[str, dict[s
         if entries:
             found[name] = {"first": entries[0], "last": entries[-1]}
     return found
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -398,7 +398,7 @@ class StageTrainer(Trainer):
 
     def describe_rows(self, indices: list[int]) -> str:
         """Rows of the training data, for a message."""
-        return f"rows {non_finite.shown(indices)} of the training data (counted from 0)"
+        return f"rows {non_finite.format_rows(indices)} of the training data (counted from 0)"
 
     # Saving and resuming the model inside the module
 
@@ -513,7 +513,7 @@ class StageTrainer(Trainer):
     # exo_fast.training.reports.hub uploads, and less than the Trainer would: no optimizer states, no logs.
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Nothing: `begin` has made the repository."""
+        """Nothing: `resume_or_start` has made the repository."""
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: it would upload what is still being written."""

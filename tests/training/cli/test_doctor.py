@@ -1,19 +1,20 @@
-"""`exo-fast doctor`: of this machine, and where packages are missing or do not fit, and where numbers are wrong."""
+"""`exo-fast doctor`: on this machine, and where packages are missing or do not fit, and where numbers are wrong."""
 
 import importlib.util
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from killing import environment
 
 from exo_fast.backends import torch as torch_backend
-from exo_fast.training.cli import doctor, inspection, installed
+from exo_fast.training.cli import doctor, installed
 from exo_fast.training.cli.command import main
+from exo_fast.training.machine import version as installed_version
 from exo_fast.version import __version__
 
 HEAVY = ("transformers", "deepspeed", "accelerate", "datasets", "peft", "tensorboard", "yaml", "tqdm", "pandas", "trl")
@@ -47,12 +48,10 @@ def test_this_machine_is_described_and_right(found: dict) -> None:
     assert found["python"] == platform.python_version()
     packages = {row["name"]: row for row in found["packages"]}
     assert packages["torch"]["for"] == "core"
-    assert packages["transformers"]["version"] == installed.version("transformers")
+    assert packages["transformers"]["version"] == installed_version("transformers")
     assert packages["trl"]["for"] != "train"
     assert set(found["backends"]) == set(doctor.LIMITS)
     assert found["machine"]["memory_gb"] > 0
-    assert found["abilities"]["attention: sdpa"]["there"]
-    assert {disk["for"] for disk in found["disks"]} == {"cache", "Hugging Face cache", "here"}
 
 
 def test_the_check_compares_two_computations(found: dict) -> None:
@@ -107,7 +106,6 @@ def test_torch_numpy_and_triton_are_enough_and_the_kernels_are_checked_in_the_in
     done = run_without(HEAVY, {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["variables"]["TRITON_INTERPRET"] == "1"
     if importlib.util.find_spec("triton"):
         kernels = [row for row in found["checks"] if row["backend"] == "triton"]
         assert {row["dtype"] for row in kernels} == {"float32", "bfloat16", "float16"}
@@ -127,7 +125,7 @@ def test_without_torch_the_rest_is_said() -> None:
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes a distribution that importlib.metadata finds before any other: name, version, lines of METADATA."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -137,13 +135,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         head = ("Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}")
         (folder / "METADATA").write_text("\n".join([*head, *lines]) + "\n")
 
-    installed._packaging.cache_clear()
-    yield make
-    installed._packaging.cache_clear()
+    return make
 
 
 EXO_FAST = (
-    "Requires-Python: >=3.10",
+    "Requires-Python: >=3.11",
     "Requires-Dist: alpha-lib>=2.9",
     'Requires-Dist: beta-lib>=3.4; platform_system == "Linux"',
     'Requires-Dist: gamma-lib>=1; platform_system == "Plan 9"',
@@ -155,19 +151,11 @@ EXO_FAST = (
 )
 
 
-@pytest.mark.parametrize(
-    "packaging", [installed.PACKAGING, installed.PACKAGING[1:], ()], ids=["own", "carried", "none"]
-)
-def test_needs_are_those_of_this_system(
-    install: Callable[..., None], packaging: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(installed, "PACKAGING", packaging)
+def test_needs_are_those_of_this_system(install: Callable[..., None]) -> None:
     install("exo_fast", "9.0", *EXO_FAST)
     needs = {(need.name, need.specifier, need.extra) for need in installed.needs("exo_fast")}
     expected = {("alpha-lib", ">=2.9", None), ("beta-lib", ">=3.4", None), ("trl", ">=1", "bench")}
     expected |= {("delta-lib", "<6,>=5", "train"), ("delta-lib", "<6,>=5", "bench")}
-    if not packaging:
-        needs = {need for need in needs if need[0] != "gamma-lib"}  # only `packaging` knows where that counts
     assert needs == expected
     assert installed.command_for("Delta_lib") == "pip install 'exo_fast[train]'"  # which brings least else
     assert installed.command_for("trl") == "pip install 'exo_fast[bench]'"
@@ -195,12 +183,12 @@ def test_packages_that_do_not_go_together_are_problems_with_a_command(install: C
     install("alpha-lib", "2.10", "Requires-Dist: beta-lib==3.5.0", 'Requires-Dist: nowhere; extra == "test"')
     install("beta-lib", "3.3")
     install("delta-lib", "5.5", "Requires-Dist: epsilon-lib>=1")
-    rows = inspection.packages()
+    rows = doctor.packages()
     states = {row["name"]: (row["for"], row["state"]) for row in rows}
     assert states["alpha-lib"] == ("core", "ok")
     assert states["beta-lib"] == ("core", "out of range")
     assert states["delta-lib"] == ("train", "ok")
-    problems = {problem.what: problem.fix for problem in inspection.package_problems(rows)}
+    problems = {problem["what"]: problem["fix"] for problem in doctor.package_problems(rows)}
     assert problems["beta-lib 3.3 is installed, and >=3.4 is needed"] == "pip install 'beta-lib>=3.4'"
     assert problems["alpha-lib 2.10 needs beta-lib==3.5.0, and 3.3 is installed"] == "pip install 'beta-lib==3.5.0'"
     assert problems["delta-lib 5.5 needs epsilon-lib>=1, and it is not installed"] == "pip install 'epsilon-lib>=1'"
@@ -208,34 +196,22 @@ def test_packages_that_do_not_go_together_are_problems_with_a_command(install: C
 
 
 def test_old_metadata_is_a_problem(install: Callable[..., None]) -> None:
-    install("exo_fast", "0.0.1", "Requires-Python: >=3.10")
-    assert any("installed says 0.0.1" in problem.what for problem in inspection.package_problems([]))
+    install("exo_fast", "0.0.1", "Requires-Python: >=3.11")
+    assert any("installed says 0.0.1" in problem["what"] for problem in doctor.package_problems([]))
+
+
+def test_a_python_that_is_too_old_is_a_problem(install: Callable[..., None]) -> None:
+    install("exo_fast", __version__, "Requires-Python: >=99")
+    (problem,) = doctor.package_problems([])
+    assert problem["what"] == f"Python {platform.python_version()} is not one exo_fast is made for"
 
 
 def test_gpus_that_torch_cannot_use_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     gpu = {"name": "Tesla V100", "memory_gb": 16.0, "capability": "7.0"}
-    (problem,) = inspection.machine_problems({"torch_built_for": "CUDA 12.8", "gpus": [gpu]})
-    assert "compute capability 7.0" in problem.what
-    assert inspection.machine_problems({"torch_built_for": "CUDA 12.8", "gpus": [{**gpu, "capability": "9.0"}]}) == []
+    (problem,) = doctor.hardware_problems({"torch_built_for": "CUDA 12.8", "gpus": [gpu]})
+    assert "compute capability 7.0" in problem["what"]
+    assert doctor.hardware_problems({"torch_built_for": "CUDA 12.8", "gpus": [{**gpu, "capability": "9.0"}]}) == []
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    (problem,) = inspection.machine_problems({"torch_built_for": "ROCm 7.0", "gpus": [{**gpu, "capability": "gfx942"}]})
-    assert problem.fix == "unset TRITON_INTERPRET"
-
-
-def test_deepspeed_operators_are_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "py311_cpu" / "cpu_adam").mkdir(parents=True)
-    (tmp_path / "py311_cpu" / "cpu_adam" / "cpu_adam.so").touch()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    found = inspection.deepspeed_ops()
-    assert found is None if installed.version("deepspeed") is None else found["compiled"] == ["cpu_adam"]
-    record = "version='1'\ninstalled_ops={'async_io': True, 'cpu_adam': False}\n"
-    (tmp_path / "git_version_info_installed.py").write_text(record)
-    assert inspection._installed_ops(tmp_path) == ["async_io"]
-    assert inspection._installed_ops(tmp_path / "nowhere") == []
-
-
-def test_a_full_disk_is_a_problem() -> None:
-    disk = {"for": "cache", "path": "somewhere", "free_gb": 0.5}
-    (problem,) = inspection.disk_problems([disk, {**disk, "free_gb": 50.0}])
-    assert problem.what == "0.5 GB are free in somewhere"
+    (problem,) = doctor.hardware_problems({"torch_built_for": "ROCm 7.0", "gpus": [{**gpu, "capability": "gfx942"}]})
+    assert problem["fix"] == "unset TRITON_INTERPRET"

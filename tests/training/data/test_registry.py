@@ -391,7 +391,7 @@ def test_every_name_of_the_original_and_ours() -> None:
 def test_unknown_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"unknown dataset 'imbd/sft'; did you mean 'imdb/sft'"):
         find_source(f"imbd/sft:{tmp_path}", "train")
-    with pytest.raises(InputError, match=r"unknown dataset 'q/z'; known are custom/class, .*, tldr/sft\."):
+    with pytest.raises(InputError, match=r"unknown dataset 'q/z'; there are custom/class, .*, tldr/sft\."):
         find_source("q/z:x", "train")
     with pytest.raises(InputError, match=r"hh/pref: where is its data\? Write hh/pref:PATH"):
         find_source("hh/pref", "train")

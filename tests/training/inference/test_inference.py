@@ -10,9 +10,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from exo_fast.precision import matmul_precision
+from exo_fast.training.data.sources import find_splits
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference.config import InferenceConfig, find_splits, load_model, load_tokenizer
+from exo_fast.training.inference.config import InferenceConfig, load_model
 from exo_fast.training.models.digests import digest
+from exo_fast.training.models.loading import load_tokenizer
 from exo_fast.training.options import resolve
 
 
@@ -31,7 +33,7 @@ def test_a_lora_adapter_is_merged_into_its_base(tiny_llama: str, tmp_path: Path)
     expected = adapted(ids).logits
     assert (expected - AutoModelForCausalLM.from_pretrained(tiny_llama)(ids).logits).abs().max() > 0.1
     torch.testing.assert_close(load_model(config(), path)(ids).logits, expected, atol=1e-5, rtol=1e-5)
-    assert load_tokenizer(config(), path).eos_token == "</s>"  # of the base
+    assert load_tokenizer(path).eos_token == "</s>"  # of the base
     assert digest(path) != digest(tiny_llama)
 
     adapter = tmp_path / "adapter_config.json"
@@ -65,16 +67,16 @@ def test_digest_sees_weights_and_tokenizer(tiny_llama: str, tmp_path: Path) -> N
 def test_splits(tmp_path: Path) -> None:
     rows = json.dumps([{"prompt": "a"}])
     with pytest.raises(InputError, match="holds no train or test split"):
-        find_splits(config(data=str(tmp_path)))
+        find_splits(str(tmp_path), "all")
     (tmp_path / "test.json").write_text(rows)
-    assert list(find_splits(config(data=str(tmp_path)))) == ["test"]
+    assert list(find_splits(str(tmp_path), "all")) == ["test"]
     with pytest.raises(InputError, match="holds no train split"):
-        find_splits(config(data=str(tmp_path), split="train"))
+        find_splits(str(tmp_path), "train")
     (tmp_path / "train.json").write_text(rows)
     (tmp_path / "mine.json").write_text(rows)
-    assert list(find_splits(config(data=str(tmp_path)))) == ["train", "test"]
+    assert list(find_splits(str(tmp_path), "all")) == ["train", "test"]
     for name, split, expected in (("mine", "all", "train"), ("mine", "test", "test"), ("test", "all", "test")):
-        assert list(find_splits(config(data=str(tmp_path / f"{name}.json"), split=split))) == [expected]
+        assert list(find_splits(str(tmp_path / f"{name}.json"), split)) == [expected]
 
 
 def test_fast_is_what_the_device_has() -> None:

@@ -27,7 +27,7 @@ import json
 from importlib import import_module
 
 for stage, settings in json.loads({jobs!r}):
-    module = import_module("exo_fast.training." + stage)
+    module = import_module("exo_fast.training.stages." + stage)
     getattr(module, stage)(getattr(module, stage.capitalize() + "Config")(**settings))
 """
 

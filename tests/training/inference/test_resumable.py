@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import PartialState
 from subprocesses import kill_halfway, run
 
 from exo_fast.training.data.writing import to_json
@@ -15,13 +14,12 @@ from exo_fast.training.inference.resumable import ResumableRun
 
 SCRIPT = """
 import sys, time
-from datetime import timedelta
-from accelerate import PartialState
+from exo_fast.training import processes
 from exo_fast.training.inference.resumable import ResumableRun
 
-state = PartialState(cpu=True)
+processes.start(on_cpu=True)
 for output_dir in {directories!r}:
-    run = ResumableRun(output_dir, {{"seed": 1}}, state)
+    run = ResumableRun(output_dir, {{"seed": 1}})
     computed = []
     def compute(index):
         computed.append(index)
@@ -33,7 +31,7 @@ for output_dir in {directories!r}:
             split, [1] * count, compute, description=split, unit="batch", progress=False
         )
     run.finish(files, {{"count": 13}})
-    print("computed", len(computed), "in process", state.process_index, flush=True)
+    print("computed", len(computed), "in process", processes.index(), flush=True)
 """
 
 
@@ -82,80 +80,75 @@ def squares(run: ResumableRun, count: int = 5, calls: list[int] | None = None) -
     return run.compute("train", [1] * count, compute, description="", unit="", progress=False)
 
 
-@pytest.fixture
-def state() -> PartialState:
-    return PartialState(cpu=True)
-
-
-def test_a_torn_last_line_is_computed_again(tmp_path: Path, state: PartialState) -> None:
-    squares(ResumableRun(tmp_path, {}, state))
+def test_a_torn_last_line_is_computed_again(tmp_path: Path) -> None:
+    squares(ResumableRun(tmp_path, {}))
     (stored,) = tmp_path.glob(".partial/*.jsonl")
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-7])
     calls: list[int] = []
-    assert squares(ResumableRun(tmp_path, {}, state), calls=calls) == [0, 1, 4, 9, 16]
+    assert squares(ResumableRun(tmp_path, {}), calls=calls) == [0, 1, 4, 9, 16]
     assert calls == [4]
     assert stored.read_bytes() == whole
     stored.write_bytes(whole[:-1])  # all of it but the newline: not known to be all
-    assert squares(ResumableRun(tmp_path, {}, state), calls=calls) == [0, 1, 4, 9, 16]
+    assert squares(ResumableRun(tmp_path, {}), calls=calls) == [0, 1, 4, 9, 16]
     assert calls == [4, 4]
 
 
-def test_batches_of_other_settings_are_not_used(tmp_path: Path, state: PartialState) -> None:
-    squares(ResumableRun(tmp_path, {"temperature": 1.0}, state))
+def test_batches_of_other_settings_are_not_used(tmp_path: Path) -> None:
+    squares(ResumableRun(tmp_path, {"temperature": 1.0}))
     calls: list[int] = []
-    squares(ResumableRun(tmp_path, {"temperature": 0.5}, state), calls=calls)
+    squares(ResumableRun(tmp_path, {"temperature": 0.5}), calls=calls)
     assert calls == [0, 1, 2, 3, 4]
 
 
 def test_a_finished_run_is_reused_and_other_settings_are_refused(
-    tmp_path: Path, state: PartialState, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     identity = {"temperature": 1.0, "sizes": (1, 2)}
-    first = ResumableRun(tmp_path, identity, state)
+    first = ResumableRun(tmp_path, identity)
     assert first.finished(["train.json"]) is None
     summary = first.finish({"train.json": squares(first)}, {"count": 5})
     assert not (tmp_path / ".partial").exists()
-    assert ResumableRun(tmp_path, identity, state).finished(["train.json"]) == summary
+    assert ResumableRun(tmp_path, identity).finished(["train.json"]) == summary
     assert "reusing" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"temperature is 1.0 there and 0.7 here\); choose another output_dir"):
-        ResumableRun(tmp_path, {**identity, "temperature": 0.7}, state).finished(["train.json"])
+        ResumableRun(tmp_path, {**identity, "temperature": 0.7}).finished(["train.json"])
     (tmp_path / "train.json").unlink()
-    assert ResumableRun(tmp_path, identity, state).finished(["train.json"]) is None
+    assert ResumableRun(tmp_path, identity).finished(["train.json"]) is None
 
 
-def test_killed_between_the_files_and_the_summary(tmp_path: Path, state: PartialState) -> None:
-    run = ResumableRun(tmp_path, {}, state)
+def test_killed_between_the_files_and_the_summary(tmp_path: Path) -> None:
+    run = ResumableRun(tmp_path, {})
     squares(run)
     (tmp_path / "train.json").write_text("[]")
-    assert ResumableRun(tmp_path, {}, state).finished(["train.json"]) is None
+    assert ResumableRun(tmp_path, {}).finished(["train.json"]) is None
     calls: list[int] = []
-    again = ResumableRun(tmp_path, {}, state)
+    again = ResumableRun(tmp_path, {})
     values = squares(again, calls=calls)
     again.finish({"train.json": values}, {})
     assert (calls, json.loads((tmp_path / "train.json").read_text())) == ([], values)
 
 
 def test_killed_between_the_summary_and_the_removal_of_what_it_was_made_from(
-    tmp_path: Path, state: PartialState, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = ResumableRun(tmp_path, {}, state)
+    run = ResumableRun(tmp_path, {})
     values = squares(run)
     with monkeypatch.context() as patch:
         patch.setattr("exo_fast.training.inference.resumable.shutil.rmtree", lambda *_, **__: None)
         summary = run.finish({"train.json": values}, {"count": 5})
     assert (tmp_path / ".partial").exists()
-    assert ResumableRun(tmp_path, {}, state).finished(["train.json"]) == summary
+    assert ResumableRun(tmp_path, {}).finished(["train.json"]) == summary
     assert not (tmp_path / ".partial").exists()
 
 
-def test_files_of_others_are_not_overwritten(tmp_path: Path, state: PartialState) -> None:
+def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(InputError, match=r"holds a train.json that this run did not write"):
-        ResumableRun(tmp_path, {}, state).finished(["train.json", "test.json"])
+        ResumableRun(tmp_path, {}).finished(["train.json", "test.json"])
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(InputError, match="or of another stage"):
-        ResumableRun(tmp_path, {}, state).finished(["train.json"])
+        ResumableRun(tmp_path, {}).finished(["train.json"])
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(InputError, match="not a summary"):
-        ResumableRun(tmp_path, {}, state).finished(["train.json"])
+        ResumableRun(tmp_path, {}).finished(["train.json"])

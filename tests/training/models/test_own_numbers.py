@@ -28,7 +28,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from exo_fast.training.data.texts import pad_with_eos
 from exo_fast.training.errors import InputError
-from exo_fast.training.inference.sampling import plan_batches, sample_tokens
+from exo_fast.training.inference.resumable import plan_batches
+from exo_fast.training.inference.sampling import sample_tokens
 from exo_fast.training.models.scorer import load_scalar_model
 from exo_fast.training.stages.align import AlignConfig, align
 from exo_fast.training.stages.classifier import ClassifierConfig, classifier
@@ -289,10 +290,10 @@ def test_scores_are_those_of_each_text_alone(model: str, tmp_path: Path, tokeniz
 
 
 def test_batches_of_one_length() -> None:
-    assert plan_batches([3, 5, 3, 3, 5], 2, 4) == [[1, 4], [0, 2], [3]]
-    assert plan_batches([3, 5, 3, 4, 5], 2, 6) == [[1, 4, 3], [0, 2]]
-    assert plan_batches([3, 5, 3, 4, 5], 2, 6, of_one_length=True) == [[1, 4], [3], [0, 2]]
-    assert plan_batches([3, 3, 3], 1, 2, of_one_length=True) == [[0, 1], [2]]
+    assert plan_batches([3, 5, 3, 3, 5], [2] * 5, 4) == [[1, 4], [0, 2], [3]]
+    assert plan_batches([3, 5, 3, 4, 5], [2] * 5, 6) == [[1, 4, 3], [0, 2]]
+    assert plan_batches([3, 5, 3, 4, 5], [2] * 5, 6, of_one_length=True) == [[1, 4], [3], [0, 2]]
+    assert plan_batches([3, 3, 3], [1] * 3, 2, of_one_length=True) == [[0, 1], [2]]
 
 
 def test_a_completion_does_not_depend_on_its_company(

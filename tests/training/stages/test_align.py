@@ -25,7 +25,7 @@ from exo_fast.training.models.causal import load_causal_lm
 from exo_fast.training.models.modules import AlignModule
 from exo_fast.training.stages.align import AlignConfig, align, make_module, read_data
 from exo_fast.training.trainer.deepspeed import deepspeed_config
-from exo_fast.training.trainer.run import find_splits, tokenize_splits
+from exo_fast.training.trainer.run import find_training_splits, tokenize_splits
 
 Settings = Callable[..., dict[str, Any]]
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
@@ -50,7 +50,7 @@ def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], a
 def module_and_data(settings: dict[str, Any], split: str = "train") -> tuple[AlignModule, GroupDataset]:
     config = AlignConfig(**settings)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    examples = read_data(config, find_splits(config), tokenizer)
+    examples = read_data(config, find_training_splits(config), tokenizer)
     dataset = tokenize_splits(config, examples, tokenizer, num_contrastive=config.num_contrastive)[split]
     return make_module(config, load_causal_lm(config, config.model_name_or_path)), dataset
 

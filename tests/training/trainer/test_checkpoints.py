@@ -83,7 +83,7 @@ def poison(path: Path) -> None:
     file = path / "global_step" / "states.pt"
     torch.save(Payload(), file, pickle_module=pickle)
     files = json.loads((path / "manifest.json").read_text())["files"]
-    change_manifest(path, files={**files, "global_step/states.pt": checkpoints._entry(file, to_disk=False)})
+    change_manifest(path, files={**files, "global_step/states.pt": checkpoints._entry(file)})
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {

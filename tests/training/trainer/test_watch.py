@@ -17,8 +17,9 @@ from exo_fast.training import files
 from exo_fast.training.cli import command
 from exo_fast.training.errors import InputError, RunError, Stopped
 from exo_fast.training.models import modules
+from exo_fast.training.stages import align as align_stage
 from exo_fast.training.stages.align import AlignConfig, align
-from exo_fast.training.trainer import reference_logps, trainer
+from exo_fast.training.trainer import trainer
 
 Settings = Callable[..., dict[str, Any]]
 ENGINES = {
@@ -84,13 +85,13 @@ def test_the_command_line_ends_well_after_sigterm(
 
 
 def test_sigterm_before_the_first_step_ends_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = reference_logps.fill_reference_logps
+    fill = align_stage.fill_reference_logps
 
     def interrupted(*args: Any) -> dict[str, bool]:
         os.kill(os.getpid(), signal.SIGTERM)
         return fill(*args)
 
-    monkeypatch.setattr("exo_fast.training.stages.align.fill_reference_logps", interrupted)
+    monkeypatch.setattr(align_stage, "fill_reference_logps", interrupted)
     with pytest.raises(Stopped, match="before the first step: nothing to save"):
         run(settings(engine="torch"))
 
@@ -167,9 +168,8 @@ def test_a_directory_that_another_process_writes_to_is_refused(
 ) -> None:
     monkeypatch.setattr(files, "PATIENCE", 0.0)
     output = tmp_path / "run"
-    code = (
-        f"import sys; from pathlib import Path; from exo_fast.training import files; files.hold(Path({str(output)!r}))"
-    )
+    code = "import sys; from pathlib import Path; from exo_fast.training import files"
+    code += f"; files.lock_directory(Path({str(output)!r}))"
     holder = subprocess.Popen(
         [sys.executable, "-c", f"{code}; print('held', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE,
