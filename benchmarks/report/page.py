@@ -459,7 +459,8 @@ SECTIONS = {
         "Memory, predicted and measured",
         _text("""
             Steps of a model of SmolLM2-135M's shape, a process each: the peak of resident memory, models and optimizer
-            included, beside what `exo-fast memory` works out from the configuration alone.
+            included, beside what `exo-fast memory` works out from the configuration alone, which is of tensors: holes
+            that the C library's heap keeps between them are not in it, but in the margin of its verdict.
         """),
         _memory,
         figure.memory,
