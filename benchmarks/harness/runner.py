@@ -24,6 +24,7 @@ from typing import Any
 from exo_fast.benchmarks.harness import worker
 from exo_fast.training import machine
 from exo_fast.training.errors import InputError
+from exo_fast.training.processes import end_with_parent
 
 LAST_WORDS = 12  # lines of a failed case that are shown
 LIMIT_SECONDS = 1800  # of a case: far above the longest, so that only one that hangs is ended
@@ -107,7 +108,13 @@ def in_process(suite: ModuleType, case: str, workdir: str) -> dict:
     """What `worker` finds. Raises CaseFailed. Nothing that it started outlives the call."""
     command = [sys.executable, "-m", worker.__name__, suite.__name__, case, workdir]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=end_with_parent(signal.SIGKILL),  # a case whose runner was killed would disturb the next
     )
     try:
         output, said = process.communicate(timeout=LIMIT_SECONDS)
