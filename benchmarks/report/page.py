@@ -114,6 +114,8 @@ def _op_line(row: dict, cce: dict | None, narrow: bool) -> list[str]:
 def problem_name(row: dict) -> str:
     """What the operation was asked for in a row: "K = 4, N = 8,192, dH"."""
     tokens = f"N = {row['tokens']:,}"
+    if row["operation"] == "kernel":
+        return f"{row['method']} alone, {row['tokens']:,} rows"
     if row["operation"] == "logprobs":
         return f"log-probs, {tokens}, {WORK[row['work']]}"
     long = f" × {row['completion']:,}" if row["completion"] > 1000 else ""
