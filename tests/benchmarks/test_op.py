@@ -8,7 +8,7 @@ import torch
 from exo_fast.backends import head_attention
 from exo_fast.backends import torch as chunked
 from exo_fast.benchmarks.methods import kernels, peers, problems
-from exo_fast.benchmarks.report import page
+from exo_fast.benchmarks.report import op as report
 from exo_fast.benchmarks.suites import op
 from exo_fast.head import Head
 
@@ -99,7 +99,7 @@ def test_a_row_of_a_kernel(kernel: str, precision: str, monkeypatch: pytest.Monk
     assert max(row["errors"].values()) <= kernels.TOLERANCE[precision]
     shown = {"name": str(case), **vars(case), **row}
     assert op.summary([shown])["comparisons"] == []
-    assert f"{kernel} alone, 4 rows" in page.problem_name(shown)
+    assert f"{kernel} alone, 4 rows" in report.problem_name(shown)
 
 
 def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
