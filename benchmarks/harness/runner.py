@@ -248,6 +248,6 @@ def table(rows: Sequence[dict]) -> str:
         peak = f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else ""
         errors = [error for error in (row.get("errors") or {}).values() if error is not None]
         worst = f"{max(errors):.1e}" if errors else ""
-        time_ = f"{seconds:.3f}" if seconds is not None else ""
+        time_ = "" if seconds is None else f"{seconds:.3f}" if seconds >= 0.01 else f"{seconds:.3g}"
         lines.append(f"{start}{time_:>10}{spread:>8}{ratio:>12}{peak:>9}{worst:>13}")
     return "\n".join(lines)

@@ -106,6 +106,14 @@ def test_times_too_short_to_compare_are_not() -> None:
     assert found({**long, "seconds": 3.0}, old=long) == {"worse": ["seconds"]}
 
 
+def test_a_gpus_times_are_shorter() -> None:
+    old, new = (results({**ROW, "seconds": value, "baseline_seconds": 1e-3}) for value in (2e-3, 3e-3))
+    assert not compare.compare(old, new).worse
+    for run in (old, new):
+        run["machine"]["device"] = "NVIDIA H200"
+    assert [difference.what for difference in compare.compare(old, new).worse] == ["time / baseline"]
+
+
 def test_predictions_are_compared_by_what_they_are_off() -> None:
     old = {**ROW, "errors": {"prediction": 0.01}}
     assert found({**old, "errors": {"prediction": 0.05}}, old=old) == {}
