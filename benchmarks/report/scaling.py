@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exo_fast.benchmarks.harness.provenance import OURS, grouped
 from exo_fast.benchmarks.harness.tables import markdown
-from exo_fast.benchmarks.report.cells import bandwidth, error_cell, left_out, strong
+from exo_fast.benchmarks.report.cells import bandwidth, error_cell, left_out, seconds_cell, strong
 from exo_fast.benchmarks.report.figure import BLUE, GREEN, ORANGE, SKY, figure
 from exo_fast.benchmarks.report.section import Section, paragraph
 
@@ -34,7 +34,7 @@ def table(results: dict) -> str:
             strong(row["method"], row["method"] == OURS),
             f"{row['width']:,} × {row['vocab']:,}, {row['precision']}",
             f"K = {row['candidates']}, N = {row['tokens']:,}",
-            f"{row['seconds']:.2f}",
+            seconds_cell(row["seconds"]),
             f"{row['share']:.2f}",
             f"{row['scratch_mb']:,.0f}",
             *(error_cell(row["errors"].get(name)) for name in ("logps", "loss", "dH", "dW")),

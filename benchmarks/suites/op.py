@@ -52,7 +52,11 @@ COPIES = {
     "full-logits-compiled": 2.0,
     "cce": 1.2,
     "cce-fp32": 2.2,
+    "cce-compiled": 1.2,
+    "cce-exact": 0.0,
     "exo_fast": 0.0,
+    "exo_fast-chunked": 0.0,
+    "exo_fast-two-pass": 0.0,
     "checkpoint": 0.6,
     "liger": 0.6,
     "liger-compiled": 0.6,
@@ -157,6 +161,8 @@ def impossible(case: Case) -> str | None:
     if why := peers.unavailable(case.method, case.precision, problems.device()):
         return why
     copies = COPIES.get(case.method, 3.2)
+    if case.method == "cce" and problems.device() == "cuda":  # its kernels, which keep no logits
+        copies = 0.0
     if case.work == "forward":
         copies = min(copies, 2.2)
     needed = copies * case.tokens * case.vocab * 4 + 3 * case.vocab * case.width * 4
