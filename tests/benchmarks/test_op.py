@@ -60,7 +60,7 @@ def test_cases_of_a_gpu_are_the_methods_that_run_there_and_kernels(
     assert all(case.tokens % (case.candidates * case.completion) == 0 for case in cases)
     timed = {case.method for case in cases if op.impossible(case) is None}
     fused = [case for case in cases if case.method.startswith(("exo_fast", *kernels.KERNELS))]
-    assert all(op.impossible(case) is None for case in fused)
+    assert not any("GB" in (op.impossible(case) or "") for case in fused)
     if quick:
         assert len(cases) < 40
         assert {"exo_fast", "full-logits", *kernels.KERNELS} <= timed
