@@ -31,6 +31,8 @@ TRAIN = [
     "tensorboard>=2.15",
     "tqdm>=4.60",
     "pyyaml>=6.0",
+    "jinja2>=3.1",
+    "tabulate>=0.9",
 ]
 TRL = ["trl>=1.15,<1.17"]  # the trainer class overrides methods that TRL moves between minor versions
 TRACKING = ["wandb>=0.20"]
@@ -70,7 +72,7 @@ setup(
     long_description=DESCRIPTION,
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "training/reports/uplot/LICENSE"],
     keywords=["alignment", "preference optimization", "EXO", "DPO", "RLHF", "language models", "PyTorch", "Triton"],
     classifiers=[
         "Development Status :: 4 - Beta",
@@ -87,7 +89,11 @@ setup(
     python_requires=">=3.10",
     package_dir=FOLDERS,
     packages=[package for name, folder in FOLDERS.items() for package in packages_of(name, folder)],
-    package_data={"exo_fast": ["py.typed"], "exo_fast.recipes": ["*.yaml"]},
+    package_data={
+        "exo_fast": ["py.typed"],
+        "exo_fast.recipes": ["*.yaml"],
+        "exo_fast.training.reports": ["templates/*", "uplot/*"],
+    },
     install_requires=["torch>=2.9", "numpy>=1.26", "triton>=3.4; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,

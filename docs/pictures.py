@@ -2,6 +2,9 @@
 
 Masks, losses and errors are computed with exo_fast itself; nothing here is drawn from memory. Runs on a CPU in seconds,
 and the same versions give the same pictures.
+
+images/report-html.png is a browser's picture of the report.html of any short run:
+`chromium --headless --hide-scrollbars --window-size=1200,1060 --screenshot=report-html.png report.html`.
 """
 
 from __future__ import annotations

@@ -8,28 +8,25 @@ import torch
 from torch import Tensor
 
 from exo_fast import reference
+from exo_fast.reference import LossOptions
 
 
 def losses_and_coefficients(
     policy_logps: Tensor,  # (G, K)
     ref_logps: Tensor,  # (G, K)
     rewards: Tensor,  # (G, K)
-    *,
-    loss_type: str,
-    beta_pi: float,
-    beta_r: float,
-    label_smoothing: float,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each group (G,) and ∂(loss of the group)/∂(sequence log-prob), (G, K).
 
     EXO: ∂L/∂r_j = q_j (log q_j − log p_j − L).  DPO: ∂L/∂r_j = q_j − p_j.  Then ∂L/∂s_j = beta_pi · ∂L/∂r_j.
     """
     dtype = reference.compute_dtype(policy_logps, ref_logps, rewards)
-    log_q = torch.log_softmax(beta_pi * (policy_logps.to(dtype) - ref_logps.to(dtype)), dim=-1)
-    log_p = reference.target_logps(rewards.to(dtype), loss_type, beta_r, label_smoothing)
+    log_q = torch.log_softmax(options.beta_pi * (policy_logps.to(dtype) - ref_logps.to(dtype)), dim=-1)
+    log_p = reference.target_logps(rewards.to(dtype), options.loss_type, options.beta_r, options.label_smoothing)
     q = log_q.exp()
-    if loss_type.startswith("exo"):
+    if options.loss_type.startswith("exo"):
         losses = (q * (log_q - log_p)).sum(-1)
-        return losses, beta_pi * q * (log_q - log_p - losses.unsqueeze(-1))
+        return losses, options.beta_pi * q * (log_q - log_p - losses.unsqueeze(-1))
     p = log_p.exp()
-    return -(p * log_q).sum(-1), beta_pi * (q - p)
+    return -(p * log_q).sum(-1), options.beta_pi * (q - p)

@@ -3,6 +3,7 @@
 Definitions and sources: `exo_fast.reference`. Gradient: `exo_fast.closed_form`. Schedules: `exo_fast.backends`.
 """
 
+from dataclasses import asdict, astuple
 from typing import Any, Literal
 
 import torch
@@ -60,19 +61,11 @@ def group_loss(
         raise ValueError(f"reduction={reduction!r} is not known; choose mean, sum or none")
     check_tensor("policy_logps", policy_logps)
     check_floating("policy_logps", policy_logps)
-    smoothing = check_groups(
+    options = check_groups(
         tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, ties
     )
     check_devices("policy_logps", policy_logps.device, ref_logps=ref_logps, rewards=rewards)
-    losses = reference.group_loss(
-        policy_logps,
-        ref_logps,
-        rewards,
-        loss_type=loss_type,
-        beta_pi=beta_pi,
-        beta_r=beta_r,
-        label_smoothing=smoothing,
-    )
+    losses = reference.group_loss(policy_logps, ref_logps, rewards, **asdict(options))
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
@@ -131,7 +124,7 @@ def linear_group_loss(
     check_tensor("weight", weight)
     hidden, weight = autocast_operands(hidden, weight)
     part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
-    smoothing = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, ties)
+    options = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, ties)
     check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}")
@@ -149,10 +142,7 @@ def linear_group_loss(
                 cu_seqlens.to(hidden.device),
                 ref_logps,
                 rewards,
-                loss_type=loss_type,
-                beta_pi=beta_pi,
-                beta_r=beta_r,
-                label_smoothing=smoothing,
+                **asdict(options),
                 bias=bias,
                 scale=scale,
                 softcap=softcap,
@@ -161,13 +151,12 @@ def linear_group_loss(
         token_logps = vocab_parallel.linear_logprobs(
             hidden, weight, bias, targets.long(), scale, softcap, memory_budget, chosen, part
         )
-        options = {"loss_type": loss_type, "beta_pi": beta_pi, "beta_r": beta_r, "label_smoothing": smoothing}
-        return vocab_parallel.group_loss(token_logps, cu_seqlens, ref_logps, rewards, **options)
+        return vocab_parallel.group_loss(token_logps, cu_seqlens, ref_logps, rewards, options)
     if cu_seqlens.device == hidden.device:
         cu_seqlens = cu_seqlens.long()  # on the host it stays as it came: a copy of pinned memory would not be pinned
     loss, policy_logps, *_ = ops.linear_group_loss(
-        hidden, weight, bias, targets.long(), cu_seqlens, ref_logps, rewards, loss_type, beta_pi, beta_r,
-        smoothing, scale, softcap, memory_budget, needs_gradient(hidden, weight, bias), chosen,
+        hidden, weight, bias, targets.long(), cu_seqlens, ref_logps, rewards, *astuple(options),
+        scale, softcap, memory_budget, needs_gradient(hidden, weight, bias), chosen,
     )  # fmt: skip
     return loss, policy_logps
 

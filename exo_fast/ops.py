@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from exo_fast.backends import implementation
 from exo_fast.head import Head
-from exo_fast.reference import compute_dtype
+from exo_fast.reference import LossOptions, compute_dtype
 from exo_fast.validate import traced
 
 
@@ -220,7 +220,7 @@ def linear_group_loss(
 
     The mean is in here because the gradients are its own: they can be scaled by one number, not by one a group.
     """
-    loss = {"loss_type": loss_type, "beta_pi": beta_pi, "beta_r": beta_r, "label_smoothing": label_smoothing}
+    loss = LossOptions(loss_type, beta_pi, beta_r, label_smoothing)
     with _without_autocast(hidden):
         losses, policy_logps, gradients = implementation(backend).group_loss_forward(
             hidden, Head(weight, bias, scale, softcap), targets, cu_seqlens, ref_logps, rewards, loss,

@@ -7,10 +7,22 @@ Shapes: N completion tokens, D hidden size, V vocabulary, G groups (prompts) of 
 All arithmetic is in float32 at least, and in float64 when an input is float64.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of the loss of a group, as they travel inside the library (public functions take them by name)."""
+
+    loss_type: str  # of LOSS_TYPES
+    beta_pi: float = 0.1  # coefficient of the log-ratio
+    beta_r: float = 0.1  # temperature of the rewards in *-rw
+    label_smoothing: float = 1e-3  # ε of the *-pref targets
 
 
 def default_label_smoothing(loss_type: str) -> float:

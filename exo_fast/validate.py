@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from exo_fast.reference import LOSS_TYPES, compute_dtype, default_label_smoothing
+from exo_fast.reference import LOSS_TYPES, LossOptions, compute_dtype, default_label_smoothing
 
 INTEGERS = (torch.int32, torch.int64)
 TIES = ("error", "share")
@@ -151,8 +151,8 @@ def check_budget(memory_budget: int | None) -> None:
 def check_groups(
     policy_shape: tuple[int, ...] | None, ref_logps: Tensor, rewards: Tensor, loss_type: str, beta_pi: float,
     beta_r: float, label_smoothing: float | None, ties: str,
-) -> float:  # fmt: skip
-    """Checks what the K-way loss needs and returns the label smoothing to use."""
+) -> LossOptions:  # fmt: skip
+    """Check what the K-way loss needs; return its options, with the default label smoothing where None is given."""
     if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={_shown(loss_type)} is not known; choose one of {', '.join(LOSS_TYPES)}")
     if not isinstance(ties, str) or ties not in TIES:
@@ -188,7 +188,7 @@ def check_groups(
             raise ValueError(f"label_smoothing={_shown(smoothing)}: {loss_type} needs {need}")
         if ties == "error":
             check_ties(rewards, loss_type)
-    return smoothing
+    return LossOptions(loss_type, beta_pi, beta_r, smoothing)
 
 
 def check_finite(name: str, value: Tensor, problem: str = "every value must be finite") -> None:

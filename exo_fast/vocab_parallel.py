@@ -19,7 +19,7 @@ function is eager, since operators of torch.library take no process group.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from exo_fast import reference
 from exo_fast.backends import implementation
 from exo_fast.backends.rows import ELSEWHERE
 from exo_fast.head import Head
+from exo_fast.reference import LossOptions
 from exo_fast.validate import check_tensor, require
 
 
@@ -247,7 +248,7 @@ def group_loss(
     cu_seqlens: Tensor,  # (G·K + 1,), on the host or on token_logps' device
     ref_logps: Tensor,  # (G, K)
     rewards: Tensor,  # (G, K)
-    **loss: Any,  # loss_type, beta_pi, beta_r, label_smoothing
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """The mean loss over groups and the detached sequence log-probs (G, K), differentiable in token_logps.
 
@@ -255,5 +256,5 @@ def group_loss(
     """
     offsets = cu_seqlens.to(token_logps.device, torch.int64, non_blocking=True)
     sums = torch.segment_reduce(token_logps.double(), "sum", offsets=offsets, unsafe=True).view_as(ref_logps)
-    losses = reference.group_loss(sums, ref_logps, rewards, **loss)
+    losses = reference.group_loss(sums, ref_logps, rewards, **asdict(options))
     return losses.mean().to(token_logps.dtype), sums.detach().to(token_logps.dtype)

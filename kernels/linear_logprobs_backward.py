@@ -26,7 +26,7 @@ from exo_fast.kernels.targets import Target
 
 
 @triton.jit(
-    do_not_specialize=["n_own", "n_other", "stats_stride"],
+    do_not_specialize=["n_own", "n_other", "stride_stats"],
     do_not_specialize_on_alignment=["targets", "stats", "coefficients"],
 )
 def linear_logprobs_backward(
@@ -34,11 +34,11 @@ def linear_logprobs_backward(
     other,  # (n_other, D): the other one
     bias,  # (V,)
     targets,  # (N,) int64; −1 has no gradient
-    stats,  # rows shift, sum (and target) of (3, ·) float32, `stats_stride` apart
+    stats,  # rows shift, sum (and target) of (3, ·) float32, `stride_stats` apart
     coefficients,  # (N,) float32, c = ∂L/∂(log-prob)
     grad,  # (n_own, D) float32, zeros at the start
     grad_bias,  # (V,) float32, written with BIAS_GRAD
-    n_own, n_other, width, stride_own, stride_other, stats_stride, scale, softcap,
+    n_own, n_other, width, stride_own, stride_other, stride_stats, scale, softcap,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr,
     OWNS_ROWS: tl.constexpr,  # own is the hidden states
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,12 +56,12 @@ def linear_logprobs_backward(
         # Rows of the batch lie along the owned axis or across it; everything else is the same.
         if OWNS_ROWS:
             g = gradient(
-                z, mine[:, None], theirs[None, :], n_own, n_other, bias, targets, stats, coefficients, stats_stride,
+                z, mine[:, None], theirs[None, :], n_own, n_other, bias, targets, stats, coefficients, stride_stats,
                 scale, softcap, HAS_BIAS, HAS_SOFTCAP,
             )  # fmt: skip
         else:
             g = gradient(
-                z, theirs[None, :], mine[:, None], n_other, n_own, bias, targets, stats, coefficients, stats_stride,
+                z, theirs[None, :], mine[:, None], n_other, n_own, bias, targets, stats, coefficients, stride_stats,
                 scale, softcap, HAS_BIAS, HAS_SOFTCAP,
             )  # fmt: skip
         if BIAS_GRAD:
@@ -84,7 +84,7 @@ def linear_logprobs_backward(
 
 @triton.jit
 def gradient(
-    a, row, column, n, vocab, bias, targets, stats, coefficients, stats_stride, scale, softcap,
+    a, row, column, n, vocab, bias, targets, stats, coefficients, stride_stats, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂a of a tile of raw products; `row` and `column` are its indices, broadcast along one axis each."""
@@ -92,7 +92,7 @@ def gradient(
     target = tl.load(targets + row, mask=real, other=-1).to(tl.int32)
     c = tl.load(coefficients + row, mask=real & (target >= 0), other=0.0)
     shift = tl.load(stats + row, mask=real, other=0.0)
-    total = tl.load(stats + stats_stride + row, mask=real, other=1.0)
+    total = tl.load(stats + stride_stats + row, mask=real, other=1.0)
     if HAS_BIAS:
         a += tl.load(bias + column, mask=column < vocab, other=0.0).to(tl.float32)
     z = finish(a, scale, softcap, HAS_SOFTCAP)
@@ -143,7 +143,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     signature = {
         "own": pointer, "other": pointer, "bias": pointer, "targets": "*i64", "stats": "*fp32",
         "coefficients": "*fp32", "grad": "*fp32", "grad_bias": "*fp32", "n_own": "i32", "n_other": "i32",
-        "width": "i32", "stride_own": "i32", "stride_other": "i32", "stats_stride": "i32", "scale": "fp32",
+        "width": "i32", "stride_own": "i32", "stride_other": "i32", "stride_stats": "i32", "scale": "fp32",
         "softcap": "fp32",
     }  # fmt: skip
     return [

@@ -75,7 +75,7 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def absorb(
-    z, start, first, n, target, bias, kept, vocab, kept_stride, scale, softcap, top, total, picked,
+    z, start, first, n, target, bias, kept, vocab, stride_kept, scale, softcap, top, total, picked,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     STORE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +98,8 @@ def absorb(
             kept.store([first, start], e.to(kept.dtype))
         else:
             rows = first + tl.arange(0, ROWS)
-            places = kept + rows.to(tl.int64)[:, None] * kept_stride + columns[None, :]
-            tl.store(places, e.to(kept.dtype.element_ty), mask=(rows < n)[:, None] & (columns < kept_stride)[None, :])
+            places = kept + rows.to(tl.int64)[:, None] * stride_kept + columns[None, :]
+            tl.store(places, e.to(kept.dtype.element_ty), mask=(rows < n)[:, None] & (columns < stride_kept)[None, :])
     else:
         above = tl.maximum(top, tl.max(z, 1))
         total = total * tl.exp(top - above) + tl.sum(tl.exp(z - above[:, None]), 1)
@@ -117,8 +117,8 @@ def linear_logsumexp(
     shift,  # (N,) float32, read with STORE
     flags,  # (N,) int32, read with FLAGGED
     partial,  # (3, splits, N) float32: maxima (without STORE), sums, target logits
-    kept,  # (N, kept_stride), written with STORE
-    n, vocab, width, stride_hidden, stride_weight, kept_stride, splits, scale, softcap,
+    kept,  # (N, stride_kept), written with STORE
+    n, vocab, width, stride_hidden, stride_weight, stride_kept, splits, scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -154,7 +154,7 @@ def linear_logsumexp(
         # In pieces, so that the exponentials of a piece and not of the whole tile are live beside the tile.
         if PIECE == BLOCK_V:
             top, total, picked = absorb(
-                z, start, first, n, target, bias, kept, vocab, kept_stride, scale, softcap, top, total, picked,
+                z, start, first, n, target, bias, kept, vocab, stride_kept, scale, softcap, top, total, picked,
                 BLOCK_N, PIECE, HAS_BIAS, HAS_SOFTCAP, STORE, DESCRIPTORS,
             )  # fmt: skip
         else:
@@ -163,7 +163,7 @@ def linear_logsumexp(
                 half_start = start + side * (BLOCK_V // 2)
                 if PIECE == BLOCK_V // 2:
                     top, total, picked = absorb(
-                        parts[side], half_start, first, n, target, bias, kept, vocab, kept_stride, scale, softcap,
+                        parts[side], half_start, first, n, target, bias, kept, vocab, stride_kept, scale, softcap,
                         top, total, picked, BLOCK_N, PIECE, HAS_BIAS, HAS_SOFTCAP, STORE, DESCRIPTORS,
                     )  # fmt: skip
                 else:
@@ -171,7 +171,7 @@ def linear_logsumexp(
                     for place in tl.static_range(2):
                         top, total, picked = absorb(
                             quarters[place], half_start + place * PIECE, first, n, target, bias, kept, vocab,
-                            kept_stride, scale, softcap, top, total, picked,
+                            stride_kept, scale, softcap, top, total, picked,
                             BLOCK_N, PIECE, HAS_BIAS, HAS_SOFTCAP, STORE, DESCRIPTORS,
                         )  # fmt: skip
 
@@ -184,18 +184,18 @@ def linear_logsumexp(
 
 
 @triton.jit(
-    do_not_specialize=["n", "splits", "stats_stride", "kept_stride"],
+    do_not_specialize=["n", "splits", "stride_stats", "stride_kept"],
     do_not_specialize_on_alignment=["targets", "stats", "logps", "flags", "residual"],
 )
 def merge(
     partial,  # (3, splits, N)
     targets,  # (N,)
-    stats,  # rows shift, sum, target of (3, ·) float32, `stats_stride` apart
+    stats,  # rows shift, sum, target of (3, ·) float32, `stride_stats` apart
     logps,  # (N,), log-prob of the target, 0 where it is −1
     flags,  # (N,) int32, written with STORE, read with FLAGGED
-    kept,  # (N, kept_stride), receives U at the target with STORE
+    kept,  # (N, stride_kept), receives U at the target with STORE
     residual,  # (N,) float32, written with STORE: what rounding took off U at the target
-    n, splits, stats_stride, kept_stride, scale, softcap,
+    n, splits, stride_stats, stride_kept, scale, softcap,
     ROWS: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     OVERFLOW: tl.constexpr,
 ):  # fmt: skip
@@ -227,8 +227,8 @@ def merge(
         target = tl.load(targets + rows, mask=inside, other=-1)
         real = inside & (target >= 0)
         tl.store(stats + rows, top, mask=inside)
-        tl.store(stats + stats_stride + rows, total, mask=inside)
-        tl.store(stats + 2 * stats_stride + rows, picked, mask=inside)
+        tl.store(stats + stride_stats + rows, total, mask=inside)
+        tl.store(stats + 2 * stride_stats + rows, picked, mask=inside)
         # A log-prob is never positive; rounding of the shift could make it so by one part in 10⁷.
         logp = tl.minimum(picked - top - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(logps + rows, tl.where(target >= 0, logp, 0.0), mask=inside)
@@ -238,7 +238,7 @@ def merge(
             if HAS_SOFTCAP:
                 entry *= slope(picked, scale, softcap)
             rounded = entry.to(kept.dtype.element_ty)
-            tl.store(kept + rows.to(tl.int64) * kept_stride + target, rounded, mask=real)
+            tl.store(kept + rows.to(tl.int64) * stride_kept + target, rounded, mask=real)
             tl.store(residual + rows, tl.where(real, entry - rounded.to(tl.float32), 0.0), mask=inside)
 
 
@@ -314,9 +314,9 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     product = {
         "hidden": pointer, "weight": pointer, "bias": pointer, "targets": "*i64", "shift": "*fp32", "flags": "*i32",
         "partial": "*fp32", "kept": pointer, "n": "i32", "vocab": "i32", "width": "i32", "stride_hidden": "i32",
-        "stride_weight": "i32", "kept_stride": "i32", "splits": "i32", "scale": "fp32", "softcap": "fp32",
+        "stride_weight": "i32", "stride_kept": "i32", "splits": "i32", "scale": "fp32", "softcap": "fp32",
     }  # fmt: skip
-    aligned = ("hidden", "weight", "bias", "partial", "kept", "width", "stride_hidden", "stride_weight", "kept_stride")
+    aligned = ("hidden", "weight", "bias", "partial", "kept", "width", "stride_hidden", "stride_weight", "stride_kept")
     made = []
     for store, flagged in [(False, False)] + ([(True, False), (False, True), (True, True)] if dtype == "bf16" else []):
         for extras, bias, softcap in HEADS:
@@ -331,7 +331,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
                         kernel=linear_logsumexp,
                         signature=product,
                         constants={**constants, "DESCRIPTORS": False},
-                        aligned=("partial", "kept", "kept_stride"),
+                        aligned=("partial", "kept", "stride_kept"),
                         products=True,
                         config=POINTERS,
                     )
@@ -356,8 +356,8 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             kernel=merge,
             signature={
                 "partial": "*fp32", "targets": "*i64", "stats": "*fp32", "logps": "*fp32", "flags": "*i32",
-                "kept": pointer, "residual": "*fp32", "n": "i32", "splits": "i32", "stats_stride": "i32",
-                "kept_stride": "i32", "scale": "fp32", "softcap": "fp32",
+                "kept": pointer, "residual": "*fp32", "n": "i32", "splits": "i32", "stride_stats": "i32",
+                "stride_kept": "i32", "scale": "fp32", "softcap": "fp32",
             },
             constants={
                 "STORE": store, "FLAGGED": flagged, "HAS_SOFTCAP": softcap, "OVERFLOW": OVERFLOW,

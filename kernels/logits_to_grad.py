@@ -38,18 +38,18 @@ from exo_fast.kernels.targets import Target
 
 
 @triton.jit(
-    do_not_specialize=["n", "columns", "start", "stats_stride"],
+    do_not_specialize=["n", "columns", "start", "stride_stats"],
     do_not_specialize_on_alignment=["targets", "coefficients", "stats"],
 )
 def logits_to_grad(
     logits,  # (n, width) bf16, fp16 or float32: raw products a, rows `stride` apart
-    out,  # (n, width), rows `out_stride` apart: ∂L/∂a
+    out,  # (n, width), rows `stride_out` apart: ∂L/∂a
     targets,  # (n,) int64; −1 is ignored
     coefficients,  # (n,) float32: c
     bias,  # (columns,), those of this chunk; None without HAS_BIAS
-    stats,  # rows shift, sum of (3, n) float32, `stats_stride` apart
-    partial,  # (row blocks, width) float32, rows `partial_stride` apart; None without HAS_BIAS_GRAD
-    n, columns, width, start, stride, out_stride, stats_stride, partial_stride, scale, softcap,
+    stats,  # rows shift, sum of (3, n) float32, `stride_stats` apart
+    partial,  # (row blocks, width) float32, rows `stride_partial` apart; None without HAS_BIAS_GRAD
+    n, columns, width, start, stride, stride_out, stride_stats, stride_partial, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS_GRAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def logits_to_grad(
         target = tl.load(targets + row)
         c = tl.load(coefficients + row)
         shift = tl.load(stats + row)
-        total = tl.load(stats + stats_stride + row)
+        total = tl.load(stats + stride_stats + row)
         active = (target >= 0) & (c != 0.0)
         c *= scale
         if HAS_BIAS:
@@ -83,10 +83,10 @@ def logits_to_grad(
         gradient = tl.where(valid & active, gradient, 0.0)
         if HAS_BIAS_GRAD:
             added += gradient
-        tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty), mask=stored)
+        tl.store(out + row * stride_out + column, gradient.to(out.dtype.element_ty), mask=stored)
 
     if HAS_BIAS_GRAD:
-        tl.store(partial + row_block * partial_stride + column, added, mask=stored)
+        tl.store(partial + row_block * stride_partial + column, added, mask=stored)
 
 
 def row_blocks(n: int, config: Config) -> int:
@@ -113,12 +113,12 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     signature = {
         "logits": TYPES[dtype], "out": TYPES[dtype], "targets": "*i64", "coefficients": "*fp32", "bias": "constexpr",
         "stats": "*fp32", "partial": "constexpr", "n": "i32", "columns": "i32", "width": "i32", "start": "i32",
-        "stride": "i32", "out_stride": "i32", "stats_stride": "i32", "partial_stride": "i32",
+        "stride": "i32", "stride_out": "i32", "stride_stats": "i32", "stride_partial": "i32",
         "scale": "fp32", "softcap": "fp32",
         "HAS_BIAS": "constexpr", "HAS_SOFTCAP": "constexpr", "HAS_BIAS_GRAD": "constexpr",
         "ROWS": "constexpr", "BLOCK": "constexpr",
     }  # fmt: skip
-    aligned = ("logits", "out", "width", "stride", "out_stride", "partial_stride")
+    aligned = ("logits", "out", "width", "stride", "stride_out", "stride_partial")
 
     def variant(name: str, logits: str, bias: bool, softcap: bool, bias_grad: bool) -> Variant:
         types = (

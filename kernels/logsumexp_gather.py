@@ -6,7 +6,7 @@ so that log p[y] = target − shift − log(sum). The chunk holds the vocabulary
 Launches over the chunks of a row, one after another in any order, update the same statistics. FIRST starts them; so
 does shift = −inf, sum = 0.
 
-`stats` are three float32 rows, `stats_stride` apart, the layout that `logits_to_grad` reads. A row with target −1 is
+`stats` are three float32 rows, `stride_stats` apart, the layout that `logits_to_grad` reads. A row with target −1 is
 ignored: it is not read, and its statistics 0, 1, 0 say log p = 0. Targets are numbered over the whole vocabulary; one
 that lies in another chunk changes nothing here. −inf is a logit like any other (a token that cannot be drawn).
 
@@ -60,20 +60,20 @@ def fold(
     return above, total * tl.exp(shift - above) + tl.sum(tl.exp(z - above[:, None]), 1)
 
 
-@triton.jit(do_not_specialize=["columns", "start", "stats_stride"], do_not_specialize_on_alignment=["targets", "stats"])
+@triton.jit(do_not_specialize=["columns", "start", "stride_stats"], do_not_specialize_on_alignment=["targets", "stats"])
 def logsumexp_gather(
     logits,  # (n, width) bf16, fp16 or float32: raw products a, rows `stride` apart
     targets,  # (n,) int64; −1 is ignored
     bias,  # (columns,), those of this chunk; None without HAS_BIAS
-    stats,  # rows shift, sum, target of (3, n) float32, `stats_stride` apart: written with FIRST, else updated
-    columns, width, start, stride, stats_stride, scale, softcap,
+    stats,  # rows shift, sum, target of (3, n) float32, `stride_stats` apart: written with FIRST, else updated
+    columns, width, start, stride, stride_stats, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     shift_at = stats + row
-    sum_at = shift_at + stats_stride
-    target_at = sum_at + stats_stride
+    sum_at = shift_at + stride_stats
+    target_at = sum_at + stride_stats
     target = tl.load(targets + row)
     if target < 0:
         if FIRST:
@@ -131,7 +131,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     dtype is the head's, it is the same for all, and listed once); a first and a later one in that dtype."""
     signature = {
         "logits": TYPES[dtype], "targets": "*i64", "bias": "constexpr", "stats": "*fp32",
-        "columns": "i32", "width": "i32", "start": "i32", "stride": "i32", "stats_stride": "i32",
+        "columns": "i32", "width": "i32", "start": "i32", "stride": "i32", "stride_stats": "i32",
         "scale": "fp32", "softcap": "fp32",
         "HAS_BIAS": "constexpr", "HAS_SOFTCAP": "constexpr", "FIRST": "constexpr", "BLOCK": "constexpr",
     }  # fmt: skip

@@ -8,9 +8,9 @@
     mean logit    Σ z_v / columns
     is_top1       y is the first v of z_v = shift
 
-The chunk holds n rows of the whole vocabulary. `stats` are the three float32 rows shift, sum, target, `stats_stride`
+The chunk holds n rows of the whole vocabulary. `stats` are the three float32 rows shift, sum, target, `stride_stats`
 apart, that a backward pass reads (`logits_to_grad`); `values` are log p[y], entropy, log Σ p² and mean logit,
-`values_stride` apart. All are written, whichever are wanted: the bytes are the same. A row with target −1 is ignored:
+`stride_values` apart. All are written, whichever are wanted: the bytes are the same. A row with target −1 is ignored:
 it is not read, its statistics are 0, 1, 0 and its values 0. −inf is a logit like any other (a token that cannot be
 drawn): it adds nothing to the entropy, and makes the mean −inf. A nan makes all numbers of its row nan.
 
@@ -73,28 +73,28 @@ def fold(
 
 
 @triton.jit(
-    do_not_specialize=["columns", "stats_stride", "values_stride"],
+    do_not_specialize=["columns", "stride_stats", "stride_values"],
     do_not_specialize_on_alignment=["targets", "stats", "values", "top"],
 )
 def token_statistics(
     logits,  # (n, width) float32: raw products a, rows `stride` apart
     targets,  # (n,) int64; −1 is ignored
     bias,  # (columns,); None without HAS_BIAS
-    stats,  # rows shift, sum, target of (3, n) float32, `stats_stride` apart
-    values,  # rows log p[y], entropy, log Σ p², mean logit of (4, n) float32, `values_stride` apart
+    stats,  # rows shift, sum, target of (3, n) float32, `stride_stats` apart
+    values,  # rows log p[y], entropy, log Σ p², mean logit of (4, n) float32, `stride_values` apart
     top,  # (n,) int8: is_top1
-    columns, width, stride, stats_stride, values_stride, scale, softcap,
+    columns, width, stride, stride_stats, stride_values, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     shift_at = stats + row
-    sum_at = shift_at + stats_stride
-    target_at = sum_at + stats_stride
+    sum_at = shift_at + stride_stats
+    target_at = sum_at + stride_stats
     logp_at = values + row
-    entropy_at = logp_at + values_stride
-    squares_at = entropy_at + values_stride
-    mean_at = squares_at + values_stride
+    entropy_at = logp_at + stride_values
+    squares_at = entropy_at + stride_values
+    mean_at = squares_at + stride_values
     target = tl.load(targets + row)
     if target < 0:
         tl.store(shift_at, 0.0)
@@ -164,7 +164,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     """`dtype` is the operands'. Logits are float32, so that it is the bias's alone: without one, listed once."""
     signature = {
         "logits": "*fp32", "targets": "*i64", "bias": "constexpr", "stats": "*fp32", "values": "*fp32", "top": "*i8",
-        "columns": "i32", "width": "i32", "stride": "i32", "stats_stride": "i32", "values_stride": "i32",
+        "columns": "i32", "width": "i32", "stride": "i32", "stride_stats": "i32", "stride_values": "i32",
         "scale": "fp32", "softcap": "fp32",
         "HAS_BIAS": "constexpr", "HAS_SOFTCAP": "constexpr", "BLOCK": "constexpr",
     }  # fmt: skip

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator
 
-import families
 import pytest
 import torch
 from tree import HELPERS
@@ -35,4 +34,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     tables = {"family": "FAMILIES", "sharing_family": "SHARING", "refusing_family": "REFUSING"}
     for argument, table in tables.items():
         if argument in metafunc.fixturenames:
+            import families  # not before Triton's interpreter is chosen
+
             metafunc.parametrize(argument, list(getattr(families, table)))

@@ -23,7 +23,7 @@ def prepare(kernel: str, rows: int, vocab: int, precision: str, device: str) -> 
     stats = torch.empty(3, rows, device=device)
     target = of_device(torch.device(device))
     head = {
-        "bias": None, "start": 0, "stats_stride": rows, "scale": 1.0, "softcap": 1.0, "HAS_BIAS": False,
+        "bias": None, "start": 0, "stride_stats": rows, "scale": 1.0, "softcap": 1.0, "HAS_BIAS": False,
         "HAS_SOFTCAP": False,
     }  # fmt: skip
 
@@ -40,7 +40,7 @@ def prepare(kernel: str, rows: int, vocab: int, precision: str, device: str) -> 
         launch(
             logits_to_grad.logits_to_grad, logits_to_grad.grid(rows, width, config), config,
             logits=logits, out=logits, targets=targets, coefficients=coefficients, stats=stats, partial=None, n=rows,
-            columns=vocab, width=width, stride=width, out_stride=width, partial_stride=0, HAS_BIAS_GRAD=False, **head,
+            columns=vocab, width=width, stride=width, stride_out=width, stride_partial=0, HAS_BIAS_GRAD=False, **head,
         )  # fmt: skip
         return logits
 

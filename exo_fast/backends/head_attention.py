@@ -30,6 +30,7 @@ from exo_fast.backends import scratch_budget
 from exo_fast.backends.rows import group_units, kept_chunks, kept_rows, row_chunks
 from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
+from exo_fast.reference import LossOptions
 
 COLUMNS = 8192  # of the vocabulary at a time, for each of the parts that threads work on
 ROWS = 4096  # of hidden states at a time: with 8,192 2% faster, and twice the scratch
@@ -195,7 +196,7 @@ def group_loss_forward(
     cu_seqlens: Tensor,
     ref_logps: Tensor,
     rewards: Tensor,
-    loss: dict,
+    loss: LossOptions,
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None, None]]:
@@ -218,7 +219,7 @@ def group_loss_forward(
                 grad_hidden[rows] = unit.to(hidden.dtype)
         sequences = slice(first * candidates, last * candidates)
         losses[first:last], c = losses_and_coefficients(
-            policy_logps[sequences].view(last - first, candidates), ref_logps[first:last], rewards[first:last], **loss
+            policy_logps[sequences].view(last - first, candidates), ref_logps[first:last], rewards[first:last], loss
         )
         coefficients[sequences] = c.flatten() / groups
         for rows in pieces:

@@ -36,6 +36,7 @@ from exo_fast.backends.rows import Rows, group_units, kept_chunks, kept_rows, ro
 from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
 from exo_fast.precision import bf16_products
+from exo_fast.reference import LossOptions
 
 BLOCK = 4096  # columns of the vocabulary at a time: a block of logits stays in cache between product and exponential
 MIN_ROWS = 192  # fewer whole rows than this in the budget make the products too thin: work by blocks instead
@@ -483,7 +484,7 @@ def group_loss_forward(
     cu_seqlens: Tensor,  # (G·K + 1,), on the host or on hidden's device
     ref_logps: Tensor,
     rewards: Tensor,
-    loss: dict,  # loss_type, beta_pi, beta_r, label_smoothing
+    loss: LossOptions,
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
@@ -534,7 +535,7 @@ def group_loss_forward(
             policy_logps[sequences].view(last - first, candidates),
             ref_logps[first:last],
             rewards[first:last],
-            **loss,
+            loss,
         )
         if not any(need):
             continue

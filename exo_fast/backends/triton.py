@@ -45,6 +45,7 @@ from exo_fast.kernels import logsumexp_gather as gather_kernel
 from exo_fast.kernels import token_statistics as statistics_kernel
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import Target, of_device
+from exo_fast.reference import LossOptions
 
 if interpreted():
     from exo_fast.backends.interpreter import repair
@@ -166,7 +167,7 @@ def product_statistics(
     head, store = rows.head, kept is not None
     written = [] if kept is None else [kept]
     descriptors = rows.target.descriptors and describable(rows.hidden, rows.weight, *written)
-    kept_stride = 0 if kept is None else kept.stride(0)
+    stride_kept = 0 if kept is None else kept.stride(0)
 
     def run(config: Config) -> Tensor:
         sizes = config.constants
@@ -185,15 +186,15 @@ def product_statistics(
             hidden=hidden, weight=weight, bias=head.bias, targets=rows.targets, shift=rows.stats, flags=flags,
             partial=sums, kept=out, n=rows.n, vocab=rows.vocab, width=rows.width,
             stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
-            kept_stride=kept_stride, splits=splits, scale=head.scale, softcap=rows.softcap,
+            stride_kept=stride_kept, splits=splits, scale=head.scale, softcap=rows.softcap,
             GROUP=linear_kernel.GROUP, STORE=store, FLAGGED=flagged,
             PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors, **rows.flags,
         )  # fmt: skip
         launch(
             linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), linear_kernel.MERGE,
             partial=sums, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
-            residual=residual, n=rows.n, splits=splits, stats_stride=rows.stats.stride(0),
-            kept_stride=kept_stride, scale=head.scale, softcap=rows.softcap,
+            residual=residual, n=rows.n, splits=splits, stride_stats=rows.stats.stride(0),
+            stride_kept=stride_kept, scale=head.scale, softcap=rows.softcap,
             STORE=store, FLAGGED=flagged and not store, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"],
             OVERFLOW=linear_kernel.OVERFLOW,
         )  # fmt: skip
@@ -282,7 +283,7 @@ class Logits:
         arguments = {
             "logits": self.logits, "targets": rows.targets, "bias": rows.head.bias, "stats": rows.stats,
             "values": values, "top": top, "columns": rows.vocab, "width": self.logits.shape[1],
-            "stride": self.logits.stride(0), "stats_stride": rows.stats.stride(0), "values_stride": values.stride(0),
+            "stride": self.logits.stride(0), "stride_stats": rows.stats.stride(0), "stride_values": values.stride(0),
             "scale": rows.head.scale, "softcap": rows.softcap,
         }  # fmt: skip
 
@@ -311,7 +312,7 @@ class Chunked(Logits):
         arguments = {
             "logits": self.logits, "targets": rows.targets, "bias": rows.head.bias, "stats": rows.stats,
             "columns": rows.vocab, "width": self.logits.shape[1], "start": 0, "stride": self.logits.stride(0),
-            "stats_stride": rows.stats.stride(0), "scale": rows.head.scale, "softcap": rows.softcap, "FIRST": True,
+            "stride_stats": rows.stats.stride(0), "scale": rows.head.scale, "softcap": rows.softcap, "FIRST": True,
         }  # fmt: skip
 
         def run(config: Config) -> None:
@@ -332,8 +333,8 @@ class Chunked(Logits):
             grad_kernel.logits_to_grad, grad_kernel.grid(rows.n, stride, config), config,
             logits=self.logits, out=self.grad, targets=rows.targets, coefficients=coefficients.contiguous(),
             bias=rows.head.bias, stats=rows.stats, partial=partial, n=rows.n, columns=rows.vocab, width=stride, start=0,
-            stride=stride, out_stride=self.grad.stride(0), stats_stride=rows.stats.stride(0),
-            partial_stride=stride, scale=rows.head.scale, softcap=rows.softcap,
+            stride=stride, stride_out=self.grad.stride(0), stride_stats=rows.stats.stride(0),
+            stride_partial=stride, scale=rows.head.scale, softcap=rows.softcap,
             HAS_BIAS_GRAD=partial is not None, **rows.flags,
         )  # fmt: skip
         g, residual, y = self.grad[: rows.n, : rows.vocab], rows.residual(coefficients), rows.places
@@ -417,7 +418,7 @@ def fused_gradients(
         coefficients = into.boost(coefficients, rows.head.scale)
     shared = {
         "bias": rows.head.bias, "targets": rows.targets, "stats": rows.stats,
-        "coefficients": coefficients.contiguous(), "width": rows.width, "stats_stride": rows.stats.stride(0),
+        "coefficients": coefficients.contiguous(), "width": rows.width, "stride_stats": rows.stats.stride(0),
         "scale": rows.head.scale, "softcap": rows.softcap,
         "PRECISION": linear_kernel.precision(rows.target, rows.dtype), **rows.flags,
     }  # fmt: skip
@@ -535,7 +536,7 @@ def group_loss_forward(
     cu_seqlens: Tensor,
     ref_logps: Tensor,
     rewards: Tensor,
-    loss: dict,  # loss_type, beta_pi, beta_r, label_smoothing
+    loss: LossOptions,
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Gradients3]:
@@ -552,9 +553,9 @@ def group_loss_forward(
             "logps": logps, "cu_seqlens": cu_seqlens.to(rows.device, non_blocking=True).contiguous(),
             "ref_logps": ref_logps.float().contiguous(), "rewards": rewards.float().contiguous(), "losses": losses,
             "policy_logps": policy_logps, "coefficients": per_sequence, "token_coefficients": coefficients,
-            "beta_pi": loss["beta_pi"], "beta_r": loss["beta_r"], "label_smoothing": loss["label_smoothing"],
+            "beta_pi": loss.beta_pi, "beta_r": loss.beta_r, "label_smoothing": loss.label_smoothing,
             "upstream": 1 / groups, "CANDIDATES": candidates, "BLOCK_K": triton.next_power_of_2(candidates),
-            "EXO": loss["loss_type"].startswith("exo"), "PREF": loss["loss_type"].endswith("-pref"),
+            "EXO": loss.loss_type.startswith("exo"), "PREF": loss.loss_type.endswith("-pref"),
             "WRITE_TOKENS": any(need),
         }  # fmt: skip
         config = group_loss_kernel.configs(rows.target, "fp32")[0]

@@ -31,6 +31,7 @@ import families
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from tree import ROOT
 
 DOCS = ROOT / "docs"
@@ -115,19 +116,25 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names = module.__dict__
     text = "".join(block.text for block in of("python") if block.page == page)
     if re.search(r"\b(model|tokenizer)\b", text):
-        names |= {"model": families.tiny_model("llama"), "input_ids": torch.arange(12).view(2, 6)}
-        names["tokenizer"] = chats.byte_level(chats.CHATML)
+        tokenizer = chats.byte_level(chats.CHATML)
+        names |= {"tokenizer": tokenizer, "input_ids": torch.arange(12).view(2, 6)}
+        names["model"] = families.tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=128)
+        names["model"].save_pretrained("model")
+        names["model"].config._name_or_path = "model"  # from which TRL loads the reference
+        names["pairs"] = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 4)
     threads, generator = torch.get_num_threads(), torch.random.get_rng_state()
     try:
         for block in of("python"):
             if block.page == page:
                 needed = [name for name in OPTIONAL if re.search(rf"(from|import) {name}\b", block.text)]
-                if "exo_fast.integrations.trl.trainer" in block.text:
+                if "exo_fast.integrations.trl" in block.text:
                     needed.append("trl")
                 for name in needed:
                     pytest.importorskip(name, reason=f"{page.name} imports {name}, which is not installed")
                 exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
     finally:
+        if "exo_fast.integrations.trl" in sys.modules:
+            sys.modules["exo_fast.integrations.trl"].unpatch_trl()
         torch.set_num_threads(threads)
         torch.random.set_rng_state(generator)
     if page in (ROOT / "README.md", DOCS / "index.md"):

@@ -22,6 +22,7 @@ from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import TARGETS, of_device
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import linear_group_loss
+from exo_fast.reference import LossOptions
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA or ROCm device is available")]
@@ -543,7 +544,6 @@ def test_offsets_past_two_billion(precision: str) -> None:
     made = Problem(hidden, weight, None, targets, cu_seqlens, ref_logps, rewards, {})
     _, policy_logps, dh, _ = made.step(memory_budget=budget)
     _, coefficients = losses_and_coefficients(
-        policy_logps.double(), ref_logps.double(), rewards.double(),
-        loss_type="exo-rw", beta_pi=0.1, beta_r=1.0, label_smoothing=0.0,
+        policy_logps.double(), ref_logps.double(), rewards.double(), LossOptions("exo-rw", beta_r=1.0),
     )  # fmt: skip
     assert_gradients((dh[last],), (coefficients[0, 1] * want_gradient,), precision)

@@ -20,6 +20,7 @@ from exo_fast.kernels.certification import certify
 from exo_fast.kernels.certification.ahead_of_time import source_of
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import TARGETS, Target
+from exo_fast.reference import LossOptions
 
 Arguments = dict[str, tuple]  # name -> its type and whether it is a multiple of 16, or the value of a constexpr
 
@@ -60,7 +61,7 @@ def launched(target: Target) -> Iterator[tuple[str, Arguments]]:
     backend.launch = lambda kernel, grid, config, **given: made.append(
         (kernel.__name__, arguments(kernel, target, config, given))
     )
-    loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 1e-3}
+    loss = LossOptions("exo-rw")
     batch = {"ref_logps": torch.randn(2, 2), "rewards": torch.randn(2, 2), "loss": loss}
     dtypes, flags = (torch.bfloat16, torch.float16, torch.float32), (False, True)
     sizes = ((64, 160, 2048), (421, 131, 64), (1, 2, 64))

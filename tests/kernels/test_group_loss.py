@@ -15,6 +15,7 @@ from exo_fast import reference
 from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.kernels import group_loss as kernel
 from exo_fast.kernels.targets import TARGETS, of_device
+from exo_fast.reference import LossOptions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
@@ -88,7 +89,7 @@ def check(got: Result, logps: Tensor, cu: Tensor, ref_logps: Tensor, rewards: Te
     """Sums against float64; losses and coefficients against float64 of the sums the kernel returned."""
     sums = reference.sequence_logps(logps, cu).view_as(ref_logps)
     torch.testing.assert_close(got.policy_logps.double(), sums, rtol=6e-7, atol=0)
-    losses, coefficients = losses_and_coefficients(got.policy_logps.double(), ref_logps, rewards, **loss)
+    losses, coefficients = losses_and_coefficients(got.policy_logps.double(), ref_logps, rewards, LossOptions(**loss))
     # float32 carries log q as precisely as the largest log-ratio, a softmax as its exponent
     size = 1 + (loss["beta_pi"] * (got.policy_logps.double() - ref_logps)).abs().amax().item()
     if loss["loss_type"].endswith("-rw"):

@@ -11,6 +11,7 @@ from exo_fast import closed_form, reference
 from exo_fast.backends import torch as chunked
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import GroupLoss, LinearGroupLoss, group_loss, linear_group_loss
+from exo_fast.reference import LossOptions
 
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
 
@@ -82,7 +83,7 @@ def test_closed_form_coefficients_are_the_derivative(loss_type: str, num_candida
     }
     want = reference.group_loss(policy, ref, rewards, **options)
     (derivative,) = torch.autograd.grad(want.sum(), policy)
-    losses, coefficients = closed_form.losses_and_coefficients(policy.detach(), ref, rewards, **options)
+    losses, coefficients = closed_form.losses_and_coefficients(policy.detach(), ref, rewards, LossOptions(**options))
     assert_same((losses, coefficients), (want.detach(), derivative), atol=1e-12)
 
 
@@ -120,7 +121,7 @@ def test_tied_best_candidates_share_the_target(loss_type: str, num_candidates: i
             (derivative,) = torch.autograd.grad(want.sum(), policy, retain_graph=True)
             got = group_loss(policy, ref, made, **options, ties="share", reduction="none")
             assert_same((got, *torch.autograd.grad(got.sum(), policy)), (want, derivative), atol=1e-12)
-            closed = closed_form.losses_and_coefficients(policy.detach(), ref, made, **options, beta_r=0.1)
+            closed = closed_form.losses_and_coefficients(policy.detach(), ref, made, LossOptions(**options))
             assert_same(closed, (want.detach(), derivative), atol=1e-12)
             if tied == 1:
                 assert torch.equal(got, group_loss(policy, ref, made, **options, reduction="none"))

@@ -108,13 +108,16 @@ def source_of(name: str) -> Path:
 
 
 def module_files() -> set[str]:
-    """What the wheel must hold, by its names there: every module, recipe and marker of the repository's folders."""
+    """What the wheel must hold, by its names there: every module, recipe, marker and template of the repository."""
     found = set()
     for installed, folder in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
             below = path.relative_to(ROOT / folder)
             is_part = (
-                path.suffix == ".py" or path.name == "py.typed" or (folder == "recipes" and path.suffix == ".yaml")
+                path.suffix == ".py"
+                or path.name == "py.typed"
+                or (folder == "recipes" and path.suffix == ".yaml")
+                or (folder == "training" and path.is_file() and path.parent.name in ("templates", "uplot"))
             )
             linked = folder == "exo_fast" and below.parts[0] == "kernels"  # the link by which the checkout finds them
             if is_part and not linked and "__pycache__" not in below.parts:
@@ -132,7 +135,8 @@ def check_wheel(wheel: Path) -> None:
         info = next(t for t in tops if t.endswith(".dist-info"))
         need(tops == {"exo_fast", info}, f"more than exo_fast would land in site-packages: {tops}")
         check_metadata(archive.read(f"{info}/METADATA").decode())
-        need(f"{info}/licenses/LICENSE" in archive.namelist(), "the licence is missing")
+        for licence in ("LICENSE", "training/reports/uplot/LICENSE"):
+            need(f"{info}/licenses/{licence}" in archive.namelist(), f"the licence is missing: {licence}")
 
 
 def check_metadata(text: str) -> None:

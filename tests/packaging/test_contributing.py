@@ -46,7 +46,7 @@ def test_all_targets_are_named_and_phony() -> None:
     [
         ("LOSS_TYPES", "exo_fast/reference.py"),
         ("group_loss", "exo_fast/reference.py"),
-        ("loss_type", "training/trainer/config.py"),
+        ("loss_type", "training/stages/align.py"),
         ("OURS", "training/data/registry.py"),
         ("RawDataset", "training/data/registry.py"),
         ("STAGES", "training/cli/command.py"),

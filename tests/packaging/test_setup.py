@@ -45,7 +45,9 @@ def test_files_that_are_no_modules_go_along(options: dict[str, Any]) -> None:
         for pattern in patterns
         for path in folder_of(package, options["package_dir"]).glob(pattern)
     }
+    reports = ROOT / "training" / "reports"
     needed = {*(ROOT / "recipes").glob("*.yaml"), ROOT / "exo_fast" / "py.typed"}
+    needed |= {*(reports / "templates").iterdir(), *(reports / "uplot").iterdir()}
     others = {
         path.resolve()
         for folder in ("exo_fast", "training", "recipes")

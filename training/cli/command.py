@@ -56,7 +56,7 @@ class Stage:
 
     def config_class(self) -> type:
         """The dataclass of the stage's fields."""
-        return getattr(self.code(), self.config)
+        return getattr(_import(self.module), self.config)
 
     def code(self) -> ModuleType:
         """The module with the stage's function."""

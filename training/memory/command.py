@@ -129,7 +129,9 @@ def as_json(estimate: Any) -> dict:
 
 
 def text(name: str, found: list[Any], memory: int) -> str:
-    """Table and verdict."""
+    """Return the table and the verdict."""
+    from tabulate import tabulate
+
     from exo_fast.training.memory.estimate import PARTS
 
     ours = found[-1]
@@ -138,15 +140,14 @@ def text(name: str, found: list[Any], memory: int) -> str:
         f"{name}: {ours.parameters / 1e6:,.0f}M parameters, {setting.groups} group(s) of K = {setting.candidates}, "
         f"{setting.prompt} prompt and {setting.completion} completion tokens, GB per device:",
         "",
-        f"{'':<14}" + "".join(f"{estimate.setting.method:>14}" for estimate in found),
     ]
-    for part in (*PARTS, "total"):
-        sizes = [estimate.total if part == "total" else estimate.parts.get(part, 0) for estimate in found]
-        if any(sizes):
-            lines.append(f"{part:<14}" + "".join(f"{size / 1e9:>14.2f}" for size in sizes))
-    lines.append(f"{'rows':<14}" + "".join(f"{'{} x {}'.format(*estimate.rows):>14}" for estimate in found))
-    lines.append(f"{'peak in':<14}" + "".join(f"{estimate.moment.split()[0]:>14}" for estimate in found))
-    lines.append("")
+    parts = {part: [estimate.parts.get(part, 0) for estimate in found] for part in PARTS}
+    parts["total"] = [estimate.total for estimate in found]
+    rows = [[part, *(f"{size / 1e9:.2f}" for size in sizes)] for part, sizes in parts.items() if any(sizes)]
+    rows.append(["rows", *("{} x {}".format(*estimate.rows) for estimate in found)])
+    rows.append(["peak in", *(estimate.moment.split()[0] for estimate in found)])
+    sides, head = ["left", *["right"] * len(found)], ["", *(estimate.setting.method for estimate in found)]
+    lines += [tabulate(rows, head, tablefmt="plain", colalign=sides, disable_numparse=True), ""]
     lines += [verdict(estimate, memory) for estimate in found]
     if ours.host:
         lines.append(f"Offloading takes {ours.host / 1e9:.1f} GB of CPU memory a process.")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tabulate import tabulate
 
 from exo_fast.training import downloads, files
 from exo_fast.training.errors import InputError
@@ -289,7 +290,7 @@ def _row(stage: PlannedStage, record: Record, state: str) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], total: float) -> str:
-    lines = ["", f"{'stage':<30}{'seconds':>10}  "]
-    lines += [f"{row['name']:<30}{row['seconds']:>10.0f}  {row['state']}" for row in rows]
-    lines.append(f"{'all stages':<30}{sum(row['seconds'] for row in rows):>10.0f}  {total:.0f} s now")
-    return "\n".join(lines)
+    """The seconds of each stage and of all, as aligned lines."""
+    lines = [[row["name"], row["seconds"], row["state"]] for row in rows]
+    lines.append(["all stages", sum(row["seconds"] for row in rows), f"{total:.0f} s now"])
+    return "\n" + tabulate(lines, ["stage", "seconds", ""], tablefmt="plain", floatfmt=".0f", disable_numparse=[0])

@@ -24,17 +24,20 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from exo_fast.training.reports.statistics import (
+    AMBER,
+    BLACK,
     BLUE,
     GREEN,
     GREY,
     ORANGE,
+    PURPLE,
+    SKY,
     Interval,
     mean_and_error,
     new_figure,
     paired_bootstrap,
 )
 
-SKY, PURPLE, AMBER, BLACK = "#56B4E9", "#CC79A7", "#E69F00", "#222222"
 STYLES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (AMBER, "v"), (SKY, "P")]
 RESAMPLES = 2000
 GRID = 201  # points at which curves are compared; they are straight between checkpoints

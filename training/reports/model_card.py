@@ -2,14 +2,14 @@
 
 It is made from summary.json and trainer_state.json, says how the model was made and from which files, and claims only
 what is known: a base model that is a directory of this machine has no name on the Hub, and a licence is that of the
-base model's own card or none. Paths of this machine are told by their last part.
+base model's own card or none. Paths of this machine are given by their last part.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from exo_fast.data.selection import left_out_lines
 from exo_fast.training.files import write_file
-from exo_fast.training.reports.html import metric_rows
+from exo_fast.training.reports.curves import History, metric_rows, number
+from exo_fast.training.reports.rendering import TEMPLATES, plain
 
 NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2402.00856"
@@ -51,14 +52,6 @@ METHODS = {
     "classifier": "A binary classifier: the cross-entropy of σ(logit). The model's one logit is the log-odds.",
 }
 TASKS = {"align": "text-generation", "sft": "text-generation"}  # the others' is text-classification
-USE = """\
-```python
-from transformers import AutoTokenizer
-from {package} import {model}
-
-model = {model}.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
-```"""
 
 
 def write(folder: Path) -> Path:
@@ -67,9 +60,34 @@ def write(folder: Path) -> Path:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     adapter = (folder / "adapter_config.json").is_file()
-    data = metadata(summary, adapter=adapter)
-    content = f"---\n{data.to_yaml()}\n---\n\n{body(summary, history, folder.absolute().name, adapter=adapter)}"
-    return write_file(folder, NAME, content.encode())
+    return write_file(folder, NAME, str(card(summary, history, folder.absolute().name, adapter=adapter)).encode())
+
+
+def card(summary: Mapping[str, Any], history: History, name: str, *, adapter: bool) -> ModelCard:
+    """The card of the model `name`, with its metadata."""
+    config, stage, processes = summary["config"], summary["stage"], summary.get("processes", 1)
+    rows = metric_rows(history)
+    held_out = [row for row in rows if row[1] == "held out"]
+    return ModelCard.from_template(
+        metadata(summary, adapter=adapter),
+        template_path=str(TEMPLATES / "card.md.j2"),
+        plain=plain,
+        name=name,
+        adapter=adapter,
+        base=_code(_portable(config["model_name_or_path"])),
+        stage=stage,
+        **_loaded_by(summary, name, adapter=adapter),
+        method=method(config, stage),
+        results=[(title, cells) for title, _, cells in held_out or rows],
+        held_out=bool(held_out),
+        data=_data(summary),
+        left_out=left_out_lines(summary.get("data", {})),
+        command="exo-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m exo_fast.training.cli",
+        recipe=_recipe(summary),
+        versions=_versions(summary),
+        paper=PAPER,
+        citation=CITATION,
+    )
 
 
 def metadata(summary: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
@@ -94,23 +112,6 @@ def metadata(summary: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
     )
 
 
-def body(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]], name: str, *, adapter: bool) -> str:
-    """The card below its metadata, as markdown."""
-    config, stage = summary["config"], summary["stage"]
-    base = _portable(config["model_name_or_path"])
-    what = "LoRA adapters for" if adapter else "Trained from"
-    lines = [f"# {_plain(name)}", "", f"{what} {_code(base)} by `exo-fast {stage}`.", ""]
-    lines += ["## Use", "", _use(summary, name, adapter=adapter), ""]
-    lines += ["## Method", "", method(config, stage), ""]
-    lines += ["## Results", "", *_results(history), ""]
-    lines += ["## Training data", "", *_data(summary), ""]
-    lines += ["## Made by", "", *_recipe(summary), "", *_versions(summary)]
-    if stage == "align":
-        lines += ["", "## Citation", "", f"The losses are those of [Ji et al., ICML 2024]({PAPER}):", ""]
-        lines += ["```bibtex", CITATION, "```"]
-    return "\n".join([*lines, ""])
-
-
 def method(config: Mapping[str, Any], stage: str) -> str:
     """What was minimised, in words and symbols."""
     if stage in METHODS:
@@ -123,67 +124,45 @@ def method(config: Mapping[str, Any], stage: str) -> str:
     return POLICY.format(beta_pi=config["beta_pi"], loss=loss, reference=shown).replace("\n", " ")
 
 
-def _use(summary: Mapping[str, Any], name: str, *, adapter: bool) -> str:
-    hub = summary.get("hub") or {}
+def _loaded_by(summary: Mapping[str, Any], name: str, *, adapter: bool) -> dict[str, str]:
+    """The package and the class that load the model, and where from."""
     generates = TASKS.get(summary["stage"]) == "text-generation"
-    model = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
-    place = hub.get("repository") or summary["config"].get("hub_model_id") or name
-    package, model = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", model)
+    auto_class = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
+    place = (summary.get("hub") or {}).get("repository") or summary["config"].get("hub_model_id") or name
+    package, auto_class = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", auto_class)
     if not re.fullmatch(r"[\w./ -]+", place):  # what could end the code, or a string in it
         place = "path/to/the/model"
-    return USE.format(package=package, model=model, place=place)
+    return {"package": package, "auto_class": auto_class, "place": place}
 
 
-def _results(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = metric_rows(history)
-    kept = [row for row in rows if row[1] == "held out"] or rows
-    if not kept:
-        return ["Nothing was logged."]
-    where = "On held-out data" if kept[0][1] == "held out" else "On training batches; there was no held-out data"
-    lines = [f"{where}.", "", "| | first | best | at step | last |", "|---|---:|---:|---:|---:|"]
-    return [*lines, *(f"| {_plain(title)} | {' | '.join(cells)} |" for title, _, cells in kept)]
-
-
-def _data(summary: Mapping[str, Any]) -> list[str]:
-    lines = ["| split | name | rows | bytes | sha256 |", "|---|---|---:|---:|---|"]
+def _data(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Split, name, rows, bytes and sha256 of each split."""
+    rows = []
     for split, counts in summary.get("data", {}).items():
         known = summary.get("data_files", {}).get(split, {})
-        rows = counts.get("examples", counts.get("rows", ""))
-        size = f"{known['bytes']:,}" if "bytes" in known else ""
-        name = _plain(_portable(known.get("name", "")))
-        lines.append(f"| {split} | {name} | {rows:,} | {size} | {known.get('sha256', '')} |")
-    found = left_out_lines(summary.get("data", {}))
-    return [*lines, *([""] if found else []), *(f"- {_plain(line)}" for line in found)]
+        count, size = number(counts.get("examples", counts.get("rows"))), number(known.get("bytes"))
+        rows.append((split, plain(_portable(known.get("name", ""))), count, size, known.get("sha256", "")))
+    return rows
 
 
-def _recipe(summary: Mapping[str, Any]) -> list[str]:
-    """The fields that were set, as a recipe, and the command that takes it."""
-    config, stage = summary["config"], summary["stage"]
+def _recipe(summary: Mapping[str, Any]) -> str:
+    """The fields that were set, as YAML that the stage takes."""
+    config = summary["config"]
     left_out = ("hub_token", "resume_from_checkpoint", "disable_tqdm", "run_name")
     fields = {
         name: _portable(config[name]) for name in summary.get("changed", ()) if name in config and name not in left_out
     }
     if fields.get("report_to") == []:
         fields["report_to"] = "none"  # as a recipe says it
-    processes = summary.get("processes", 1)
-    start = "exo-fast" if processes == 1 else f"torchrun --nproc-per-node {processes} -m exo_fast.training.cli"
-    recipe = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
-    lines = [
-        "```bash",
-        f"{start} {stage} --config recipe.yaml",
-        "```",
-        "",
-        "with this `recipe.yaml` (paths are told by ",
-    ]
-    lines[-1] += "their last part; all else is at its default):"
-    return [*lines, "", "```yaml", recipe, "```"]
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
 
 
-def _versions(summary: Mapping[str, Any]) -> list[str]:
+def _versions(summary: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in summary.get("versions", {}).items() if found)
     commit = f", commit {summary['commit']}" if summary.get("commit") else ""
-    steps = f"{summary['steps']:,} steps in {summary['train_seconds']:,.0f} s on {summary['device']}"
-    return [f"{steps}. {versions}{commit}."]
+    return (
+        f"{summary['steps']:,} steps in {summary['train_seconds']:,.0f} s on {summary['device']}. {versions}{commit}."
+    )
 
 
 def _base_on_hub(name: str) -> str | None:
@@ -213,14 +192,6 @@ def _portable(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
         return Path(value).name
     return value
-
-
-def _plain(text: str) -> str:
-    """Text that markdown and HTML cannot take for markup."""
-    text = " ".join(str(text).split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "|*_`[]#":
-        text = text.replace(mark, "\\" + mark)
-    return text
 
 
 def _code(text: str) -> str:

@@ -14,8 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from exo_fast.training.reports.rendering import plain
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+BLUE, ORANGE, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
+PURPLE, AMBER, GREY, BLACK = "#CC79A7", "#E69F00", "#767676", "#222222"
 EXAMPLES_SHOWN = 8
 
 
@@ -210,20 +213,12 @@ def render(results: Results, summary: dict) -> str:
     end = results.evaluations[-1]
     for index, prompt in enumerate(results.prompts[:EXAMPLES_SHOWN]):
         cells = [f"{e.completions[index][0]} [{e.rewards[index][0]:+.2f}]" for e in (start, end)]
-        lines.append(f"| {table_cell(prompt)} | {table_cell(cells[0])} | {table_cell(cells[1])} |")
+        lines.append(f"| {plain(prompt)} | {plain(cells[0])} | {plain(cells[1])} |")
     lines += ["", "## Settings", "", "| | |", "|---|---|"]
-    lines += [f"| {table_cell(name)} | {table_cell(value)} |" for name, value in results.settings.items()]
+    lines += [f"| {plain(name)} | {plain(value)} |" for name, value in results.settings.items()]
     lines += ["", "## Time", "", "| stage | seconds |", "|---|---|"]
     lines += [f"| {name} | {f'{value:.0f}' if value else 'reused'} |" for name, value in results.seconds.items()]
     return "\n".join([*lines, ""])
-
-
-def table_cell(text: str) -> str:
-    """Text that cannot break a markdown table, nor be read as markup."""
-    text = " ".join(text.split()).replace("\\", "\\\\")
-    for mark in "|*_`<>[]#":
-        text = text.replace(mark, "\\" + mark)
-    return text
 
 
 def new_figure(columns: int) -> tuple[Figure, list[Axes]]:

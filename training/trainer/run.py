@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
 from transformers import (
     PreTrainedTokenizerBase,
 )
@@ -73,11 +74,9 @@ def find_splits(config: TrainConfig) -> dict[str, Source]:
 
 
 def table(rows: list[tuple[str, list[Any]]]) -> str:
-    """Aligned lines: a name, and a cell for each split."""
-    return "\n".join(
-        f"{name:<32}" + "".join(f"{cell:>14,}" if isinstance(cell, int) else f"{cell:>14}" for cell in cells)
-        for name, cells in rows
-    )
+    """Aligned lines: a name, and a cell for each split. The first row names the splits."""
+    (head, splits), *others = rows
+    return tabulate([[name, *cells] for name, cells in others], [head, *splits], tablefmt="plain", intfmt=",")
 
 
 def tokenize_splits(

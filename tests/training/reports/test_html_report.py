@@ -1,10 +1,14 @@
 """report.html: what stands in it, that hostile text stays text, and how a real browser shows it."""
 
+import base64
+import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ from tiny_models import make_rows
 
 from exo_fast.training.pipeline import run
 from exo_fast.training.reports import html
-from exo_fast.training.reports.curves import MOST_POINTS, Curve, number, plot, thin, tick_labels, ticks
+from exo_fast.training.reports.curves import METRICS, MOST_POINTS, charts, number, thin
+from exo_fast.training.reports.rendering import UPLOT
 from exo_fast.training.stages.align import AlignConfig, align
 
 Settings = Callable[..., dict[str, Any]]
@@ -54,12 +59,22 @@ class Tags(HTMLParser):
             self.words.append(data)
 
 
+def drawn(parsed: Tags) -> list[list[dict[str, Any]]]:
+    """The curves of each plot of a page."""
+    return [json.loads(found["data-curves"]) for _, found in parsed.tags if "data-curves" in found]
+
+
+def count(curves: list[dict[str, Any]]) -> int:
+    """How many points the curves of a plot have."""
+    return sum(len(values) for curve in curves for values in curve["points"][1:])
+
+
 def points_of(history: list[dict[str, Any]]) -> dict[str, int]:
     """How many values of each title's metric were logged, held out and in training."""
     names = {name for entry in history for name in entry}
     return {
         title: sum(name in entry for entry in history) + sum(f"eval_{name}" in entry for entry in history)
-        for name, title in html.METRICS.items()
+        for name, title in METRICS.items()
         if {name, f"eval_{name}"} & names
     }
 
@@ -111,8 +126,11 @@ def test_what_the_page_shows(hostile_run: Path) -> None:
     links = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]
     assert {"./checkpoint-4", "./checkpoint-8", "./summary.json", "./README.md"} <= set(links)
     assert all((hostile_run / link).exists() for link in links)
-    circles = sum(tag == "circle" for tag, _ in parsed.tags)
-    assert circles == sum(points_of(history_of(hostile_run)).values())
+    history = history_of(hostile_run)
+    assert [count(curves) for curves in drawn(parsed)] == list(points_of(history).values())
+    steps, losses = drawn(parsed)[0][0]["points"]
+    assert steps == [entry["step"] for entry in history if "loss" in entry]
+    assert losses == pytest.approx([entry["loss"] for entry in history if "loss" in entry], rel=1e-7)
 
 
 def test_fields_that_were_set_are_marked(hostile_run: Path) -> None:
@@ -160,31 +178,52 @@ def test_a_browser_shows_every_point_and_runs_nothing_hostile(hostile_run: Path,
     assert re.search(r"<title>exo-fast align: [^<]*</title>", dom)
     assert "<title>owned" not in dom
     figures = re.findall(r"<figure>.*?</figure>", dom, re.DOTALL)
-    expected = points_of(history_of(hostile_run))
-    assert len(figures) == len(expected)
-    for figure, (title, count) in zip(figures, expected.items(), strict=True):
-        assert re.search(r"<figcaption><span>(.*?)</span>", figure)[1] == title
-        assert figure.count("<circle") == count
+    assert [re.search(r"<figcaption>(.*?)</figcaption>", figure)[1] for figure in figures] == list(
+        points_of(history_of(hostile_run))
+    )
+    assert all("<canvas" in figure for figure in figures)
+
+
+def browse_with(page: Path, script: str, folder: Path) -> str:
+    """The title that `script` gave a copy of the page whose policy allows a second script."""
+    content = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    (folder / "page.html").write_text(content.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    dom, console = browse(folder / "page.html", folder / "profile", "--dump-dom", "--virtual-time-budget=3000")
+    assert console == []
+    return unescape(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
+
+
+@needs_browser
+def test_a_browser_draws_every_point(hostile_run: Path, tmp_path: Path) -> None:
+    script = """
+    const counts = [...document.querySelectorAll(".plot")].map(({plot}) =>
+      plot.data.slice(1).flat().filter((value) => value != null).length);
+    document.title = JSON.stringify(counts);
+    """
+    found = json.loads(browse_with(hostile_run / "report.html", script, tmp_path))
+    assert found == list(points_of(history_of(hostile_run)).values())
 
 
 @needs_browser
 def test_values_are_shown_under_the_pointer(hostile_run: Path, tmp_path: Path) -> None:
     """The page's own script, run by a browser on a copy of the page whose policy allows a second one, that points."""
-    page = (hostile_run / "report.html").read_text(encoding="utf-8")
     script = """
-    const svg = document.querySelector("figure svg"), box = svg.getBoundingClientRect();
-    svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right, clientY: box.top + 20, bubbles: true}));
-    document.title = document.querySelector("figure output").textContent;
+    setTimeout(() => {
+      const over = document.querySelector(".plot .u-over"), box = over.getBoundingClientRect();
+      over.dispatchEvent(new MouseEvent("mouseenter", {clientX: box.right - 1, clientY: box.top + 20, bubbles: true}));
+      over.dispatchEvent(new MouseEvent("mousemove", {clientX: box.right - 1, clientY: box.top + 20, bubbles: true}));
+      setTimeout(() => {
+        const cells = document.querySelector(".plot").querySelectorAll(".u-series");
+        const texts = [...cells].map((cell) => [...cell.children].map((one) => one.textContent).join(" "));
+        document.title = texts.slice(1).join(" · ");
+      }, 500);
+    }, 500);
     """
-    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
-    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
-    dom, console = browse(tmp_path / "page.html", tmp_path / "profile", "--dump-dom")
     history = history_of(hostile_run)
     training = [entry["loss"] for entry in history if "loss" in entry][-1]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
-    shown = f"training {number(training)} @ 8 · held out {number(held_out)} @ 8"
-    assert f"<title>{shown}</title>" in dom
-    assert console == []
+    shown = browse_with(hostile_run / "report.html", script, tmp_path)
+    assert shown == f"training {number(training)} @ 8 · held out {number(held_out)} @ 8"
 
 
 @needs_browser
@@ -269,6 +308,7 @@ def test_a_recipe_gets_one_page(
     for name in ("summary.json", "trainer_state.json", "samples.json"):
         shutil.copy(hostile_run / name, output / "a" / name)
     (output / "b" / "results.json").write_text(json.dumps(RESULTS))
+    (output / "b" / "frontier.png").write_bytes(b"a picture")
     (output / "c" / "test.json").write_text(json.dumps([{"prompt": HOSTILE, "completions": ["x"], "rewards": [0.5]}]))
     assert run.run_recipe(recipe, cli_module="tiny_stages") == 0  # nothing to do but the page
     page = (output / "report.html").read_text(encoding="utf-8")
@@ -277,8 +317,9 @@ def test_a_recipe_gets_one_page(
     assert "8 optimizer steps" in words
     assert "exo-rw lies above" in words
     assert "reward 0.5" in words
-    circles = sum(tag == "circle" for tag, _ in parsed.tags)
-    assert circles == sum(points_of(history_of(hostile_run)).values()) + 6
+    assert sum(map(count, drawn(parsed))) == sum(points_of(history_of(hostile_run)).values())
+    pictures = [found["src"] for tag, found in parsed.tags if tag == "img"]
+    assert pictures == ["data:image/png;base64," + base64.b64encode(b"a picture").decode()]
     assert [tag for tag, _ in parsed.tags].count("script") == 1
     assert sum(tag == "section" for tag, _ in parsed.tags) == 3
 
@@ -314,14 +355,6 @@ def test_thinning_keeps_ends_and_spikes() -> None:
     assert thin(points[:MOST_POINTS]) == points[:MOST_POINTS]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 7.9), (1e-9, 4e-9), (0, 12345678), (0.999, 1.001)])
-def test_ticks_are_round_and_inside(low: float, high: float) -> None:
-    found = ticks(low, high)
-    assert 2 <= len(found) <= 7
-    assert low - 1e-9 * abs(high) <= found[0] < found[-1] <= high + 1e-9 * abs(high)
-    assert len(set(tick_labels(found))) == len(found)
-
-
 ODD = {
     "none": [],
     "one": [(1, 2.0)],
@@ -334,17 +367,36 @@ ODD = {
 
 
 @pytest.mark.parametrize("points", ODD.values(), ids=ODD.keys())
-def test_any_values_make_a_plot_with_finite_places(points: list[tuple[float, float]]) -> None:
-    svg = plot("a < b", [Curve("x & y", points)])
-    finite = [point for point in points if point[1] == point[1] and abs(point[1]) != float("inf")]
-    assert svg.count("<circle") == len(finite)
-    assert not re.search(r"nan|inf(?!inite)", re.sub("no finite", "", svg))
-    places = re.findall(r'c[xy]="([^"]+)"', svg)
-    assert all(0 <= float(place) <= 380 for place in places)
+def test_values_that_are_not_finite_are_left_out_and_counted(points: list[tuple[float, float]]) -> None:
+    (chart,) = charts([{"step": step, "loss": value} for step, value in points]) or [{"curves": [], "lost": 0}]
+    finite = [point for point in points if math.isfinite(point[1])]
+    assert [list(zip(*curve["points"], strict=True)) for curve in chart["curves"]] == ([finite] if finite else [])
+    assert chart["lost"] == len(points) - len(finite)
+
+
+@needs_browser
+def test_a_browser_draws_any_values(hostile_run: Path, tmp_path: Path) -> None:
+    shutil.copy(hostile_run / "summary.json", tmp_path / "summary.json")
+    for name, points in ODD.items():
+        history = [{"step": step, "loss": value} for step, value in points]
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        _, console = browse(html.write(tmp_path), tmp_path / "profile", "--dump-dom")
+        assert console == [], name
+
+
+def test_the_chart_library_is_the_one_that_its_note_names() -> None:
+    """uPlot lies here as npm has it; the note says which version, from where, and what its files hash to."""
+    note = (UPLOT / "README.md").read_text()
+    named = dict(re.findall(r"^\| ([\w.]+) \| ([0-9a-f]{64}) \|$", note, re.MULTILINE))
+    there = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in UPLOT.iterdir()}
+    del there["README.md"]
+    assert named == there
+    version = re.search(r"uPlot ([\d.]+)", note)[1]
+    assert f"(v{version})" in (UPLOT / "uPlot.iife.min.js").read_text()[:100]
 
 
 def test_a_long_run_stays_small(hostile_run: Path, tmp_path: Path) -> None:
-    """20,000 logged steps and samples as long as they may be: a page below 1 MB."""
+    """20,000 logged steps and samples as long as they may be: a page below 1 MB, and below 400 kB without them."""
     for name in ("summary.json", "samples.json"):
         shutil.copy(hostile_run / name, tmp_path / name)
     entry = next(entry for entry in history_of(hostile_run) if "loss" in entry)
@@ -357,3 +409,5 @@ def test_a_long_run_stays_small(hostile_run: Path, tmp_path: Path) -> None:
     page = html.write(tmp_path)
     assert page.stat().st_size < 2**20
     assert f"of 20,000 points {MOST_POINTS} are drawn" in page.read_text()
+    (tmp_path / "samples.json").unlink()
+    assert html.write(tmp_path).stat().st_size < 400_000

@@ -131,7 +131,7 @@ def test_metadata_claims_what_is_known(summary: dict[str, Any], tiny_llama: str,
 
 
 def test_paths_and_tokens_of_this_machine_are_not_told(summary: dict[str, Any]) -> None:
-    body = model_card.body(summary, [], "a|b<script>", adapter=False)
+    body = str(model_card.card(summary, [], "a|b<script>", adapter=False))
     assert "/home/me" not in body
     assert "TOKEN" not in body
     assert "output_dir: run" in body
