@@ -1,13 +1,18 @@
 """The processes of a run speaking with one another, and nothing where there is only one."""
 
+import ctypes
 import os
+import signal
 import socket
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 
 Value = TypeVar("Value")
+PR_SET_PDEATHSIG = 1
 LAUNCHER_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -75,3 +80,17 @@ def ensure_launcher_environment() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+
+
+def end_with_parent(end: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
+    """Return a `preexec_fn` of subprocess: the child gets the signal `end` when this process is killed (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def arrange() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, end)
+        if os.getppid() != parent:  # it was killed before the line above
+            os.kill(os.getpid(), end)
+
+    return arrange

@@ -4,7 +4,8 @@ Rows are matched by name. Time is compared as a share of the same run's yardstic
 products alone, or plain full logits) where both runs have it, because the load of a machine and its model cancel in it;
 else in seconds, and then only between runs of one machine. A difference counts from a ratio of
 
-    time    the tolerance (1.1 unless told), where one of the two took 0.05 s or more; a yardstick below that is none
+    time    the tolerance (1.1 by default), where one of the two took 0.05 s or more (on a GPU 20 µs, which its timer
+            resolves); a yardstick below that is not used
     memory  1.1, and more than 20 MB
     errors  1.5, each by its name, where one of the two is above 1e-5: below it, rounding decides which is larger.
             A prediction's relative error is no error of a computation: it counts from a change of 0.05
@@ -29,7 +30,7 @@ TOLERANCE = 1.1
 MEMORY_RATIO, MEMORY_MB = 1.1, 20
 ERROR_RATIO, ERROR_FLOOR = 1.5, 1e-5
 PREDICTION, PREDICTION_CHANGE = "error, prediction", 0.05
-LEAST_SECONDS = 0.05
+LEAST_SECONDS, LEAST_GPU_SECONDS = 0.05, 2e-5
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def compare(old: dict, new: dict, tolerance: float = TOLERANCE, only: Container[
     found = Comparison()
     now = {row["name"]: row for row in new["rows"]}
     same_machine = old["machine"] == new["machine"]
+    on_cpu = "cpu" in (old["machine"]["device"], new["machine"]["device"]) or new["suite"] not in ("op", "scaling")
+    least = LEAST_SECONDS if on_cpu else LEAST_GPU_SECONDS
     for row in old["rows"]:
         name = row["name"]
         if "skipped" in row or "failed" in row or (only is not None and name not in only):
@@ -92,7 +95,7 @@ def compare(old: dict, new: dict, tolerance: float = TOLERANCE, only: Container[
             found.missing.append((name, other["skipped"]))
         else:
             found.compared += 1
-            for difference, limit in _quantities(row, other, tolerance, same_machine):
+            for difference, limit in _quantities(row, other, tolerance, least, same_machine):
                 if math.isfinite(difference.old) and not math.isfinite(difference.new):
                     found.worse.append(difference)
                 elif not _counts(difference):
@@ -115,12 +118,14 @@ def _counts(difference: Difference) -> bool:
     return True
 
 
-def _quantities(old: dict, new: dict, tolerance: float, same_machine: bool) -> list[tuple[Difference, float]]:
+def _quantities(
+    old: dict, new: dict, tolerance: float, least: float, same_machine: bool
+) -> list[tuple[Difference, float]]:
     """(what can be compared of a case, from which ratio it counts)."""
     name, found = old["name"], []
-    short = all((row.get("seconds") or 0) < LEAST_SECONDS for row in (old, new))  # NaN is not short
+    short = all((row.get("seconds") or 0) < least for row in (old, new))  # NaN is not short
     if old.get("seconds") and new.get("seconds") and not short:
-        if all((row.get("baseline_seconds") or 0) >= LEAST_SECONDS for row in (old, new)):
+        if all((row.get("baseline_seconds") or 0) >= least for row in (old, new)):
             shares = (row["seconds"] / row["baseline_seconds"] for row in (old, new))
             found.append((Difference(name, "time / baseline", *shares), tolerance))
         elif same_machine:

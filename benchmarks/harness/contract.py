@@ -12,6 +12,10 @@ A suite is a module with
 
 and may have
 
+    trial(case, workdir: Path) -> tuple[Callable, dict]
+                                          shows that the case computes what it should, or raises AssertionError; returns
+                                          a function that does the case's work once, warmed up, and what the row holds
+                                          besides its times (such as "errors"). `pytest benchmarks` times it
     prepare() -> None                     once a run, in the runner's process: fetch what cases need, and say so
     baseline(case) -> str | None          the name of the case of the same problem whose time is its yardstick
     extras(workdir: Path) -> dict         measured once a run, in a process of its own, before the first case; stored

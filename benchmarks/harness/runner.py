@@ -24,6 +24,7 @@ from typing import Any
 from exo_fast.benchmarks.harness import worker
 from exo_fast.training import machine
 from exo_fast.training.errors import InputError
+from exo_fast.training.processes import end_with_parent
 
 LAST_WORDS = 12  # lines of a failed case that are shown
 LIMIT_SECONDS = 1800  # of a case: far above the longest, so that only one that hangs is ended
@@ -107,7 +108,13 @@ def in_process(suite: ModuleType, case: str, workdir: str) -> dict:
     """What `worker` finds. Raises CaseFailed. Nothing that it started outlives the call."""
     command = [sys.executable, "-m", worker.__name__, suite.__name__, case, workdir]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=end_with_parent(signal.SIGKILL),  # a case whose runner was killed would disturb the next
     )
     try:
         output, said = process.communicate(timeout=LIMIT_SECONDS)
@@ -241,6 +248,6 @@ def table(rows: Sequence[dict]) -> str:
         peak = f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else ""
         errors = [error for error in (row.get("errors") or {}).values() if error is not None]
         worst = f"{max(errors):.1e}" if errors else ""
-        time_ = f"{seconds:.3f}" if seconds is not None else ""
+        time_ = "" if seconds is None else f"{seconds:.3f}" if seconds >= 0.01 else f"{seconds:.3g}"
         lines.append(f"{start}{time_:>10}{spread:>8}{ratio:>12}{peak:>9}{worst:>13}")
     return "\n".join(lines)

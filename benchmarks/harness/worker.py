@@ -6,23 +6,17 @@ standard error. CASE is the case's fields as JSON, or EXTRAS for what the suite 
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
-import platform
-import signal
 import sys
 from pathlib import Path
 
 EXTRAS = "extras"
-PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> None:
     """Measure, write the row, end the process."""
-    if platform.system() == "Linux":  # a benchmark whose runner was killed would disturb the next
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     module, case, workdir = argv
     answer = os.dup(1)
     os.dup2(2, 1)

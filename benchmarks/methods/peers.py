@@ -54,8 +54,6 @@ METHODS = (
 )  # fmt: skip
 PACKAGES = {"cce": "cut_cross_entropy", "liger": "liger_kernel", "trl": "trl"}
 COMPILED = ("full-logits-compiled", "liger-compiled", "cce", "cce-fp32")  # on a CPU, where that is C++
-PAIRS_ONLY = ("liger", "liger-compiled")
-WITHOUT_TOKEN_LOGPS = ("original", "trl", "liger", "liger-compiled", "exo_fast-chunked")
 CHUNKS = 8  # torchtune's default
 LIGER_ROWS = 1024
 TEMPERATURE = 1.0

@@ -16,7 +16,11 @@ the way there that it takes when it is timed.
 
 The floor of a case is the time of its products alone at the rates of the machine's own matrix product on operands of
 the same dtype: 2·N·D·V flops for the logits, as many for dH, as many for dW, on 1,024 rows. Rates are measured in the
-process of the case just before and just after it, because machines are shared and rates drift; the best counts.
+process of the case just before and just after it, because machines are shared and rates drift; the best counts. On a
+GPU, where more rows do make a product faster, the floor is of the case's own rows.
+
+On a CPU times are of a clock on the wall; on a GPU of `triton.testing.do_bench`, which empties the L2 cache between
+calls.
 """
 
 from __future__ import annotations
@@ -38,7 +42,6 @@ from exo_fast.benchmarks.methods import peers
 from exo_fast.loss import linear_group_loss
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPERATIONS = ("group_loss", "logprobs")
 WORK = ("forward", "frozen", "both")
 PRODUCTS = {"forward": ("logits",), "frozen": ("logits", "dH"), "both": ("logits", "dH", "dW")}
 # A small beta_pi: with 0.1 two sequences of thousands of tokens of random log-probs would have no gradient.
@@ -237,8 +240,14 @@ def all_seconds(call: Callable[[], object], clear: Callable[[], object]) -> tupl
     """Times of calls until `SECONDS` would be passed or `CALLS` are made, at least one, and the peak memory in MB.
 
     A first call compiles and warms up, and counts only if it takes longer than `LONG`. `clear` lets go of what a call
-    leaves behind, so that it is not taken for memory that was held before.
+    leaves behind, so that it is not taken for memory that was held before. On a GPU the times are as `bench` has them.
     """
+    if torch.cuda.is_available():
+        call()
+        clear()
+        peak = Peak()
+        call()
+        return bench(call), peak.mb()
     peak = Peak()
     found = [seconds_of(call)]
     if found[0] > LONG:
@@ -248,6 +257,13 @@ def all_seconds(call: Callable[[], object], clear: Callable[[], object]) -> tupl
     while len(found) < CALLS and sum(found) + found[-1] <= SECONDS:
         found.append(seconds_of(call))
     return found, peak.mb()
+
+
+def bench(call: Callable[[], object]) -> list[float]:
+    """Return the 10th, 50th and 90th percentile of a call's seconds on a GPU."""
+    from triton.testing import do_bench
+
+    return [ms * 1e-3 for ms in do_bench(call, warmup=100, rep=500, quantiles=[0.1, 0.5, 0.9])]
 
 
 class Peak:
@@ -274,17 +290,21 @@ def gradient_mb(problem: Problem, work: str) -> float:
 
 
 class Floor:
-    """Rates of the three products of a head on `FLOOR_ROWS` rows, of all measurements made so far."""
+    """Rates of the three products of a head, of all measurements made so far: on `FLOOR_ROWS` rows, on a GPU on all."""
 
     def __init__(self, inputs: Inputs):
-        self.weight = inputs.weight.detach()
+        self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
+        self.rows = len(self.hidden) if self.weight.is_cuda else FLOOR_ROWS
         self.times: dict[str, list[float]] = {name: [] for name in PRODUCTS["both"]}
 
     def measure(self, work: str) -> None:
         """Times each product that `work` needs, several times where it is short."""
         weight = self.weight
-        hidden = torch.ones(FLOOR_ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        logits = hidden.new_ones(FLOOR_ROWS, len(weight))
+        if weight.is_cuda:  # a GPU multiplies ones faster than other numbers
+            hidden, logits = self.hidden, self.hidden @ weight.T
+        else:
+            hidden = torch.ones(self.rows, weight.shape[1], dtype=weight.dtype)
+            logits = hidden.new_ones(self.rows, len(weight))
         grads = torch.ones_like(hidden), torch.ones_like(weight) if work == "both" else None
         products = {
             "logits": lambda: torch.mm(hidden, weight.T, out=logits),
@@ -292,25 +312,32 @@ class Floor:
             "dW": lambda: torch.mm(logits.T, hidden, out=grads[1]),
         }
         for name in PRODUCTS[work]:
+            if weight.is_cuda:
+                self.times[name].append(bench(products[name])[1])
+                continue
             first = seconds_of(products[name])  # prepares the product for its shape
             again = 4 if first < 0.2 else 2 if first < 1 else 1
             self.times[name] += [seconds_of(products[name]) for _ in range(again)]
 
     @property
     def gflops(self) -> dict[str, float]:
-        flops = 2 * FLOOR_ROWS * self.weight.numel()
+        flops = 2 * self.rows * self.weight.numel()
         return {name: round(flops / min(times) / 1e9, 1) for name, times in self.times.items() if times}
 
     def seconds(self, tokens: int, work: str) -> float:
         """Time of the products of a case at these rates."""
-        return sum(min(self.times[name]) for name in PRODUCTS[work]) * tokens / FLOOR_ROWS
+        return sum(min(self.times[name]) for name in PRODUCTS[work]) * tokens / self.rows
 
 
 def copy_gbps() -> float:
     """GB/s of a large copy, reads and writes counted: the machine's memory bandwidth."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device())
     target = torch.ones_like(source)
-    times = [seconds_of(lambda: target.copy_(source)) for _ in range(5)]
+
+    def copy() -> None:
+        target.copy_(source)
+
+    times = bench(copy) if torch.cuda.is_available() else [seconds_of(copy) for _ in range(5)]
     return round(2 * COPY_BYTES / statistics.median(times) / 1e9, 1)
 
 

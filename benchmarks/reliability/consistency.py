@@ -28,9 +28,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from exo_fast.benchmarks.harness import runner
 from exo_fast.benchmarks.harness.tables import markdown, rewrite
-from exo_fast.benchmarks.reliability import trainings
+from exo_fast.benchmarks.reliability.processes import Team
 from exo_fast.training import machine
 
 OUTPUT = machine.REPOSITORY / "benchmarks" / "results" / "consistency.json"
@@ -202,7 +204,7 @@ def measure(chosen: Sequence[Cell], folder: Path, bar: Any) -> dict[str, Any]:
     models = list(dict.fromkeys((cell.head, cell.trained) for cell in chosen))
     answers = [training for model in models for training in answer_settings(folder, *model)]
     skipped = {cell: why for cell in chosen if (why := impossible(cell))}
-    groups: dict[int, list[dict]] = {1: [*answers]}  # first, in a process that has not seen DeepSpeed yet
+    groups: dict[int, list[dict]] = {1: [*answers]}
     for cell in chosen:
         if cell not in skipped:
             groups.setdefault(cell.processes, []).append(cell_settings(folder, cell))
@@ -210,7 +212,10 @@ def measure(chosen: Sequence[Cell], folder: Path, bar: Any) -> dict[str, Any]:
     failed: dict[str, str] = {}
     for processes, group in groups.items():
         bar.set_postfix_str(f"{processes} process{'es' * (processes > 1)}")
-        failed |= trainings.run(processes, group, folder, bar.update)
+        for training in group:
+            if why := train(training, processes, folder):
+                failed[training["output_dir"]] = why
+            bar.update()
     for training in answers:
         if why := failed.get(training["output_dir"]):
             raise RuntimeError(f"the training that others are held to failed: {why}")
@@ -226,6 +231,18 @@ def measure(chosen: Sequence[Cell], folder: Path, bar: Any) -> dict[str, Any]:
         "answers": [describe_answer(folder, *model) for model in models],
         "rows": [{"name": str(cell), **asdict(cell), **row(cell)} for cell in chosen],
     }
+
+
+def train(training: dict[str, Any], processes: int, folder: Path) -> str:
+    """Run a training, the fields of an AlignConfig. Returns why it failed, "" if it did not."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(training))
+    team = Team(["align", "--config", str(recipe)], folder / "log", processes)
+    statuses = team.wait()
+    if not any(statuses):
+        return ""
+    words = team.said().strip().splitlines()
+    return f"ended with {statuses}: {words[-1][:300] if words else 'it said nothing'}"
 
 
 def compare(folder: Path, cell: Cell) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from exo_fast.benchmarks.harness import runner
 from exo_fast.benchmarks.harness.tables import markdown, rewrite
 from exo_fast.benchmarks.reliability import consistency
-from exo_fast.benchmarks.reliability.teams import Team
+from exo_fast.benchmarks.reliability.processes import Team
 from exo_fast.training import machine
 from exo_fast.training.trainer import checkpoints
 
@@ -120,7 +120,7 @@ class Training:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(options))
 
     def start(self, processes: int = PROCESSES, deaths: dict[int, tuple[str, int]] | None = None) -> Team:
-        """Start it. `deaths` are the calls that processes do not survive (exo_fast.benchmarks.reliability.teams)."""
+        """Start it. `deaths` are the calls that processes do not survive (see `Team`)."""
         return Team(["align", "--config", str(self.folder / "recipe.yaml")], self.folder / "log", processes, deaths)
 
     def finish(self, processes: int = PROCESSES) -> Team:

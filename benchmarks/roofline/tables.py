@@ -17,6 +17,7 @@ from pathlib import Path
 
 from exo_fast.benchmarks.harness.tables import markdown, number, rewrite
 from exo_fast.benchmarks.roofline import model
+from exo_fast.benchmarks.roofline.plot import plot
 from exo_fast.training import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +36,6 @@ DEFAULT_BUDGET = 1024  # MiB, what the triton backend takes when nothing is aske
 TABLE_TOKENS = 8192
 WIDTHS = range(256, 16385, 256)
 LETTER = {"products": "P", "memory": "M", "L2": "C", "exponentials": "E"}
-# Colours of Okabe and Ito: told apart by colour-blind readers.
-COLOURS = {"full logits": "#999999", "chunked": "#56B4E9", "kept": "#009E73", "two-pass": "#E69F00", "fused": "#CC79A7"}
 
 
 def kernel_rows(boards: tuple[model.Board, ...], tokens: int) -> Iterator[dict]:
@@ -470,44 +469,6 @@ def _resources(rows: list[dict]) -> str:
         )
     header = ["kernel", "board", "configuration", "registers", "shared, KiB", "programs", "occupancy"]
     return markdown(header, lines, left=3)
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Time of every schedule over that of its 6·N·D·V flops at the peak, a panel for each board."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    boards = list(rows[0]["boards"])
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    end = 6.0  # longer bars are cut, their number is not
-    figure, panels = pyplot.subplots(1, len(boards), figsize=(12, 4.4), sharex=True, sharey=True, layout="constrained")
-    for panel, board in zip(panels, boards, strict=True):
-        for row in rows:
-            time = row["boards"][board]
-            if not time["fits"]:
-                continue
-            slot = list(COLOURS).index(row["schedule"])
-            place = models.index(row["model"]) + (slot - 2) * 0.16
-            value = 1 / time["share_of_peak"]
-            label = row["schedule"] if row["model"] == models[0] and board == boards[0] else None
-            panel.barh(place, min(value, end), height=0.15, color=COLOURS[row["schedule"]], label=label)
-            text = f"{value:.1f}" + (" →" if value > end else "")
-            panel.text(min(value, end) + 0.08, place, text, va="center", fontsize=7, color="#333333")
-        panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
-        panel.set_xlim(0, end + 1)
-        panel.set_title(board, fontsize=11)
-        panel.set_xlabel("× time of 6·N·D·V flops at peak", fontsize=8)
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(models)), models)
-    panels[0].invert_yaxis()
-    figure.suptitle(f"Predicted, not measured: group loss, forward and backward, {rows[0]['tokens']:,} tokens, bf16")
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -87,6 +88,37 @@ def prepare() -> None:
 
 def measure(case: Case, workdir: Path) -> dict:
     """Run one case in this process."""
+    model, tokenizer, words = _demo()
+    before = process_memory.resident_mb()
+    process_memory.reset_peak()
+    if case.part.startswith("epoch/"):
+        row = measure_epoch(case.part.removeprefix("epoch/"), model, words, workdir)
+    else:
+        row = measure_rows(case.part, tokenizer, words, workdir)
+    return {**row, "peak_mb": round(process_memory.peak_mb() - before, 1)}
+
+
+def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
+    """As the contract of the suites has it: of rows, whose batches are shown to hold the tokens of their texts, or of
+    an epoch, whose stages are shown to add up to the whole.
+    """
+    model, tokenizer, words = _demo()
+    if not case.part.startswith("epoch/"):
+        rows = Rows(tokenizer, words, workdir)
+        rows.prove()
+        work, least = rows.work(case.part)
+        return work, {"baseline_seconds": min(timed(least)), "examples": ROWS}
+
+    def run() -> dict:
+        return measure_epoch(case.part.removeprefix("epoch/"), model, words, Path(tempfile.mkdtemp(dir=workdir)))
+
+    shares = sum(stage["share_of_run"] for stage in run()["stages"])
+    assert abs(shares - 1) < 0.01, f"the stages take {shares:.0%} of the run"
+    return run, {}
+
+
+def _demo() -> tuple[Path, PreTrainedTokenizerBase, list[str]]:
+    """The demo model, its tokenizer, and the words of the reviews."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -95,14 +127,7 @@ def measure(case: Case, workdir: Path) -> dict:
     logging.disable_progress_bar()
     model = downloads.get_model(downloads.cache_dir(), _quiet)
     words = " ".join(review.text for review in downloads.get_reviews(downloads.cache_dir(), _quiet)).split()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    before = process_memory.resident_mb()
-    process_memory.reset_peak()
-    if case.part.startswith("epoch/"):
-        row = measure_epoch(case.part.removeprefix("epoch/"), model, words, workdir)
-    else:
-        row = measure_rows(case.part, tokenizer, words, workdir)
-    return {**row, "peak_mb": round(process_memory.peak_mb() - before, 1)}
+    return model, AutoTokenizer.from_pretrained(model), words
 
 
 def _quiet(_: str) -> None:
@@ -174,6 +199,14 @@ class Rows:
     def pack(self) -> list[dict]:
         """The groups as batches of BATCH."""
         return [self.collate([self.dataset[i] for i in range(at, at + BATCH)]) for at in range(0, ROWS, BATCH)]
+
+    def prove(self) -> None:
+        """Raise AssertionError where a batch does not hold the tokens of its groups, or these not the words."""
+        groups = [self.dataset.group(i) for i in range(BATCH)]
+        expected = [ids for group in groups for candidate in group.completions for ids in candidate]
+        assert self.pack()[0]["targets"].tolist() == expected
+        text = self.tokenizer.decode(groups[0].completions[0], skip_special_tokens=True)
+        assert text.split() == self.examples[0].completions[0].split()
 
     def to_tensors(self) -> list:
         """All ids as two tensors."""

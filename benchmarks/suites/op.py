@@ -12,14 +12,17 @@ Each row has the time and, from the same process, the errors against float64 and
 alone (`baseline_seconds`). `share` is floor over time. `peak_mb` is the most memory above what was held before the
 call; `scratch_mb` is that less what any method has to return, dH and a float32 dW.
 
-Which cases, and why not all: every method where it matters most (8,192 rows of SmolLM2's head, pairs, for Liger takes
-nothing else), and the strongest on the rest. Full logits of larger problems take tens of gigabytes.
+On a GPU the cases are others (`gpu_cases`): every method that exo_fast is compared with there, at more rows; and the
+kernels that are bound by memory alone (operation `kernel`), whose floor is a copy of the bytes that they must move.
+
+Which cases on a CPU, and why not all: every method where it matters most (8,192 rows of SmolLM2's head, pairs, for
+Liger takes nothing else), and the strongest on the rest. Full logits of larger problems take tens of gigabytes.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +42,9 @@ ALL = (
     OURS, "cce", "cce-fp32", "liger-compiled", "liger", "checkpoint", "full-logits-compiled", "full-logits",
     "full-logits-fp32", "trl", "original",
 )  # fmt: skip
+GPU_ALL = tuple(method for method in peers.METHODS if method != "cce-fp32")  # on a GPU its operands are bf16
+GPU_QUICK = (OURS, "exo_fast-chunked", "exo_fast-two-pass", "cce", "liger", "full-logits", "full-logits-compiled")
+GPU_TOKENS, KERNEL_ROWS = (8192, 2048, 32768), 2048
 PEER_ROWS = 256  # whose errors are measured where the method takes one way, however many rows there are
 FULL_LOGITS_TOO = ("trl", "original")  # in fp32 they are full-logits with other words: timed in bf16, where they round
 # Copies of the (N, V) logits, in float32, that a method holds at its peak.
@@ -46,7 +52,11 @@ COPIES = {
     "full-logits-compiled": 2.0,
     "cce": 1.2,
     "cce-fp32": 2.2,
+    "cce-compiled": 1.2,
+    "cce-exact": 0.0,
     "exo_fast": 0.0,
+    "exo_fast-chunked": 0.0,
+    "exo_fast-two-pass": 0.0,
     "checkpoint": 0.6,
     "liger": 0.6,
     "liger-compiled": 0.6,
@@ -58,7 +68,7 @@ class Case:
     """One row of the table."""
 
     method: str
-    operation: str  # group_loss or logprobs
+    operation: str  # group_loss, logprobs, or kernel: the method is a kernel alone, `tokens` the rows of its chunk
     width: int
     vocab: int
     precision: str
@@ -68,7 +78,7 @@ class Case:
     work: str  # forward, frozen or both
 
     def __str__(self) -> str:
-        groups = "logprobs" if self.operation == "logprobs" else f"K{self.candidates}"
+        groups = f"K{self.candidates}" if self.operation == "group_loss" else self.operation
         if self.completion != COMPLETION:
             groups += f"x{self.completion}"
         return f"op/{self.method}/{self.width}x{self.vocab}/{self.precision}/{groups}/N{self.tokens}/{self.work}"
@@ -80,6 +90,8 @@ class Case:
 
 def cases(quick: bool = False) -> list[Case]:
     """Every case, methods of the same problem one after another."""
+    if problems.device() == "cuda":
+        return gpu_cases(quick)
     found: list[Case] = []
 
     def add(methods, model, precisions, tokens, candidates=2, work="both", completion=COMPLETION, operation=None):
@@ -119,11 +131,38 @@ def cases(quick: bool = False) -> list[Case]:
     return found
 
 
+def gpu_cases(quick: bool = False) -> list[Case]:
+    """The cases on a GPU; quick: the heads of Qwen and Llama, many rows and few, in some minutes."""
+
+    from exo_fast.benchmarks.methods.kernels import KERNELS  # needs Triton
+
+    def add(methods: Sequence[str], model: str, precision: str, tokens: int, work: str, operation: str = "group_loss"):
+        shape = (*HEADS[model], precision, 2, COMPLETION, tokens, work)
+        needed = (m for m in methods if not (precision == "fp32" and m.endswith("-fp32")))
+        return [Case(method, operation, *shape) for method in needed]
+
+    found: list[Case] = []
+    for model in ("Qwen3-0.6B", "Llama-3-8B", *([] if quick else ["Gemma-3-270m"])):
+        for precision in ("bf16",) if quick else ("bf16", "fp16", "fp32"):
+            found += add(KERNELS, model, precision, KERNEL_ROWS, "forward", "kernel")
+        for tokens in (512, 8192) if quick else GPU_TOKENS:
+            found += add(GPU_QUICK if quick else GPU_ALL, model, "bf16", tokens, "both")
+            if not quick:
+                found += add(GPU_ALL, model, "bf16", tokens, "forward")
+        if not quick:
+            found += add(GPU_ALL, model, "fp32", 2048, "both") + add(GPU_ALL, model, "fp32", 2048, "forward")
+    return found
+
+
 def impossible(case: Case) -> str | None:
     """Why a case cannot run on this machine, None when it can."""
+    if case.operation == "kernel":
+        return None if problems.device() == "cuda" else "Triton compiles for a GPU only"
     if why := peers.unavailable(case.method, case.precision, problems.device()):
         return why
     copies = COPIES.get(case.method, 3.2)
+    if case.method == "cce" and problems.device() == "cuda":  # its kernels, which keep no logits
+        copies = 0.0
     if case.work == "forward":
         copies = min(copies, 2.2)
     needed = copies * case.tokens * case.vocab * 4 + 3 * case.vocab * case.width * 4
@@ -140,15 +179,16 @@ def few_errors(case: Case, inputs: problems.Inputs) -> dict[str, float]:
     one there too: the budget is cut to what U of half its rows takes.
     """
     long = case.completion != COMPLETION
-    rows = None if case.method == OURS else PEER_ROWS
+    rows = None if case.method.startswith(OURS) else PEER_ROWS
     few = problems.few_rows(inputs, rows, groups=1 if long else 2)
     budget = len(few.hidden) // 2 * case.vocab * inputs.weight.itemsize if long and case.method == OURS else None
     return problems.errors(case.method, case.operation, case.work, few, budget)
 
 
 def step(case: Case, inputs: problems.Inputs) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Functions of nothing: one that runs the case once, backward included, and one that drops its gradients."""
+    """Return two functions: one runs the case once, backward included; the other drops its gradients."""
     inputs = inputs.require(case.work)
+    device = problems.device()
 
     def clear() -> None:
         for leaf in inputs.leaves:
@@ -156,36 +196,82 @@ def step(case: Case, inputs: problems.Inputs) -> tuple[Callable[[], None], Calla
 
     def call() -> None:
         clear()
-        loss, _ = problems.run(case.method, case.operation, inputs)
-        if inputs.leaves:
-            loss.backward()
+        with peers.settings(case.method, case.precision, device):
+            loss, _ = problems.run(case.method, case.operation, inputs)
+            if inputs.leaves:
+                loss.backward()
 
     return call, clear
 
 
-def measure(case: Case, workdir: Path) -> dict:
-    """Errors, times, floor and memory of one case in this process."""
+def proven(case: Case) -> tuple[problems.Inputs, dict[str, float]]:
+    """The inputs of a case and its errors. Raises AssertionError for errors of another computation."""
     inputs = problems.make(case.problem, problems.device())
     with peers.settings(case.method, case.precision, problems.device()):
         found = few_errors(case, inputs)
     problems.prove(case.method, case.precision, found)
+    return inputs, found
+
+
+def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
+    """As the contract of the suites has it: the work of a case, once its errors, floor and memory are known."""
+    if case.operation == "kernel":
+        call, row = _kernel(case)
+        return lambda: (call(), problems.synchronize()), row
+    inputs, found = proven(case)
     floor = problems.Floor(inputs)
     floor.measure(case.work)
-    with peers.settings(case.method, case.precision, problems.device()):
-        times, peak_mb = problems.all_seconds(*step(case, inputs))
+    call, clear = step(case, inputs)
+    call()
+    clear()
+    peak = problems.Peak()
+    call()
+    scratch = peak.mb() - problems.gradient_mb(case.problem, case.work)
+    baseline = floor.seconds(case.tokens, case.work)
+    row = {"errors": found, "scratch_mb": round(scratch, 1), "baseline_seconds": baseline}
+    return lambda: (call(), problems.synchronize()), row
+
+
+def measure(case: Case, workdir: Path) -> dict:
+    """Errors, times, floor and memory of one case in this process."""
+    if case.operation == "kernel":
+        call, row = _kernel(case)
+        return {**row, **_times(*problems.all_seconds(call, lambda: None), row["baseline_seconds"])}
+    inputs, found = proven(case)
+    floor = problems.Floor(inputs)
     floor.measure(case.work)
-    seconds, baseline = statistics.median(times), floor.seconds(case.tokens, case.work)
+    times, peak_mb = problems.all_seconds(*step(case, inputs))
+    floor.measure(case.work)
     return {
-        "seconds": round(seconds, 4),
-        "all_seconds": [round(value, 4) for value in times],
-        "peak_mb": round(peak_mb, 1),
+        **_times(times, peak_mb, floor.seconds(case.tokens, case.work)),
         "scratch_mb": round(peak_mb - problems.gradient_mb(case.problem, case.work), 1),
         "errors": found,
-        "baseline_seconds": round(baseline, 4),
-        "share": round(baseline / seconds, 3),
         "gflops": floor.gflops,
         "float32_logits": peers.float32_logits(case.method, case.precision),
     }
+
+
+def _times(times: list[float], peak_mb: float, baseline: float) -> dict:
+    """The times of a row, to 0.1 ms on a CPU and to 0.1 µs on a GPU, and its peak of memory."""
+    digits, seconds = 7 if problems.device() == "cuda" else 4, statistics.median(times)
+    return {
+        "seconds": round(seconds, digits),
+        "all_seconds": [round(value, digits) for value in times],
+        "peak_mb": round(peak_mb, 1),
+        "baseline_seconds": round(baseline, digits),
+        "share": round(baseline / seconds, 3),
+    }
+
+
+def _kernel(case: Case) -> tuple[Callable[[], object], dict]:
+    """The launch of a kernel alone, and its row but for the times. Raises AssertionError as `kernels.prove`."""
+    from exo_fast.benchmarks.methods import kernels
+
+    found = kernels.prove(case.method, case.precision, problems.device())
+    call, moved = kernels.prepare(case.method, case.tokens, case.vocab, case.precision, problems.device())
+    baseline = moved / (problems.copy_gbps() * 1e9)
+    row = {"errors": found, "baseline_seconds": baseline, "scratch_mb": 0.0, "gflops": {}, "float32_logits": True}
+    return call, row
 
 
 def extras(workdir: Path) -> dict:

@@ -11,6 +11,7 @@ not grow with the tokens), for K both 0, for V b is 1 and the memory grows to it
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def impossible(case: Case) -> str | None:
 def measure(case: Case, workdir: Path) -> dict:
     """As in `op`."""
     return op.measure(case.op, workdir)
+
+
+def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
+    """As in `op`."""
+    return op.trial(case.op, workdir)
 
 
 def extras(workdir: Path) -> dict:

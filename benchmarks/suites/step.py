@@ -21,11 +21,12 @@ original's step, and `WITHOUT` takes one part out of ours.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 NAME = "step"
 SEQUENCES, LENGTH = 8, 256
 NOISE = 0.01
+EXACT = 1e-10  # the relative error in float64 of a style that computes the same
 TRL_STEPS = 1  # and one that warms up
 CENTRE = (4, 128)  # K, tokens of the prompt
 GRID = ((2, 128), (2, 51), CENTRE, (8, 205), (8, 51))
@@ -170,6 +172,32 @@ def measure(case: Case, workdir: Path) -> dict:
         "gradient_norm": measured.gradient.norm,
         "errors": {"loss": abs(measured.loss - loss) / abs(loss), "gradient": measured.gradient.error(gradient)},
     }
+
+
+def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
+    """As the contract of the suites has it, of a style that is not TRL's.
+
+    In float64 the style's loss and gradient are those of one sequence a row with full logits.
+    """
+    from transformers import AutoTokenizer
+
+    from exo_fast.benchmarks.methods import step_styles, step_truth
+    from exo_fast.training import downloads
+
+    path, style = downloads.get_model(downloads.cache_dir(), _quiet), step_styles.STYLES[case.style]
+    task = make_task(read_tokens(AutoTokenizer.from_pretrained(path), workdir), case)
+    loss, gradient = read_truth(case, path, task, workdir)
+    policy, reference = (load_model(path, case.precision) for _ in range(2))
+    add_noise(policy)
+    doubles = [copy.deepcopy(model).double() for model in (policy, reference)]
+    with step_truth.true_float64():
+        exact = step_styles.run(style(*doubles, task), doubles[0], steps=1)
+    del doubles
+    errors = {"loss": abs(exact.loss - loss) / abs(loss), "gradient": exact.gradient.error(gradient)}
+    assert max(errors.values()) < EXACT, f"{case.style} computes something else: {errors}"
+    forward = style(policy, reference, task)
+    step_styles.run(forward, policy, steps=1)
+    return lambda: step_styles.run(forward, policy, steps=1), {"errors": errors, "tokens": task.completion_tokens}
 
 
 def _run(case: Case, policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> tuple[Measured, float]:

@@ -2,13 +2,18 @@
 
 import json
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from torch import Tensor, no_grad
+from torch.utils.flop_counter import FlopCounterMode
 
 from exo_fast.benchmarks import cli
 from exo_fast.benchmarks.harness import compare
+from exo_fast.benchmarks.methods import peers, problems
+from exo_fast.benchmarks.suites import op
 from exo_fast.training.errors import InputError
 
 ROW = {
@@ -60,6 +65,38 @@ def test_a_small_difference_in_memory_is_none() -> None:
     assert found({**ROW, "peak_mb": 25.0}, old={**ROW, "peak_mb": 6.0}) == {}
 
 
+def test_a_slowed_version_is_flagged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It makes the logits once more and computes the same: 4/3 of the products. Time is counted in products."""
+
+    def products(call: Callable) -> float:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops() / 1e6
+
+    monkeypatch.setattr(problems, "seconds_of", products)
+    monkeypatch.setattr(problems, "FLOOR_ROWS", 8)
+    case = op.Case("full-logits", "group_loss", 16, 512, "fp32", 2, 64, 256, "both")
+
+    def measured() -> dict:
+        return results({"name": str(case), **vars(case), **op.measure(case, tmp_path)})
+
+    first, second = measured(), measured()
+    ours = peers.full_logits
+
+    def slowed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        with no_grad():
+            hidden @ weight.T
+        return ours(hidden, weight, targets)
+
+    monkeypatch.setattr(peers, "full_logits", slowed)
+    third = measured()
+    assert first["rows"][0]["share"] == 1
+    assert not compare.compare(first, second).regressed
+    (difference,) = compare.compare(first, third).worse
+    assert difference.what == "time / baseline"
+    assert difference.ratio == pytest.approx(4 / 3)
+
+
 def test_times_too_short_to_compare_are_not() -> None:
     short = {**ROW, "seconds": 0.01, "baseline_seconds": 0.06}
     assert found({**short, "seconds": 0.04}, old=short) == {}
@@ -67,6 +104,14 @@ def test_times_too_short_to_compare_are_not() -> None:
     long = {**ROW, "baseline_seconds": 1e-4}
     assert found({**long, "baseline_seconds": 1e-5}, old=long) == {}
     assert found({**long, "seconds": 3.0}, old=long) == {"worse": ["seconds"]}
+
+
+def test_a_gpus_times_are_shorter() -> None:
+    old, new = (results({**ROW, "seconds": value, "baseline_seconds": 1e-3}) for value in (2e-3, 3e-3))
+    assert not compare.compare(old, new).worse
+    for run in (old, new):
+        run["machine"]["device"] = "NVIDIA H200"
+    assert [difference.what for difference in compare.compare(old, new).worse] == ["time / baseline"]
 
 
 def test_predictions_are_compared_by_what_they_are_off() -> None:
@@ -147,6 +192,6 @@ def test_files_that_hold_no_results_are_refused(tmp_path: Path) -> None:
     (tmp_path / "op.json").write_text("{")
     with pytest.raises(InputError, match="no result file"):
         compare.read_results(tmp_path)
-    (tmp_path / "op.json").write_text('{"rows": []}')  # as gpu_op.json, which is no suite's
+    (tmp_path / "op.json").write_text('{"rows": []}')  # what is no suite's
     with pytest.raises(InputError, match="holds no results"):
         compare.read_results(tmp_path / "op.json")

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from exo_fast.benchmarks.harness.tables import block
-from exo_fast.benchmarks.reliability import consistency, trainings
+from exo_fast.benchmarks.reliability import consistency, processes
 from exo_fast.benchmarks.reliability.consistency import Cell
 from exo_fast.training import machine
 from exo_fast.training.stages.align import AlignConfig, AlignTrainer, align
@@ -110,9 +110,9 @@ def test_offloading_is_skipped_without_a_compiler(monkeypatch: pytest.MonkeyPatc
 
 def test_processes_find_each_other_and_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "7")
-    (alone,) = trainings.environments(1)
-    assert not alone.keys() & set(trainings.LAUNCHER)
-    both = trainings.environments(2)
+    (alone,) = processes.environments(1)
+    assert not alone.keys() & set(processes.LAUNCHER)
+    both = processes.environments(2)
     assert [member["RANK"] for member in both] == ["0", "1"]
     assert both[0]["MASTER_PORT"] == both[1]["MASTER_PORT"]
 

@@ -127,6 +127,13 @@ def test_rows_are_measured_against_the_least_they_need(
     assert row["examples_per_second"] == pytest.approx(16 / row["seconds"], abs=1)
     assert 0 < row["baseline_seconds"] < row["seconds"] * 2
     assert row["tokens_per_second"] == pytest.approx(16 * (12 + 4 * 21) / row["seconds"], abs=1)
+    monkeypatch.setattr(data, "_demo", lambda: (tmp_path / "tiny", tokenizer, WORDS))
+    call, found = data.trial(data.Case(part), tmp_path)
+    assert len(call()) == {"read": 16, "tokenise": 16, "pack": 2}[part]
+    assert found["examples"] == 16
+    monkeypatch.setattr(data.Rows, "pack", lambda self: [{"targets": torch.zeros(3)}])
+    with pytest.raises(AssertionError):
+        data.trial(data.Case(part), tmp_path)
 
 
 def test_rows_hold_the_words_they_promise(tmp_path: Path) -> None:

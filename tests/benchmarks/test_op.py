@@ -7,7 +7,8 @@ import torch
 
 from exo_fast.backends import head_attention
 from exo_fast.backends import torch as chunked
-from exo_fast.benchmarks.methods import peers, problems
+from exo_fast.benchmarks.methods import kernels, peers, problems
+from exo_fast.benchmarks.report import op as report
 from exo_fast.benchmarks.suites import op
 from exo_fast.head import Head
 
@@ -33,7 +34,7 @@ def test_names_are_unique_and_problems_can_be_made(quick: bool) -> None:
     assert len({str(case) for case in cases}) == len(cases)
     for case in cases:
         assert case.tokens % (case.candidates * case.completion) == 0
-        if case.method in peers.PAIRS_ONLY:
+        if case.method.startswith("liger"):
             assert case.candidates == 2
         if case.operation == "logprobs":
             peers.token_logps_of(case.method)
@@ -47,6 +48,27 @@ def test_every_method_is_timed_in_both_dtypes() -> None:
         assert timed == known - left_out
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_cases_of_a_gpu_are_the_methods_that_run_there_and_kernels(
+    quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problems, "device", lambda: "cuda")
+    monkeypatch.setattr(problems, "free_bytes", lambda: 70e9)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: True)
+    cases = op.cases(quick)
+    assert len({str(case) for case in cases}) == len(cases)
+    assert all(case.tokens % (case.candidates * case.completion) == 0 for case in cases)
+    timed = {case.method for case in cases if op.impossible(case) is None}
+    fused = [case for case in cases if case.method.startswith(("exo_fast", *kernels.KERNELS))]
+    assert not any("GB" in (op.impossible(case) or "") for case in fused)
+    if quick:
+        assert len(cases) < 40
+        assert {"exo_fast", "full-logits", *kernels.KERNELS} <= timed
+    else:
+        known = {m for m in peers.METHODS if not all(peers.unavailable(m, p, "cuda") for p in ("bf16", "fp32"))}
+        assert timed == known | set(kernels.KERNELS)
+
+
 def test_names() -> None:
     assert str(tiny()) == "op/exo_fast/16x512/fp32/K2/N256/both"
     assert str(tiny(completion=128)) == "op/exo_fast/16x512/fp32/K2x128/N256/both"
@@ -54,7 +76,7 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize("work", problems.WORK)
-@pytest.mark.parametrize("operation", problems.OPERATIONS)
+@pytest.mark.parametrize("operation", ["group_loss", "logprobs"])
 def test_a_row(operation: str, work: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(problems, "FLOOR_ROWS", 8)
     row = op.measure(tiny(operation=operation, work=work), tmp_path)
@@ -65,6 +87,41 @@ def test_a_row(operation: str, work: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert set(row["errors"]) == {"loss", "logps", *problems.PRODUCTS[work]} - {"logits"}
     problems.prove("exo_fast", "fp32", row["errors"])
     assert row["float32_logits"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_a_row_of_a_kernel(kernel: str, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its launch gives what float64 gives, here in Triton's interpreter, and its floor is a copy."""
+    monkeypatch.setattr(problems, "COPY_BYTES", 2**20)
+    case = tiny(method=kernel, operation="kernel", precision=precision, vocab=100, tokens=4, work="forward")
+    assert "for a GPU only" in op.impossible(case)
+    row = op.measure(case, tmp_path)
+    assert row["seconds"] > row["baseline_seconds"] >= 0
+    assert max(row["errors"].values()) <= kernels.TOLERANCE[precision]
+    shown = {"name": str(case), **vars(case), **row}
+    assert op.summary([shown])["comparisons"] == []
+    assert f"{kernel} alone, 4 rows" in report.problem_name(shown)
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(kernels.TOLERANCE, "bf16", 0.0)
+    with pytest.raises(AssertionError, match="logits_to_grad in bf16: error"):
+        op.measure(tiny(method="logits_to_grad", operation="kernel", precision="bf16", work="forward"), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["exo_fast", "full-logits"])
+def test_a_trial_proves_and_returns_the_work(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(problems, "FLOOR_ROWS", 8)
+    runs = []
+    run = problems.run
+    monkeypatch.setattr(problems, "run", lambda *args: runs.append(args) or run(*args))
+    call, found = op.trial(tiny(method=method), tmp_path)
+    problems.prove(method, "fp32", found["errors"])
+    assert found["baseline_seconds"] > 0
+    before = len(runs)
+    call()
+    assert len(runs) == before + 1
 
 
 def test_only_what_the_work_needs_gets_a_gradient() -> None:
@@ -97,8 +154,9 @@ def test_errors_are_measured_on_the_way_that_is_timed(monkeypatch: pytest.Monkey
 def test_a_method_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     exact = peers.token_logps_of("full-logits")
     monkeypatch.setattr(peers, "full_logits", lambda *args: exact(*args) * 1.01)
-    with pytest.raises(AssertionError, match="full-logits in fp32: error"):
-        op.measure(tiny(method="full-logits"), tmp_path)
+    for measured in (op.measure, op.trial):
+        with pytest.raises(AssertionError, match="full-logits in fp32: error"):
+            measured(tiny(method="full-logits"), tmp_path)
 
 
 def test_full_logits_that_do_not_fit_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

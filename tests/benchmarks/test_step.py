@@ -213,6 +213,14 @@ def test_a_case_is_measured(
     assert row["tokens_per_second"] == pytest.approx(32 / row["seconds"], rel=0.05)
     assert row["errors"]["loss"] < 1e-5
     assert row["errors"]["gradient"] < 1e-4
+    if style.startswith("trl"):
+        return
+    call, found = step.trial(step.Case(style, "fp32", 2, 6, 4), tmp_path)
+    assert max(found["errors"].values()) < step.EXACT
+    assert call().loss != row["loss"]  # a step further
+    monkeypatch.setitem(styles.STYLES, style, lambda *args: lambda: 1.001 * styles.full_logits(*args)())
+    with pytest.raises(AssertionError, match="computes something else"):
+        step.trial(step.Case(style, "fp32", 2, 6, 4), tmp_path)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ Three methods are compared, those of `exo_fast.benchmarks.methods.step_styles` o
     trl           a row per candidate, the head in tiles of the logits, policy and reference model
     exo_fast      a row per group with one prompt, the fused head, cached reference log-probs
 
-On a CPU the order of allocations is then played to a model of the C library's heap, which says what it holds in holes
-(`exo_fast.training.memory.heap`, the part "allocator"). Not in it: the interpreter and its libraries; on a GPU, the
-context and what PyTorch's caching allocator holds beyond what it was asked for.
+An estimate counts tensors. Not in it: the interpreter and its libraries; the holes that an allocator keeps between
+tensors (the C library's heap on a CPU, PyTorch's caching allocator on a GPU); on a GPU, the context. The margins of
+`exo_fast.training.memory.command` allow for them.
 """
 
 from __future__ import annotations
@@ -37,22 +37,10 @@ from exo_fast.backends.attention import Span, packed_attention
 from exo_fast.backends.torch import Plan
 from exo_fast.head import Head, decoder, read_head
 from exo_fast.masks import MaskPlan, additive_mask, plan_mask, sees
-from exo_fast.training.memory.heap import Heap
 from exo_fast.training.memory.meter import Meter
 
 METHODS = ("full-logits", "trl", "exo_fast")
-PARTS = (
-    "weights",
-    "reference",
-    "gradients",
-    "optimizer",
-    "engine",
-    "activations",
-    "mask",
-    "head",
-    "backward",
-    "allocator",
-)
+PARTS = ("weights", "reference", "gradients", "optimizer", "engine", "activations", "mask", "head", "backward")
 MOMENTS = ("forward and backward", "update")
 TILE_TOKENS, TILE_VOCAB = 4096, 32768  # of TRL 1.16's head
 TILE_COPIES = 7.25  # float32 copies of a tile that its backward pass holds at once where Triton does not run
@@ -162,8 +150,6 @@ def estimate(config: Any, setting: Setting) -> Estimate:
     training = _sum(meter.peak, engine.kept(), engine.gathered())
     updating = _sum(models, engine.kept(), engine.update())
     moments = dict(zip(MOMENTS, (training, updating), strict=True))
-    if setting.device == "cpu":
-        moments[MOMENTS[0]]["allocator"] = max(0, heap_peak(meter.events) - sum(meter.peak.values()))
     moment = max(MOMENTS, key=lambda name: sum(moments[name].values()))
     parts = {part: moments[moment][part] for part in PARTS if moments[moment].get(part)}
     return Estimate(setting, parts, moment, sum(p.numel() for p in parameters), step.shape, step.shared, engine.host())
@@ -171,25 +157,6 @@ def estimate(config: Any, setting: Setting) -> Estimate:
 
 def _sum(*parts: dict[str, int]) -> dict[str, int]:
     return {name: sum(part.get(name, 0) for part in parts) for name in PARTS}
-
-
-def heap_peak(events: list[tuple[int, int]]) -> int:
-    """Bytes resident at most in the second of two steps that allocate and free as `events` say (see `Heap`)."""
-    heap, kept = Heap(), set()
-    for step in range(2):
-        heap.peak = 0
-        for name, size in events:
-            if size >= 0:
-                heap.allocate((step, name), size)
-                kept.add((step, name))
-            elif (step, name) in kept:
-                heap.free((step, name))
-                kept.remove((step, name))
-        peak = heap.peak
-        for name in sorted(kept):
-            heap.free(name)
-        kept.clear()
-    return peak
 
 
 def _model(config: Any, setting: Setting) -> nn.Module:

@@ -28,9 +28,8 @@ class Meter(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.total = 0
         self.peak: dict[str, int] = {}
-        self.events: list[tuple[int, int]] = []  # (name, bytes) of a storage made, (name, −1) of one freed
-        self._largest = self._made = 0
-        self._live: dict[int, list[Any]] = {}  # storage -> [weak reference, bytes, label, name]
+        self._largest = 0
+        self._live: dict[int, list[Any]] = {}  # storage -> [weak reference, bytes, label]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -45,9 +44,7 @@ class Meter(TorchDispatchMode):
             if key not in self._live:
                 # The Python object of a storage lives as long as the storage does, so this says when it is freed.
                 gone = weakref.ref(storage, lambda _, key=key: self._drop(key))
-                self._live[key] = [gone, storage.nbytes(), self.label, self._made]
-                self.events.append((self._made, storage.nbytes()))
-                self._made += 1
+                self._live[key] = [gone, storage.nbytes(), self.label]
                 self._add(self.label, storage.nbytes())
 
     def relabel(self, tensor: Tensor, label: str) -> None:
@@ -75,6 +72,5 @@ class Meter(TorchDispatchMode):
             self._largest, self.peak = self.total, dict(self.now)
 
     def _drop(self, key: int) -> None:
-        _, size, label, name = self._live.pop(key)
-        self.events.append((name, -1))
+        _, size, label = self._live.pop(key)
         self._add(label, -size)

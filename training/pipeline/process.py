@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from exo_fast.training.pipeline.recipe import PlannedStage
+from exo_fast.training.processes import end_with_parent
 
 CLI_MODULE = "exo_fast.training.cli"
 STOP_SECONDS = 30  # that an interrupted stage gets to end by itself
-PR_SET_PDEATHSIG = 1
 
 
 def stage_command(stage: PlannedStage, config: Path, cli_module: str = CLI_MODULE) -> list[str]:
@@ -46,7 +45,7 @@ def _run_process(command: list[str], log: Path, lock_fd: int) -> int:
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             pass_fds=(lock_fd,),
-            preexec_fn=_end_with_parent(),
+            preexec_fn=end_with_parent(),
         )
         try:
             while block := os.read(process.stdout.fileno(), 1 << 16):
@@ -59,20 +58,6 @@ def _run_process(command: list[str], log: Path, lock_fd: int) -> int:
             _stop(process)
             raise
     return status if status >= 0 else 128 - status
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """For the child, between fork and exec: SIGTERM when this process is killed and cannot stop it (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def arrange() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was killed before the line above
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return arrange
 
 
 @contextmanager

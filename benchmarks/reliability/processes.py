@@ -1,7 +1,7 @@
-"""`exo-fast` in processes that can be killed: several over gloo on this machine, forked from one that has imported all.
+"""`exo-fast` in groups of processes over gloo on this machine, forked from one that has imported all it needs.
 
-A process takes ten seconds to import what training needs; forked from one that has, it starts at once, and is a process
-like any other to the kernel, to gloo and to SIGKILL.
+A process takes ten seconds to import what training needs, and a tiny model less than one to train. A process that is
+forked from one that has imported it starts at once, and is like any other to the kernel, to gloo and to SIGKILL.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-from exo_fast.benchmarks.reliability import trainings
 
 PRELOAD = [
     "exo_fast.training.cli",
@@ -27,12 +26,13 @@ PRELOAD = [
 ]
 DIED = "killed at its call "
 LIMIT_SECONDS = 180  # of a run that is left alone, after which it is taken to hang
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Team:
-    """One command in `processes` processes, from now on. What they print is added to `log`.
+    """Starts one command in `processes` processes, and adds what they print to `log`.
 
-    `deaths` are, by rank, the method of StageTrainer and the number of its call that a process does not survive.
+    `deaths` name by rank a method of StageTrainer, and the number of its call that the process does not survive.
     """
 
     def __init__(
@@ -46,27 +46,28 @@ class Team:
             context.Process(
                 target=_run, args=(list(words), environment, str(log), (deaths or {}).get(rank)), daemon=True
             )
-            for rank, environment in enumerate(trainings.environments(processes))
+            for rank, environment in enumerate(environments(processes))
         ]
         for member in self.members:
             member.start()
 
     def kill(self, ranks: Sequence[int] | None = None) -> None:
-        """SIGKILL to these processes, by default to all."""
+        """Send SIGKILL to these processes, by default to all."""
         for rank, member in enumerate(self.members):
             if ranks is None or rank in ranks:
                 member.kill()
 
     def terminate(self) -> None:
-        """SIGTERM to all."""
+        """Send SIGTERM to all processes."""
         for member in self.members:
             member.terminate()
 
     def alive(self) -> bool:
+        """Return whether a process still runs."""
         return any(member.is_alive() for member in self.members)
 
     def wait(self, seconds: float = LIMIT_SECONDS) -> list[int]:
-        """The exit statuses when all have ended (−N: by signal N). Those that have not by then are killed."""
+        """Return the exit statuses (−N: ended by signal N). Processes that run for longer than `seconds` are killed."""
         deadline = time.monotonic() + seconds
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -78,18 +79,30 @@ class Team:
         return [member.exitcode for member in self.members]
 
     def died(self) -> bool:
-        """Whether a process has met its death."""
+        """Return whether a process has met its death."""
         return DIED in self.said()
 
     def said(self) -> str:
-        """What was printed since the start."""
+        """Return what the processes have printed."""
         with self.log.open("rb") as file:
             file.seek(self.begun)
             return file.read().decode(errors="replace")
 
 
+def environments(processes: int) -> list[dict[str, str]]:
+    """Return the environment of each process: one thread, and what a launcher would set for two processes or more."""
+    common = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"OMP_NUM_THREADS": "1"}
+    if processes == 1:
+        return [common]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
 def _run(words: list[str], environment: dict[str, str], log: str, death: tuple[str, int] | None) -> None:
-    """What a forked process does."""
+    """Run the command in a forked process, and end the process before the interpreter is taken apart under gloo."""
     os.environ.clear()
     os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:
