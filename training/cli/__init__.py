@@ -1,5 +1,5 @@
-"""The command line: `exo-fast STAGE`. Nothing else imports it."""
+"""The command line: `exo-fast STAGE`. Nothing else imports it by name but recipes' runs, which need its stages."""
 
-from exo_fast.training.cli.command import main
+from exo_fast.training.cli.command import STAGES, main
 
-__all__ = ["main"]
+__all__ = ["STAGES", "main"]

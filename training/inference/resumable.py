@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from exo_fast.training.data.writing import PARTIAL, SUMMARY, to_json
 from exo_fast.training.errors import InputError
-from exo_fast.training.files import write_file
+from exo_fast.training.files import hold, release, write_file
 
 FORMAT = 1  # raised when the same identity gives other results
 DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
@@ -46,9 +46,9 @@ class ResumableRun:
 
         `files` are the names that the run will write. Raises InputError where the directory holds another run,
         naming what differs, or files of those names that no run of this identity was writing; and where another
-        process is writing there (exo_fast.training.locks), which this run keeps others from until it is finished.
+        process is writing there (`files.hold`), which this run keeps others from until it is finished.
         """
-        files.hold(self.directory)
+        hold(self.directory)
         path = self.directory / SUMMARY
         if path.is_file():
             summary = _read_summary(path)
@@ -62,7 +62,7 @@ class ResumableRun:
                 if self.state.is_main_process:
                     shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
                     print(f"reusing {self.directory}: finished earlier with the same settings and data", flush=True)
-                files.release(self.directory)
+                release(self.directory)
                 return summary
         elif not any(self._stored_files("*")):
             for name in files:
@@ -128,7 +128,7 @@ class ResumableRun:
             write_file(self.directory, SUMMARY, to_json(whole))
             shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
         self.state.wait_for_everyone()
-        files.release(self.directory)
+        release(self.directory)
         return whole
 
     def _path(self, split: str, rank: int | str) -> Path:
