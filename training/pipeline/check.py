@@ -45,7 +45,9 @@ def check(cli_module: str, stages: list[dict[str, Any]], defaults: Mapping[str, 
                 names = [field.name for field in dataclasses.fields(config_class) if field.init]
                 for name in stage["options"]:
                     if name not in names:
-                        raise InputError(f"unknown field {name!r} of {stage['stage']}{_nearest(name, names)}")
+                        raise InputError(
+                            f"unknown field {name!r} of {stage['stage']}{nearest(name, names, list_all=False)}"
+                        )
                 fields[stage["name"]] = [name for name in defaults if name in names]
                 options = {name: defaults[name] for name in fields[stage["name"]]} | stage["options"]
                 recipe = Path(folder, "options.yaml")
@@ -81,11 +83,6 @@ def _missing_data(config: Any) -> str | None:
         except InputError as error:
             return f"{name}: {error}"
     return None
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    message = nearest(name, names)
-    return message if "did you mean" in message else "."  # a training stage has too many fields to list
 
 
 def _with_stand_ins(value: Any, stand_ins: Mapping[str, str]) -> Any:
