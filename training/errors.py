@@ -1,8 +1,10 @@
 """What ends a stage other than its own end, each printed by the command line without a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
 
 
 class InputError(ValueError):
@@ -19,11 +21,25 @@ class Stopped(Exception):
     """A run that was asked to stop (SIGTERM) and did. The message says what was saved. Exit status 0."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known word that is nearest to `word`, or all of them where none is."""
+def nearest(word: str, known: Iterable[str], *, list_all: bool = True) -> str:
+    """Return the end of an error message: the known word that is nearest to `word`, else all of them if `list_all`."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}."
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(known)}." if list_all else "."
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 5) -> str:
+    """Say in words which settings differ, `most` of them at the most. Empty where all are the same."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    told = [
+        f"another {name}"
+        if isinstance(before.get(name), dict) or len(str(before.get(name))) == DIGEST_LENGTH
+        else f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in names[:most]
+    ]
+    return "; ".join([*told, f"{len(names) - most} more"] if len(names) > most else told)
 
 
 def not_its_own(config: Any, hint: str, found: str) -> InputError:
