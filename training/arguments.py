@@ -2,8 +2,7 @@
 
 A recipe's values are turned into command-line words and parsed by the same transformers.HfArgumentParser,
 before the words of the command line itself, so that there is one set of types and checks and the command line
-wins. Scalars are taken as they are written: to YAML 1.1 `1e-6` is a string and `off` a boolean, and neither
-is meant. Nothing is made of a recipe but text, numbers, lists and mappings, and not more of them than a recipe has.
+wins. Scalars are taken as they are written (exo_fast.training.yaml_file).
 """
 
 import argparse
@@ -15,18 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from exo_fast.data.fields import shorten
+from exo_fast.training import yaml_file
 from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.files import user_path
 
 Config = TypeVar("Config")
 OTHER_FIELDS = "everything else of transformers.TrainingArguments"
-MAX_RECIPE_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 20
-SCALARS = ("null", "bool", "int", "float", "str", "timestamp")
 NOT_FIELDS = ("help", "help_all", "config", "json")
 NOT_A_VALUE = re.compile(r"-(?!\.?\d)")  # to argparse it would be an option
 
@@ -130,94 +127,30 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _recipe_words(parser: StageParser, hints: dict[str, Any], path: Path) -> list[str]:
-    """The recipe as command-line words. What has no words (null, a list for a field that takes one in Python) becomes a
-    default."""
-    root = _compose(path)
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise InputError("a mapping of field names to values is needed.")
-    actions = {action.dest: action for action in parser._actions}
+    """Return the recipe as command-line words. What has no words (null, a list for a field that takes one in Python)
+    becomes a default of the parser."""
+    actions = {action.dest: action for action in parser._actions if action.dest not in NOT_FIELDS}
     words: list[str] = []
-    seen: set[str] = set()
-    values = _Values()
-    for key_node, value_node in root.value:
-        key, line = key_node.value, key_node.start_mark.line + 1
-        if not isinstance(key, str) or key not in actions or key in NOT_FIELDS:
-            name = key if isinstance(key, str) else "(a list or mapping)"
-            known = [action for action in actions if action not in NOT_FIELDS]
-            raise InputError(f"line {line}: unknown key {shorten(name)}{nearest(name, known, otherwise='.')}")
-        if key in seen:
-            raise InputError(f"line {line}: key {key!r} is set twice.")
-        seen.add(key)
-        value = values.of(value_node)
-        if isinstance(value_node, yaml.ScalarNode) and value is not None:
-            words.append(f"--{key}={value_node.value}")
+    for key, line, value, written in yaml_file.entries(yaml_file.read(path)):
+        if key not in actions:
+            raise InputError(f"line {line}: unknown key {shorten(key)}{nearest(key, actions, otherwise='.')}")
+        if isinstance(written, str):
+            words.append(f"--{key}={written}")
         elif isinstance(value, dict):
             words.append(f"--{key}={json.dumps(value)}")
         elif value is None and _takes(hints[key], type(None)):
             parser.set_defaults(**{key: None})
         elif isinstance(value, list) and _takes(hints[key], list):
-            texts = [item.value for item in value_node.value if isinstance(item, yaml.ScalarNode)]
-            if len(texts) < len(value) or any(NOT_A_VALUE.match(text) for text in texts):
+            if any(text is None or NOT_A_VALUE.match(text) for text in written):
                 raise InputError(f"line {line}: {key}: a list of plain values is needed, of which none is an option.")
             if actions[key].nargs == "+":
-                words += [f"--{key}", *texts]
+                words += [f"--{key}", *written]
             else:
-                parser.set_defaults(**{key: texts})
+                parser.set_defaults(**{key: written})
         else:
             problem = "a list" if isinstance(value, list) else "null (leave the line out for the default)"
             raise InputError(f"line {line}: {key} is {problem}; one value is needed.")
     return words
-
-
-def _compose(path: Path) -> yaml.Node | None:
-    """The YAML document of a file, as nodes: nothing is made of it yet. Raises InputError for a file that is none."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_RECIPE_BYTES + 1)
-        if len(content) <= MAX_RECIPE_BYTES:
-            return yaml.compose(content.decode("utf-8-sig"), yaml.SafeLoader)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}.") from error
-    except RecursionError as error:
-        raise InputError("not valid YAML: lists and mappings are nested too deeply.") from error
-    except Exception as error:  # PyYAML's own, and those that it forgot, such as of chr for an escape
-        raise InputError(f"not valid YAML: {error}") from error
-    raise InputError(f"more than {MAX_RECIPE_BYTES >> 10} KiB, which no recipe is.")
-
-
-class _Values:
-    """YAML nodes as JSON values. Aliases are followed, so what a few lines can grow to is bounded."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.constructor = yaml.SafeLoader("")
-
-    def of(self, node: yaml.Node, depth: int = 0) -> Any:
-        """The value of a node. Raises InputError, naming the line, for one that JSON does not have."""
-        self.count += 1
-        where = f"line {node.start_mark.line + 1}"
-        if self.count > MAX_VALUES or depth > MAX_DEPTH:
-            raise InputError(f"{where}: more than {MAX_VALUES} values, or lists nested deeper than {MAX_DEPTH}.")
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [self.of(item, depth + 1) for item in node.value]
-        if isinstance(node, yaml.MappingNode) and kind == "map":
-            return {self._name(key): self.of(value, depth + 1) for key, value in node.value}
-        if not isinstance(node, yaml.ScalarNode) or kind not in SCALARS:
-            raise InputError(f"{where}: {shorten(node.tag)} is not taken here; write a plain value.")
-        if kind in ("str", "timestamp"):
-            return node.value
-        try:
-            return self.constructor.construct_object(node)
-        except Exception as error:  # as above
-            raise InputError(f"{where}: {shorten(node.value)} is no {kind}.") from error
-
-    def _name(self, node: yaml.Node) -> str:
-        if not isinstance(node, yaml.ScalarNode):
-            raise InputError(f"line {node.start_mark.line + 1}: a name is needed before the colon.")
-        return node.value
 
 
 def _takes(hint: Any, kind: type) -> bool:

@@ -16,6 +16,7 @@ hold, whatever sizes it declares.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 import io
@@ -26,7 +27,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -74,6 +75,12 @@ class Snippet:
 def cache_dir() -> Path:
     """Where downloads, the model and stage outputs are kept: $EXO_FAST_CACHE, or ~/.cache/exo_fast."""
     return Path(os.environ.get("EXO_FAST_CACHE") or "~/.cache/exo_fast").expanduser()
+
+
+def say_downloads(message: str) -> None:
+    """Print what is fetched, but not what was there."""
+    if not message.startswith("reusing"):
+        print(message, flush=True)
 
 
 def fetch(asset: Asset, folder: Path, say: Callable[[str], None] = print) -> Path:
@@ -236,3 +243,13 @@ def get_oracle(cache: Path, say: Callable[[str], None] = print) -> Callable[[str
     spec.loader.exec_module(module)
     analyzer = module.SentimentIntensityAnalyzer()
     return lambda text: float(analyzer.polarity_scores(text)["compound"])
+
+
+@functools.cache
+def _cached_oracle() -> Callable[[str], float]:
+    return get_oracle(cache_dir(), say_downloads)
+
+
+def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """Score completions by VADER, for `exo-fast score --function exo_fast.training.downloads:sentiment`."""
+    return [_cached_oracle()(text) for text in completions]

@@ -1,8 +1,10 @@
 """Exceptions that end a stage early. The command line prints them without a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
 
 
 class InputError(ValueError):
@@ -29,6 +31,18 @@ def nearest(word: str, known: Iterable[str], *, otherwise: str | None = None, cu
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; there are {', '.join(known)}." if otherwise is None else otherwise
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 5) -> str:
+    """Say in words which settings differ, `most` of them at the most. Empty where all are the same."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    told = [
+        f"another {name}"
+        if isinstance(before.get(name), dict) or len(str(before.get(name))) == DIGEST_LENGTH
+        else f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in names[:most]
+    ]
+    return "; ".join([*told, f"{len(names) - most} more"] if len(names) > most else told)
 
 
 def not_its_own(config: Any, hint: str, found: str) -> InputError:

@@ -140,7 +140,7 @@ def test_recipes(data: st.DataObject, stage: str) -> None:
         (b"beta_pi: [1, 2]", "line 1: beta_pi is a list; one value"),
         (b"beta_pi: null", "line 1: beta_pi is null"),
         (b"lora_target_modules: [--bf16]", "line 1: lora_target_modules: a list of plain values"),
-        (b"? [data]\n: x", "line 1: unknown key"),
+        (b"? [data]\n: x", "line 1: a name is needed before the colon"),
     ],
     ids=["bomb", "bomb in a field", "deep", "large", "binary", "python", "list", "null", "option", "key"],
 )

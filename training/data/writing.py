@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, differences
 from exo_fast.training.files import write_file
 from exo_fast.version import __version__
 
@@ -40,7 +40,7 @@ def write_rows(config: Any, files: dict[str, list[Any]], summary: dict[str, Any]
         for name, data in content.items():
             if (folder / name).is_file() and (folder / name).read_bytes() != data:
                 raise InputError(
-                    f"output_dir={config.output_dir!r}: holds another {name}{_difference(folder / SUMMARY, settings)}; "
+                    f"output_dir={config.output_dir!r}: holds another {name}{_changes(folder / SUMMARY, settings)}; "
                     "choose another output_dir, or delete that one to write it again."
                 )
         for name, data in (content | {SUMMARY: to_json(whole)}).items():
@@ -50,15 +50,13 @@ def write_rows(config: Any, files: dict[str, list[Any]], summary: dict[str, Any]
     return whole
 
 
-def _difference(path: Path, settings: dict[str, Any]) -> str:
-    """Which settings differ from those in the summary at `path`, for an error's text."""
+def _changes(path: Path, settings: dict[str, Any]) -> str:
+    """Say how the settings differ from those in the summary at `path`, for an error's text."""
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))["config"]
-        names = [name for name in settings if there.get(name) != settings[name]]
+        changed = differences(json.loads(path.read_text(encoding="utf-8"))["config"], settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
-    shown = "; ".join(f"{name} is {there.get(name)!r} there and {settings[name]!r} here" for name in names)
-    return f" ({shown})" if shown else ", made from other data"
+    return f" ({changed})" if changed else ", made from other data"
 
 
 def to_json(value: Any) -> bytes:

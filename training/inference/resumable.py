@@ -22,11 +22,10 @@ from tqdm.auto import tqdm
 
 from exo_fast.training import processes
 from exo_fast.training.data.writing import PARTIAL, SUMMARY, to_json
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, differences
 from exo_fast.training.files import lock_directory, unlock_directory, write_file
 
 FORMAT = 1  # raised when the same identity gives other results
-DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
 
 
 class ResumableRun:
@@ -52,10 +51,12 @@ class ResumableRun:
         if path.is_file():
             summary = _read_summary(path)
             if summary.get("identity") != self.identity:
+                there = summary.get("identity")
+                same_stage = isinstance(there, dict) and there.get("stage") == self.identity.get("stage")
+                changed = f" ({differences(there, self.identity, 3)})" if same_stage else ", or of another stage"
                 raise InputError(
-                    f"output_dir={str(self.directory)!r}: holds a finished run with other settings"
-                    f"{_difference(summary.get('identity'), self.identity)}; choose another output_dir, or delete "
-                    "that one to write it again."
+                    f"output_dir={str(self.directory)!r}: holds a finished run with other settings{changed}; choose "
+                    "another output_dir, or delete that one to write it again."
                 )
             if all((self.directory / name).is_file() for name in files):
                 if processes.index() == 0:
@@ -197,18 +198,3 @@ def _read_summary(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: not a summary of a run ({error}); choose another output_dir.") from error
     return summary if isinstance(summary, dict) else {}
-
-
-def _difference(there: Any, here: Mapping[str, Any]) -> str:
-    """The first three names whose values differ, for an error's text."""
-    if not isinstance(there, dict) or there.get("stage") != here.get("stage"):
-        return ", or of another stage"
-    different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    shown = [
-        f"different {name}"
-        if isinstance(there.get(name), dict) or len(str(there.get(name))) == DIGEST_LENGTH
-        else f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in different[:3]
-    ]
-    more = f", and {len(different) - 3} more" if len(different) > 3 else ""
-    return f" ({'; '.join(shown)}{more})"

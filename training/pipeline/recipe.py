@@ -18,10 +18,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import yaml
-
+from exo_fast.training import yaml_file
 from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.files import user_path
 
@@ -30,40 +29,10 @@ STAGE_KEYS = ("name", "stage", "processes", "launcher", "for", "options")
 SMOLLM2 = "smollm2"  # the predefined variable: it stays as it is here, and becomes a path when a stage starts
 SMOLLM2_TEXT = "${smollm2}"
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
-MERGE = "tag:yaml.org,2002:merge"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-# Aliases and variables can make a few lines grow without end; no recipe holds so much.
-MAX_VALUES, MAX_CHARACTERS, MAX_STAGES = 100_000, 1_000_000, 10_000
+# Variables and loops can make a few lines grow without end; no recipe holds so much.
+MAX_CHARACTERS, MAX_STAGES = 1_000_000, 10_000
 TRAINING = ("align", "classifier", "reward-model", "sft")
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML whose scalars are what they look like: `1e-6` is a number, and `no` and `off` are words."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As yaml does, but a key that is set twice is an error."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a name is needed before :", key.start_mark)
-            if key.tag != MERGE and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-_PlainLoader.add_implicit_resolver(MERGE, re.compile("<<"), ["<"])
-_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false"), list("tf"))
-_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"null|~|"), ["n", "~", ""])
-_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+"), list("-+0123456789"))
-_PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?"), list("-+.0123456789")
-)
-# Full matches: an implicit resolver of PyYAML matches the beginning of a scalar.
-for _pairs in _PlainLoader.yaml_implicit_resolvers.values():
-    _pairs[:] = [(tag, re.compile(f"(?:{pattern.pattern})$")) for tag, pattern in _pairs]
 
 
 @dataclass
@@ -100,38 +69,20 @@ def read_recipe(path: Path, known_stages: Iterable[str], settings: Mapping[str, 
     variables (naming the nearest), names that are used twice, and outputs that are shared or nested.
     """
     try:
-        raw = _load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}. `exo-fast recipes list` shows recipes to copy."
-        ) from error
-    except ValueError as error:  # of the file's bytes, or of its YAML
-        raise InputError(f"{path}: {error}") from error
-    try:
-        return _recipe(path, raw, list(known_stages), settings or {})
+        return _recipe(path, yaml_file.load(yaml_file.read(path)), list(known_stages), settings or {})
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _load(text: str) -> Any:
-    """The value of YAML text. Raises InputError for text that is none, and for more than a recipe holds."""
-    if len(text) > MAX_CHARACTERS:
-        raise InputError(f"more than {MAX_CHARACTERS:,} characters, which no recipe has.")
-    try:
-        return _bounded(yaml.load(text, _PlainLoader), "a recipe")
-    except InputError:
-        raise
-    except Exception as error:  # PyYAML's own, and those that it forgot, such as of chr for an escape
-        raise InputError(f"not valid YAML: {error}") from error
+        hint = " `exo-fast recipes list` shows recipes to copy." if isinstance(error.__cause__, OSError) else ""
+        raise InputError(f"{path}: {error}{hint}") from error
 
 
 def _bounded(value: Any, where: str) -> Any:
-    """`value` itself. Raises InputError where it holds more than MAX_VALUES values, each as often as it is named."""
+    """Return `value`. Raises InputError where it holds more than yaml_file.MAX_VALUES values, each as often as it is
+    named."""
     waiting, count = [value], 0
     while waiting:
         count += 1
-        if count > MAX_VALUES:
-            raise InputError(f"{where}: more than {MAX_VALUES:,} values, counting those behind aliases and ${{…}}.")
+        if count > yaml_file.MAX_VALUES:
+            raise InputError(f"{where}: more than {yaml_file.MAX_VALUES:,} values, counting those behind ${{…}}.")
         item = waiting.pop()
         if isinstance(item, dict | list):
             waiting += item.values() if isinstance(item, dict) else item
@@ -170,7 +121,7 @@ def _variables(raw: Any, settings: Mapping[str, str]) -> dict[str, Any]:
     for name, value in raw.items():  # each may use those above it
         where = f"variable {name!r}"
         try:
-            value = _load(settings[name]) if name in settings else value
+            value = yaml_file.load(settings[name]) if name in settings else value
         except InputError as error:
             raise InputError(f"--set {name}: {error}") from error
         found[name] = _bounded(fill(value, found, where), where)

@@ -6,14 +6,14 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exo_fast.training import files
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, differences
 from exo_fast.training.pipeline.recipe import TRAINING, PlannedStage, Recipe
 from exo_fast.version import __version__
 
@@ -119,20 +119,11 @@ def _has_content(place: Path) -> bool:
 
 
 def _difference(record: Record, fresh: Record) -> str:
-    """What makes two records of one stage differ, in words."""
+    """Say in words what makes two records of one stage differ."""
     if record.version != fresh.version:
         return f"by exo_fast {record.version}, and this is {fresh.version}"
     if record.stage != fresh.stage:
         return f"as the stage {record.stage}, and the recipe now says {fresh.stage}"
-    changes = [
-        f"{name} was {_value(record.options, name)} and is now {_value(fresh.options, name)}"
-        for name in sorted({*record.options, *fresh.options})
-        if _value(record.options, name) != _value(fresh.options, name)
-    ]
-    if not changes:
-        return "it was made from the output of other stages than now, or with other settings of them"
-    return "; ".join(changes)
-
-
-def _value(options: Mapping[str, Any], name: str) -> str:
-    return json.dumps(options[name], ensure_ascii=False) if name in options else "not set"
+    return differences(record.options, fresh.options) or (
+        "it was made from the output of other stages than now, or with other settings of them"
+    )

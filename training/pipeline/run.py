@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,28 +63,39 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("recipe", type=Path, metavar="RECIPE", help="A YAML file; `exo-fast recipes` has some.")
     made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="Run these stages; NAME may hold * and ?")
-    made.add_argument(
+    add_options(made)
+    made.add_argument("--list", action="store_true", help="Check the recipe, show its stages, and run nothing.")
+    return made
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add --redo and --set, which `exo-fast demo` has too."""
+    parser.add_argument(
         "--redo",
         nargs="+",
         default=[],
         metavar="NAME",
         help="Remove what these stages made, and what was made from it, and run them again.",
     )
-    made.add_argument(
+    parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="Values of the recipe's variables."
     )
-    made.add_argument("--list", action="store_true", help="Check the recipe, show its stages, and run nothing.")
-    return made
+
+
+def read_settings(words: Sequence[str]) -> dict[str, str]:
+    """Return the variables and values that the words after --set give."""
+    settings = {}
+    for word in words:
+        name, equals, settings[name] = word.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set {word}: NAME=VALUE is needed.")
+    return settings
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the recipe that `argv` names. Returns 0, or the exit status of the stage that failed (130 for Ctrl-C)."""
     options = parser().parse_args(argv)
-    settings = {}
-    for word in options.set:
-        name, equals, settings[name] = word.partition("=")
-        if not equals or not name:
-            raise InputError(f"--set {word}: NAME=VALUE is needed.")
+    settings = read_settings(options.set)
     return run_recipe(options.recipe, only=options.only, redo=options.redo, settings=settings, show=options.list)
 
 
@@ -96,12 +107,14 @@ def run_recipe(
     settings: Mapping[str, str] | None = None,
     show: bool = False,
     cli_module: str = CLI_MODULE,
+    finish: Callable[[Path], Any] | None = None,
 ) -> int:
     """Run the stages of the recipe at `path` that are not done; returns the exit status.
 
     `only` and `redo` are names of stages, with * and ? as wildcards; `settings` replace values of the recipe's
-    variables; `show` lists the stages and runs none. Raises InputError for a recipe that cannot work, before
-    anything is run or removed.
+    variables; `show` lists the stages and runs none. `finish` is called with the output directory when the stages are
+    done; what it returns becomes the command's result, instead of the summary. Raises InputError for a recipe that
+    cannot work, before anything is run or removed.
     """
     recipe = read_recipe(path, _stage_names(cli_module), settings)
     chosen, anew = (_matching(recipe, patterns, option) for patterns, option in ((only, "--only"), (redo, "--redo")))
@@ -124,7 +137,7 @@ def run_recipe(
         for act in (records.check_removal, records.remove_output):
             for stage in redone:
                 act(stage)
-        return _run_stages(recipe, records, chosen, cli_module, lock_fd)
+        return _run_stages(recipe, records, chosen, cli_module, lock_fd, finish)
 
 
 def _stage_names(cli_module: str) -> list[str]:
@@ -197,7 +210,14 @@ def _print_list(recipe: Recipe, records: Records) -> None:
 # Running
 
 
-def _run_stages(recipe: Recipe, records: Records, chosen: set[str], cli_module: str, lock_fd: int) -> int:
+def _run_stages(
+    recipe: Recipe,
+    records: Records,
+    chosen: set[str],
+    cli_module: str,
+    lock_fd: int,
+    finish: Callable[[Path], Any] | None,
+) -> int:
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
     filled: dict[str, Any] = {}
@@ -247,7 +267,7 @@ def _run_stages(recipe: Recipe, records: Records, chosen: set[str], cli_module: 
     files.write_file(records.folder, "run.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     print(_table(rows, total), flush=True)
     _write_report(recipe.output)
-    give_result(summary)
+    give_result(summary if finish is None else finish(recipe.output))
     return 0
 
 

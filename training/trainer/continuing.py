@@ -13,7 +13,7 @@ from typing import Any
 from transformers import set_seed
 
 from exo_fast.training import files, processes
-from exo_fast.training.errors import InputError
+from exo_fast.training.errors import InputError, differences
 from exo_fast.training.files import write_file
 from exo_fast.training.reports import hub
 from exo_fast.training.trainer import checkpoints
@@ -91,8 +91,8 @@ def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
         now = settings_of(config)
         # What an earlier version had no field for is as it was then: at its default.
         unknown = {field.name: default_of(field) for field in fields(config) if field.init and field.name in now}
-        differences = _differences({**unknown, **json.loads((output / SETTINGS).read_text())}, now)
-        if not differences:
+        changed = differences({**unknown, **json.loads((output / SETTINGS).read_text())}, now)
+        if not changed:
             if finished:
                 return None, json.loads((output / "summary.json").read_text())
             last = checkpoints.newest(output)
@@ -102,7 +102,7 @@ def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
                     "(see the warnings); remove them to start anew, or choose another output_dir."
                 )
             return _as_text(last), None
-        problem = f"holds an earlier run with other settings ({differences})"
+        problem = f"holds an earlier run with other settings ({changed})"
     else:
         problem = "holds an earlier run"
     advice = "choose another output_dir, or remove this one"
@@ -156,8 +156,3 @@ def _files_digest(path: str | None) -> str | None:
     files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    return ", ".join(f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names[:5])

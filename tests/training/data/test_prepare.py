@@ -67,7 +67,7 @@ def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_settings_do_not_overwrite(tmp_path: Path) -> None:
     run_prepare(HH, tmp_path)
     first = content(tmp_path)
-    with pytest.raises(InputError, match=r"another train\.json \(limit is None there and 2 here\); choose another"):
+    with pytest.raises(InputError, match=r"another train\.json \(limit was None and is now 2\); choose another"):
         run_prepare(HH, tmp_path, limit=2)
     assert content(tmp_path) == first
     (tmp_path / "summary.json").write_text("[]")

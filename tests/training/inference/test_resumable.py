@@ -111,7 +111,7 @@ def test_a_finished_run_is_reused_and_other_settings_are_refused(
     assert not (tmp_path / ".partial").exists()
     assert ResumableRun(tmp_path, identity).finished(["train.json"]) == summary
     assert "reusing" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"temperature is 1.0 there and 0.7 here\); choose another output_dir"):
+    with pytest.raises(InputError, match=r"temperature was 1.0 and is now 0.7\); choose another output_dir"):
         ResumableRun(tmp_path, {**identity, "temperature": 0.7}).finished(["train.json"])
     (tmp_path / "train.json").unlink()
     assert ResumableRun(tmp_path, identity).finished(["train.json"]) is None

@@ -343,7 +343,7 @@ def test_what_resuming_may_mean(settings: Settings) -> None:
         run({**options, "resume_from_checkpoint": "true"})
     assert run({**options, "resume_from_checkpoint": "auto"})["resumed_from"] is None
     assert run(options)["steps"] == 4  # the same settings, finished: its summary
-    with pytest.raises(InputError, match=r"holds an earlier run with other settings \(beta_pi: 0.1 then, 0.2 now\)"):
+    with pytest.raises(InputError, match=r"an earlier run with other settings \(beta_pi was 0.1 and is now 0.2\)"):
         run({**options, "beta_pi": 0.2})
     with pytest.raises(InputError, match="holds an earlier run; choose another output_dir"):
         run({**options, "resume_from_checkpoint": "false"})
@@ -359,7 +359,7 @@ def test_checkpoints_that_cannot_be_continued_are_not_mixed_with_new_ones(settin
     run(options)
     Path(options["output_dir"], "summary.json").unlink()  # as if it had been killed before the end
     with pytest.raises(
-        InputError, match=r"\(beta_pi: 0.1 then, 0.2 now\); choose another output_dir, or remove this one"
+        InputError, match=r"\(beta_pi was 0.1 and is now 0.2\); choose another output_dir, or remove this one"
     ):
         run({**options, "beta_pi": 0.2})
     assert run(options)["resumed_from"] is None

@@ -351,7 +351,7 @@ def test_the_same_command_again_samples_nothing(
     monkeypatch.setattr("exo_fast.training.stages.generate.load_model", None)
     assert generate(GenerateConfig(**settings())) == summary
     assert "reusing" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"temperature is 1.0 there and 0.5 here"):
+    with pytest.raises(InputError, match=r"temperature was 1.0 and is now 0.5"):
         generate(GenerateConfig(**settings(temperature=0.5)))
 
 

@@ -165,13 +165,13 @@ def test_a_changed_function_is_another_scorer(settings: Settings, tmp_path: Path
     config = settings(function=f"rewards:{name}")
     score(ScoreConfig(**config))
     (tmp_path / "rewards.py").write_text(REWARDS + "\n# better\n")
-    with pytest.raises(InputError, match="different source"):
+    with pytest.raises(InputError, match="another source"):
         score(ScoreConfig(**config))
 
 
 def test_batches_of_another_size_are_not_reused(settings: Settings) -> None:
     score(ScoreConfig(**settings()))
-    with pytest.raises(InputError, match="batch_size is 3 there and 2 here"):
+    with pytest.raises(InputError, match="batch_size was 3 and is now 2"):
         score(ScoreConfig(**settings(batch_size=2)))
 
 

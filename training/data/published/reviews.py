@@ -1,5 +1,5 @@
 """reviews/sft, reviews/class: the 10,605 movie-review snippets of the demo, rated by people. No path is needed: they
-come from the package index, once (assets.py).
+come from the package index, once (downloads.py).
 
 Which split a snippet is in depends on its first SPLIT_WORDS words alone, by a hash: it is the same in both kinds and in
 every run, and no prompt is in two splits. reviews/sft asks for clean openings, each once; reviews/class takes them all.
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from exo_fast.data.fields import BadField
 from exo_fast.training.data.places import Place
 from exo_fast.training.data.registry import Drop, RawDataset, register
-from exo_fast.training.downloads import Snippet, cache_dir, get_reviews
+from exo_fast.training.downloads import Snippet, cache_dir, get_reviews, say_downloads
 from exo_fast.training.errors import InputError
 
 SPLIT_WORDS = 3
@@ -44,7 +44,7 @@ class Reviews(RawDataset):
         if self.path is not None:
             return super().rows(split)
         self._openings = set()
-        snippets = get_reviews(cache_dir(), say=_say_downloads)
+        snippets = get_reviews(cache_dir(), say=say_downloads)
         rows = [(Place("movieReviewSnippets_GroundTruth.txt", row), snippet) for row, snippet in enumerate(snippets)]
         return [(place, snippet) for place, snippet in rows if split_of(snippet.text) == split]
 
@@ -83,8 +83,3 @@ def clean_opening(text: str, words: int) -> str | None:
         return None
     prompt = " ".join(opening)
     return None if any(mark in prompt for mark in '"()[]*') else prompt
-
-
-def _say_downloads(message: str) -> None:
-    if not message.startswith("reusing"):
-        print(message, flush=True)
