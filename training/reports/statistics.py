@@ -74,14 +74,6 @@ def mean_and_error(values: list[list[float]]) -> tuple[float, float]:
     return float(per_prompt.mean()), float(stats.sem(per_prompt))
 
 
-def table_cell(text: str) -> str:
-    """Text that cannot break a markdown table, nor be read as markup."""
-    text = " ".join(text.split()).replace("\\", "\\\\")
-    for mark in "|*_`<>[]#":
-        text = text.replace(mark, "\\" + mark)
-    return text
-
-
 def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
     """A figure of panels side by side, with a light grid."""
     # Not pyplot: it keeps global state and looks for a display.

@@ -1,13 +1,12 @@
 """What reports compute and draw, on known data."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from exo_fast.training.reports.statistics import mean_and_error, paired_bootstrap, plot_training, table_cell
+from exo_fast.training.reports.statistics import mean_and_error, paired_bootstrap, plot_training
 
 
 def test_paired_bootstrap_agrees_with_the_normal_interval_of_many_differences() -> None:
@@ -42,12 +41,6 @@ def test_paired_bootstrap_refuses_what_is_not_paired() -> None:
 
 def test_standard_error_counts_prompts_not_samples() -> None:
     assert mean_and_error([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]) == (2.0, pytest.approx(1.0))
-
-
-def test_texts_cannot_break_a_table() -> None:
-    cell = table_cell("*a good* | film\nhere")
-    assert cell == r"\*a good\* \| film here"
-    assert re.findall(r"(?<!\\)\|", cell) == []
 
 
 def test_training_is_drawn_also_where_little_was_logged(tmp_path: Path) -> None:
