@@ -22,7 +22,8 @@ pytest.importorskip("trl")
 import trl
 
 from exo_fast.data.fields import BadField
-from exo_fast.integrations.trl.trainer import DPOTrainer, tokenize_candidates
+from exo_fast.integrations.trl import tokenize_candidates
+from exo_fast.integrations.trl.trainer import DPOTrainer
 
 ROWS = 1000  # of each form
 TAIL = "after the end of turn"
