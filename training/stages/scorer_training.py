@@ -24,7 +24,8 @@ from exo_fast.training.models.scorer_modules import RewardModule, settle_layout
 from exo_fast.training.options import option
 from exo_fast.training.trainer.config import TrainConfig
 from exo_fast.training.trainer.continuing import resume_or_start
-from exo_fast.training.trainer.run import check_batches, find_training_splits, table, train, training_scope
+from exo_fast.training.trainer.run import train, training_scope
+from exo_fast.training.trainer.splits import check_batches, find_training_splits, table
 from exo_fast.training.trainer.trainer import StageTrainer
 
 logger = logging.get_logger(__name__)

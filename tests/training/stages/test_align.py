@@ -25,7 +25,7 @@ from exo_fast.training.models.causal import load_causal_lm
 from exo_fast.training.models.modules import AlignModule
 from exo_fast.training.stages.align import AlignConfig, align, make_module, read_data
 from exo_fast.training.trainer.deepspeed import deepspeed_config
-from exo_fast.training.trainer.run import find_training_splits, tokenize_splits
+from exo_fast.training.trainer.splits import find_training_splits, tokenize_splits
 
 Settings = Callable[..., dict[str, Any]]
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
