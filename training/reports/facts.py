@@ -32,14 +32,14 @@ MOST_WARNINGS = 50
 
 
 def command_line() -> str | None:
-    """The words that started this process, as a shell takes them; None where that was not the command line of exo_fast.
+    """Return the words that started this process, as a shell takes them; None if that was not exo_fast's command line.
 
-    What follows an option called …token or …key is not told.
+    What follows an option called …token or …key is hidden.
     """
     script, words = Path(sys.argv[0]), sys.argv[1:]
     if script.name == "exo-fast":
         start = ["exo-fast"]
-    elif script.parts[-2:] == ("training", "cli.py"):
+    elif script.parts[-3:] == ("training", "cli", "__main__.py"):
         start = ["python", "-m", "exo_fast.training.cli"]
     else:
         return None

@@ -282,12 +282,15 @@ def test_warnings_of_a_run_are_in_its_summary(settings: Settings, tiny_bloom: st
 
 
 def test_the_command_is_told_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from exo_fast.training import cli
     from exo_fast.training.reports.facts import command_line
 
     words = ["align", "--hub_token", "hf_1", "--data", "a b", "--hub_token=hf_2", "--hub-token", "hf_3", "--bf16"]
     monkeypatch.setattr("sys.argv", ["/opt/bin/exo-fast", *words])
     told = command_line()
     assert told == "exo-fast align --hub_token HIDDEN --data 'a b' --hub_token=HIDDEN --hub-token HIDDEN --bf16"
+    monkeypatch.setattr("sys.argv", [cli.__file__.replace("__init__", "__main__"), "align"])
+    assert command_line() == "python -m exo_fast.training.cli align"
     monkeypatch.setattr("sys.argv", ["/usr/bin/pytest", "x"])
     assert command_line() is None
 
