@@ -38,7 +38,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     tied: bool = False  # the weight is also the input embedding
-    process_group: Any = None  # the ranks of the group hold a slice of the vocabulary each
+    process_group: Any = None  # its ranks hold a slice of the vocabulary each
 
     def multiplied(self, hidden: Tensor) -> Tensor:
         """Return `hidden` in the dtype in which the lm_head multiplies it: the weight's. Mamba's final states, for
@@ -137,15 +137,15 @@ def final_hidden(model: nn.Module, *, text_lengths: Tensor | None = None, **inpu
         model: a transformers causal LM, or a `PeftModel` around one (its adapters stay in effect).
         text_lengths: (B, T) long, the tokens of each token's text (`exo_fast.positions`), which
             `exo_fast.masks.model_inputs` gives where it matters.
-            inputs: the other arguments of the model's forward: input_ids (B, T), attention_mask, position_ids …
+        inputs: the other arguments of the model's forward: input_ids (B, T), attention_mask, position_ids …
 
-        Returns:
-            (B, T, D) in the dtype in which the model leaves them, which may differ from its weights' dtype (Mamba's are
-            float32 in a bf16 model): `Head.multiplied` casts them for the head.
+    Returns:
+        (B, T, D) in the dtype in which the model leaves them, which may differ from its weights' dtype (Mamba's are
+        float32 in a bf16 model): `Head.multiplied` casts them for the head.
 
     Raises:
-            ValueError: not a causal LM of transformers, a model without a base model apart from its head, a PEFT method
-                that puts tokens before the input, and with `text_lengths` the errors of `exo_fast.positions.by_text`.
+        ValueError: not a causal LM of transformers, a model without a base model apart from its head, a PEFT method
+            that puts tokens before the input, and with `text_lengths` the errors of `exo_fast.positions.by_text`.
     """
     base = decoder(model)
     with by_text(base, text_lengths):

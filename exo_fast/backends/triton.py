@@ -7,7 +7,7 @@
                    them once, `logits_to_grad` turns them into ∂L/∂z in place.
     fused          when the memory budget holds no chunk: `linear_logprobs_backward`, nothing of the size of V.
     statistics     the library's float32 logits of a chunk, which `token_statistics` reads once. Gradients, if
-                                   needed, are a second pass by any of the ways above.
+                   needed, are a second pass by any of the ways above.
 
 `docs/performance.md` explains the choice. The one-pass schedule (gradients in forward, 6·N·D·V flops)
 needs to know where groups end before the first product: from a cu_seqlens on the CPU, or because all rows fit the

@@ -8,7 +8,7 @@
   (Tokenised alone, a SentencePiece tokenizer would put a space before it.)
 - A candidate ends with EOS, or with the end of turn that the chat template writes, and never with both.
 - Ids that were drawn are taken as they are: with EOS if that was drawn, without if sampling was cut short. They
-    must be the ids of the completion's text; else another model has drawn them.
+  must be the ids of the completion's text; else another model has drawn them.
 """
 
 from collections.abc import Sequence

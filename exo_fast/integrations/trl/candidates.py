@@ -35,8 +35,8 @@ def tokenize_candidates(
     Args:
         row: K candidates and their rewards, or a preference.
         processing_class: a tokenizer, or its `RowTokenizer`, made once for all rows.
-            scored_pairs: the rewards of a preference are its `score_chosen` and `score_rejected`if it has both, instead
-                of 1 and 0: for a `*-rw` loss.
+        scored_pairs: the rewards of a preference are its `score_chosen` and `score_rejected` if it has both, instead
+            of 1 and 0: for a `*-rw` loss.
 
     Returns:
         `prompt_ids`, a list of ints; `candidate_ids`, K lists of ints; `candidate_masks`, K lists of bools, True for
