@@ -89,7 +89,7 @@ def linear_group_loss(
     backend: str = "auto",
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """`group_loss` straight from hidden states, with its gradients formed in the same pass over the vocabulary.
+    """Compute `group_loss` straight from hidden states, with its gradients formed in the same pass over the vocabulary.
 
     Args:
         hidden: (N, D), one row for each completion token, group by group and candidate by candidate: the hidden state

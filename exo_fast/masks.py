@@ -208,7 +208,7 @@ def model_inputs(
     if plan.by_length:
         lengths = {"text_lengths": packed_lengths(packed.group_ids, packed.position_ids).to(device)}
     if not packed.share_prompt:
-        # No position_ids: a right-padded row starts at position 0, and Mamba and Bloom take none.
+        # No position_ids: a right-padded row starts at position 0, and Mamba and Bloom do not take them.
         return {"input_ids": input_ids, "attention_mask": (packed.group_ids.to(device) >= 0).long(), **lengths}
     if not plan.share:
         raise ValueError(

@@ -185,7 +185,7 @@ def _(hidden, weight, bias, targets, scale, softcap, memory_budget, outputs, bac
 
 
 def _save_logprobs_with_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    """Save what `linear_logprobs` saves without ∂ℓ_t/∂h_t: the statistics have no gradient."""
+    """Save the tensors that `linear_logprobs` saves without ∂ℓ_t/∂h_t: the statistics have no gradient."""
     *tensors_and_numbers, _, backend = inputs
     _, stats, *found = output
     _keep_for_backward(ctx, (*tensors_and_numbers, False, backend), stats, None)

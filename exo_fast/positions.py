@@ -69,7 +69,7 @@ def longest_text(config: Any) -> int | None:
 
 
 def rope_hint(config: Any) -> str:
-    """Return the rotary parameters of a config that say, or may say, that length matters; empty if none does."""
+    """Return the rotary parameters of a config that say, or may say, that length matters; empty if no entry does."""
     for entry in _rope_entries(_text_config(config)):
         if _rope_type(entry) not in STATIC or "long_mscale" in entry:
             return f"a rotary embedding of type {_rope_type(entry)!r}"

@@ -135,7 +135,7 @@ def compared(found: Tensor, expected: Tensor, cu_seqlens: Tensor, atol: float, p
 
 def shortened(group: Group, plan: MaskPlan) -> Group:
     """Return at most CHECKED_TOKENS of each segment, or as many as the model's window has, around the start of the
-    completions: a check needs no more, and long rows of several groups may not fit where one does."""
+    completions: a check needs no more, and long rows of several groups may not fit if one does."""
     tokens = max(CHECKED_TOKENS, plan.window or 0)
     prompt, completions = group.prompt[-tokens:], [completion[:tokens] for completion in group.completions]
     learned = None if group.learned is None else [marks[:tokens] for marks in group.learned]

@@ -32,7 +32,7 @@ class TokenStatistics:
 
     entropy: Tensor | None = None  # −Σ p log p, nats
     log_sum_sq_probs: Tensor | None = None  # log Σ_v p_v²
-    mean_logits: Tensor | None = None  # of z, after softcap and scale, over the vocabulary; −inf where one of them is
+    mean_logits: Tensor | None = None  # of z, after softcap and scale, over the vocabulary; −inf if one of them is
     is_top1: Tensor | None = None  # bool: the target's logit is the largest, the first of equal ones
 
 

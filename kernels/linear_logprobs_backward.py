@@ -76,7 +76,7 @@ def linear_logprobs_backward(
             held = grad + mine.to(tl.int64)[:, None] * width + columns[None, :]
             part += tl.load(held, mask=inside[:, None] & real, other=0.0)
             tl.store(held, part, mask=inside[:, None] & real)
-        # The next tile reads what other threads of this program have just written.
+        # The next tile reads values that other threads of this program have just written.
         tl.debug_barrier()
     if BIAS_GRAD:
         tl.store(grad_bias + mine, sums, mask=inside)

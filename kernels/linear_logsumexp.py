@@ -194,7 +194,7 @@ def merge(
     logps,  # (N,), log-prob of the target, 0 where it is −1
     flags,  # (N,) int32, written with STORE, read with FLAGGED
     kept,  # (N, stride_kept), receives U at the target with STORE
-    residual,  # (N,) float32, written with STORE: what rounding took off U at the target
+    residual,  # (N,) float32, written with STORE: the rounding error of U at the target
     n, splits, stride_stats, stride_kept, scale, softcap,
     ROWS: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     OVERFLOW: tl.constexpr,

@@ -18,7 +18,7 @@ Grid: (n,), one program a row. The chunks of the backend have hundreds of rows; 
 some of these idle.
 
 The loop has no reduction across threads: each keeps a maximum and a sum for every LANE neighbouring columns, LANE
-being what one 128-bit load of float32 brings, and they meet once, in a fixed tree, after the last block. Only the last
+being the width of one 128-bit load of float32, and they meet once, in a fixed tree, after the last block. Only the last
 block of a row looks at its edge.
 
 128-bit loads need rows that start at multiples of 16 elements and may be read up to one: `stride` and `width` ≥

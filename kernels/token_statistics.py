@@ -20,7 +20,7 @@ about 12·n·columns and 1.25 exponentials an element, at 4 bytes an element sti
 Grid: (n,), one program a row.
 
 As in `logsumexp_gather` the loop has no reduction across threads: each keeps its sums for every LANE neighbouring
-columns, LANE being what one 128-bit load brings, and they meet once, in a fixed tree, after the last block. Only the
+columns, LANE being the width of one 128-bit load, and they meet once, in a fixed tree, after the last block. Only the
 last block of a row looks at its edge. 128-bit loads need rows that start at multiples of 16 elements and may be read up
 to one: `stride` and `width` ≥ `columns` are multiples of 16. Otherwise Triton compiles narrower loads, with the same
 results. Narrow in either case, once a row: the target's logit, the results, and the bias in the last block.

@@ -5,7 +5,7 @@ In a row of `[prompt][candidate 1]…[candidate K]` (see `exo_fast.layout`) most
 Here a group is computed in parts without any mask, each by PyTorch's own flash kernel:
 
     prompt and candidate 1     causal: together they are one text
-    candidates 2…K             each causal with itself, those of equal length in one call
+    candidates 2…K             each causal with itself, candidates of equal length in one call
     candidates 2…K × prompt    every pair
 
 The last two see different keys for the same queries, and are merged by their log-sum-exps: the softmax over both

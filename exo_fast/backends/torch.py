@@ -1,4 +1,4 @@
-"""The chunked backend in plain PyTorch: the default on CPU, and the readable version of what the kernels do.
+"""The chunked backend in plain PyTorch: the default on CPU, and the readable version of the kernels.
 
 One idea carries it. Let E = exp(z − shift) for a chunk of rows, s its row sums and U = E − s·1[v = y] (E with s taken
 off at the target). Then ∂ℓ_t/∂z = −U_t / s_t: U needs neither the loss nor its gradient, so it can be stored once, in

@@ -127,7 +127,7 @@ class Rows:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
-    """Launch a kernel once, with those of a configuration's block sizes that it takes."""
+    """Launch a kernel once, with the block sizes of `config` that it takes."""
     constants = {name: value for name, value in config.constants.items() if name in kernel.arg_names}
     kernel[grid](**arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
@@ -489,7 +489,7 @@ def statistics_forward(
             chunk = Logits(rows, size)
             for place in row_chunks(0, rows.n, size):
                 chunk.statistics(rows[place], values[:, place], top[place])
-        # Copies, since what an operator returns may share no memory.
+        # Copies, because an operator's results may share no memory.
         logps, entropy, squares, mean = (value.clone() for value in values)
         found = (entropy, squares, mean, top.bool())
         return logps, rows.stats, [value if wanted else None for value, wanted in zip(found, outputs, strict=True)]
@@ -510,7 +510,7 @@ def second_pass(
     rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool], memory_budget: int | None, sliced: bool = False
 ) -> Gradients3:
     """Return the gradients, once the coefficients of all rows are known."""
-    # U is finished with its own head's sums; those of a slice are not the whole vocabulary's.
+    # U is finished with its own head's sums. A slice's sums are not the whole vocabulary's.
     kind = Chunked if sliced else chunk_kind(rows)
     size = chunk_rows(kind, rows, memory_budget)
     if not size:

@@ -1,8 +1,9 @@
 """From lists of messages to text, through the chat template of a model's tokenizer.
 
-The rule: **what is learned is what inference sees.** The prompt is the generation prompt, as a server writes it before
-the model answers. A candidate is the rest of what the template writes, up to the template's own end of turn: nothing
-that no model is ever asked for (a line break after `<|im_end|>`, an EOS after that) is learned. Three cases need more:
+The rule: **training learns the text that inference sees.** The prompt is the generation prompt, as a server writes it
+before the model answers. A candidate is the rest of the template's text, up to the template's own end of turn. Text
+that no model is ever asked for (a line break after `<|im_end|>`, an EOS after that) is not learned. Three cases need
+more:
 
 - Some templates write more after a generation prompt than before a given answer (an opened thought). The
   prompt then ends where the *tokens* of the generation prompt and of all candidates still agree, never inside one.
@@ -58,7 +59,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
 
-    # What the template writes after an answer
+    # The template's text after an answer
 
     @cached_property
     def tail(self) -> str:

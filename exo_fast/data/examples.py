@@ -1,6 +1,6 @@
 """From a row of text to a checked example: the fields that a row must hold, and the errors if it does not.
 
-The forms are those of the original EXO repository, and TRL's if it has another name for the same:
+The forms come from the original EXO repository, and from TRL if it has another name for the same:
     candidates  {"prompt": str, "completions": [str, …], "rewards": [number, …]}   candidates and their rewards
                 {"prompt": str, "chosen": str, "rejected": str}                    a preference
     sft         {"prompt": str, "chosen": str}                                     (or "completion"; or "text")

@@ -19,7 +19,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 
 
 def settle_generation_config(model: Any) -> None:
-    """Make `model.generation_config` one that transformers will save; a warning says what was changed.
+    """Make `model.generation_config` one that transformers will save; a warning names the change.
 
     Sampling values without do_sample, which transformers loads and does not save, mean do_sample=True; beside
     do_sample=False they mean nothing and are removed. A configuration that is invalid for another reason is replaced by

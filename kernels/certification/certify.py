@@ -138,7 +138,7 @@ def space(module: ModuleType, variant: Variant, target: Target, dtype: str) -> l
 
 
 def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
-    """Every binary of these kernels: on AMD with tensors under 2 GiB, the default also with tensors of any size."""
+    """The binaries of these kernels: on AMD with tensors under 2 GiB, the default also with tensors of any size."""
     return [
         Job(kernel, target, dtype, variant, config, buffers)
         for kernel in kernels

@@ -106,7 +106,7 @@ class ExoDPOConfig(DPOConfig):
 class ExoDPOTrainer(DPOTrainer):
     """DPOTrainer on the fused path, with EXO and DPO over K candidates (Ji et al., ICML 2024).
 
-    Takes what DPOTrainer takes. `args` is an ExoDPOConfig, or a DPOConfig for TRL's own losses. A batch of
+    Takes DPOTrainer's arguments. `args` is an ExoDPOConfig, or a DPOConfig for TRL's own losses. A batch of
     `per_device_train_batch_size` G holds G prompts with all their candidates; all rows have the same number K of
     candidates. Logged beside TRL's names: group_accuracy, kl and group_entropy (`exo_fast.metrics`).
 
