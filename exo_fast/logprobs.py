@@ -82,7 +82,7 @@ def linear_logprobs(
     backend: str = "auto",
     process_group: Any = None,
 ) -> Tensor:
-    """ℓ_t = z[y_t] − logsumexp(z) with z = softcap(h Wᵀ + b) · scale, differentiable in hidden, weight and bias.
+    """Return ℓ_t = z[y_t] − logsumexp(z), z = softcap(h Wᵀ + b) · scale, differentiable in hidden, weight and bias.
 
     Args:
         hidden: (N, D) or (B, T, D), the states that the model feeds its lm_head; float64, float32, bfloat16 or float16.

@@ -36,7 +36,7 @@ def group_loss(
     ties: Literal["error", "share"] = "error",
     reduction: str = "mean",
 ) -> Tensor:
-    """EXO or DPO loss of groups of K candidates from their sequence log-probs (arXiv 2402.00856).
+    """Return the EXO or DPO loss of groups of K candidates from their sequence log-probs (arXiv 2402.00856).
 
     Args:
         policy_logps: (G, K) sequence log-probs under the policy, in nats; differentiable.

@@ -43,7 +43,7 @@ def operator(function: Callable) -> Callable:
 
 
 def _without_autocast(like: Tensor) -> AbstractContextManager:
-    """Switch autocast off: the public function has cast the operands, so nothing is rounded again, nor in backward."""
+    """Switch autocast off, in backward too: the public function has cast the operands; nothing is rounded again."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 

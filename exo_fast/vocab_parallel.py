@@ -84,7 +84,7 @@ class Slice:
 
 
 def gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gather each rank's `value`, in their order, along a new first dimension."""
+    """Gather each rank's `value`, in the order of the ranks, along a new first dimension."""
     out = value.new_empty(dist.get_world_size(group), *value.shape)
     dist.all_gather(list(out.unbind()), value.contiguous(), group=group)
     return out

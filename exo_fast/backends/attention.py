@@ -33,7 +33,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # The kernel works on 32 or 64 queries at a time below this many and on 256 from there on. Setting up a bf16 product
-# of so few costs more than computing it, and most of the time of backward: with 51 tokens, 6 times float32's time.
+# of so few costs more than computing it, and most of backward's time: with 51 tokens, 6 times float32's time.
 WIDE_STEPS = 768
 # A share of the dense mask's pairs. At 0.8 (two candidates of 64 tokens, a prompt of 192) the parts took as long.
 WORTHWHILE_SHARE = 0.7
@@ -184,7 +184,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _gradients(part: tuple[Tensor, ...], causal: bool, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv of one part: upstream gradient, q, k, v, output and its log-sum-exp. Half precision is
+    """Return dq, dk, dv of one part (upstream gradient, q, k, v, output and its log-sum-exp). Half precision is
     computed on float32 copies if the kernel would take few queries at a time."""
     grad, q, k, v, out, lse = part
     if q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] < WIDE_STEPS:

@@ -45,7 +45,7 @@ class Code:
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     loops: bool = False  # some device-memory access lies in a loop
-    wide_share: float = 1.0  # of the bytes moved, those in accesses of at least WIDE bits; see `wide_share`
+    wide_share: float = 1.0  # share of the bytes moved in accesses of at least WIDE bits; see `wide_share`
 
 
 def nvidia(cubin: bytes, ttgir: str) -> Code:
@@ -79,7 +79,7 @@ def amd(assembly: str, ttgir: str) -> Code:
 
 
 def products_off_tensor_cores(ttgir: str, own_operation: str | None) -> int:
-    """Count the products in Triton's last GPU dialect that miss the target's known tensor cores.
+    """Count the products in Triton's last GPU dialect that are not on the target's tensor cores.
 
     A product the compiler could not place keeps its `tt.dot` and a blocked layout: loops of fused multiply-adds. If
     the target has an operation of its own (sm_90, sm_100), a `tt.dot` of any layout is a product that missed it.
