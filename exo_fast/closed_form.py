@@ -1,7 +1,7 @@
 """From sequence log-probs to losses and the coefficients of their gradient, in closed form.
 
 The one-pass schedule needs ∂L/∂s_k at the moment a group's last logits are done, before any backward pass, so the
-derivative is written out here. `exo_fast.reference.group_loss` is the definition; tests hold the two together.
+derivative is written out here. `exo_fast.reference.group_loss` is the definition; tests compare the two.
 """
 
 import torch
@@ -17,7 +17,7 @@ def losses_and_coefficients(
     rewards: Tensor,  # (G, K)
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each group (G,) and ∂(loss of the group)/∂(sequence log-prob), (G, K).
+    """Return the loss of each group (G,) and ∂(loss of the group)/∂(sequence log-prob), (G, K).
 
     EXO: ∂L/∂r_j = q_j (log q_j − log p_j − L).  DPO: ∂L/∂r_j = q_j − p_j.  Then ∂L/∂s_j = beta_pi · ∂L/∂r_j.
     """

@@ -6,9 +6,9 @@ logits:
     logits = softcap(hidden @ weight.T + bias) * scale,   softcap(a) = c * tanh(a / c)
 
 Transformers models keep these in different places (`logit_scale`, `logits_scaling`,
-`final_logit_softcapping`, a biased lm_head), and a model that does something else to its logits would be
-wrong in silence. So model types are listed, each checked by the tests against the model's own logits, and
-anything else is an error that says how to go on.
+`final_logit_softcapping`, a biased lm_head), and a model that does something else to its logits would silently get
+wrong results. So model types are listed, and the tests check each against the model's own logits. Anything else is an
+error that says how to go on.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ class Head:
     """An lm_head: `logits = softcap(hidden @ weight.T + bias) * scale`, V the vocabulary, D the hidden size.
 
     `weight` and `bias` are the model's parameters themselves, so gradients of the loss reach them. `scale`
-    is the model's own; a sampling temperature is the caller's to multiply in. Under tensor parallelism they are
-    this rank's rows of the head: DTensors, which say so themselves, or plain tensors with the `process_group`
-    that the fused losses take.
+    is the model's own; the caller applies a sampling temperature. Under tensor parallelism `weight` and `bias` are
+    this rank's rows of the head: DTensors, or plain tensors with the `process_group` that the fused losses take.
     """
 
     weight: Tensor  # (V, D)
@@ -39,16 +38,17 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     tied: bool = False  # the weight is also the input embedding
-    process_group: Any = None  # whose ranks hold a slice of the vocabulary each
+    process_group: Any = None  # its ranks hold a slice of the vocabulary each
 
     def multiplied(self, hidden: Tensor) -> Tensor:
-        """`hidden` in the dtype in which the lm_head multiplies it: the weight's. Mamba's final states are float32 in a
-        bf16 model, for one. Under torch.autocast as it is: there both operands are cast, the fused losses' too."""
+        """Return `hidden` in the dtype in which the lm_head multiplies it: the weight's. Mamba's final states, for
+        example, are float32 in a bf16 model. Unchanged under torch.autocast, which casts both operands, the
+        fused losses' too."""
         return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
 
     def options(self, temperature: float = 1.0) -> dict[str, Any]:
-        """The keyword arguments of the fused losses that are the head's: bias, scale (divided by a sampling
-        temperature), softcap and process_group. Hidden states (`multiplied`), weight and targets stand before them."""
+        """Return the head's keyword arguments of the fused losses: bias, scale (divided by a sampling temperature),
+        softcap and process_group. Hidden states (`multiplied`), weight and targets come before them."""
         return {
             "bias": self.bias,
             "scale": self.scale / temperature,
@@ -57,7 +57,7 @@ class Head:
         }
 
 
-# What a model does to `lm_head(hidden)`, by model type: nothing …
+# The change a model makes to `lm_head(hidden)`, by model type: nothing …
 # fmt: off
 _PLAIN = frozenset({
     "apertus", "arcee", "bloom", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "falcon_mamba", "gemma",
@@ -85,7 +85,7 @@ KNOWN_HEADS = tuple(sorted({*_PLAIN, *_SCALE, *_SOFTCAP}))  # the model types `r
 
 
 def read_head(model: nn.Module) -> Head:
-    """The facts of a transformers causal LM's lm_head, or of the one inside a `PeftModel`.
+    """Return the facts of a transformers causal LM's lm_head, or of the one inside a `PeftModel`.
 
     A head that PEFT trains in full (`modules_to_save`) is read as it is now: the trained copy, or the
     original inside `disable_adapter()`; read it again after switching.
@@ -118,7 +118,7 @@ def read_head(model: nn.Module) -> Head:
 
 
 def _numbers(config: Any, model_type: str) -> tuple[float, float | None]:
-    """Scale and softcap. Raises ValueError for a config without them, and for numbers that make no logits."""
+    """Return scale and softcap. Raises ValueError for a config without them, and for numbers that make no logits."""
     try:
         scale = float(_SCALE[model_type](config)) if model_type in _SCALE else 1.0
         softcap = _SOFTCAP[model_type](config) if model_type in _SOFTCAP else None
@@ -131,21 +131,21 @@ def _numbers(config: Any, model_type: str) -> tuple[float, float | None]:
 
 
 def final_hidden(model: nn.Module, *, text_lengths: Tensor | None = None, **inputs: Any) -> Tensor:
-    """The states that the model's lm_head reads, with no logits computed and no key-value cache kept.
+    """Return the states that the model's lm_head reads, with no logits computed and no key-value cache kept.
 
     Args:
         model: a transformers causal LM, or a `PeftModel` around one (its adapters stay in effect).
         text_lengths: (B, T) long, the tokens of each token's text (`exo_fast.positions`), which
             `exo_fast.masks.model_inputs` gives where it matters.
-        inputs: those of the model's forward: input_ids (B, T), attention_mask, position_ids …
+        inputs: the other arguments of the model's forward: input_ids (B, T), attention_mask, position_ids …
 
     Returns:
-        (B, T, D) in the dtype in which the model leaves them, which need not be its weights' (Mamba's are float32 in a
-        bf16 model): `Head.multiplied` casts them for the head.
+        (B, T, D) in the dtype in which the model leaves them, which may differ from its weights' dtype (Mamba's are
+        float32 in a bf16 model): `Head.multiplied` casts them for the head.
 
     Raises:
-        ValueError: what is no causal LM of transformers, one without a base model apart from its head, a PEFT method
-            that puts tokens before the input, and with `text_lengths` what `exo_fast.positions.by_text` says.
+        ValueError: not a causal LM of transformers, a model without a base model apart from its head, a PEFT method
+            that puts tokens before the input, and with `text_lengths` the errors of `exo_fast.positions.by_text`.
     """
     base = decoder(model)
     with by_text(base, text_lengths):
@@ -153,7 +153,7 @@ def final_hidden(model: nn.Module, *, text_lengths: Tensor | None = None, **inpu
 
 
 def decoder(model: nn.Module) -> Any:
-    """The part of a causal LM below its lm_head, whose `last_hidden_state` the lm_head reads."""
+    """Return the part of a causal LM below its lm_head, whose `last_hidden_state` the lm_head reads."""
     causal_lm = unwrap(model)
     base = causal_lm.base_model
     if base is causal_lm:
@@ -165,8 +165,8 @@ def decoder(model: nn.Module) -> Any:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The transformers causal LM itself: `model`, or the one that a `PeftModel` adapts in place."""
-    causal_lm: Any = model  # a module of a library that is not needed to import this one, and so has no type here
+    """Return the transformers causal LM itself: `model`, or the one that a `PeftModel` adapts in place."""
+    causal_lm: Any = model  # untyped, because importing this module must not need transformers
     if hasattr(causal_lm, "peft_config") and hasattr(causal_lm, "get_base_model"):
         if causal_lm.active_peft_config.is_prompt_learning:
             raise ValueError(
@@ -183,7 +183,7 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def _output_layer(causal_lm: Any) -> Any:
-    """The linear layer, or AutoTP's slice of it, behind `get_output_embeddings()`, seen through PEFT's wrappers."""
+    """Return the linear layer, or AutoTP's slice of it, behind `get_output_embeddings()`, inside PEFT's wrappers."""
     layer = causal_lm.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):
         use_original = layer.disable_adapters or not layer.active_adapters

@@ -4,8 +4,8 @@ A row is `[prompt][candidate 1]…[candidate K]`, then the next group. Positions
 every candidate, and the mask (`exo_fast.masks`) keeps candidates and groups apart, so a prompt is run once
 instead of K times. The state at the last prompt token predicts the first token of all K candidates.
 
-What the losses see of any layout are three index lists: `source`, which hidden state predicts, `targets`,
-what it predicts, and `cu_seqlens`, where each candidate's tokens begin, in the order in which groups and
+The losses see any layout as three index lists: `source`, the hidden states that predict, `targets`, the tokens they
+predict, and `cu_seqlens`, the starts of the candidates' tokens, in the order in which groups and
 candidates were given. Rows with one sequence each (for models that cannot share) and ordinary padded
 batches map onto the same three lists.
 """

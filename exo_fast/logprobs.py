@@ -24,7 +24,7 @@ from exo_fast.validate import (
 
 
 def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Under torch.autocast the operands of the projection are cast as those of any linear layer would be."""
+    """Cast the operands of the projection under torch.autocast, as autocast would cast them for any linear layer."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -33,7 +33,7 @@ def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
-    """Which of them autograd will ask a gradient for."""
+    """Return for each tensor whether autograd will ask for its gradient."""
     return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
 
 
@@ -49,8 +49,8 @@ def checked_operands(
     backend: str,
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, vocab_parallel.Slice | None]:
-    """The door of every function of log-probs: hidden, weight and bias as they are computed with, and which slice of
-    the vocabulary weight is, if it is one; or a ValueError."""
+    """Check the arguments of every function of log-probs. Return hidden, weight and bias as they are computed with, and
+    the slice of the vocabulary that weight is, or None. Raises ValueError."""
     check_budget(memory_budget)
     check_ignore_index(ignore_index)
     hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
@@ -64,7 +64,7 @@ def checked_operands(
 
 
 def flat_targets(targets: Tensor, ignore_index: int) -> Tensor:
-    """As the operators take them: (N,) int64, −1 where ignored."""
+    """Return the targets as the operators take them: (N,) int64, −1 where ignored."""
     wanted = targets.reshape(-1).long()
     return wanted.masked_fill(wanted == ignore_index, -1)
 
@@ -82,10 +82,10 @@ def linear_logprobs(
     backend: str = "auto",
     process_group: Any = None,
 ) -> Tensor:
-    """ℓ_t = z[y_t] − logsumexp(z) with z = softcap(h Wᵀ + b) · scale, differentiable in hidden, weight and bias.
+    """Return ℓ_t = z[y_t] − logsumexp(z), z = softcap(h Wᵀ + b) · scale, differentiable in hidden, weight and bias.
 
     Args:
-        hidden: (N, D) or (B, T, D), what the model feeds its lm_head; float64, float32, bfloat16 or float16.
+        hidden: (N, D) or (B, T, D), the states that the model feeds its lm_head; float64, float32, bfloat16 or float16.
         weight: (V, D), of hidden's dtype (under torch.autocast both are cast to its dtype).
         targets: (N,) or (B, T) int, the token each row predicts (already shifted).
         bias: (V,) or None.
@@ -97,10 +97,10 @@ def linear_logprobs(
         backend: reference (full logits), torch (chunked), triton (fused kernels), or auto: triton on a GPU (torch for
             float64), torch elsewhere.
         process_group: the torch.distributed group whose ranks hold the head, a slice of the vocabulary each, in the
-            order of the ranks. `weight` and `bias` are then this rank's V_r rows (of any number, also none), hidden
+            order of the ranks. `weight` and `bias` are then this rank's V_r rows (any number, also 0), hidden
             and targets (ids in the whole vocabulary) are the same on all ranks, and so must be the loss made of the
-            log-probs. The gradient of hidden is the whole one, on all ranks. A weight that is a DTensor sharded on
-            dim 0 of a 1-D mesh (the tensor parallelism of PyTorch and transformers) is taken as it is, with None here.
+            log-probs. All ranks get the whole gradient of hidden. A weight that is a DTensor sharded on
+            dim 0 of a 1-D mesh (the tensor parallelism of PyTorch and transformers) is used directly, with None here.
             Costs and communication: `exo_fast.vocab_parallel`. Not for torch.compile(fullgraph=True).
 
     Returns:
@@ -109,8 +109,8 @@ def linear_logprobs(
 
     Raises:
         ValueError: a wrong shape, dtype, device, target or number, or ranks that do not agree; the message names it.
-            On a GPU, and in a compiled graph, a target out of range, as what ranks do not agree in, is a failed
-            assertion (RuntimeError) where the values are: nothing waits.
+            On a GPU, and in a compiled graph, nothing waits for values: a target out of range, or a disagreement of
+            the ranks, is a failed assertion (RuntimeError) on the device.
     """
     hidden, weight, bias, part = checked_operands(
         hidden, weight, targets, bias, scale, softcap, ignore_index, memory_budget, backend, process_group
@@ -126,7 +126,7 @@ def linear_logprobs(
     if part is not None:
         logps = vocab_parallel.linear_logprobs(rows, weight, bias, wanted, scale, softcap, memory_budget, chosen, part)
         return logps.view(targets.shape)
-    # ∂ℓ/∂h beside the log-probs: all there is to do with a frozen head, and where attention gives both at once.
+    # ∂ℓ/∂h beside the log-probs: all the work for a frozen head, and if attention gives both at once.
     unit_hidden = need == (True, False, False) or (
         need[0]
         and chosen == "torch"

@@ -36,7 +36,7 @@ def group_loss(
     ties: Literal["error", "share"] = "error",
     reduction: str = "mean",
 ) -> Tensor:
-    """EXO or DPO loss of groups of K candidates from their sequence log-probs (arXiv 2402.00856).
+    """Return the EXO or DPO loss of groups of K candidates from their sequence log-probs (arXiv 2402.00856).
 
     Args:
         policy_logps: (G, K) sequence log-probs under the policy, in nats; differentiable.
@@ -48,8 +48,8 @@ def group_loss(
         beta_r: temperature of the rewards in `*-rw` targets, softmax(reward / beta_r).
         label_smoothing: ε of the `*-pref` targets, 1 − ε for the best candidate and ε / (K − 1) for each other.
             Default 1e-3 for EXO, which needs ε > 0, and 0 for dpo-pref.
-        ties: what `*-pref` does where m candidates share the highest reward. "error" refuses the group; "share" gives
-            (1 − ε) / m to each of them and ε / (K − m) to each other, and 1 / K to each where all K are tied. For
+        ties: the rule of `*-pref` if m candidates share the highest reward. "error" refuses the group; "share" gives
+            (1 − ε) / m to each of them and ε / (K − m) to each other, and 1 / K to each if all K are tied. For
             `*-rw` a tie is nothing special.
         reduction: mean over groups, sum, or none for (G,).
 
@@ -89,22 +89,22 @@ def linear_group_loss(
     backend: str = "auto",
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """`group_loss` straight from hidden states, with its gradients formed in the same pass over the vocabulary.
+    """Compute `group_loss` straight from hidden states, with its gradients formed in the same pass over the vocabulary.
 
     Args:
         hidden: (N, D), one row for each completion token, group by group and candidate by candidate: the hidden state
-            that predicts it (that of the last prompt token for the first token of a completion).
+            that predicts it (for the first token of a completion, the state of the last prompt token).
         weight: (V, D), of hidden's dtype (under torch.autocast both are cast to its dtype).
         targets: (N,) int, the completion tokens.
         cu_seqlens: (G*K + 1,) int, boundaries of the candidates in N, on hidden's device or on the CPU. From the CPU
-            (pinned, where a CUDA graph is captured) chunks are cut at group boundaries without a wait for the GPU; on
-            the GPU, whose values the host does not know, one pass is made when all N rows fit the memory budget, else
+            (pinned, if a CUDA graph is captured) chunks are cut at group boundaries without a wait for the GPU. The
+            host does not know values on the GPU: then one pass is made if all N rows fit the memory budget, else
             two.
         ref_logps, rewards: (G, K) float; see `group_loss`, also for loss_type, beta_pi, beta_r, label_smoothing
             and ties.
         bias: (V,) or None. scale, softcap: see `exo_fast.logprobs.linear_logprobs`.
-        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU). A group whose
-            rows do not fit makes the ones beyond it again; less memory costs time, never correctness.
+        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU). If a group does
+            not fit, its remaining rows are recomputed; less memory costs time, never correctness.
         backend: see `exo_fast.logprobs.linear_logprobs`.
         process_group: see there. The ranks of a head in slices of the vocabulary get the same loss and policy_logps,
             from the same ref_logps and rewards. Their gradients are formed in the backward pass, in a second pass over
@@ -115,8 +115,8 @@ def linear_group_loss(
         sequence log-probs (G, K), both float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: before any work, naming the argument, what came and what is needed. On a GPU, and in a compiled
-            graph, wrong values in a tensor are a failed assertion (RuntimeError) where they are: nothing waits.
+        ValueError: before any work, naming the argument, the value and the requirement. On a GPU, and in a compiled
+            graph, nothing waits for values: a wrong value in a tensor is a failed assertion (RuntimeError) there.
     """
     check_budget(memory_budget)
     hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
@@ -153,7 +153,7 @@ def linear_group_loss(
         )
         return vocab_parallel.group_loss(token_logps, cu_seqlens, ref_logps, rewards, options)
     if cu_seqlens.device == hidden.device:
-        cu_seqlens = cu_seqlens.long()  # on the host it stays as it came: a copy of pinned memory would not be pinned
+        cu_seqlens = cu_seqlens.long()  # on the host it stays uncopied: a copy of pinned memory would not be pinned
     loss, policy_logps, *_ = ops.linear_group_loss(
         hidden, weight, bias, targets.long(), cu_seqlens, ref_logps, rewards, *astuple(options),
         scale, softcap, memory_budget, needs_gradient(hidden, weight, bias), chosen,

@@ -1,16 +1,16 @@
-"""Which tokens see which when candidates share their prompt, and which models that can be asked of.
+"""Attention masks for candidates that share their prompt, and the models that can use them.
 
 In a packed row (see `exo_fast.layout`) token i sees token j iff both are of one group, j is not after i,
 and j is in the prompt or in i's own candidate. No model is patched: a transformers model takes its
 attention mask ready-made, as a 4-D additive tensor (eager, SDPA) or as a FlexAttention `BlockMask`, next to
-`position_ids` that restart with every candidate; `exo_fast.backends.attention` makes SDPA on CPU skip what the tensor
-masks. A sliding window is cut on positions, pos_i − pos_j < window: indices in a row of several candidates
+`position_ids` that restart with every candidate; `exo_fast.backends.attention` makes SDPA on CPU skip masked
+pairs. A sliding window is cut on positions, pos_i − pos_j < window: indices in a row of several candidates
 are not distances in the text.
 
-A layer that carries a state along the row, or derives distances from a 2-D mask or from indices, cannot be
-told any of this. `plan_mask` therefore says yes to model types whose shared and unshared results the tests
-compare, to others only as a trial (full softmax attention, and nothing in the configuration that hints at
-anything else), and no to the rest. Known or on trial, `exo_fast.sharing.check_sharing` settles it on
+A layer that carries a state along the row, or derives distances from a 2-D mask or from indices, cannot use
+such a mask. `plan_mask` therefore accepts the model types whose shared and unshared results the tests
+compare, accepts others only as a trial (full softmax attention, and nothing in the configuration that hints at
+anything else), and refuses the rest. Known or on trial, `exo_fast.sharing.check_sharing` decides by comparing
 numbers.
 """
 
@@ -42,7 +42,7 @@ _PLAIN = frozenset({
     "gpt_neox", "granite", "granitemoe", "hunyuan_v1_dense", "llama", "nemotron", "olmo", "olmo2",
     "olmoe", "opt", "phi", "seed_oss", "stablelm",
 })
-# Every layer has the window of `config.sliding_window`, where that is set. These refuse a dict of masks.
+# Every layer has the window of `config.sliding_window`, if it is set. These refuse a dict of masks.
 _ONE_WINDOW = frozenset({"ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2"})
 # A dict of masks by the names in `config.layer_types`.
 _BY_LAYER = frozenset({
@@ -64,12 +64,12 @@ MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that r
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """How to mask a model's packed rows, or why its prompts cannot be shared.
+    """The masks of a model's packed rows, or the reason why its prompts cannot be shared.
 
     `kind`: "plain", every layer sees all earlier tokens; "windowed", every layer sees the `window` nearest
     positions, its own included; "by_layer", a dict of masks by layer type, in which "sliding_attention" has
     the window. `by_length`: how the model's rotary embedding depends on a text's length (`exo_fast.positions`), empty
-    where it does not; `pack` takes it, so that only candidates of the same frequencies share a prompt.
+    if it does not; `pack` takes it, so that only candidates of the same frequencies share a prompt.
     """
 
     model_type: str
@@ -83,9 +83,9 @@ class MaskPlan:
 
 
 def plan_mask(config: Any) -> MaskPlan:
-    """Whether a model of this transformers config can share prompts between candidates, and with which masks.
+    """Return whether a model of this transformers config can share prompts between candidates, and with which masks.
 
-    Never raises for a model it does not like: the answer then says why (`share=False`, `reason`), and
+    Never raises for a model that it refuses: the plan then says why (`share=False`, `reason`), and
     callers pack with `share_prompt=False`. A plan with `known=False` must pass `check_sharing` before it is
     used.
     """
@@ -114,8 +114,8 @@ def _plan(config: Any) -> MaskPlan:
 
 
 def neighbours_hint(config: Any) -> str:
-    """Why a text's numbers in a model of this config might depend on the other texts of its batch, so that it is to be
-    seen that they do not (`exo_fast.sharing.check_neighbours`); empty where nothing hints at it."""
+    """Return why a text's numbers in a model of this config might depend on the other texts of its batch, so that a
+    check is needed (`exo_fast.sharing.check_neighbours`); empty if nothing hints at it."""
     if getattr(config, "auto_map", None):
         return "code of its own"
     if config.model_type not in KNOWN_SHARING:
@@ -124,7 +124,7 @@ def neighbours_hint(config: Any) -> str:
 
 
 def _refusal(config: Any) -> str:
-    """Why a model of this config cannot share prompts, whatever its type; empty if nothing forbids it."""
+    """Return why a model of this config cannot share prompts, whatever its type; empty if nothing forbids it."""
     if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
         return _INDEX_ALIBI
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -152,7 +152,7 @@ def _refusal(config: Any) -> str:
 
 
 def _untried(config: Any) -> str:
-    """Why a model type that is not listed may not even be tried; empty if it may."""
+    """Return why a model type that is not listed may not even be tried; empty if it may."""
     hints = [
         f"{name}={value!r}"
         for name, value in config.to_dict().items()
@@ -176,7 +176,7 @@ def _untried(config: Any) -> str:
 
 
 def _causal_lm_class(config: Any) -> Any:
-    """The class that transformers gives a model of this config, or None."""
+    """Return the class that transformers gives a model of this config, or None."""
     # Imported here: the losses must work without transformers, and a known model type never needs its class.
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -191,14 +191,14 @@ def model_inputs(
     device: torch.device | str,
     attn_implementation: str,
 ) -> dict[str, Any]:
-    """Keyword arguments for the model's forward on these rows (for `exo_fast.head.final_hidden`).
+    """Return the keyword arguments for the model's forward on these rows (for `exo_fast.head.final_hidden`).
 
     Unshared rows are ordinary right-padded ones: input_ids and a 2-D attention_mask (B, T). Rows with
     shared prompts come with position_ids (B, T) and the plan's mask: (B, 1, T, T) of `dtype`, the model's
     compute dtype, 0 where a token is seen and the lowest finite value where not, or a BlockMask when
     `attn_implementation` is "flex_attention", or a dict of either by layer type. For "sdpa" on CPU the mask
-    may be a `exo_fast.backends.attention.SharedPromptMask`, which has the values only where something asks for them.
-    Where the plan says that length matters, `text_lengths` (B, T) comes too, for `final_hidden` alone.
+    may be a `exo_fast.backends.attention.SharedPromptMask`, which makes its values only on demand.
+    If the plan says that length matters, `text_lengths` (B, T) comes too, for `final_hidden` alone.
 
     Raises ValueError for shared rows when the plan refuses sharing or the attention implementation reads no
     such mask, and when candidates share a prompt that the model gives different positions.
@@ -208,7 +208,7 @@ def model_inputs(
     if plan.by_length:
         lengths = {"text_lengths": packed_lengths(packed.group_ids, packed.position_ids).to(device)}
     if not packed.share_prompt:
-        # No position_ids: a right-padded row starts at position 0, and Mamba and Bloom take none.
+        # No position_ids: a right-padded row starts at position 0, and Mamba and Bloom do not take them.
         return {"input_ids": input_ids, "attention_mask": (packed.group_ids.to(device) >= 0).long(), **lengths}
     if not plan.share:
         raise ValueError(
@@ -253,7 +253,7 @@ def sees(
     position_ids: Tensor,  # (B, T) int
     window: int | None = None,
 ) -> Callable[[Any, Any, Any, Any], Tensor]:
-    """`mask_mod(b, h, q, kv)`: does the token at index q of row b see the one at index kv?
+    """Return `mask_mod(b, h, q, kv)`: whether the token at index q of row b sees the one at index kv.
 
     Works on scalar index tensors, as FlexAttention calls it, and on broadcastable ones. Padding is a group
     of its own, so no row of the mask is empty, and no softmax gets only excluded entries, which would be
@@ -277,7 +277,7 @@ def additive_mask(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """(B, 1, T, T) of `dtype`: 0 where seen, the lowest finite value elsewhere."""
+    """Return (B, 1, T, T) of `dtype`: 0 where seen, the lowest finite value elsewhere."""
     rows = torch.arange(shape[0], device=device)
     index = torch.arange(shape[1], device=device)
     seen = mask_mod(rows[:, None, None, None], 0, index[:, None], index)

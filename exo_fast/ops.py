@@ -1,16 +1,16 @@
-"""The four operators of the library as `torch.library` knows them, one set for the torch and the triton backend.
+"""The four `torch.library` operators of the library, one set for the torch and the triton backend.
 
-A backend is plain functions of tensors (`exo_fast.backends.torch`); here they get schemas, fake implementations (the
-shapes, dtypes and devices of what they return, for tracing) and derivatives. So torch.compile, torch.export and
-make_fx see one node for each, and eager mode runs the same operators. The public functions check their inputs; the
-operators trust them.
+A backend is a set of plain functions of tensors (`exo_fast.backends.torch`); here they get schemas, fake
+implementations (the shapes, dtypes and devices of their results, for tracing) and derivatives. So torch.compile,
+torch.export and make_fx see one node for each, and eager mode runs the same operators. The public functions check their
+inputs; the operators trust them.
 
-    linear_logprobs                  (N,) log-probs, and what a backward pass needs: row statistics, or ∂ℓ_t/∂h_t itself
-    linear_logprobs_with_statistics  the same, and what else is to be known of each row's distribution
+    linear_logprobs                  (N,) log-probs, and for the backward pass row statistics, or ∂ℓ_t/∂h_t itself
+    linear_logprobs_with_statistics  the same, and further statistics of each row's distribution
     linear_logprobs_backward         dH, dW, db from the row statistics of either and the upstream gradient
     linear_group_loss                the mean loss and, in the same pass, its gradients, which backward only scales
 
-A gradient that nobody needs, and a statistic that nobody asked for, is an empty tensor (0,). dW and db are sums over
+An unneeded gradient or statistic is an empty tensor (0,). dW and db are sums over
 rows, returned in float32 (float64 for float64 inputs) and rounded once, to the dtype of the parameter, after the
 upstream gradient has been multiplied in.
 """
@@ -30,10 +30,10 @@ from exo_fast.validate import traced
 
 
 def operator(function: Callable) -> Callable:
-    """exo_fast::NAME on every device, with the schema of the function's type hints.
+    """Register exo_fast::NAME on every device, with the schema of the function's type hints.
 
-    By define and impl, not by `torch.library.custom_op`, whose first call imports torch._dynamo: 3 s and 150 MB for
-    nothing in a program that compiles nothing.
+    Uses define and impl, not `torch.library.custom_op`, whose first call imports torch._dynamo: 3 s and 150 MB that
+    a program without compilation does not need.
     """
     name = f"exo_fast::{function.__name__}"
     schema = torch.library.infer_schema(function, mutates_args=())
@@ -43,7 +43,7 @@ def operator(function: Callable) -> Callable:
 
 
 def _without_autocast(like: Tensor) -> AbstractContextManager:
-    """Operands are cast at the door; under autocast nothing may be rounded again, in a backward pass either."""
+    """Switch autocast off, in backward too: the public function has cast the operands; nothing is rounded again."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -53,7 +53,7 @@ def _filled(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Gradients without values, for tracing."""
+    """Return gradients without values, for tracing."""
     acc = compute_dtype(hidden)
     dh = hidden.new_empty(hidden.shape) if need[0] else None
     dw = weight.new_empty(weight.shape, dtype=acc) if need[1] else None
@@ -73,8 +73,8 @@ def linear_logprobs(
     unit_hidden: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs (N,), row statistics (3, N) (shift, Σ exp(z − shift), target logit), and ∂ℓ_t/∂h_t (N, D), the whole
-    derivative where only hidden needs one, or (0,)."""
+    """Return log-probs (N,), row statistics (3, N) (shift, Σ exp(z − shift), target logit), and ∂ℓ_t/∂h_t (N, D), the
+    whole derivative if only hidden needs one, or (0,)."""
     with _without_autocast(hidden):
         logps, stats, unit = implementation(backend).logprobs_forward(
             hidden, Head(weight, bias, scale, softcap), targets, memory_budget, unit_hidden
@@ -100,10 +100,10 @@ def linear_logprobs_backward(
     scale: float,
     softcap: float | None,
     memory_budget: int | None,
-    need: Sequence[bool],  # of hidden, weight and bias: whose gradient is wanted
+    need: Sequence[bool],  # for hidden, weight and bias: whether the gradient is wanted
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dH, dW, db by making the logits again."""
+    """Compute dH, dW, db from recomputed logits."""
     with _without_autocast(hidden):
         gradients = implementation(backend).logprobs_backward(
             hidden, Head(weight, bias, scale, softcap), targets, stats, grad, tuple(need), memory_budget
@@ -143,7 +143,7 @@ def _backward_logprobs(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor 
     if ctx.unit_only:
         return grad_hidden, *[None] * 8
     hidden, weight, bias, targets, stats = rest
-    grad = grad.contiguous()  # of a sum it comes as one number seen N times
+    grad = grad.contiguous()  # the gradient of a sum is one number, expanded to N
     gradients = linear_logprobs_backward(hidden, weight, bias, targets, stats, grad, *ctx.options)
     dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     needed = ctx.options[3]
@@ -163,10 +163,10 @@ def linear_logprobs_with_statistics(
     scale: float,
     softcap: float | None,
     memory_budget: int | None,
-    outputs: Sequence[bool],  # of entropy, log Σ p², mean logit and is_top1: which are wanted
+    outputs: Sequence[bool],  # which of entropy, log Σ p², mean logit and is_top1 are wanted
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs (N,) and row statistics (3, N) as of `linear_logprobs`, and the four of `outputs`, (N,) or (0,)."""
+    """Return log-probs (N,) and row statistics (3, N) as `linear_logprobs`, and the four `outputs`, (N,) or (0,)."""
     with _without_autocast(hidden):
         logps, stats, found = implementation(backend).statistics_forward(
             hidden, Head(weight, bias, scale, softcap), targets, memory_budget, tuple(outputs)
@@ -185,7 +185,7 @@ def _(hidden, weight, bias, targets, scale, softcap, memory_budget, outputs, bac
 
 
 def _save_logprobs_with_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    """A backward pass is that of `linear_logprobs` without ∂ℓ_t/∂h_t: what else is returned has no gradient."""
+    """Save the tensors that `linear_logprobs` saves without ∂ℓ_t/∂h_t: the statistics have no gradient."""
     *tensors_and_numbers, _, backend = inputs
     _, stats, *found = output
     _keep_for_backward(ctx, (*tensors_and_numbers, False, backend), stats, None)
@@ -213,12 +213,12 @@ def linear_group_loss(
     scale: float,
     softcap: float | None,
     memory_budget: int | None,
-    need: Sequence[bool],  # of hidden, weight and bias: whose gradient is wanted
+    need: Sequence[bool],  # for hidden, weight and bias: whether the gradient is wanted
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss over groups (), the policy's sequence log-probs (G, K), and dH, dW, db of the mean loss.
+    """Return the mean loss over groups (), the policy's sequence log-probs (G, K), and dH, dW, db of the mean loss.
 
-    The mean is in here because the gradients are its own: they can be scaled by one number, not by one a group.
+    The operator takes the mean because the gradients are the mean's: one number scales them, not one per group.
     """
     loss = LossOptions(loss_type, beta_pi, beta_r, label_smoothing)
     with _without_autocast(hidden):
@@ -242,7 +242,7 @@ def _(
 def _save_group_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, policy_logps, *gradients = output
     ctx.mark_non_differentiable(policy_logps, *gradients)
-    ctx.set_materialize_grads(False)  # or backward would be handed a zero for every output, one of them (V, D)
+    ctx.set_materialize_grads(False)  # or backward would get zeros for every output, one of them (V, D)
     tensors, numbers, formed, backend = inputs[:7], inputs[7:14], inputs[14], inputs[15]
     need = ctx.needs_input_grad[:3]
     ctx.gradients = gradients if all(f or not n for f, n in zip(formed, need, strict=True)) else None
@@ -255,7 +255,7 @@ def _backward_group_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tenso
     if grad is None:
         return (None,) * 16
     tensors = ctx.saved_tensors
-    # The buffers are handed over, so that no second copy of dW ever exists; a second backward makes them again.
+    # The buffers are handed over, so no second copy of dW ever exists; a second backward makes them again.
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         gradients = linear_group_loss(*tensors, *ctx.options)[2:]
@@ -267,10 +267,10 @@ def _backward_group_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tenso
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`gradient` times a scalar, in `dtype`: in place, and on a GPU scaled and rounded by one kernel, in float32."""
-    factor = factor.reshape(1)  # of one dimension, so that the product is float32 where the gradient is bfloat16
+    """Return `gradient` times a scalar, in `dtype`: in place, and on a GPU scaled and rounded by one float32 kernel."""
+    factor = factor.reshape(1)  # of one dimension, so the product of a bfloat16 gradient is float32
     if traced(factor):
-        return (gradient * factor).to(dtype)  # in a graph nothing is in place: the gradients are outputs of a node
+        return (gradient * factor).to(dtype)  # a graph has nothing in place: the gradients are outputs of a node
     if gradient.device.type == "cpu":
         scaled = gradient if float(factor) == 1.0 else torch.mul(gradient, factor, out=gradient)
         return scaled.to(dtype)

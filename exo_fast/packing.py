@@ -1,4 +1,4 @@
-"""Groups as packed rows, in which the candidates of a prompt share it."""
+"""Groups as packed rows, in which the candidates share their prompt."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from exo_fast.validate import INTEGERS, check_devices, check_tensor
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its K candidates, as token ids. Where `learned` is given it says of each token of each candidate
-    whether it counts; the others are only read (what a user or a tool said between the turns of a candidate)."""
+    """A prompt and its K candidates, as token ids. `learned`, if given, says of each token of each candidate
+    whether it counts; the model only reads the others (a user's or a tool's words between a candidate's turns)."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -48,12 +48,12 @@ class Group:
                     raise ValueError(f"Group.learned[{k}] marks no token: at least one must count.")
 
     def some(self, which: Sequence[int]) -> Group:
-        """A group of these candidates."""
+        """Return a group of these candidates."""
         learned = None if self.learned is None else [self.learned[k] for k in which]
         return Group(self.prompt, [self.completions[k] for k in which], learned)
 
     def tokens(self) -> int:
-        """Tokens of the group in a row that shares the prompt."""
+        """The number of tokens of the group in a row that shares the prompt."""
         return len(self.prompt) + sum(map(len, self.completions))
 
 
@@ -83,12 +83,12 @@ def pack(
 
     share_prompt=True: a group is `[prompt][candidate 1]…[candidate K]`, and groups fill rows of at most
     `row_length` tokens by first-fit decreasing. `row_length` defaults to the longest group: a dense mask
-    and attention cost T² a row, so longer rows pay only where FlexAttention skips what is masked.
-    share_prompt=False: one right-padded row `[prompt][candidate]` for each sequence. The order of `source`,
-    `targets` and `cu_seqlens` is that of the input. `by_length` (of a `MaskPlan`): candidates to whose lengths the
+    and attention cost T² a row, so longer rows pay only if FlexAttention skips masked pairs.
+    share_prompt=False: one right-padded row `[prompt][candidate]` for each sequence. `source`,
+    `targets` and `cu_seqlens` keep the input's order. `by_length` (of a `MaskPlan`): candidates to whose lengths the
     model's rotary embedding gives other positions do not share; each run of like ones has the prompt before it.
 
-    Raises ValueError when there is no group, when one does not fit into `row_length`, and for ids that are none.
+    Raises ValueError if there is no group, if one does not fit into `row_length`, or if a token id is invalid.
     """
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Group) for group in groups):
         raise ValueError("groups must be a list of Group.")
@@ -126,7 +126,7 @@ def pack(
     block_of = torch.repeat_interleave(torch.arange(len(blocks)), num_segments)  # (segments,)
     candidate = torch.arange(len(segments)) - _starts(num_segments)[block_of]
     prompt_length = lengths[_starts(num_segments)][block_of]
-    # (blocks,) where each begins when the rows are laid end to end
+    # (blocks,) start of each when the rows are laid end to end
     block_at = torch.tensor(block_row) * shape[1] + torch.tensor(block_start)
     segment_at = block_at[block_of] + _starts(lengths) - _starts(torch.tensor(sizes))[block_of]
 
@@ -158,7 +158,7 @@ def pack(
 
 
 def _marks(group: Group) -> Iterator[bool]:
-    """Whether each token of the prompt (none) and of the candidates counts."""
+    """Yield for each token of the prompt (always False) and of the candidates whether it counts."""
     yield from [False] * len(group.prompt)
     if group.learned is None:
         yield from [True] * (group.tokens() - len(group.prompt))
@@ -167,14 +167,14 @@ def _marks(group: Group) -> Iterator[bool]:
 
 
 def _of_like_length(group: Group, rules: LengthRules) -> list[Group]:
-    """The group in runs of candidates that can share the prompt."""
+    """Return the group in runs of candidates that can share the prompt."""
     classes = [length_class(rules, len(group.prompt) + len(ids)) for ids in group.completions]
     runs = groupby(range(len(classes)), key=classes.__getitem__)
     return [group.some(list(run)) for _, run in runs]
 
 
 def _as_ids(tokens: list[int]) -> Tensor:
-    """(tokens,) long. Raises ValueError for what no token id is."""
+    """Return (tokens,) long. Raises ValueError for an invalid token id."""
     try:
         ids = torch.tensor(tokens)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -185,11 +185,11 @@ def _as_ids(tokens: list[int]) -> Tensor:
 
 
 def _first_fit_decreasing(sizes: list[int], row_length: int) -> tuple[list[int], list[int]]:
-    """Row and start column of each block: longest blocks first, each into the first row with room for it."""
+    """Return row and start column of each block: longest blocks first, each into the first row with room for it."""
     row, start = [0] * len(sizes), [0] * len(sizes)
     smallest = min(sizes)
     used: list[int] = []
-    open_rows: list[int] = []  # those with room for the smallest block, so that full rows are not looked at again
+    open_rows: list[int] = []  # with room for the smallest block, so that full rows are not searched again
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         fit = next((r for r in open_rows if used[r] + sizes[i] <= row_length), len(used))
         if fit == len(used):
@@ -203,12 +203,12 @@ def _first_fit_decreasing(sizes: list[int], row_length: int) -> tuple[list[int],
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """(n,) counts -> (n,) where each begins when laid end to end."""
+    """Return where each of (n,) counts begins when laid end to end: (n,)."""
     return counts.cumsum(0) - counts
 
 
 def _boundaries(counts: Tensor) -> Tensor:
-    """(n,) counts -> (n + 1,) int32 boundaries, the form of `cu_seqlens`."""
+    """Return the (n + 1,) int32 boundaries of (n,) counts, the form of `cu_seqlens`."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
@@ -217,7 +217,7 @@ def from_padded(
     attention_mask: Tensor,  # (B, T), 1 on tokens, padding on one side or both
     prompt_lens: Tensor,  # (B,) prompt tokens in each row, padding not counted
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`source` (N,), `targets` (N,) and `cu_seqlens` (B + 1,) int32 of an ordinary batch, one sequence a row.
+    """Return `source` (N,), `targets` (N,) and `cu_seqlens` (B + 1,) int32 of an ordinary batch, one sequence a row.
 
     Put the K candidates of a group in K rows one after another; `hidden.view(-1, D)[source]` then goes to
     the losses.

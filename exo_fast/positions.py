@@ -1,12 +1,12 @@
 """Positions in models whose rotary embedding depends on how long a text is.
 
-Of rope type "longrope" and "dynamic" transformers chooses the frequencies by the longest position of the whole batch,
-and keeps those of "dynamic" for the batches after it. A text's numbers would then be its neighbours' too: an untrained
-policy would differ from its own reference wherever the two were batched otherwise. What is wanted is what the model
-gives for the text alone, as when it is used. So lengths fall into classes that have the same frequencies
-(`LengthRule`), candidates share a prompt only with those of their class (`exo_fast.packing.pack`), and inside `by_text`
+For the rope types "longrope" and "dynamic" transformers chooses the frequencies by the longest position of the whole
+batch, and keeps the frequencies of "dynamic" for later batches. A text's numbers would then depend on its neighbours:
+an untrained policy would differ from its own reference wherever the two were batched differently. The library wants
+the numbers that the model gives for the text alone, as in use. So lengths fall into classes of the same frequencies
+(`LengthRule`), candidates share a prompt only inside their class (`exo_fast.packing.pack`), and inside `by_text`
 each rotary embedding of the model runs once for each class in the batch, from a fresh state and with positions that end
-where the class's longest text ends; each token takes what belongs to its text. No other model is touched.
+where the class's longest text ends. Each token takes the result of its text's class. No other model is touched.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Rope types of transformers whose frequencies are the same whatever the length.
+# Rope types of transformers whose frequencies do not depend on the length.
 STATIC = frozenset({"default", "linear", "llama3", "mrope", "proportional", "yarn"})
 TWO_SETS = frozenset({"longrope", "su"})  # one set of frequencies up to a length, another beyond it
 
 
 @dataclass(frozen=True, order=True)
 class LengthRule:
-    """Texts of up to `limit` tokens have the same frequencies; of longer ones all have others (LongRoPE), or, with
-    `each`, every length has its own (dynamic NTK)."""
+    """Texts of up to `limit` tokens have the same frequencies; all longer ones have others (LongRoPE), or, with
+    `each`, every longer length has its own (dynamic NTK)."""
 
     limit: int
     each: bool
 
     def of(self, length: Any) -> Any:
-        """The class of a length, a number, or of each of a tensor of them; it never falls as lengths rise."""
+        """Return the class of a length, or of each length in a tensor; it never falls as lengths rise."""
         if not self.each:
             return length > self.limit
         return length.clamp(min=self.limit) if isinstance(length, Tensor) else max(length, self.limit)
 
 
-LengthRules = tuple[LengthRule, ...]  # of a model; empty where length does not matter
+LengthRules = tuple[LengthRule, ...]  # of a model; empty if length does not matter
 
 
 def length_rules(config: Any) -> LengthRules:
-    """How the rotary embeddings of a model of this transformers config depend on a text's length."""
+    """Return how the rotary embeddings of a model of this transformers config depend on a text's length."""
     config = _text_config(config)
     whole = getattr(config, "max_position_embeddings", None) or 0
     rules = set()
@@ -60,8 +60,8 @@ def length_rules(config: Any) -> LengthRules:
 
 
 def longest_text(config: Any) -> int | None:
-    """How many positions a model of this config has, None where it sets no limit: `max_position_embeddings`, which
-    dynamic NTK is there to pass by its factor."""
+    """Return how many positions a model of this config has, or None if it sets no limit: `max_position_embeddings`,
+    which dynamic NTK extends by its factor."""
     config = _text_config(config)
     whole = getattr(config, "max_position_embeddings", None)
     factors = [entry.get("factor") or 1 for entry in _rope_entries(config) if "dynamic" in _rope_type(entry)]
@@ -69,7 +69,7 @@ def longest_text(config: Any) -> int | None:
 
 
 def rope_hint(config: Any) -> str:
-    """Entries of a config's rotary parameters that say, or may say, that length matters; empty if none does."""
+    """Return the rotary parameters of a config that say, or may say, that length matters; empty if no entry does."""
     for entry in _rope_entries(_text_config(config)):
         if _rope_type(entry) not in STATIC or "long_mscale" in entry:
             return f"a rotary embedding of type {_rope_type(entry)!r}"
@@ -81,8 +81,8 @@ def _text_config(config: Any) -> Any:
 
 
 def _rope_entries(config: Any) -> list[dict[str, Any]]:
-    """The rotary parameters of a config: one dict, or one for each kind of layer. `rope_scaling` is the name that older
-    configs and code from outside of transformers have for them."""
+    """Return the rotary parameters of a config: one dict, or one for each kind of layer. Older configs, and code
+    outside of transformers, name them `rope_scaling`."""
     found: list[dict[str, Any]] = []
     waiting = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
     while waiting:
@@ -98,12 +98,12 @@ def _rope_type(entry: dict[str, Any]) -> str:
 
 
 def length_class(rules: LengthRules, length: int) -> tuple[int, ...]:
-    """Equal for two lengths that have the same frequencies."""
+    """Return the class of a length: equal for two lengths that have the same frequencies."""
     return tuple(int(rule.of(length)) for rule in rules)
 
 
 def packed_lengths(packed_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """(B, T) long: of each token the tokens of its text; of one that several texts have, those of the longest of them.
+    """Return (B, T) long: for each token the tokens of its text, or of the longest text that shares it.
     `packed_ids` (B, T) tell texts, or groups of them, apart (−1 on padding); positions begin at 0."""
     text = packed_ids.long() + 1
     longest = text.new_zeros(int(text.max()) + 1)
@@ -111,7 +111,7 @@ def packed_lengths(packed_ids: Tensor, position_ids: Tensor) -> Tensor:
 
 
 def check_classes(rules: LengthRules, group_ids: Tensor, candidate_ids: Tensor, position_ids: Tensor) -> None:
-    """Raises ValueError where candidates of other frequencies share a prompt."""
+    """Raise ValueError if candidates of different frequencies share a prompt."""
     candidates = group_ids * (int(candidate_ids.max()) + 1) + candidate_ids
     own = packed_lengths(torch.where(candidate_ids > 0, candidates, -1), position_ids)
     longest = packed_lengths(group_ids, position_ids)
@@ -125,8 +125,8 @@ def check_classes(rules: LengthRules, group_ids: Tensor, candidate_ids: Tensor, 
 
 
 def padded_texts(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of an ordinary batch, a text a row and padding on one side or both: (B, T) long, the tokens of each row's text,
-    and the positions of its tokens, which begin at 0 with the text."""
+    """Return (B, T) long, the tokens of each row's text, and the positions of its tokens, which begin at 0 with the
+    text. The batch has one text a row, and padding on one side or both."""
     index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     mask = attention_mask.bool()
     begin = torch.where(mask, index, len(index)).amin(1, keepdim=True)
@@ -136,13 +136,13 @@ def padded_texts(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def by_text(model: nn.Module, lengths: Tensor | None) -> Iterator[None]:
-    """Inside, the model's rotary embeddings give each token what they give in its text alone.
+    """Let the model's rotary embeddings give each token the values of its text alone, inside the block.
 
-    `lengths` (B, T): of each token of the batch the tokens of its text; positions begin at 0 with the text. Nothing
-    happens where they are None or the model's config (`length_rules`) says that length does not matter.
+    `lengths` (B, T): for each token of the batch the tokens of its text; positions begin at 0 with the text. Nothing
+    happens if they are None or the model's config (`length_rules`) says that length does not matter.
 
-    Raises ValueError for a model whose config says so and whose rotary embedding is not found, and for one that lies
-    inside a layer whose forward gradient checkpointing runs again, in the backward pass and so not in here.
+    Raises ValueError if the config says that length matters and the rotary embedding is not found, and if it is
+    inside a layer that gradient checkpointing runs again in the backward pass, which is outside this block.
     """
     rules = () if lengths is None else length_rules(model.config)
     if lengths is None or not rules:
@@ -184,7 +184,7 @@ def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _classes(rules: LengthRules, lengths: Tensor) -> list[tuple[int, Tensor]]:
-    """Of each class of lengths in the batch the longest, and which tokens (B, T) are in it."""
+    """Return for each class of lengths in the batch its longest, and which tokens (B, T) are in it."""
     members: dict[tuple[int, ...], list[int]] = {}
     for length in lengths.unique().tolist():  # sorted, so a class is a run of them
         members.setdefault(length_class(rules, length), []).append(length)
@@ -192,13 +192,13 @@ def _classes(rules: LengthRules, lengths: Tensor) -> list[tuple[int, Tensor]]:
 
 
 def _by_class(module: nn.Module, classes: list[tuple[int, Tensor]]) -> Callable[..., Any]:
-    """A forward of `module` for the texts of `classes`."""
+    """Return a forward of `module` for the texts of `classes`."""
 
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         length = position_ids.shape[-1]
         found: tuple[Tensor, ...] = ()
         for longest, tokens in classes:
-            # The module takes the length from the largest position: a column more says it, whatever this batch holds.
+            # The module takes the length from the largest position: an extra column gives it, whatever the batch holds.
             last = position_ids.new_full((*position_ids.shape[:-1], 1), longest - 1)
             positions = torch.cat([position_ids.clamp(max=longest - 1), last], -1)
             alone = copy.copy(module)
@@ -217,7 +217,7 @@ def _by_class(module: nn.Module, classes: list[tuple[int, Tensor]]) -> Callable[
 
 
 def start_anew(model: nn.Module) -> None:
-    """Takes back what the rotary embeddings of a model, or one of them, keep of the lengths that they have seen."""
+    """Reset what a model's rotary embeddings, or one of them, have stored about earlier lengths."""
     for module in _rotary_modules(model).values():
         original = vars(module).get("original_max_seq_len")
         holders: tuple[dict[str, Any], ...] = (module._buffers, vars(module))

@@ -1,6 +1,6 @@
-"""How float32 matrices are multiplied: a setting of the whole process, changed for a block and put back.
+"""The precision of float32 products: a setting of the whole process, changed for a block and restored.
 
-torch keeps one for each library: oneDNN's for the CPU and cuBLAS's for CUDA. Values are torch's: "ieee", "tf32" (CUDA)
+torch has one for each library: oneDNN's for the CPU and cuBLAS's for CUDA. Values are torch's: "ieee", "tf32" (CUDA)
 and "bf16" (CPU); the rounded ones round the operands and sum in float32.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 _lock = threading.Lock()
-_inside = 0  # calls of bf16_products that are under way, in all threads: the setting is the process's
+_inside = 0  # calls of bf16_products in progress, in all threads: the setting belongs to the process
 _users_setting = ""
 
 
 @contextmanager
 def matmul_precision(precision: str, device_type: str = "cpu") -> Iterator[None]:
     """Multiply float32 matrices in `precision` within the block; "ieee" leaves the setting as it is."""
-    if precision == "ieee":  # torch's default, and setting it would forbid older switches
+    if precision == "ieee":  # torch's default; setting it would forbid older switches
         yield
         return
     with _set(precision, device_type):
@@ -59,7 +59,7 @@ def bf16_products(operands: torch.dtype) -> Iterator[None]:
 
 
 def fp32_precision() -> str:
-    """The user's setting for float32 operands on this CPU: "bf16", or "ieee" and others."""
+    """Return the user's setting for float32 operands on this CPU: "bf16", or "ieee" and others."""
     with _lock:
         return _users_setting if _inside else _setting("cpu").fp32_precision
 
@@ -78,6 +78,6 @@ def _set(precision: str, *device_types: str) -> Iterator[None]:
 
 
 def _setting(device_type: str) -> Any:
-    """The object with torch's `fp32_precision` for products on a device."""
+    """Return the object with torch's `fp32_precision` for products on a device."""
     # torch replaces these modules by objects, which type checkers do not see
     return torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul  # type: ignore[attr-defined]

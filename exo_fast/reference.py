@@ -17,21 +17,21 @@ LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of the loss of a group, as they travel inside the library (public functions take them by name)."""
+    """The options of the loss of a group, as passed inside the library (public functions take them by name)."""
 
-    loss_type: str  # of LOSS_TYPES
+    loss_type: str  # one of LOSS_TYPES
     beta_pi: float = 0.1  # coefficient of the log-ratio
     beta_r: float = 0.1  # temperature of the rewards in *-rw
     label_smoothing: float = 1e-3  # ε of the *-pref targets
 
 
 def default_label_smoothing(loss_type: str) -> float:
-    """ε when the caller leaves it unset: 0 for dpo-pref (plain DPO), 1e-3 for EXO, which needs every log p finite."""
+    """Return the default ε: 0 for dpo-pref (plain DPO), 1e-3 for EXO, which needs every log p finite."""
     return 0.0 if loss_type == "dpo-pref" else 1e-3
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is float64, else float32."""
+    """Return float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -42,7 +42,7 @@ def logits(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """z = softcap(h Wᵀ + b) · scale with softcap(a) = c·tanh(a/c); (N, V) in the compute dtype.
+    """Return z = softcap(h Wᵀ + b) · scale with softcap(a) = c·tanh(a/c); (N, V) in the compute dtype.
 
     `scale` is the model's own logit scale divided by the sampling temperature (the original divides the logits
     of both models by it).
@@ -66,7 +66,7 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Per-token log-probs ℓ_t = z[y_t] − logsumexp(z); shape of `targets`, 0 where the target is `ignore_index`."""
+    """Return log-probs ℓ_t = z[y_t] − logsumexp(z); shape of `targets`, 0 where the target is `ignore_index`."""
     keep = targets != ignore_index
     logps = torch.log_softmax(logits(hidden, weight, bias, scale, softcap), dim=-1)
     chosen = logps.gather(-1, targets.where(keep, torch.zeros_like(targets)).unsqueeze(-1)).squeeze(-1)
@@ -83,11 +83,11 @@ def token_statistics(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
-    """Statistics of each row's distribution p = softmax(z), without a gradient; 0 (False) where the target is
+    """Return statistics of each row's distribution p = softmax(z), without a gradient; 0 (False) where the target is
     `ignore_index`. Shape of `targets`, in the compute dtype.
 
     entropy: −Σ p log p in nats. log_sum_sq_probs: log Σ p². mean_logits: the mean of z over the vocabulary. is_top1
-    (bool): z[y] is the largest, and of equal ones the first.
+    (bool): z[y] is the largest logit, the first of equal ones.
     """
     keep = targets != ignore_index
     z = logits(hidden, weight, bias, scale, softcap).detach()
@@ -102,7 +102,7 @@ def token_statistics(
 
 
 def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """s_k = Σ_t ℓ_t over each sequence's tokens: (N,) and (S+1,) boundaries -> (S,)."""
+    """Return s_k = Σ_t ℓ_t over each sequence's tokens: (N,) and (S+1,) boundaries -> (S,)."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=token_logps.device), lengths)
     return torch.zeros(len(lengths), dtype=token_logps.dtype, device=token_logps.device).index_add(
@@ -111,12 +111,12 @@ def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def target_logps(rewards: Tensor, loss_type: str, beta_r: float, label_smoothing: float) -> Tensor:
-    """log p over the K candidates of each group: (G, K) rewards -> (G, K).
+    """Return log p over the K candidates of each group: (G, K) rewards -> (G, K).
 
     `*-rw`: p = softmax(reward / beta_r), the reward's own distribution over the candidates (paper, eq. 14).
     `*-pref`: the candidate of the highest reward gets 1 − ε, each other ε / (K − 1) (the paper's preference case,
-    for any K). Of m that share the highest reward each gets (1 − ε) / m, and each other ε / (K − m); where all K share
-    it, 1 / K. log p is −inf where ε = 0, which only DPO may ask for.
+    for any K). If m share the highest reward, each of them gets (1 − ε) / m, and each other ε / (K − m); if all K share
+    it, 1 / K. log p is −inf if ε = 0, which only DPO may ask for.
     """
     if loss_type.endswith("-rw"):
         return torch.log_softmax(rewards / beta_r, dim=-1)
@@ -137,7 +137,7 @@ def group_loss(
     beta_r: float = 0.1,
     label_smoothing: float = 1e-3,
 ) -> Tensor:
-    """Loss of each group, (G,).
+    """Return the loss of each group, (G,).
 
     r_k = beta_pi · (s_k − s_k^ref) and log q = log_softmax_k(r): the policy's distribution over the candidates
     relative to the reference (paper, eq. 12).
@@ -168,7 +168,7 @@ def linear_group_loss(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss over groups (scalar) and the detached policy sequence log-probs (G, K), by autograd."""
+    """Return the mean loss over groups (scalar) and the detached policy sequence log-probs (G, K), by autograd."""
     token_logps = linear_logprobs(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap)
     policy_logps = sequence_logps(token_logps, cu_seqlens).view_as(ref_logps)
     losses = group_loss(

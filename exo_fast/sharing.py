@@ -1,4 +1,4 @@
-"""Whether a model gives shared rows, and rows beside others, the numbers that it gives each text alone."""
+"""Checks that a model gives shared rows, and rows beside others, the same numbers as each text alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from exo_fast.packing import Group, Packed, pack
 from exo_fast.positions import by_text
 from exo_fast.precision import true_float32
 
-CHECKED_GROUPS = 4  # of a run's first ones, for `check_sharing`
+CHECKED_GROUPS = 4  # of a run's first groups, for `check_sharing`
 CHECKED_TOKENS = 1024
 
 
@@ -30,7 +30,7 @@ class SharingReport:
     reason: str = ""  # why not; empty when ok
     token_rms: float = math.nan  # over all completion tokens
     sequence_max: float = math.nan  # largest absolute difference of a sequence log-prob
-    atol: float = math.nan  # what token_rms was held against
+    atol: float = math.nan  # the bound on token_rms
 
 
 def check_sharing(
@@ -57,7 +57,7 @@ def check_sharing(
     base = decoder(model)
     head = head or read_head(model)
     half = head.weight.dtype in (torch.bfloat16, torch.float16)
-    partitioned = hasattr(head.weight, "ds_id")  # ZeRO-3 has no whole weights to copy
+    partitioned = hasattr(head.weight, "ds_id")  # ZeRO-3 has only parts of weights to copy
     upcast = half and not plan.known and not partitioned
     if atol is None:
         atol = 0.15 if half and not upcast else 1e-4
@@ -101,9 +101,9 @@ def check_sharing(
 def check_neighbours(
     token_logps: Callable[[list[Group]], Tensor], shortest: Group, longest: Group, *, atol: float
 ) -> SharingReport:
-    """Whether a group's log-probs are its own: of `shortest` alone and beside `longest`.
+    """Check that a group's log-probs do not depend on its batch: compare `shortest` alone and beside `longest`.
 
-    Meant for models of which `exo_fast.masks.neighbours_hint` has something to say.
+    Meant for models of which `exo_fast.masks.neighbours_hint` gives a reason.
 
     Args:
         token_logps: runs a batch of groups as a run does and gives the log-probs of their tokens that count, (N,)
@@ -112,7 +112,7 @@ def check_neighbours(
         atol: bounds the root mean square difference of a token's log-prob, in nats, as `check_sharing` says.
 
     Returns:
-        The report, which is not ok where a difference is not a number.
+        The report, which is not ok if a difference is NaN.
     """
     expected = token_logps([shortest])
     found = token_logps([shortest, longest])[: len(expected)]
@@ -121,9 +121,9 @@ def check_neighbours(
 
 
 def compared(found: Tensor, expected: Tensor, cu_seqlens: Tensor, atol: float, problem: str) -> SharingReport:
-    """The report of two times the same tokens' log-probs, (N,) floating, of one dtype and on one device, which
-    `cu_seqlens` (S + 1,) int, there too or on the CPU, divides into sequences. Differences are summed in float64; with
-    NaN among them it is not ok. `problem` says what it means that they differ."""
+    """Compare two log-probs of the same tokens, (N,) floating, of one dtype and on one device, which `cu_seqlens`
+    (S + 1,) int, there too or on the CPU, divides into sequences. Differences are summed in float64; with NaN among
+    them the report is not ok. `problem` says what a difference means."""
     difference = (found - expected).double()
     boundaries = torch.nn.functional.pad(difference.cumsum(0), (1, 0))[cu_seqlens.long()]
     token_rms = difference.square().mean().sqrt().item()
@@ -134,19 +134,19 @@ def compared(found: Tensor, expected: Tensor, cu_seqlens: Tensor, atol: float, p
 
 
 def shortened(group: Group, plan: MaskPlan) -> Group:
-    """At most CHECKED_TOKENS of each segment, or as many as the model's window has, around where the completions begin:
-    a check needs no more, and long rows of several groups may not fit where one does."""
+    """Return at most CHECKED_TOKENS of each segment, or as many as the model's window has, around the start of the
+    completions: a check needs no more, and long rows of several groups may not fit if one does."""
     tokens = max(CHECKED_TOKENS, plan.window or 0)
     prompt, completions = group.prompt[-tokens:], [completion[:tokens] for completion in group.completions]
     learned = None if group.learned is None else [marks[:tokens] for marks in group.learned]
     if learned is not None and not all(map(any, learned)):
-        learned = None  # what counts comes later; for the check any tokens do
+        learned = None  # counted tokens come later; any tokens serve the check
     return Group(prompt, completions, learned)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside, every module's own mode back after."""
+    """Turn dropout off inside the block, and restore every module's own mode after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,6 +1,6 @@
-"""Log-probs with what trainers log beside them: entropy, mean logit, whether the target is the argmax, log Σ p².
+"""Log-probs with the statistics that trainers log: entropy, mean logit, whether the target is the argmax, log Σ p².
 
-A trainer that holds the logits reads these off them, one pass over (N, V) for each. Here they come out of the walk over
+A trainer that holds the logits computes these in one pass over (N, V) for each. Here they come from the walk over
 the vocabulary that makes the log-probs: 2·N·D·V flops for all of it, and no logits kept. Beside the running maximum and
 Σ exp(z − shift), a row keeps Σ exp(z − shift)·(z − shift), Σ exp(2(z − shift)), Σ z and the place of the maximum. Then
 
@@ -27,13 +27,13 @@ OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Of each row's distribution p = softmax(z); of the shape of the targets, without a gradient, float32 (float64 for
-    float64 inputs) but for `is_top1`. None what was not asked for; 0 (False) where the target is ignored."""
+    """Statistics of each row's distribution p = softmax(z). Shape of the targets, no gradient, float32 (float64 for
+    float64 inputs) except `is_top1`. None if not asked for; 0 (False) where the target is ignored."""
 
     entropy: Tensor | None = None  # −Σ p log p, nats
     log_sum_sq_probs: Tensor | None = None  # log Σ_v p_v²
-    mean_logits: Tensor | None = None  # of z, after softcap and scale, over the vocabulary; −inf where one of them is
-    is_top1: Tensor | None = None  # bool: the target's logit is the largest; of equal ones the first counts
+    mean_logits: Tensor | None = None  # of z, after softcap and scale, over the vocabulary; −inf if one of them is
+    is_top1: Tensor | None = None  # bool: the target's logit is the largest, the first of equal ones
 
 
 def linear_logprobs_with_statistics(
@@ -50,27 +50,27 @@ def linear_logprobs_with_statistics(
     backend: str = "auto",
     process_group: Any = None,
 ) -> tuple[Tensor, TokenStatistics]:
-    """The log-probs of `exo_fast.logprobs.linear_logprobs`, and the statistics of the same walk over the vocabulary.
+    """Return the log-probs of `exo_fast.logprobs.linear_logprobs`, and the statistics of the same walk.
 
     Args:
-        hidden: (N, D) or (B, T, D), what the model feeds its lm_head; float64, float32, bfloat16 or float16.
+        hidden: (N, D) or (B, T, D), the states that the model feeds its lm_head; float64, float32, bfloat16 or float16.
         weight: (V, D), of hidden's dtype (under torch.autocast both are cast to its dtype). All of the head: a slice of
             the vocabulary, as a sharded DTensor is, is an error.
         targets: (N,) or (B, T) int, the token each row predicts (already shifted).
-        outputs: names of `TokenStatistics` to compute; what is left out costs nothing (on the triton backend nothing
-            is saved by it).
-        bias, scale, softcap, ignore_index, memory_budget, backend: as of `linear_logprobs`. With a budget too small
-            for one row of logits the triton backend still holds one, 4·V bytes.
-        process_group: None, as of a head in one piece (`exo_fast.head.Head.options`).
+        outputs: names of `TokenStatistics` to compute; omitted ones cost nothing (the triton backend saves nothing
+            by omitting them).
+        bias, scale, softcap, ignore_index, memory_budget, backend: as in `linear_logprobs`. If the budget is too small
+            for one row of logits, the triton backend still holds one, 4·V bytes.
+        process_group: None, as for a head in one piece (`exo_fast.head.Head.options`).
 
     Returns:
         Log-probs in float32 (float64 for float64 inputs) of the shape of `targets`, differentiable in hidden, weight
-        and bias, equal to those of `linear_logprobs` to rounding; and the statistics, which have no gradient. The same
+        and bias, equal to `linear_logprobs` up to rounding; and the statistics, which have no gradient. The same
         input gives the same bits.
 
     Raises:
         ValueError: as `linear_logprobs`; an unknown name in `outputs`; a weight that is a slice of the vocabulary, or a
-            `process_group`, which says so.
+            `process_group`, which means one.
     """
     if isinstance(outputs, str) or not all(name in OUTPUTS for name in outputs):
         raise ValueError(f"outputs must be some of {', '.join(OUTPUTS)}, in a sequence; got {outputs!r}")
@@ -94,7 +94,7 @@ def linear_logprobs_with_statistics(
 
 
 def _check_whole(weight: Tensor, process_group: Any) -> None:
-    """A statistic of a slice of the vocabulary would be one of another distribution."""
+    """Raise ValueError for a slice of the vocabulary: its statistics would describe another distribution."""
     sharded = any(not placement.is_replicate() for placement in getattr(weight, "placements", ()))
     marked = getattr(weight, "tensor_model_parallel", False)
     if sharded or marked or process_group is not None:

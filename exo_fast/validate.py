@@ -1,8 +1,8 @@
-"""Checks at the door of the public functions. Each error names the argument, what came and what is needed.
+"""Argument checks of the public functions. Each error names the argument, its value and the requirement.
 
-Shapes, dtypes, devices and numbers are always a ValueError, before any work. What a tensor holds can be looked at only
-where that costs no waiting: on the CPU it is a ValueError too; on a GPU, and in a graph that is being traced, it is an
-assertion that travels with the work and fails where the values are (`require`), so no call ever synchronises.
+Wrong shapes, dtypes, devices and numbers always raise ValueError, before any work. Tensor values are checked only
+if that needs no waiting: on the CPU a wrong one raises ValueError too; on a GPU, and in a graph that is being traced,
+an assertion runs with the work on the device and fails there (`require`), so no call ever synchronises.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from exo_fast.reference import LOSS_TYPES, LossOptions, compute_dtype, default_l
 INTEGERS = (torch.int32, torch.int64)
 TIES = ("error", "share")
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-# Numbers are used in float32 where tensors are.
+# Numbers are compared as float32, the dtype of tensors in the computation.
 LEAST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 LEAST_SMOOTHING = 1e-30  # shared by K − 1 candidates, its logarithm must still be finite
 
@@ -26,19 +26,19 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def traced(value: Tensor) -> bool:
-    """Whether this is a value of a graph that is being traced, not a number."""
+    """Return whether this is a value of a graph that is being traced, not a number."""
     return torch.compiler.is_compiling() or type(value) is not Tensor or is_in_torch_dispatch_mode()
 
 
 def readable(value: Tensor) -> bool:
-    """Whether the values are there to be looked at, on the CPU and not in a graph."""
+    """Return whether the values can be read without waiting: on the CPU and not in a graph."""
     return value.device.type == "cpu" and not traced(value)
 
 
 def require(condition: Tensor, message: str, error: Callable[[], str]) -> None:
-    """ValueError(error()) when `condition` (one bool) is false and readable, else an assertion on its device.
+    """Raise ValueError(error()) if `condition` (one bool) is readable and false; if unreadable, assert on its device.
 
-    `message` is what the assertion says. It quotes no number: a graph of dynamic shapes would be bound to it.
+    `message` is the assertion's text. It quotes no number: a graph of dynamic shapes would be bound to it.
     """
     if not readable(condition):
         torch._assert_async(condition, message)
@@ -47,7 +47,7 @@ def require(condition: Tensor, message: str, error: Callable[[], str]) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """A dense tensor that holds values."""
+    """Check for a dense tensor that holds values."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
@@ -58,14 +58,14 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_floating(name: str, value: Tensor) -> None:
-    """A dtype that can be computed with, which those of 8 bits and fewer are not."""
+    """Check for a dtype that can be computed with; dtypes of 8 bits and fewer cannot."""
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         fix = "" if value.dtype.is_floating_point or value.dtype.is_complex else f": pass {name}.float()"
         raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}{fix}")
 
 
 def check_devices(where: str, device: torch.device, **tensors: Tensor | None) -> None:
-    """All `tensors` are on the device of the argument `where`."""
+    """Check that all `tensors` are on the device of the argument `where`."""
     for name, value in tensors.items():
         if value is not None and value.device != device:
             raise ValueError(f"{name} is on {value.device} and {where} on {device}: move one of them")
@@ -77,13 +77,13 @@ def check_ignore_index(ignore_index: int) -> None:
 
 
 def _is_number(value: object) -> bool:
-    """Whether this is a number other than 0 that float32 has too."""
-    # A SymInt or SymFloat has an absolute value, though its stubs do not say so.
+    """Return whether this is a number other than 0 that float32 can hold."""
+    # A SymInt or SymFloat has an absolute value, though its stubs lack it.
     return isinstance(value, NUMBERS) and LEAST <= abs(value) <= LARGEST  # type: ignore[arg-type]
 
 
 def _shown(value: object) -> str:
-    """A value in an error's text: a number or a word as it is written, anything else by its type."""
+    """Return a value for an error's text: a number or a word as written, anything else by its type."""
     is_short = isinstance(value, (float, str)) or (isinstance(value, int) and abs(value) < 2**64)
     return repr(value) if is_short or value is None else f"a {type(value).__name__}"
 
@@ -92,7 +92,7 @@ def check_projection(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
     fewest_rows: int = 1,
 ) -> None:  # fmt: skip
-    """hidden (..., D), weight (V, D), targets (...), bias (V,): shapes, dtypes, devices and the numbers beside them."""
+    """Check hidden (..., D), weight (V, D), targets (...), bias (V,): shapes, dtypes, devices, scale and softcap."""
     for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         check_tensor(name, value)
     if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
@@ -126,7 +126,7 @@ def check_projection(
 
 
 def check_targets(targets: Tensor, vocab: int | Tensor, ignore_index: int | None) -> None:
-    """Every target lies in [0, V) (or is `ignore_index`); of a vocabulary in slices V is a tensor ()."""
+    """Check that every target is in [0, V) or `ignore_index`; for a vocabulary in slices V is a tensor ()."""
     inside = (targets >= 0) & (targets < vocab)
     if ignore_index is not None:
         inside |= targets == ignore_index
@@ -152,7 +152,7 @@ def check_groups(
     policy_shape: tuple[int, ...] | None, ref_logps: Tensor, rewards: Tensor, loss_type: str, beta_pi: float,
     beta_r: float, label_smoothing: float | None, ties: str,
 ) -> LossOptions:  # fmt: skip
-    """Check what the K-way loss needs; return its options, with the default label smoothing where None is given."""
+    """Check the K-way loss's arguments; return its options, with the default label smoothing if None is given."""
     if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={_shown(loss_type)} is not known; choose one of {', '.join(LOSS_TYPES)}")
     if not isinstance(ties, str) or ties not in TIES:
@@ -192,7 +192,7 @@ def check_groups(
 
 
 def check_finite(name: str, value: Tensor, problem: str = "every value must be finite") -> None:
-    """Every value of a (G, K) tensor is finite."""
+    """Check that every value of a (G, K) tensor is finite."""
     finite = torch.isfinite(value)
 
     def error() -> str:
@@ -203,7 +203,7 @@ def check_finite(name: str, value: Tensor, problem: str = "every value must be f
 
 
 def check_ties(rewards: Tensor, loss_type: str) -> None:
-    """Every row of (G, K) rewards has one highest."""
+    """Check that every row of (G, K) rewards has one highest."""
     single = (rewards == rewards.amax(dim=1, keepdim=True)).sum(dim=1) <= 1
     problem = (
         f"a tie for the highest reward, so {loss_type} has no preferred candidate; "
@@ -218,7 +218,7 @@ def check_ties(rewards: Tensor, loss_type: str) -> None:
 
 
 def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: int, device: torch.device) -> None:
-    """cu_seqlens (G*K + 1,), on the CPU or on `device`: boundaries from 0 to N, every sequence at least one token."""
+    """Check cu_seqlens (G*K + 1,), on the CPU or on `device`: from 0 to N, every sequence at least one token."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in INTEGERS or _shape(cu_seqlens) != (groups * candidates + 1,):
         raise ValueError(
@@ -240,5 +240,5 @@ def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: i
         pair = cu_seqlens[i : i + 2].tolist()
         return f"cu_seqlens[{i}:{i + 2}] = {pair}: sequence {i} has {pair[1] - pair[0]} tokens; at least 1 is needed"
 
-    # Not by their difference, which can wrap around.
+    # Compared directly, because a difference can wrap around.
     require((starts < ends).all(), "cu_seqlens: a sequence has no token; at least 1 is needed", error)

@@ -1,18 +1,18 @@
 """Vocabulary parallelism: a head whose rows lie on the ranks of a process group, a slice of the vocabulary on each.
 
-Every rank has the same hidden states and targets, and V_r rows of the head, slices in the order of the ranks. All that
-a softmax over the whole vocabulary needs of a slice is three numbers a row: shift, Σ exp(z − shift) and, where the
-target lies in the slice, its logit. They are gathered, and added in the order of the ranks, so that all ranks hold the
-same bits. What comes out are the statistics of the whole vocabulary, and with them a backend forms the gradients of a
-slice as it does those of a whole head: dW and db are that slice's own, dH is one share of a sum over the ranks. Shares
+Every rank has the same hidden states and targets, and V_r rows of the head, slices in the order of the ranks. A
+softmax over the whole vocabulary needs only three numbers a row from each slice: shift, Σ exp(z − shift) and, if the
+target is in the slice, its logit. They are gathered, and added in the order of the ranks, so all ranks hold the
+same bits. The results are the statistics of the whole vocabulary. With them a backend forms the gradients of a
+slice as for a whole head: dW and db are the slice's own, dH is one share of a sum over the ranks. Shares
 are float32 until they have been added, whatever the dtype of hidden.
 
 A rank's flops for N rows: 2·N·D·V_r for log-probs, and with gradients 8·N·D·V_r (6 with a frozen head): two passes, as
 one would need the other ranks' sums after every chunk of rows that the budget holds. Communication: 7 integers of each
-rank at the door, 12·N bytes of each gathered, and 4·N·D bytes reduced for dH.
+rank for the checks, 12·N bytes of each gathered, and 4·N·D bytes reduced for dH.
 
-The ranks must make the same calls in the same order, and the same loss of the result: they wait for each other in
-forward, and in backward where hidden needs a gradient (whether weight and bias need one may differ). The autograd
+The ranks must make the same calls in the same order, and compute the same loss: they wait for each other in
+forward, and in backward if hidden needs a gradient (whether weight and bias need one may differ). The autograd
 function is eager, since operators of torch.library take no process group.
 """
 
@@ -45,8 +45,8 @@ class Slice:
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Slice:
-        """Asks all ranks for their part of the vocabulary, and whether they agree on everything else: ranks that did
-        not would wait for each other for ever, or add up numbers of different rows."""
+        """Gather all ranks' parts of the vocabulary, and check that they agree on everything else. Ranks that disagree
+        would wait for each other for ever, or add up numbers of different rows."""
         for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets)):
             check_tensor(name, value)
         facts = {
@@ -77,14 +77,14 @@ class Slice:
         return cls(group, rows[: dist.get_rank(group)].sum(), rows.sum())
 
     def local(self, targets: Tensor, rows: int) -> Tensor:
-        """Targets, −1 where ignored, as the backends number them in a slice of so many rows."""
+        """Return targets, −1 where ignored, as the backends number them in a slice of so many rows."""
         column = targets - self.start
         inside = (column >= 0) & (column < rows)
         return torch.where(inside, column, ELSEWHERE).where(targets >= 0, -1)
 
 
 def gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`value` of each rank, in their order, along a new first dimension."""
+    """Gather each rank's `value`, in the order of the ranks, along a new first dimension."""
     out = value.new_empty(dist.get_world_size(group), *value.shape)
     dist.all_gather(list(out.unbind()), value.contiguous(), group=group)
     return out
@@ -93,12 +93,12 @@ def gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 def operands(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: Any, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None, dist.ProcessGroup | None]:
-    """The operands of the losses: plain tensors and the process group of the vocabulary, if it is in slices.
+    """Return the operands of the losses: plain tensors, and the vocabulary's process group if it is in slices.
 
-    A weight that is a DTensor sharded on dim 0, as tensor parallelism of PyTorch and of transformers leaves it, gives
-    its local rows and its mesh's group, a replicated one itself and no group; gradients come back as DTensors of the
-    same placements. Raises ValueError where a placement is another, for what is no group of this rank, for a slice
-    whose group is missing, and for the reference backend, whose logits are those of a whole head.
+    A DTensor weight sharded on dim 0, as tensor parallelism of PyTorch and of transformers leaves it, gives
+    its local rows and its mesh's group; a replicated one gives itself and no group. Gradients come back as DTensors of
+    the same placements. Raises ValueError for another placement, for a group that is not this rank's, for a slice
+    whose group is missing, and for the reference backend, which needs the logits of a whole head.
     """
     if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise ValueError(
@@ -125,12 +125,12 @@ def operands(
 
 
 def _local(value: Any) -> Tensor:
-    """This rank's rows of a DTensor."""
+    """Return this rank's rows of a DTensor."""
     return value.to_local()
 
 
 def _group(weight: Any) -> dist.ProcessGroup | None:
-    """The process group that a DTensor (V, D) is cut over; None where every rank has all of it."""
+    """Return the process group that a DTensor (V, D) is cut over; None if every rank has all of it."""
     placements, mesh = weight.placements, weight.device_mesh
     if all(placement.is_replicate() for placement in placements):
         return None
@@ -146,7 +146,7 @@ def _group(weight: Any) -> dist.ProcessGroup | None:
 
 
 def _placements(value: Any) -> tuple | None:
-    """Those of a DTensor; None of what is no DTensor. So that nobody imports DTensors who has none."""
+    """Return the placements of a DTensor, or None for a plain tensor. Imports DTensor only if one is used."""
     return getattr(value, "placements", None)
 
 
@@ -175,7 +175,7 @@ def linear_logprobs(
     backend: str,
     part: Slice,
 ) -> Tensor:
-    """Per-token log-probs (N,), the same bits on all ranks; differentiable in hidden, weight and bias."""
+    """Return per-token log-probs (N,), the same bits on all ranks; differentiable in hidden, weight and bias."""
     local = part.local(targets, len(weight))
     return _LinearLogprobs.apply(hidden, weight, bias, local, scale, softcap, memory_budget, backend, part.group)
 
@@ -192,7 +192,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.options = (scale, softcap, memory_budget, backend, group)
         ctx.set_materialize_grads(False)
         shift, total, target = stats
-        # Target and sum may be of two ranks, so of two roundings: at most 0 all the same.
+        # Target and sum may come from two ranks, with different rounding: keep the log-prob at most 0.
         return (target - shift - total.log()).clamp_(max=0).masked_fill_(targets < 0, 0)
 
     @staticmethod
@@ -213,7 +213,7 @@ class _LinearLogprobs(torch.autograd.Function):
 def _statistics(
     hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None, backend: str, group: dist.ProcessGroup
 ) -> Tensor:
-    """(3, N) of the whole vocabulary, as the backends have them: shift, Σ exp(z − shift), target logit."""
+    """Return (3, N) of the whole vocabulary, in the backends' order: shift, Σ exp(z − shift), target logit."""
     if len(head.weight):
         with torch.autocast(hidden.device.type, enabled=False):
             _, own, _ = implementation(backend).logprobs_forward(hidden, head, targets, memory_budget, False)
@@ -229,7 +229,7 @@ def _gradients(
     hidden: Tensor, head: Head, targets: Tensor, stats: Tensor, grad: Tensor, need: tuple[bool, bool, bool],
     memory_budget: int | None, backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """This slice's share of dH, and its dW and db, in the dtype of the statistics."""
+    """Return this slice's share of dH, and its dW and db, in the dtype of the statistics."""
     if len(head.weight):
         with torch.autocast(hidden.device.type, enabled=False):
             return implementation(backend).logprobs_backward(
@@ -250,7 +250,7 @@ def group_loss(
     rewards: Tensor,  # (G, K)
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss over groups and the detached sequence log-probs (G, K), differentiable in token_logps.
+    """Return the mean loss over groups and the detached sequence log-probs (G, K), differentiable in token_logps.
 
     In float64, which for so few numbers costs nothing. Sequences are summed as segments, in one order on a GPU too.
     """

@@ -2,20 +2,20 @@
 
     s_k = Σ_t ℓ_t over candidate k's tokens              sequence log-prob
     r_k = beta_pi · (s_k − s_k^ref),   log q = log_softmax_k(r)
-    p   = softmax(reward / beta_r), or (PREF) (1 − ε) / m for each of the m that share the highest reward and
-          ε / (K − m) for each other, 1 / K where m = K
+    p   = softmax(reward / beta_r), or (PREF) (1 − ε) / m for each of m that share the highest reward and
+          ε / (K − m) for each other, 1 / K if m = K
     EXO L = Σ q (log q − log p),   ∂L/∂s_k = beta_pi · q_k (log q_k − log p_k − L)
     DPO L = −Σ p log q,            ∂L/∂s_k = beta_pi · (q_k − p_k)
 
 Definitions: `exo_fast.reference`; the closed forms: `exo_fast.closed_form`. Everything is float32. DPO reads p and EXO
 log p, never the other, so that ε = 0 (plain DPO, log p = −inf) meets no 0 · ∞.
 
-Sums: each lane of a (BLOCK_K, BLOCK_T) tile adds every BLOCK_T-th token of its candidate and keeps what rounding takes
-off (Knuth's TwoSum); lanes then meet in one fixed tree. So the relative error of a sum is at most about
+Sums: each lane of a (BLOCK_K, BLOCK_T) tile adds every BLOCK_T-th token of its candidate and keeps the rounding
+error (Knuth's TwoSum); lanes then meet in one fixed tree. So the relative error of a sum is at most about
 log2(BLOCK_T) · 2⁻²⁴ < 1e-6 whatever its length, and the same input gives the same bits.
 
-Grid: (groups,), one program a group: no other program's numbers are needed. A chunk of groups is finished on its own by
-`first_group` and a grid of its size: pointers are those of the whole batch, and cu_seqlens holds offsets into the whole
+Grid: (groups,), one program a group; no program needs another's numbers. A chunk of groups is finished on its own by
+`first_group` and a grid of its size: the pointers are the whole batch's, and cu_seqlens holds offsets into the whole
 of `logps`. K is a constexpr from 2 to 64.
 
 Bytes: 4·N read and, with WRITE_TOKENS, 4·N written; 24·G·K for the rest. Flops: 7·N. Some microseconds of latency
@@ -31,7 +31,7 @@ from exo_fast.kernels.targets import Target
 
 @triton.jit
 def log_softmax(x, valid):
-    """log_softmax of the valid lanes of a vector; −inf in the others."""
+    """Return log_softmax of the valid lanes of a vector; −inf in the others."""
     x = tl.where(valid, x, float("-inf"))
     x -= tl.max(x, axis=0)
     return x - tl.log(tl.sum(tl.exp(x), axis=0))
@@ -87,13 +87,13 @@ def group_loss(
     q = tl.exp(log_q)
     log_q = tl.where(valid, log_q, 0.0)
     if PREF:
-        best = reward == tl.max(reward, axis=0)  # none of the lanes beyond K, whose reward is −inf
+        best = reward == tl.max(reward, axis=0)  # lanes beyond K have reward −inf, so are not best
         tied = tl.sum(best.to(tl.float32), axis=0)
         others = CANDIDATES - tied
         mass = tl.where(others > 0, 1.0 - label_smoothing, 1.0)
         p = tl.where(best, mass / tied, label_smoothing / tl.maximum(others, 1.0))  # beyond K: finite, and q is 0
         one = tl.where(best, 1.0 - label_smoothing, label_smoothing / (CANDIDATES - 1))
-        p = tl.where(tied == 1, one, p)  # exactly, however `/` rounds
+        p = tl.where(tied == 1, one, p)  # exact, however `/` rounds
     else:
         log_p = log_softmax(reward / beta_r, valid)
         p = tl.exp(log_p)
@@ -120,13 +120,13 @@ def group_loss(
 
 
 def configs(target: Target, dtype: str) -> list[Config]:
-    """The tuning space, default first. At most 16 lanes a thread: with more of them the masks of K = 64 spill."""
+    """Return the tuning space, default first. At most 16 lanes a thread: with more, the masks of K = 64 spill."""
     wide = 8 if target.warp_size == 64 else 16
     return [Config({"TILE": 2048}, 4), Config({"TILE": 1024}, 4), Config({"TILE": 4096}, wide)]
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """Every signature the backend launches. All tensors are float32 whatever the head's dtype: listed under fp32."""
+    """Return every signature the backend launches. Tensors are float32 whatever the head's dtype: listed under fp32."""
     if dtype != "fp32":
         return []
     found = []
@@ -139,7 +139,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
                 "PREF": loss_type.endswith("-pref"),
                 "WRITE_TOKENS": write_tokens,
             }
-            made = ("logps", "losses", "policy_logps", "coefficients", "token_coefficients")  # by the backend: aligned
+            made = ("logps", "losses", "policy_logps", "coefficients", "token_coefficients")  # the backend's: aligned
             signature = {
                 **dict.fromkeys((*made, "ref_logps", "rewards"), "*fp32"),
                 "cu_seqlens": "*i32" if candidates == 3 else "*i64",

@@ -1,10 +1,10 @@
-"""How a kernel is launched and compiled: the facts that the backend, certification and prediction share."""
+"""The facts of launching and compiling a kernel that the backend, certification and prediction share."""
 
 from dataclasses import dataclass
 from typing import Any
 
 TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}  # pointer types of the operand dtypes
-HEADS = (  # what a head may have: the suffix of a variant's name, HAS_BIAS, HAS_SOFTCAP
+HEADS = (  # the options of a head: the suffix of a variant's name, HAS_BIAS, HAS_SOFTCAP
     ("", False, False),
     (" bias", True, False),
     (" softcap", False, True),
@@ -14,7 +14,7 @@ HEADS = (  # what a head may have: the suffix of a variant's name, HAS_BIAS, HAS
 
 @dataclass(frozen=True)
 class Config:
-    """One point of a kernel's tuning space: its block sizes, and how the compiler schedules them."""
+    """One point of a kernel's tuning space: its block sizes, and its settings of the compiler's schedule."""
 
     constants: dict[str, int]  # block sizes, by constexpr name
     num_warps: int
@@ -27,7 +27,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Variant:
-    """One signature a kernel is launched with: what certification compiles in every configuration."""
+    """One signature of a kernel's launches; certification compiles it in every configuration."""
 
     name: str
     kernel: Any  # a triton JITFunction

@@ -1,16 +1,16 @@
-"""dH, or dW and db, from hidden states and head alone: nothing of the size of the vocabulary is ever held.
+"""dH, or dW and db, from hidden states and head alone: nothing of the vocabulary's size is ever held.
 
     p = exp(z − shift)/sum,  g = ∂L/∂a = c·(1[v = y] − p)·scale·softcap′,  dH = g W,  dW = gᵀ H,  db = Σ_n g
 
 One kernel, launched twice with the operands exchanged: a program owns BLOCK_OWN rows of one operand (of H for dH, of W
-for dW) and walks all rows of the other. A tile of logits is made again on the tensor cores, becomes g in registers, and
+for dW) and walks all rows of the other. A tile of logits is recomputed on the tensor cores, becomes g in registers, and
 is multiplied with the other operand's rows at once. The owned rows of the gradient are float32, live in L2 between two
-tiles, and are touched by their program alone: no atomics, one order, the same bits every run.
+tiles, and only their own program touches them: no atomics, one order, the same bits every run.
 
 Why two launches: dH adds over the vocabulary and dW over the rows, so one launch would need locks (two runs would then
 differ) or a partial dH for every vocabulary block. Making logits twice costs 2·N·D·V flops more instead, and with the
 read–modify–write of the gradient (8·D bytes a row and tile, in L2) it is why the backend prefers a chunk of the memory
-budget (`backends/triton.py`), and comes here when the budget holds none.
+budget (`backends/triton.py`), and uses this kernel if the budget holds no chunk.
 
 Flops: 4·N·D·V a launch. Bytes: the operands, (n_own / BLOCK_OWN) times the other one, mostly from L2. Bytes of logits:
 0. Grid: (n_own / BLOCK_OWN,).
@@ -76,7 +76,7 @@ def linear_logprobs_backward(
             held = grad + mine.to(tl.int64)[:, None] * width + columns[None, :]
             part += tl.load(held, mask=inside[:, None] & real, other=0.0)
             tl.store(held, part, mask=inside[:, None] & real)
-        # The next tile reads what other threads of this program have just written.
+        # The next tile reads values that other threads of this program have just written.
         tl.debug_barrier()
     if BIAS_GRAD:
         tl.store(grad_bias + mine, sums, mask=inside)
@@ -87,7 +87,7 @@ def gradient(
     a, row, column, n, vocab, bias, targets, stats, coefficients, stride_stats, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂a of a tile of raw products; `row` and `column` are its indices, broadcast along one axis each."""
+    """Return ∂L/∂a of a tile of raw products; `row` and `column` are its indices, broadcast along one axis each."""
     real = row < n
     target = tl.load(targets + row, mask=real, other=-1).to(tl.int32)
     c = tl.load(coefficients + row, mask=real & (target >= 0), other=0.0)
@@ -96,7 +96,7 @@ def gradient(
     if HAS_BIAS:
         a += tl.load(bias + column, mask=column < vocab, other=0.0).to(tl.float32)
     z = finish(a, scale, softcap, HAS_SOFTCAP)
-    # No probability passes 1: this also tames rows past the edge, whose statistics are those of no row.
+    # No probability passes 1: this also bounds rows past the edge, whose statistics are meaningless.
     p = tl.exp(tl.minimum(z - shift - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL))
     g = (c * scale) * (tl.where(column == target, 1.0, 0.0) - p)
     if HAS_SOFTCAP:
@@ -105,12 +105,12 @@ def gradient(
 
 
 def config(target: Target, dtype: str) -> Config:
-    """The static default."""
+    """Return the static default."""
     return configs(target, dtype)[0]
 
 
 def configs(target: Target, dtype: str) -> list[Config]:
-    """The tuning space, default first."""
+    """Return the tuning space, default first."""
     space = _FLOAT32 if dtype == "fp32" else _HALF
     return [
         Config({"BLOCK_OWN": own, "BLOCK_OTHER": other, "BLOCK_D": d}, warps, stages)
@@ -138,7 +138,7 @@ _FLOAT32 = {
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """Both launches, the second with and without the gradient of a bias, for all that a head may have."""
+    """Return both launches, the second with and without the gradient of a bias, for all options of a head."""
     pointer = TYPES[dtype]
     signature = {
         "own": pointer, "other": pointer, "bias": pointer, "targets": "*i64", "stats": "*fp32",

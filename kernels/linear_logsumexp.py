@@ -9,16 +9,16 @@ few rows still fill the chip and the same input gives the same bits.
 
 With STORE the tile also leaves a trace: U = exp(z − shift)·softcap′ in the dtype of the head, the operand of both
 gradient products (`backends/triton.py`). Its shift must then be known beforehand: `target_shift` takes the target's own
-logit, which makes sum = 1/p_y. A row whose sum passes OVERFLOW (p_y < 1e-26) is flagged by `merge` and made again with
-its exact maximum by launches that return at once where nothing is flagged: the host never has to look.
+logit, which makes sum = 1/p_y. `merge` flags a row whose sum passes OVERFLOW (p_y < 1e-26), and further launches make
+it again with its exact maximum. They return at once if no row is flagged, so the host never has to look.
 
 Flops: 2·N·D·V. Bytes: the operands; through L2 every program reads BLOCK_N + BLOCK_V rows of D for a tile, and GROUP
 row blocks walk the vocabulary side by side, so W comes from memory N / (GROUP·BLOCK_N) times and H once. Bytes of
 logits: 0, or 2·N·V written with STORE. Partial results: 12·N·splits.
 Grid: (row blocks · splits,). `merge`: (N / 32,). `target_shift`: (N,), 4·N·D bytes.
 
-Operands come through tensor descriptors (TMA) where the target has them and rows are multiples of 16 bytes; other rows
-(D = 30) through pointers that promise no alignment, in one small configuration, POINTERS, on such a target. float32
+Operands come through tensor descriptors (TMA) if the target has them and rows are multiples of 16 bytes. Other rows
+(D = 30) come through pointers without alignment, in one small configuration, POINTERS, on such a target. float32
 operands are multiplied at `Target.float32_product`.
 """
 
@@ -29,7 +29,7 @@ from exo_fast.kernels.launch import HEADS, TYPES, Config, Variant
 from exo_fast.kernels.logits import finish, slope
 from exo_fast.kernels.targets import Target
 
-OVERFLOW = 1e26  # U·W still sums far below float32's largest number
+OVERFLOW = 1e26  # sums of U·W stay far below float32's largest number
 FLOOR = tl.constexpr(-3.4028234663852886e38)  # a finite start, since −inf − (−inf) would be nan
 GROUP = 16  # row blocks that share a walk over the vocabulary
 MERGE_ROWS = 32
@@ -43,7 +43,7 @@ WAVES = 8  # programs for each multiprocessor: the last, partly filled wave cost
 def operand(
     matrix, first, length, start, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr
 ):  # fmt: skip
-    """Rows [first, first + ROWS) × columns [start, start + COLUMNS) of a (length, width) matrix; zeros past `width`."""
+    """Load rows [first, first + ROWS), columns [start, start + COLUMNS) of a (length, width) matrix; 0 past `width`."""
     if DESCRIPTORS:
         return matrix.load([first, start])
     else:
@@ -58,7 +58,7 @@ def raw_tile(
     BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_LEFT, BLOCK_RIGHT) of left · rightᵀ in float32."""
+    """Return (BLOCK_LEFT, BLOCK_RIGHT) of left · rightᵀ in float32."""
     tile = tl.zeros((BLOCK_LEFT, BLOCK_RIGHT), tl.float32)
     for start in tl.range(0, width, BLOCK_D):
         a = operand(left, first_left, n_left, start, width, stride_left, BLOCK_LEFT, BLOCK_D, DESCRIPTORS)
@@ -69,7 +69,7 @@ def raw_tile(
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile's columns."""
+    """Return the left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
@@ -79,12 +79,12 @@ def absorb(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     STORE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Takes raw products of some columns into the statistics of their rows, and stores U."""
+    """Add raw products of some columns to the statistics of their rows, and store U."""
     columns = start + tl.arange(0, COLUMNS)
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=columns < vocab, other=0.0).to(tl.float32)[None, :]
     z = finish(z, scale, softcap, HAS_SOFTCAP)
-    # Few blocks hold the target of any of the rows: only these pay for the comparison.
+    # Few blocks hold a target of the rows: only these pay for the comparison.
     if tl.max(((target >= start) & (target < start + COLUMNS)).to(tl.int32), 0) > 0:
         picked += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
     z = tl.where((columns < vocab)[None, :], z, float("-inf"))
@@ -107,7 +107,7 @@ def absorb(
     return top, total, picked
 
 
-# One binary whatever the number of rows, and wherever a chunk of them begins: nothing else is compiled during training.
+# One binary for any number of rows and any start of a chunk: nothing else is compiled during training.
 @triton.jit(do_not_specialize=["n", "vocab", "splits"], do_not_specialize_on_alignment=["targets", "shift", "flags"])
 def linear_logsumexp(
     hidden,  # (N, D), or its descriptor
@@ -151,7 +151,7 @@ def linear_logsumexp(
             hidden, weight, first, start, n, vocab, width, stride_hidden, stride_weight,
             BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, DESCRIPTORS,
         )  # fmt: skip
-        # In pieces, so that the exponentials of a piece and not of the whole tile are live beside the tile.
+        # In pieces, so that only a piece's exponentials are live beside the tile, not the whole tile's.
         if PIECE == BLOCK_V:
             top, total, picked = absorb(
                 z, start, first, n, target, bias, kept, vocab, stride_kept, scale, softcap, top, total, picked,
@@ -194,12 +194,12 @@ def merge(
     logps,  # (N,), log-prob of the target, 0 where it is −1
     flags,  # (N,) int32, written with STORE, read with FLAGGED
     kept,  # (N, stride_kept), receives U at the target with STORE
-    residual,  # (N,) float32, written with STORE: what rounding took off U at the target
+    residual,  # (N,) float32, written with STORE: the rounding error of U at the target
     n, splits, stride_stats, stride_kept, scale, softcap,
     ROWS: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     OVERFLOW: tl.constexpr,
 ):  # fmt: skip
-    """The splits of a row, added in order. With FLAGGED only the shift of flagged rows is replaced by the maximum."""
+    """Add the splits of a row in order. With FLAGGED, only replace the shift of flagged rows by the maximum."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     plane = tl.cast(splits, tl.int64) * n
@@ -229,7 +229,7 @@ def merge(
         tl.store(stats + rows, top, mask=inside)
         tl.store(stats + stride_stats + rows, total, mask=inside)
         tl.store(stats + 2 * stride_stats + rows, picked, mask=inside)
-        # A log-prob is never positive; rounding of the shift could make it so by one part in 10⁷.
+        # A log-prob is never positive; rounding of the shift could make it positive by one part in 10⁷.
         logp = tl.minimum(picked - top - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(logps + rows, tl.where(target >= 0, logp, 0.0), mask=inside)
         if STORE:
@@ -247,7 +247,7 @@ def target_shift(
     hidden, weight, bias, targets, stats, n, width, stride_hidden, stride_weight, scale, softcap,
     BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """stats[0, row] = z[y], one dot product of D a row: the shift that U is formed with. Row −1 takes token 0's."""
+    """Set stats[0, row] = z[y], one dot product of D a row: the shift of U. A row with target −1 takes token 0's."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.maximum(tl.load(targets + row), 0)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -263,25 +263,25 @@ def target_shift(
 
 
 def config(target: Target, dtype: str, width: int) -> Config:
-    """The static default: large tiles where the product dominates, and two smaller programs on a multiprocessor, one in
-    its product while the other is in its exponentials, where D is short. On sm_100 tensor memory holds the tile and
-    leaves registers for two programs at any D."""
+    """Return the static default: large tiles if the product dominates; if D is short, two smaller programs on a
+    multiprocessor, one in its product while the other is in its exponentials. On sm_100 tensor memory holds the tile
+    and leaves registers for two programs at any D."""
     return configs(target, dtype)[0 if width >= 2048 or target.name == "sm_100" else 1]
 
 
 def configs(target: Target, dtype: str) -> list[Config]:
-    """The tuning space: the first entry is the default for wide heads, the second for narrow ones."""
+    """Return the tuning space: the first entry is the default for wide heads, the second for narrow ones."""
     space = _FLOAT32 if dtype == "fp32" else _HALF
     made = [
         Config({"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d, "PIECE": piece}, warps, stages)
         for n, v, d, piece, warps, stages in space[target.name]
     ]
-    # What does not fit is pruned here and never found out by a failing launch.
+    # Configurations that do not fit are pruned here, not found by a failing launch.
     return [c for c in made if shared_memory(c, target, 4 if dtype == "fp32" else 2) <= target.shared_memory]
 
 
 def shared_memory(config: Config, target: Target, itemsize: int) -> int:
-    """Bytes of the operand tiles in flight and, where it leaves through a descriptor, of the piece on its way out."""
+    """Return the bytes of the operand tiles in flight and, with descriptors, of the piece being stored."""
     c = config.constants
     # Without asynchronous products the stage being multiplied is already in registers.
     stages = config.num_stages if target.descriptors else max(config.num_stages - 1, 1)
@@ -309,7 +309,7 @@ _FLOAT32 = {
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """Every signature the backend launches; U is stored for bf16 only."""
+    """Return every signature the backend launches; U is stored for bf16 only."""
     pointer = TYPES[dtype]
     product = {
         "hidden": pointer, "weight": pointer, "bias": pointer, "targets": "*i64", "shift": "*fp32", "flags": "*i32",
@@ -389,5 +389,5 @@ def variants(target: Target, dtype: str) -> list[Variant]:
 
 
 def precision(target: Target, dtype: str) -> str:
-    """`input_precision` of the products."""
+    """Return `input_precision` of the products."""
     return target.float32_product if dtype == "fp32" else "ieee"

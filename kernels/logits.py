@@ -1,4 +1,4 @@
-"""The logits of a raw product, z = softcap(a + b) · scale, shared by every kernel that meets logits.
+"""The logits of a raw product, z = softcap(a + b) · scale, shared by every kernel that uses logits.
 
 float32 throughout. `softcap` and `scale` arrive as float32 arguments; a head without a softcap is compiled without it.
 """
@@ -9,13 +9,13 @@ import triton.language as tl
 
 @triton.jit
 def capped(a, softcap):
-    """softcap(a) = c·tanh(a/c) = c − 2c / (1 + exp(2a/c)); an exponential that overflows gives exactly c."""
+    """Return softcap(a) = c·tanh(a/c) = c − 2c / (1 + exp(2a/c)); an exponential that overflows gives exactly c."""
     return softcap - (2.0 * softcap) / (1.0 + tl.exp(a * (2.0 / softcap)))
 
 
 @triton.jit
 def finish(a, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Raw product (bias added) -> logits."""
+    """Turn a raw product (bias added) into logits."""
     if HAS_SOFTCAP:
         a = capped(a, softcap)
     return a * scale
@@ -23,6 +23,6 @@ def finish(a, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def slope(z, scale, softcap):
-    """softcap′(a) = 1 − tanh²(a/c), from the finished logit z = c·tanh(a/c)·scale."""
+    """Return softcap′(a) = 1 − tanh²(a/c), from the finished logit z = c·tanh(a/c)·scale."""
     t = z * (1.0 / (softcap * scale))
     return 1.0 - t * t

@@ -1,13 +1,13 @@
-"""A chunk of logits turned into its gradient, in place: one read, one write.
+"""The gradient of a chunk of logits, in place: one read, one write.
 
     z = softcap(a + b)·scale,   p = exp(z − shift) / sum,   ∂L/∂a = c·(1[v = y] − p)·scale·softcap′(a + b)
     ∂L/∂b = Σ_t ∂L/∂a
 
-a are raw products, those `logsumexp_gather` has read or the same made again; shift and sum its finished statistics;
-c_t = ∂L/∂ℓ_t the coefficient of a row. Rows with target −1 or c = 0 become zeros, whatever they and their statistics
+a are raw products, read by `logsumexp_gather` or recomputed; shift and sum are its finished statistics;
+c_t = ∂L/∂ℓ_t is the coefficient of a row. Rows with target −1 or c = 0 become zeros, whatever they and their statistics
 hold. p comes from shift and sum, not from the logsumexp, whose rounding would cost 1e-3 of p at logits of 1e4.
 
-Bytes: n·columns of the dtype of the logits read and of that of the gradient written; a row's statistics (20 bytes) once
+Bytes: n·columns read in the logits' dtype and written in the gradient's; a row's statistics (20 bytes) once
 for every BLOCK columns, out of the L2 cache; with the bias gradient 8·columns more for every ROWS rows, written here
 and read by the caller's sum. Flops: 5·n·columns and one exponential an element: bound by memory.
 Grid: (row blocks · column blocks,), neighbours along a row. A program owns ROWS rows × BLOCK columns, one row after
@@ -21,8 +21,8 @@ gives the same bits.
 multiples of 16, and the padding is written as zeros, whatever it held. Otherwise (V = 50257 unpadded, width = columns)
 Triton compiles narrower accesses, with the same results.
 
-`out` is the chunk itself, or another buffer of any dtype; not the chunk's memory in a narrower dtype, where one program
-would write over what the next has to read.
+`out` is the chunk itself, or another buffer of any dtype. It must not be the chunk's memory in a narrower dtype, in
+which one program would write over values that the next has to read.
 
 A float16 gradient needs larger coefficients: at V = 50257 and c near 0.1 / 8, c·p is near 1e-7, where float16 has one
 digit, and ∂L/∂h comes out 1e-2 off. The caller multiplies c by a power of two S that brings the largest |c·S·scale|
@@ -46,7 +46,7 @@ def logits_to_grad(
     out,  # (n, width), rows `stride_out` apart: ∂L/∂a
     targets,  # (n,) int64; −1 is ignored
     coefficients,  # (n,) float32: c
-    bias,  # (columns,), those of this chunk; None without HAS_BIAS
+    bias,  # (columns,), this chunk's; None without HAS_BIAS
     stats,  # rows shift, sum of (3, n) float32, `stride_stats` apart
     partial,  # (row blocks, width) float32, rows `stride_partial` apart; None without HAS_BIAS_GRAD
     n, columns, width, start, stride, stride_out, stride_stats, stride_partial, scale, softcap,
@@ -65,7 +65,7 @@ def logits_to_grad(
     first = row_block * ROWS
     for step in range(0, tl.minimum(n - first, ROWS).to(tl.int32)):
         row = first + step
-        # Unconditionally, so that this load waits for none of those that say whether it is needed.
+        # Unconditional, so that this load does not wait for the loads that decide whether it is needed.
         a = tl.load(logits + row * stride + column, mask=stored, other=0.0).to(tl.float32)
         target = tl.load(targets + row)
         c = tl.load(coefficients + row)
@@ -90,17 +90,17 @@ def logits_to_grad(
 
 
 def row_blocks(n: int, config: Config) -> int:
-    """Row blocks of a chunk of n rows: the rows of `partial`."""
+    """Return the row blocks of a chunk of n rows: the rows of `partial`."""
     return triton.cdiv(n, config.constants["ROWS"])
 
 
 def grid(n: int, width: int, config: Config) -> tuple[int]:
-    """Programs for a chunk of n rows that is `width` columns wide."""
+    """Return the programs for a chunk of n rows and `width` columns."""
     return (row_blocks(n, config) * triton.cdiv(width, config.constants["BLOCK"]),)
 
 
 def configs(target: Target, dtype: str) -> list[Config]:
-    """Eight elements a thread: enough loads in flight, no register short. Default first."""
+    """Return the tuning space, eight elements a thread: enough loads in flight, no register short. Default first."""
     return [
         Config({"ROWS": rows, "BLOCK": block}, threads // target.warp_size)
         for rows, block, threads in ((16, 2048, 256), (16, 1024, 128), (16, 4096, 512))
@@ -108,8 +108,8 @@ def configs(target: Target, dtype: str) -> list[Config]:
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """`dtype` is the operands' and the gradient's. From float32 logits, for all that a head may have, with and
-    without the gradient of its bias; in place for operands of 16 bits."""
+    """Return every signature; `dtype` is the operands' and the gradient's. From float32 logits, for all options of a
+    head, with and without the gradient of its bias; in place for operands of 16 bits."""
     signature = {
         "logits": TYPES[dtype], "out": TYPES[dtype], "targets": "*i64", "coefficients": "*fp32", "bias": "constexpr",
         "stats": "*fp32", "partial": "constexpr", "n": "i32", "columns": "i32", "width": "i32", "start": "i32",

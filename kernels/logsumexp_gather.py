@@ -1,4 +1,4 @@
-"""Row statistics of a chunk of logits: what a softmax leaves behind, and the target's logit, in one read.
+"""Row statistics of a chunk of logits: the sums of a softmax and the target's logit, in one read.
 
     z = softcap(a + b)·scale,   shift = max_v z_v,   sum = Σ_v exp(z_v − shift),   target = z[y]
 
@@ -7,8 +7,8 @@ Launches over the chunks of a row, one after another in any order, update the sa
 does shift = −inf, sum = 0.
 
 `stats` are three float32 rows, `stride_stats` apart, the layout that `logits_to_grad` reads. A row with target −1 is
-ignored: it is not read, and its statistics 0, 1, 0 say log p = 0. Targets are numbered over the whole vocabulary; one
-that lies in another chunk changes nothing here. −inf is a logit like any other (a token that cannot be drawn).
+ignored: it is not read, and its statistics 0, 1, 0 say log p = 0. Targets are numbered over the whole vocabulary; a
+target in another chunk changes nothing here. −inf is a logit like any other (a token that cannot be drawn).
 
 Bytes: the chunk once (n·columns of its dtype), 20·n for targets and statistics, 12·n more when they are updated; the
 bias once a row, out of the L2 cache. Flops: 4·n·columns and 1.25 exponentials an element, so float32 logits are bound
@@ -18,7 +18,7 @@ Grid: (n,), one program a row. The chunks of the backend have hundreds of rows; 
 some of these idle.
 
 The loop has no reduction across threads: each keeps a maximum and a sum for every LANE neighbouring columns, LANE
-being what one 128-bit load of float32 brings, and they meet once, in a fixed tree, after the last block. Only the last
+being the width of one 128-bit load of float32, and they meet once, in a fixed tree, after the last block. Only the last
 block of a row looks at its edge.
 
 128-bit loads need rows that start at multiples of 16 elements and may be read up to one: `stride` and `width` ≥
@@ -45,7 +45,7 @@ def fold(
     total,  # (BLOCK / LANE,)
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums with the BLOCK columns of a row from `begin` added."""
+    """Return maxima and sums with the BLOCK columns of a row from `begin` added."""
     column = begin + tl.arange(0, BLOCK)
     a = tl.load(logits + column, mask=column < width, other=0.0) if EDGE else tl.load(logits + column)
     a = a.to(tl.float32)
@@ -64,7 +64,7 @@ def fold(
 def logsumexp_gather(
     logits,  # (n, width) bf16, fp16 or float32: raw products a, rows `stride` apart
     targets,  # (n,) int64; −1 is ignored
-    bias,  # (columns,), those of this chunk; None without HAS_BIAS
+    bias,  # (columns,), this chunk's; None without HAS_BIAS
     stats,  # rows shift, sum, target of (3, n) float32, `stride_stats` apart: written with FIRST, else updated
     columns, width, start, stride, stride_stats, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
@@ -114,12 +114,12 @@ def logsumexp_gather(
 
 
 def grid(n: int) -> tuple[int]:
-    """Programs for a chunk of n rows."""
+    """Return the programs for a chunk of n rows."""
     return (n,)
 
 
 def configs(target: Target, dtype: str) -> list[Config]:
-    """Eight elements a thread, sixteen in the second: enough loads in flight, no register short. Default first."""
+    """The tuning space: 8 elements a thread, then 16: enough loads in flight, no register short. Default first."""
     return [
         Config({"BLOCK": block}, threads // target.warp_size)
         for block, threads in ((2048, 256), (2048, 128), (4096, 512))
@@ -127,8 +127,9 @@ def configs(target: Target, dtype: str) -> list[Config]:
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """`dtype` is the operands'. A first chunk of float32 logits, with all that a head may have (without a bias, whose
-    dtype is the head's, it is the same for all, and listed once); a first and a later one in that dtype."""
+    """Return every signature; `dtype` is the operands'. A first chunk of float32 logits, with all options of a head
+    (without a bias, whose dtype is the head's, it is the same for all, and listed once); a first and a later one
+    in that dtype."""
     signature = {
         "logits": TYPES[dtype], "targets": "*i64", "bias": "constexpr", "stats": "*fp32",
         "columns": "i32", "width": "i32", "start": "i32", "stride": "i32", "stride_stats": "i32",

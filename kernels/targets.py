@@ -1,6 +1,6 @@
-"""The GPUs the kernels are compiled, certified and predicted for: what a launch must fit, and what bounds its time.
+"""The GPUs the kernels are compiled, certified and predicted for: the limits of a launch, and the bounds on its time.
 
-Limits are those of the vendors' programming guides; peaks are dense rates of the named board's data sheet.
+Limits come from the vendors' programming guides; peaks are dense rates of the named board's data sheet.
 """
 
 import functools
@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 class Target:
     """One architecture, with one board that has it."""
 
-    name: str  # what certification calls it: sm_90, gfx942, …
+    name: str  # its name in certification: sm_90, gfx942, …
     board: str
     backend: str  # cuda or hip
     arch: int | str
@@ -35,7 +35,7 @@ class Target:
 
     @property
     def float32_product(self) -> str:
-        """`input_precision` that keeps float32 operands exact to about 1e-6 on this target's tensor cores."""
+        """The `input_precision` that keeps float32 operands exact to about 1e-6 on this target's tensor cores."""
         if self.backend == "cuda":
             return "tf32x3"
         return "ieee" if self.name.startswith("gfx9") else "bf16x6"
@@ -56,7 +56,7 @@ NEAREST = {86: "sm_80", 87: "sm_80", 89: "sm_80", 103: "sm_100", 121: "sm_120"}
 
 @functools.cache
 def of_device(device: torch.device) -> Target:
-    """The target of a torch device; a CPU (Triton's interpreter) is treated as an sm_90."""
+    """Return the target of a torch device; a CPU (Triton's interpreter) is treated as an sm_90."""
     if device.type != "cuda":
         return TARGETS["sm_90"]
     if torch.version.hip:

@@ -20,7 +20,7 @@ about 12·n·columns and 1.25 exponentials an element, at 4 bytes an element sti
 Grid: (n,), one program a row.
 
 As in `logsumexp_gather` the loop has no reduction across threads: each keeps its sums for every LANE neighbouring
-columns, LANE being what one 128-bit load brings, and they meet once, in a fixed tree, after the last block. Only the
+columns, LANE being the width of one 128-bit load, and they meet once, in a fixed tree, after the last block. Only the
 last block of a row looks at its edge. 128-bit loads need rows that start at multiples of 16 elements and may be read up
 to one: `stride` and `width` ≥ `columns` are multiples of 16. Otherwise Triton compiles narrower loads, with the same
 results. Narrow in either case, once a row: the target's logit, the results, and the bias in the last block.
@@ -35,8 +35,8 @@ from exo_fast.kernels.targets import Target
 
 LANE = tl.constexpr(4)  # columns that share a maximum and its sums
 FLOOR = tl.constexpr(-3.4028234663852886e38)  # a finite start, since −inf − (−inf) would be nan
-FAR = tl.constexpr(-1000.0)  # exp(FAR) is 0, and 0·FAR is a number, as 0·−inf is not
-NOWHERE = tl.constexpr(2147483647)  # the number of no column
+FAR = tl.constexpr(-1000.0)  # exp(FAR) is 0, and 0·FAR is 0, while 0·−inf is nan
+NOWHERE = tl.constexpr(2147483647)  # no column has this number
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def fold(
     place,  # (BLOCK / LANE,) int32: the first column of the maximum
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All sums with the BLOCK columns of a row from `begin` added."""
+    """Return all sums with the BLOCK columns of a row from `begin` added."""
     column = begin + tl.arange(0, BLOCK)
     a = tl.load(logits + column, mask=column < width, other=0.0) if EDGE else tl.load(logits + column)
     if HAS_BIAS:
@@ -148,12 +148,13 @@ def token_statistics(
 
 
 def grid(n: int) -> tuple[int]:
-    """Programs for a chunk of n rows."""
+    """Return the programs for a chunk of n rows."""
     return (n,)
 
 
 def configs(target: Target, dtype: str) -> list[Config]:
-    """Eight elements a thread: with fewer, loads of a bias are narrow; with more, sm_120 spills. Default first."""
+    """Return the tuning space, default first. Eight elements a thread: fewer make loads of a bias narrow, more spill on
+    sm_120."""
     return [
         Config({"BLOCK": block}, threads // target.warp_size)
         for block, threads in ((2048, 256), (1024, 128), (512, 64))
@@ -161,7 +162,7 @@ def configs(target: Target, dtype: str) -> list[Config]:
 
 
 def variants(target: Target, dtype: str) -> list[Variant]:
-    """`dtype` is the operands'. Logits are float32, so that it is the bias's alone: without one, listed once."""
+    """Return every signature; `dtype` is the bias's alone, as logits are float32: without a bias, listed once."""
     signature = {
         "logits": "*fp32", "targets": "*i64", "bias": "constexpr", "stats": "*fp32", "values": "*fp32", "top": "*i8",
         "columns": "i32", "width": "i32", "stride": "i32", "stride_stats": "i32", "stride_values": "i32",

@@ -1,6 +1,6 @@
-"""Which implementation runs: `reference` (full logits), `torch` (chunked) or `triton` (fused kernels).
+"""The choice of an implementation: `reference` (full logits), `torch` (chunked) or `triton` (fused kernels).
 
-The names `torch` and `triton` in here are the submodules of this package: the libraries are not imported under them.
+Here `torch` and `triton` name the submodules of this package, not the libraries.
 """
 
 import importlib
@@ -17,10 +17,10 @@ INSTALL_TRITON = "pip install triton"
 
 
 def choose(backend: str, hidden: Tensor) -> str:
-    """The backend a call runs on: reference, torch or triton. `auto` is triton on a GPU, torch elsewhere.
+    """Return the backend a call runs on: reference, torch or triton. `auto` is triton on a GPU, torch elsewhere.
 
-    The kernels compute in float32, so float64 is for `torch` and `reference`. On the CPU they run in Triton's
-    interpreter, to be debugged, and only when asked for by name.
+    The kernels compute in float32, so float64 is for `torch` and `reference`. On the CPU the kernels run in Triton's
+    interpreter, for debugging, and only if asked for by name.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
@@ -47,17 +47,17 @@ def choose(backend: str, hidden: Tensor) -> str:
 
 
 def implementation(backend: str) -> ModuleType:
-    """The module of a backend that `choose` has chosen, imported when it is first needed."""
+    """Return the module of a backend that `choose` has chosen; it is imported on first use."""
     return importlib.import_module(f"{__name__}.{backend}")
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter."""
+    """Return whether Triton runs kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def scratch_budget(memory_budget: int | None, on: device) -> int:
-    """Bytes of vocabulary-sized scratch: what the caller asked for, or 640 MiB on the CPU and 1 GiB on a GPU."""
+    """Return the bytes of vocabulary-sized scratch: `memory_budget`, or 640 MiB on the CPU and 1 GiB on a GPU."""
     if memory_budget is not None:
         return memory_budget
     return (640 if on.type == "cpu" else 1024) * 2**20

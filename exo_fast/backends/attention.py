@@ -1,20 +1,20 @@
 """Attention over packed rows block by block, on CPU: only the products that the mask lets through.
 
-In a row of `[prompt][candidate 1]…[candidate K]` (see `exo_fast.layout`) most pairs of tokens see nothing of
-each other, yet a dense (B, 1, T, T) mask has every one of them multiplied, and is itself read in every layer.
+In a row of `[prompt][candidate 1]…[candidate K]` (see `exo_fast.layout`) most pairs of tokens are masked. With a dense
+(B, 1, T, T) mask every pair is still multiplied, and every layer reads the mask.
 Here a group is computed in parts without any mask, each by PyTorch's own flash kernel:
 
     prompt and candidate 1     causal: together they are one text
-    candidates 2…K             each causal with itself, those of equal length in one call
+    candidates 2…K             each causal with itself, candidates of equal length in one call
     candidates 2…K × prompt    every pair
 
 The last two see different keys for the same queries, and are merged by their log-sum-exps: the softmax over both
-key sets is a weighted mean of the softmax over each. In backward each part is given the merged output and
-log-sum-exp, with which the kernel recomputes its share of the merged probabilities, so the parts' gradients add
-up to those of the whole (ring attention rests on the same identity).
+key sets is a weighted mean of the softmax over each. In backward each part gets the merged output and log-sum-exp.
+From these the kernel recomputes its share of the merged probabilities, so the parts' gradients add up to the
+gradients of the whole (ring attention rests on the same identity).
 
-How it reaches a model that knows nothing of it: `SharedPromptMask` is a tensor of the mask's shape without its
-values. `scaled_dot_product_attention`, called with it, runs the parts; any other operation on it, and any
+The model needs no change: `SharedPromptMask` is a tensor of the mask's shape without its values.
+`scaled_dot_product_attention`, called with it, runs the parts; any other operation on it, and any
 attention that the parts do not cover, gets the dense mask, made when it is first asked for.
 """
 
@@ -32,10 +32,10 @@ from torch.utils._pytree import tree_map_only
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# The kernel works on 32 or 64 queries at a time below this many and on 256 from there on. For so few, each of its
-# bf16 products costs more to set up than to compute, in backward most of the time: 51 tokens, 6 times float32's.
+# The kernel works on 32 or 64 queries at a time below this many and on 256 from there on. Setting up a bf16 product
+# of so few costs more than computing it, and most of backward's time: with 51 tokens, 6 times float32's time.
 WIDE_STEPS = 768
-# Of the dense mask's pairs. With 0.8 of them (two candidates of 64 tokens, a prompt of 192) the parts took as long.
+# A share of the dense mask's pairs. At 0.8 (two candidates of 64 tokens, a prompt of 192) the parts took as long.
 WORTHWHILE_SHARE = 0.7
 
 
@@ -59,7 +59,7 @@ class Span:
         return slice(self.text.stop, self.text.stop + sum(self.candidates[1:]))
 
     def runs(self) -> list[tuple[slice, int]]:
-        """The other candidates as runs of equal length: (where the run is, how many)."""
+        """The other candidates as runs of equal length: (place of the run, number of candidates)."""
         found, begin = [], self.others.start
         for length, same in groupby(self.candidates[1:]):
             count = len(list(same))
@@ -69,7 +69,7 @@ class Span:
 
 
 def spans(group_ids: Tensor, candidate_ids: Tensor) -> tuple[Span, ...] | None:
-    """The groups in rows of (B, T) ids (those of `exo_fast.packing.Packed`), or None where these are not
+    """Return the groups in rows of (B, T) ids (see `exo_fast.packing.Packed`), or None if the rows are not
     `[prompt][candidate]…` with every group in one piece."""
     length = group_ids.shape[1]
     pairs = torch.stack([group_ids, candidate_ids], -1).flatten(0, 1)
@@ -92,7 +92,7 @@ def spans(group_ids: Tensor, candidate_ids: Tensor) -> tuple[Span, ...] | None:
 
 
 def worthwhile(rows: tuple[Span, ...], shape: torch.Size) -> bool:
-    """Whether the parts have so many fewer pairs of tokens than (B, T, T) that more and smaller products pay."""
+    """Return whether the parts have few enough pairs of tokens, compared with (B, T, T), for more products to pay."""
     pairs = 0
     for span in rows:
         text, others = span.prompt + sum(span.candidates[:1]), span.candidates[1:]
@@ -101,9 +101,9 @@ def worthwhile(rows: tuple[Span, ...], shape: torch.Size) -> bool:
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Span, ...], scale: float | None) -> Tensor:
-    """(B, H, T, D): each token's attention to what its group's prompt and its own candidate have up to itself.
+    """Return (B, H, T, D): each token's attention to its group's prompt and its own candidate, up to itself.
 
-    `query`, `key`, `value` (B, H, T, D) of one dtype, on CPU; `scale` defaults to D^-½. 0 where a row is padding.
+    `query`, `key`, `value` (B, H, T, D) of one dtype, on CPU; `scale` defaults to D^-½. Padding is 0.
     """
     return _PackedAttention.apply(query, key, value, rows, scale)
 
@@ -116,7 +116,7 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value = (_rows_contiguous(t) for t in (query, key, value))
         batch, heads, length, size = query.shape
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        # In the order of memory that models turn it into next. Padding stays 0.
+        # The memory order that models convert it to next. Padding stays 0.
         out = query.new_zeros(batch, length, heads, size).transpose(1, 2)
         lse = query.new_zeros(batch, length, heads, dtype=wide).transpose(1, 2)
         for span in rows:
@@ -184,8 +184,8 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _gradients(part: tuple[Tensor, ...], causal: bool, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one part: upstream gradient, q, k, v, output and its log-sum-exp. In half precision from float32 copies while
-    the kernel would take few queries at a time."""
+    """Return dq, dk, dv of one part (upstream gradient, q, k, v, output and its log-sum-exp). Half precision is
+    computed on float32 copies if the kernel would take few queries at a time."""
     grad, q, k, v, out, lse = part
     if q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] < WIDE_STEPS:
         grad, q, k, v, out = (t.float() for t in (grad, q, k, v, out))
@@ -193,7 +193,7 @@ def _gradients(part: tuple[Tensor, ...], causal: bool, scale: float | None) -> t
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """The kernel takes any strides but that of the last dimension."""
+    """Return `tensor` with contiguous rows: the kernel takes any strides except in the last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -202,12 +202,12 @@ def _of(tensor: Tensor, row: int) -> Tensor:
 
 
 def _stacked(tensor: Tensor, run: slice, count: int) -> Tensor:
-    """(1, H, T, …) -> (count, H, length, …): a run of candidates of one length as a batch, a view."""
+    """Return a run of candidates of one length as a batch, a view: (1, H, T, …) -> (count, H, length, …)."""
     return tensor[0, :, run].unflatten(1, (count, -1)).transpose(0, 1)
 
 
 class SharedPromptMask(Tensor):
-    """The (B, 1, T, T) additive mask of packed rows by its parts (see the module's docstring).
+    """The (B, 1, T, T) additive mask of packed rows, kept as its parts (see the module's docstring).
 
     `dense()` makes the mask itself: 0 where a token is seen, the lowest finite value of `dtype` elsewhere.
     """
@@ -220,7 +220,7 @@ class SharedPromptMask(Tensor):
     def __new__(
         cls, rows: tuple[Span, ...], shape: torch.Size, dtype: torch.dtype, dense: Callable[[], Tensor]
     ) -> SharedPromptMask:
-        """`shape` (B, T); `dense` makes the mask of (B, 1, T, T) and `dtype`."""
+        """Make a mask of rows of `shape` (B, T); `dense` makes the (B, 1, T, T) mask of `dtype`."""
         mask = torch.Tensor._make_wrapper_subclass(
             cls, (shape[0], 1, shape[1], shape[1]), dtype=dtype, device=torch.device("cpu")
         )
@@ -240,7 +240,7 @@ class SharedPromptMask(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is torch.Tensor.detach:  # by reentrant checkpointing, of a layer's positional arguments
+        if func is torch.Tensor.detach:  # reentrant checkpointing detaches a layer's positional arguments
             return args[0]
         return func(*_without_shortcuts(args), **_without_shortcuts(kwargs))
 
@@ -248,7 +248,7 @@ class SharedPromptMask(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # Tensor's own is the C function that switches it off
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        # Reached only where __torch_function__ was switched off: still never without values.
+        # Reached only if __torch_function__ is switched off. The operation still gets the values.
         return func(*_without_shortcuts(args), **_without_shortcuts(kwargs or {}))
 
 
@@ -272,10 +272,10 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` with a SharedPromptMask: in parts, or densely where these do not cover it."""
+    """Compute `scaled_dot_product_attention` with a SharedPromptMask: in parts, or densely if these do not cover it."""
     q, k, v = query, key, value
     if torch.is_autocast_enabled("cpu"):
-        # Autocast would do so further down, where the parts are past it.
+        # Autocast would cast further down, which the parts bypass.
         q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
     if enable_gqa and k.ndim == 4:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))

@@ -2,7 +2,7 @@
 
 A softmax over the vocabulary is attention with the hidden states as queries and the head's rows as keys and values:
 
-    attention(H, W, W)_t = Σ_v p_tv W_v               its log-sum-exp over v is that of the logits, lse_t
+    attention(H, W, W)_t = Σ_v p_tv W_v               its log-sum-exp over v is the logits', lse_t
     ∂ℓ_t/∂h_t = scale · (W[y_t] − attention(H, W, W)_t)
 
 and dW is attention with the roles exchanged and −lse_t added to the scores, since exp(z_tv − lse_t) = p_tv:
@@ -10,14 +10,14 @@ and dW is attention with the roles exchanged and −lse_t added to the scores, s
     Σ_t p_tv c_t h_t = exp(m_v) · attention(W, H, c ⊙ H)_v      m_v the log-sum-exp over t
     ∂L/∂W_v = scale · (Σ_{t: y_t = v} c_t h_t − Σ_t p_tv c_t h_t)
 
-So PyTorch's flash attention for CPUs does the work, in caches: 4·N·D·V flops for ℓ and dH, as much for dW, 8 where the
-schedule that keeps U has 6, and faster in all where bf16 products are fast (AMX): docs/performance.md. Scratch is a
-slice of the vocabulary and some rows of hidden states, whatever N and V, and a group may be of any length, because c
-is needed only when all log-probs are known.
+PyTorch's flash attention for CPUs does the work, in caches: 4·N·D·V flops for ℓ and dH, and as many for dW. The total
+of 8 is more than the 6 of the schedule that keeps U, and still faster if bf16 products are fast (AMX):
+docs/performance.md. Scratch is a slice of the vocabulary and some rows of hidden states, whatever N and V. A group may
+be of any length, because c is needed only when all log-probs are known.
 
-The first attention is computed in float32 with bf16 products: PyTorch's bf16 kernel has an exponential that is good to
-5e-5, always in the same direction, which over 2,048 tokens is 0.1 nats. In dW that is nothing beside the rounding of
-its operands, and there the bf16 kernel is used.
+The first attention is computed in float32 with bf16 products. The exponential of PyTorch's bf16 kernel is good to 5e-5,
+always in the same direction, which over 2,048 tokens is 0.1 nats. In dW that error is nothing beside the rounding of
+the operands, so dW uses the bf16 kernel.
 """
 
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
 from exo_fast.reference import LossOptions
 
-COLUMNS = 8192  # of the vocabulary at a time, for each of the parts that threads work on
-ROWS = 4096  # of hidden states at a time: with 8,192 2% faster, and twice the scratch
-MAX_WIDTH = 960  # for more the kernel's blocks of 256 and 512 rows leave the cache, and keeping U is as fast
-MIN_ROWS = 1024  # for fewer the kernel's blocks are too few and small, and keeping U is faster
-QUERIES = 256  # the kernel's block of queries, and so what one thread does
+COLUMNS = 8192  # of the vocabulary at a time, in each part that threads work on
+ROWS = 4096  # of hidden states at a time; 8,192 are 2% faster and take twice the scratch
+MAX_WIDTH = 960  # beyond it the kernel's blocks of 256 and 512 rows leave the cache, and keeping U is as fast
+MIN_ROWS = 1024  # below it the kernel's blocks are too few and small, and keeping U is faster
+QUERIES = 256  # the kernel's block of queries, the work of one thread
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def applies(rows: int, hidden: Tensor, head: Head) -> bool:
-    """Whether this schedule is the one for so many rows: bf16 products on a CPU with AMX, logits h Wᵀ · scale."""
+    """Return whether to use this schedule for so many rows: bf16 products on a CPU with AMX, logits h Wᵀ · scale."""
     return (
         rows >= MIN_ROWS
         and hidden.shape[-1] <= MAX_WIDTH
@@ -55,19 +55,19 @@ def applies(rows: int, hidden: Tensor, head: Head) -> bool:
 
 
 class Sizes:
-    """How many rows and columns the budget holds at once, and in how many parts a slice of the vocabulary is run."""
+    """The numbers of rows and columns that the budget holds at once, and of parts of a slice of the vocabulary."""
 
     def __init__(self, n: int, width: int, memory_budget: int | None, device: torch.device):
         half, threads = scratch_budget(memory_budget, device) // 2, torch.get_num_threads()
-        # Bytes of a column: its float32 and bf16 copies, and its share of dW. In whole blocks, so that parts divide it.
+        # Bytes of a column: its float32 and bf16 copies, and its share of dW. Whole blocks, so that parts divide it.
         columns = min(COLUMNS, half // (12 * width)) // QUERIES
-        # Rows of one chunk that are few leave threads idle: they share it by columns.
+        # A chunk of few rows would leave threads idle, so threads share it by columns.
         self.parts = 1
         while 2 * self.parts * -(-min(n, ROWS) // QUERIES) <= threads and 2 * self.parts <= min(8, columns):
             self.parts *= 2
         self.columns = max(1, columns // self.parts) * self.parts * QUERIES
-        # Of a row, in float32: itself, its mean, this chunk's and the last one's gradient, and the result of each part;
-        # and the kernel's own block of scores and results for each thread.
+        # Bytes of a row, in float32: itself, its mean, this chunk's and the last one's gradient, each part's result;
+        # and of the kernel, for each thread, its block of scores and results.
         kernel = 4 * threads * QUERIES * (2 * QUERIES + width)
         row = (16 + 4 * self.parts) * width
         self.rows = max(1, min(n, ROWS, max(QUERIES, (half - kernel) // row)))
@@ -75,9 +75,9 @@ class Sizes:
 
 
 def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """logsumexp_v z_tv (n,) and Σ_v p_tv W_v (n, D), both float32, of hidden (n, D)."""
+    """Return logsumexp_v z_tv (n,) and Σ_v p_tv W_v (n, D), both float32, of hidden (n, D)."""
     queries, parts = hidden.float().contiguous(), sizes.parts
-    lse = mean = hidden.new_empty(0)  # of what has been walked; the first part of the first slice takes their place
+    lse = mean = hidden.new_empty(0)  # over the columns done so far; the first part of the first slice replaces them
     for start in range(0, len(head.weight), sizes.columns):
         rows = head.weight[start : start + sizes.columns].float().contiguous()
         split = parts if len(rows) % parts == 0 else 1
@@ -95,9 +95,9 @@ def softmax_mean(hidden: Tensor, head: Head, sizes: Sizes) -> tuple[Tensor, Tens
 
 
 def token_gradients(hidden: Tensor, head: Head, targets: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """logsumexp_v z_tv (n,), z[y] (n,) and W[y] − Σ_v p_tv W_v (n, D), float32, of hidden (n, D).
+    """Return logsumexp_v z_tv (n,), z[y] (n,) and W[y] − Σ_v p_tv W_v (n, D), float32, of hidden (n, D).
 
-    z[y] and W[y] are of operands rounded as the products round them: p_ty near 1 makes small differences of them.
+    z[y] and W[y] are of operands rounded as in the products, because for p_ty near 1 the differences are small.
     """
     lse, mean = softmax_mean(hidden, head, sizes)
     rows = head.weight[targets].bfloat16().float()
@@ -106,7 +106,7 @@ def token_gradients(hidden: Tensor, head: Head, targets: Tensor, sizes: Sizes) -
 
 
 def token_logps(target: Tensor, lse: Tensor) -> Tensor:
-    """z[y] − lse, which are of two summations: at most 0 all the same."""
+    """Return z[y] − lse, at most 0; the terms come from two summations, so rounding could make it positive."""
     return (target - lse).clamp_(max=0)
 
 
@@ -119,8 +119,8 @@ def add_to_weight(
     coefficients: Tensor,  # (n,) float32, ∂L/∂ℓ
     sizes: Sizes,
 ) -> Tensor:
-    """`total` and ∂L/∂W of these rows, in place where there is a total."""
-    # Both halves of ∂L/∂W take the rounded c ⊙ H: where p_ty is near 1 they nearly cancel.
+    """Return `total` plus ∂L/∂W of these rows, in place if there is a total."""
+    # Both halves of ∂L/∂W take the rounded c ⊙ H: if p_ty is near 1 they nearly cancel.
     scaled = (hidden.float() * (coefficients * head.scale).unsqueeze(1)).bfloat16()
     keys, values = _one_head(hidden.bfloat16()), _one_head(scaled)
     bias = -lse.view(1, 1, 1, -1)
@@ -140,7 +140,7 @@ def add_to_weight(
 
 
 def _one_head(rows: Tensor) -> Tensor:
-    """(n, D) as attention takes it. The kernel reads rows, whatever the strides say."""
+    """Return (n, D) in the shape attention takes. The kernel reads contiguous rows, whatever the strides."""
     return rows.contiguous().view(1, 1, *rows.shape)
 
 
@@ -151,7 +151,7 @@ def _float32(like: Tensor, shape: Sequence[int]) -> Tensor:
 def logprobs_forward(
     hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`exo_fast.backends.torch.logprobs_forward` with ∂ℓ_t/∂h_t: 4·N·D·V flops. A row's sum is 1, its shift lse."""
+    """Do `exo_fast.backends.torch.logprobs_forward` with ∂ℓ_t/∂h_t: 4·N·D·V flops. A row's sum is 1, its shift lse."""
     kept = kept_rows(targets)
     n = len(hidden) if kept is None else len(kept)
     sizes = Sizes(n, hidden.shape[1], memory_budget, hidden.device)
@@ -172,7 +172,7 @@ def logprobs_backward(
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor | None, Tensor | None, None]:
-    """`exo_fast.backends.torch.logprobs_backward`: 4·N·D·V flops for each of dH and dW."""
+    """Do `exo_fast.backends.torch.logprobs_backward`: 4·N·D·V flops for each of dH and dW."""
     kept = kept_rows(targets)
     n = len(hidden) if kept is None else len(kept)
     sizes = Sizes(n, hidden.shape[1], memory_budget, hidden.device)
@@ -200,7 +200,7 @@ def group_loss_forward(
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None, None]]:
-    """`exo_fast.backends.torch.group_loss_forward` where hidden needs a gradient: 4·N·D·V flops, 8 with dW."""
+    """Do `exo_fast.backends.torch.group_loss_forward` if hidden needs a gradient: 4·N·D·V flops, 8 with dW."""
     groups, candidates = ref_logps.shape
     bounds = cu_seqlens[::candidates].tolist()
     lengths = cu_seqlens.diff()

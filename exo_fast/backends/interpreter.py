@@ -1,8 +1,8 @@
-"""Triton's interpreter, made to compute in bf16 what a GPU computes.
+"""Patches of Triton's interpreter, so that it computes in bf16 what a GPU computes.
 
 As of Triton 3.9 it holds bf16 as raw bits, multiplies these bits as integers in `tl.dot`, and cuts float32 off where
-GPUs round to nearest even. With TRITON_INTERPRET=1 the backend repairs both, so that kernels can be debugged, and are
-tested, in every dtype on a machine without a GPU. Compiled kernels never come here.
+GPUs round to nearest even. With TRITON_INTERPRET=1 the backend patches both, so kernels can be debugged and tested in
+every dtype on a machine without a GPU. Compiled kernels never come here.
 """
 
 from typing import Any
@@ -13,19 +13,19 @@ from triton.runtime import interpreter
 
 
 def _narrow(x: np.ndarray) -> np.ndarray:
-    """float32 -> bits of the nearest bf16, ties to even; nan stays nan."""
+    """Round float32 to the bits of the nearest bf16, ties to even; nan stays nan."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
-    """bits of bf16 -> float32, exactly."""
+    """Widen the bits of bf16 to float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def repair() -> None:
-    """Puts the repairs in place; a second call changes nothing."""
+    """Install the patches; a second call changes nothing."""
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
     if getattr(convert, "repaired", False):
         return

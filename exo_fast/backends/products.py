@@ -1,7 +1,7 @@
 """Products with float32 results from operands of any dtype, by the vendor's library.
 
 torch.mm takes `out_dtype` for half-precision operands on CUDA (and addmm an accumulator of that dtype in newer
-versions of torch), which is the fast way. Where a build has neither, and on the CPU, columns of the operands are
+versions of torch), which is the fast way. If a build has neither, and on the CPU, columns of the operands are
 widened in blocks: the same numbers, more slowly.
 """
 
@@ -14,7 +14,7 @@ BLOCK = 8192  # columns widened at a time
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a b; a (n, k) and b (k, m) of one dtype, out (n, m) float32."""
+    """Compute out = a b; a (n, k) and b (k, m) of one dtype, out (n, m) float32."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if _mixed(a.device, a.dtype, "mm"):
@@ -27,7 +27,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a b, in place; a (n, k) and b (k, m) of one dtype, total (n, m) float32."""
+    """Add a b to `total`, in place; a (n, k) and b (k, m) of one dtype, total (n, m) float32."""
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
     if _mixed(a.device, a.dtype, "addmm"):
@@ -43,7 +43,7 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def _mixed(device: torch.device, dtype: torch.dtype, operation: str) -> bool:
-    """Whether this build of torch multiplies `dtype` into float32 on `device`; asked once, with an 8 × 8 product."""
+    """Return whether this build of torch multiplies `dtype` into float32 on `device`; one 8 × 8 product tells."""
     if device.type != "cuda":
         return False
     a, out = torch.zeros(8, 8, dtype=dtype, device=device), torch.zeros(8, 8, device=device)

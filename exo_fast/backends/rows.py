@@ -1,33 +1,33 @@
-"""How the N rows of a call are cut: into chunks, into rows that count, into groups that are finished together."""
+"""Splits of the N rows of a call: into chunks, into rows that count, into groups that are finished together."""
 
 import itertools
 
 from torch import Tensor
 
 Rows = slice | Tensor  # some of the N rows: a range of them, or their indices
-ELSEWHERE = 2**31 - 1  # a target in another slice of the vocabulary: the number of no column, in the kernels' int32 too
+ELSEWHERE = 2**31 - 1  # a target in another slice of the vocabulary: no column's number, in the kernels' int32 too
 
 
 def row_chunks(start: int, stop: int, size: int) -> list[slice]:
-    """[start, stop) in pieces of nearly equal length, at most `size` each."""
+    """Split [start, stop) into pieces of nearly equal length, at most `size` each."""
     pieces = -(-(stop - start) // size)
     bounds = [start + (stop - start) * i // pieces for i in range(pieces + 1)] if pieces else []
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def kept_rows(targets: Tensor) -> Tensor | None:
-    """Indices of the rows that are not ignored (target −1), or None when none is."""
+    """Return the indices of the rows that are not ignored (target −1), or None if no row is ignored."""
     keep = targets >= 0
     return None if bool(keep.all()) else keep.nonzero().squeeze(1)
 
 
 def kept_chunks(kept: Tensor | None, n: int, size: int) -> list[Rows]:
-    """The n rows to work on, `size` at a time: gathered chunk by chunk where others between them are ignored."""
+    """Return the n rows to work on, `size` at a time: slices, or indices if some rows are ignored."""
     return [chunk if kept is None else kept[chunk] for chunk in row_chunks(0, n, size)]
 
 
 def group_units(bounds: list[int], rows: int) -> list[tuple[int, int]]:
-    """Groups [first, last) that are finished together: as many whole groups as `rows` hold, at least one.
+    """Return groups [first, last) that are finished together: as many whole groups as `rows` hold, at least one.
 
     `bounds` are the G + 1 token boundaries of the groups. Small groups share a unit so that products stay large.
     """

@@ -1,4 +1,4 @@
-"""The chunked backend in plain PyTorch: the default on CPU, and the readable version of what the kernels do.
+"""The chunked backend in plain PyTorch: the default on CPU, and the readable version of the kernels.
 
 One idea carries it. Let E = exp(z − shift) for a chunk of rows, s its row sums and U = E − s·1[v = y] (E with s taken
 off at the target). Then ∂ℓ_t/∂z = −U_t / s_t: U needs neither the loss nor its gradient, so it can be stored once, in
@@ -12,7 +12,7 @@ block, which keeps E in range unless a later block exceeds it by more than `log(
 again with the exact maximum.
 
 Logits leave every product in float32, whatever the operands (rounding them to bf16 costs 0.6 nats on a sequence of
-2,048 tokens). Where U is stored in bf16 it has the 2⁻⁹ relative error of any operand of a bf16 product.
+2,048 tokens). Stored in bf16, U has the 2⁻⁹ relative error of any operand of a bf16 product.
 
 bf16 products on a CPU with AMX have a schedule of their own (`exo_fast.backends.head_attention`).
 
@@ -20,8 +20,8 @@ Cost for N rows: log-probs 2·N·D·V flops; with the gradients of the one-pass 
 schedule 8·N·D·V. Scratch is bounded by the memory budget (`Plan`).
 
 A backend is four functions of plain tensors, `logprobs_forward`, `statistics_forward`, `logprobs_backward` and
-`group_loss_forward`, which `exo_fast.ops` turns into differentiable operators. What they return is contiguous and
-shares no memory.
+`group_loss_forward`, which `exo_fast.ops` turns into differentiable operators. Their results are contiguous and
+share no memory.
 """
 
 import itertools
@@ -42,24 +42,24 @@ BLOCK = 4096  # columns of the vocabulary at a time: a block of logits stays in 
 MIN_ROWS = 192  # fewer whole rows than this in the budget make the products too thin: work by blocks instead
 MAX_ROWS = 1024  # more rows than this make no product faster, and fresh pages cost time
 THIN = 256  # oneDNN's bf16 (n, V) x (V, D) runs half again as fast on up to about 400 rows
-OVERFLOW = 1e26  # a row sum beyond this says that the shift was too small
-FAR = -1000.0  # its exponential is 0, in float64 too, and 0 · FAR is a number, as 0 · −inf is not
+OVERFLOW = 1e26  # a row sum beyond this means that the shift was too small
+FAR = -1000.0  # its exponential is 0, in float64 too, and 0 · FAR is a number, while 0 · −inf is nan
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the budget is cut: `rows` whole rows of V are kept at once, or, when 0, blocks of (block_rows, block)."""
+    """The split of the budget: `rows` whole rows of V are kept at once, or, if 0, blocks of (block_rows, block)."""
 
     rows: int
     block_rows: int
     block: int
-    bytes: int  # that whole rows take, all scratch counted
+    bytes: int  # taken by whole rows, all scratch counted
 
     @classmethod
     def of(
         cls, n: int, hidden: Tensor, head: Head, memory_budget: int | None, together: int = 0, planes: int = 1
     ) -> "Plan":
-        """For n rows of hidden. `together` rows, those of the largest group, save work when they are kept at once.
+        """Plan for n rows of hidden. Keeping `together` rows, the rows of the largest group, at once saves work.
         `planes`: blocks of logits that are held at once."""
         budget = scratch_budget(memory_budget, hidden.device)
         vocab, width = head.weight.shape
@@ -99,7 +99,7 @@ class LogitBlocks:
         )
 
     def __call__(self, hidden: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields (first column, last column + 1, z): z (n, columns) is scratch the caller may overwrite."""
+        """Yield (first column, last column + 1, z): z (n, columns) is scratch the caller may overwrite."""
         head, vocab = self.head, len(self.head.weight)
         hidden = hidden.to(self.acc) if self.cast else hidden
         for start in range(0, vocab, self.plan.block):
@@ -128,7 +128,7 @@ class LogitBlocks:
 
 @dataclass
 class Statistics:
-    """Numbers of a softmax row, of which E and U can be made again. All (n,), accumulator dtype."""
+    """The numbers of a softmax row from which E and U can be recomputed. All (n,), accumulator dtype."""
 
     shift: Tensor
     sum: Tensor  # Σ_v exp(z_v − shift)
@@ -140,26 +140,26 @@ class Statistics:
 
 
 def places(z: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """(n, 1) columns of the targets in this block, clamped to it, and (n, 1) whether they lie in it."""
+    """Return (n, 1) columns of the targets in this block, clamped to it, and (n, 1) whether they lie in it."""
     column = (targets - start).unsqueeze(1)
     return column.clamp(0, z.shape[1] - 1), (column >= 0) & (column < z.shape[1])
 
 
 def pick(z: Tensor, targets: Tensor, start: int, into: Tensor) -> None:
-    """into[i] = z[i, targets[i] − start] for the rows whose target lies in this block."""
+    """Set into[i] = z[i, targets[i] − start] for the rows whose target lies in this block."""
     column, inside = places(z, targets, start)
     torch.where(inside.squeeze(1), z.gather(1, column).squeeze(1), into, out=into)
 
 
 def put(z: Tensor, targets: Tensor, start: int, values: Tensor) -> None:
-    """z[i, targets[i] − start] = values[i] for the rows whose target lies in this block."""
+    """Set z[i, targets[i] − start] = values[i] for the rows whose target lies in this block."""
     column, inside = places(z, targets, start)
     z.scatter_(1, column, torch.where(inside, values.unsqueeze(1).to(z.dtype), z.gather(1, column)))
 
 
 def softcap_slope(z: Tensor, head: Head) -> Tensor:
-    """∂softcap(a)/∂a = 1 − tanh²(a / c), from the finished logits z = c·tanh(a / c)·scale."""
-    assert head.softcap is not None  # for the type checker: asked only of a head that has one
+    """Return ∂softcap(a)/∂a = 1 − tanh²(a / c), from the finished logits z = c·tanh(a / c)·scale."""
+    assert head.softcap is not None  # for the type checker: called only for a head that has one
     return 1 - (z / (head.softcap * head.scale)).square()
 
 
@@ -168,13 +168,13 @@ def exponentials(
     hidden: Tensor,  # (n, D)
     targets: Tensor,  # (n,)
     keep: Tensor | None = None,  # (n, V), receives U
-    known: Statistics | None = None,  # of a pass before this one, and of all slices of the vocabulary
+    known: Statistics | None = None,  # of an earlier pass, over all slices of the vocabulary
 ) -> Statistics:
-    """Row statistics, and U into `keep` (times the softcap's slope) when asked."""
+    """Return row statistics, and write U into `keep` (times the softcap's slope) if given."""
     stats = walk(blocks, hidden, targets, keep, None if known is None else known.shift)
     if known is None and not bool((stats.sum < OVERFLOW).all()):
         exact = torch.stack([z.amax(dim=1) for _, _, z in blocks(hidden)]).amax(dim=0)
-        # Finite where a bias rules all tokens out (of a slice of the vocabulary): −inf − (−inf) would be nan.
+        # Finite even if a bias rules out all tokens (of a slice of the vocabulary): −inf − (−inf) would be nan.
         stats = walk(blocks, hidden, targets, keep, exact.clamp_(min=torch.finfo(exact.dtype).min))
     stats = stats if known is None else known
     if keep is not None:
@@ -183,7 +183,7 @@ def exponentials(
 
 
 def walk(blocks: LogitBlocks, hidden: Tensor, targets: Tensor, keep: Tensor | None, shift: Tensor | None) -> Statistics:
-    """One walk over the vocabulary: row statistics, and E into `keep` (times the softcap's slope) when asked."""
+    """Walk the vocabulary once: return row statistics, write E into `keep` (times the softcap's slope) if given."""
     head = blocks.head
     total = torch.zeros(len(hidden), dtype=blocks.acc, device=hidden.device)
     target = torch.zeros_like(total)
@@ -200,18 +200,18 @@ def walk(blocks: LogitBlocks, hidden: Tensor, targets: Tensor, keep: Tensor | No
         total += z.exp_().sum(dim=1)
         if keep is not None:
             keep[:, start:stop] = z if slope is None else z.mul_(slope)
-    assert shift is not None  # for the type checker: a vocabulary is one block at least
+    assert shift is not None  # for the type checker: a vocabulary has at least one block
     return Statistics(shift, total, target)
 
 
 def target_entry(stats: Statistics, head: Head) -> Tensor:
-    """U at the target, (e_y − s)·slope, formed in the accumulator dtype."""
+    """Return U at the target, (e_y − s)·slope, formed in the accumulator dtype."""
     entry = (stats.target - stats.shift).exp() - stats.sum
     return entry if head.softcap is None else entry * softcap_slope(stats.target, head)
 
 
 def widened_blocks(keep: Tensor, scratch: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, U over those columns in scratch's dtype), block by block."""
+    """Yield (columns, U over those columns in scratch's dtype), block by block."""
     for start in range(0, keep.shape[1], BLOCK):
         columns = slice(start, min(start + BLOCK, keep.shape[1]))
         part = keep[:, columns]
@@ -219,8 +219,8 @@ def widened_blocks(keep: Tensor, scratch: Tensor) -> Iterator[tuple[slice, Tenso
 
 
 class Gradients:
-    """dH, dW and db of a run over N rows; those nobody needs stay None and cost nothing. dH of a head that is a slice
-    of the vocabulary is a share of a sum, and stays in the accumulator dtype."""
+    """dH, dW and db of a run over N rows; unneeded ones stay None and cost nothing. If the head is a slice of the
+    vocabulary, dH is a share of a sum, and stays in the accumulator dtype."""
 
     def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool], sliced: bool = False):
         acc = accumulator(hidden)
@@ -231,12 +231,12 @@ class Gradients:
         self.head_needed = self.weight is not None or self.bias is not None
 
     def unit_hidden(self, keep: Tensor, stats: Statistics, blocks: LogitBlocks) -> Tensor:
-        """∂ℓ_t/∂h_t for each kept row, (n, D) in the accumulator dtype; `blocks` has scratch for a widened block."""
+        """Return each kept row's ∂ℓ_t/∂h_t, (n, D) in the accumulator dtype; `blocks` has scratch to widen a block."""
         weight, acc = self.head.weight, stats.sum.dtype
         if weight.dtype == keep.dtype == self.dtype:
             size = THIN if keep.dtype == torch.bfloat16 and keep.device.type == "cpu" else len(keep)
             product = torch.cat([part @ weight for part in keep.split(size)]).to(acc)
-        else:  # a float16 head, or a slice's share: a block at a time, as a whole copy in float32 would pass the budget
+        else:  # a float16 head, or a slice's share: a block at a time, as a float32 copy of all would pass the budget
             product = keep.new_zeros(len(keep), weight.shape[1], dtype=acc)
             with bf16_products(weight.dtype):
                 for columns, u in widened_blocks(keep, blocks.scratch):
@@ -244,7 +244,7 @@ class Gradients:
         return product.mul_((-self.head.scale / stats.sum).unsqueeze(1))
 
     def add_head(self, keep: Tensor, hidden: Tensor, stats: Statistics, coefficients: Tensor, scratch: Tensor) -> None:
-        """Adds the kept rows' share of dW and db; `scratch` (of LogitBlocks) holds a widened block of U."""
+        """Add the kept rows' share of dW and db; `scratch` (of LogitBlocks) holds a widened block of U."""
         factor = coefficients * (-self.head.scale / stats.sum)
         if self.weight is not None:
             scaled = hidden * factor.unsqueeze(1)
@@ -259,7 +259,7 @@ class Gradients:
                 self.bias[columns].addmv_(u.T, factor)
 
     def join_head(self, other: "Gradients", factor: float) -> None:
-        """Adds another run's dW and db times a factor, and clears them; of the same run: multiplies them."""
+        """Add another run's dW and db times a factor, and clear them; for the same run, multiply them."""
         for mine, added in ((self.weight, other.weight), (self.bias, other.bias)):
             if mine is None or added is None:
                 continue
@@ -272,7 +272,7 @@ class Gradients:
     def add_by_blocks(
         self, blocks: LogitBlocks, rows: Rows, hidden: Tensor, targets: Tensor, stats: Statistics, c: Tensor
     ) -> None:
-        """All gradients of some rows (of N) when not one chunk of whole rows fits: U lives a block at a time."""
+        """Add all gradients of some rows (of N) if no chunk of whole rows fits: U lives a block at a time."""
         head = self.head
         factor = (c * (-head.scale / stats.sum)).unsqueeze(1)
         entry = target_entry(stats, head)
@@ -302,12 +302,12 @@ class Gradients:
 def logprobs_forward(
     hidden: Tensor,  # (N, D)
     head: Head,
-    targets: Tensor,  # (N,) int64, −1 where ignored, `rows.ELSEWHERE` where the target logit is not of this head
+    targets: Tensor,  # (N,) int64, −1 where ignored, `rows.ELSEWHERE` if the target is not in this head
     memory_budget: int | None,
     unit_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per-token log-probs (N,), the row statistics (3, N) that the backward pass needs to make the logits again
-    (shift, Σ exp(z − shift), target logit) and, when `unit_hidden`, ∂ℓ_t/∂h_t (N, D).
+    """Return per-token log-probs (N,), the row statistics (3, N) from which the backward pass makes the logits again
+    (shift, Σ exp(z − shift), target logit) and, if `unit_hidden`, ∂ℓ_t/∂h_t (N, D).
 
     2·N·D·V flops, and as much again for the last. Ignored rows get 0 and no work.
     """
@@ -335,11 +335,11 @@ def logprobs_forward(
 
 
 class Moments:
-    """Sums over the vocabulary of some rows, built up block by block: those of the log-prob, and of each of `outputs`
-    (entropy, log Σ p², mean logit, is_top1; None where not wanted) what it takes. (n,) each, accumulator dtype.
+    """Sums over the vocabulary of some rows, built up block by block: for the log-prob, and for each of `outputs`
+    (entropy, log Σ p², mean logit, is_top1; None if not wanted). (n,) each, accumulator dtype.
 
-    Exponentials are those of z − shift with the running maximum as shift, and what came before a new one is scaled down
-    to it: log Σ p² overflows where Σ p does not, and is_top1 needs the maximum itself.
+    Exponentials are of z − shift with the running maximum as shift; a new maximum scales the sums so far down to it.
+    log Σ p² overflows where Σ p does not, and is_top1 needs the maximum itself.
     """
 
     def __init__(self, n: int, outputs: tuple[bool, ...], like: Tensor):
@@ -355,13 +355,13 @@ class Moments:
         self.top = torch.full_like(self.sum, -1, dtype=torch.int64) if top else None  # the first column of the maximum
 
     def add(self, start: int, z: Tensor, targets: Tensor, plane: Tensor | None) -> None:
-        """A block of logits (n, columns) from column `start`, which are written over; `plane` is a second such block,
+        """Add a block of logits (n, columns) from column `start`, and write over it; `plane` is a second such block,
         for the entropy."""
         pick(z, targets, start, into=self.target)
         if self.logits is not None:
             self.logits += z.sum(dim=1)
         if self.top is not None:
-            highest, column = z.max(dim=1)  # of equal ones the first
+            highest, column = z.max(dim=1)  # the first of equal ones
             torch.where(highest > self.shift, column + start, self.top, out=self.top)
         else:
             highest = z.amax(dim=1)
@@ -378,7 +378,7 @@ class Moments:
         self.shift = shift
 
     def outputs(self, targets: Tensor, vocab: int) -> list[Tensor | None]:
-        """The statistics that were asked for, from the sums of the whole vocabulary."""
+        """Return the requested statistics, computed from the sums of the whole vocabulary."""
         log_sum = self.sum.log()
         return [
             None if self.weighted is None else log_sum - self.weighted / self.sum,
@@ -393,9 +393,9 @@ def statistics_forward(
     head: Head,
     targets: Tensor,  # (N,) int64, −1 where ignored
     memory_budget: int | None,
-    outputs: tuple[bool, ...],  # of entropy, log Σ p², mean logit and is_top1: which are wanted
+    outputs: tuple[bool, ...],  # which of entropy, log Σ p², mean logit and is_top1 are wanted
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Per-token log-probs (N,), row statistics (3, N) as of `logprobs_forward`, and (N,) of each of `outputs`, or None.
+    """Return log-probs (N,), row statistics (3, N) as in `logprobs_forward`, and (N,) for each of `outputs`, or None.
 
     2·N·D·V flops: one walk over the vocabulary. Ignored rows get 0 and no work.
     """
@@ -434,9 +434,9 @@ def logprobs_backward(
     memory_budget: int | None,
     sliced: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW.
+    """Return dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW.
 
-    `sliced`: the head is a slice of the vocabulary, the statistics are those of all of it, a target may be
+    `sliced`: the head is a slice of the vocabulary, the statistics cover all of it, a target may be
     `rows.ELSEWHERE`, and dH is this slice's share, in the accumulator dtype (`exo_fast.vocab_parallel`).
     """
     if not sliced and head_attention.applies(len(hidden), hidden, head):
@@ -470,7 +470,7 @@ def keep_buffer(hidden: Tensor, head: Head, plan: Plan) -> Tensor | None:
 def pair_gradients(
     hidden: Tensor, head: Head, need: tuple[bool, bool, bool], memory_budget: int | None, plan: Plan
 ) -> Gradients | None:
-    """A second dW and db for pairs that are longer than the plan's rows; None where the budget does not hold them."""
+    """Return a second dW and db for pairs longer than the plan's rows; None if the budget does not hold them."""
     spare = scratch_budget(memory_budget, hidden.device) - plan.bytes
     if head.weight.numel() * accumulator(hidden).itemsize > spare:
         return None
@@ -488,11 +488,11 @@ def group_loss_forward(
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Losses (G,), policy log-probs (G, K) and the gradients of the *mean* loss, in one pass where the budget allows.
+    """Return losses (G,), policy log-probs (G, K), gradients of the *mean* loss: in one pass if the budget allows.
 
-    A group's loss depends on that group alone: when its last row is done its coefficients are known, and what was
-    kept becomes dW at once. A pair's coefficients are c and −c, so a pair beyond the budget becomes dW without its c,
-    which is multiplied in at its end. Rows of other groups beyond the budget are made again: 2·D·V flops more for each.
+    A group's loss depends on that group alone: when its last row is done its coefficients are known, and the kept rows
+    become dW at once. A pair's coefficients are c and −c, so a pair beyond the budget becomes dW without its c, which
+    is multiplied in at its end. Other groups' rows beyond the budget are made again: 2·D·V flops more for each.
     """
     if need[0] and head_attention.applies(len(hidden), hidden, head):
         return head_attention.group_loss_forward(

@@ -6,13 +6,13 @@
     chunked        float32 and float16. The library makes float32 logits of a chunk of rows; `logsumexp_gather` reads
                    them once, `logits_to_grad` turns them into ∂L/∂z in place.
     fused          when the memory budget holds no chunk: `linear_logprobs_backward`, nothing of the size of V.
-    statistics     the library's float32 logits of a chunk, which `token_statistics` reads once. Gradients, if they are
-                   asked for, are a second pass by any of the ways above.
+    statistics     the library's float32 logits of a chunk, which `token_statistics` reads once. Gradients, if
+                   needed, are a second pass by any of the ways above.
 
-`docs/performance.md` has the analysis that chose them. The one-pass schedule (gradients in forward, 6·N·D·V flops)
+`docs/performance.md` explains the choice. The one-pass schedule (gradients in forward, 6·N·D·V flops)
 needs to know where groups end before the first product: from a cu_seqlens on the CPU, or because all rows fit the
-budget. Otherwise, and for float16, whose coefficients need one scaling, log-probs come first (8·N·D·V). Nothing here
-waits for the device or asks it anything, so a step can be captured in a CUDA graph, once a first step has compiled the
+budget. Otherwise, and for float16, whose coefficients need one scaling, log-probs come first (8·N·D·V). Nothing
+waits for the device, so a step can be captured in a CUDA graph, once a first step has compiled the
 kernels. Launches go to the current stream of hidden's device.
 
 The configuration of a kernel is a static function of target, dtype and D, so that the same input gives the same bits on
@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
-# As launches default to today; Triton warns that its default will change and wants a decision.
+# The default of launches today; Triton warns that it will change and asks for an explicit value.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
@@ -57,7 +57,7 @@ KEPT = (torch.bfloat16,)  # dtypes whose one-pass schedule keeps U; empty it to 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Gradients3 = tuple[Tensor | None, Tensor | None, Tensor | None]  # dH, dW, db
 
-configured: dict[tuple, Config] = {}  # (kernel, target, dtype, D) -> what EXO_FAST_AUTOTUNE found, or a test put there
+configured: dict[tuple, Config] = {}  # (kernel, target, dtype, D) -> set by EXO_FAST_AUTOTUNE or by a test
 
 
 def autotuning() -> bool:
@@ -65,7 +65,7 @@ def autotuning() -> bool:
 
 
 class Rows:
-    """Rows of hidden states, their targets and statistics, with the head they meet: what every launch is made of."""
+    """Rows of hidden states, their targets and statistics, with the head: the operands of every launch."""
 
     def __init__(self, hidden: Tensor, head: Head, targets: Tensor, stats: Tensor | None = None):
         self.hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()  # (n, D)
@@ -86,13 +86,13 @@ class Rows:
 
     @property
     def here(self) -> Tensor:
-        """(n,) whether the row has a target in this head: it is not ignored, nor in another slice of the vocabulary."""
+        """Return (n,) whether the target is in this head: not ignored, nor in another slice of the vocabulary."""
         return (self.targets >= 0) & (self.targets < self.vocab)
 
     @property
     def places(self) -> Tensor:
-        """(n,) the target's column. Rows without one, which add zeros, get columns of their own: `index_put_` adds what
-        shares one in sequence."""
+        """Return (n,) the target's column. Rows without one add zeros to columns of their own, as `index_put_` adds
+        in sequence to a column that rows share."""
         spread = torch.arange(self.n, device=self.device) % self.vocab
         return torch.where(self.here, self.targets, spread)
 
@@ -100,7 +100,7 @@ class Rows:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
     def config(self, kernel: ModuleType, static: Config, launch: Callable[[Config], object] | None = None) -> Config:
-        """The static configuration, or the fastest one where tuning is on and `launch` can be timed."""
+        """Return the static configuration, or the fastest one if tuning is on and `launch` can be timed."""
         key = (kernel.__name__.rpartition(".")[2], self.target.name, self.dtype, self.width)
         if key not in configured and launch is not None and autotuning() and self.device.type == "cuda":
             from triton.testing import do_bench
@@ -110,11 +110,11 @@ class Rows:
         return configured.get(key, static)
 
     def residual(self, coefficients: Tensor) -> Tensor | None:
-        """The part of ∂L/∂a at the target that rounding takes off, (n, 1) float32; None for float32 operands.
+        """Return the part of ∂L/∂a at the target that rounding takes off, (n, 1) float32; None for float32 operands.
 
-        A target's entry is half of its row, and that of all tokens of a sequence is near c: one rounding of it is no
-        noise that averages out. So products of rounded gradients get it back, in float32. (`index_put_` sorts indices
-        before it adds, on a GPU too: one order, the same bits.)
+        A target's entry is half of its row, near c for all tokens of a sequence, so its rounding does not average
+        out. So products of rounded gradients get it back, in float32. (`index_put_` sorts indices before it adds, on a
+        GPU too: one order, the same bits.)
         """
         if self.dtype == "fp32":
             return None
@@ -127,23 +127,23 @@ class Rows:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
-    """One launch, with a configuration's block sizes that the kernel knows."""
+    """Launch a kernel once, with the block sizes of `config` that it takes."""
     constants = {name: value for name, value in config.constants.items() if name in kernel.arg_names}
     kernel[grid](**arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device."""
+    """Make `device` current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def padded(columns: int) -> int:
-    """Row stride of a chunk: a multiple of 16 elements, so that every access is 128 bits wide."""
+    """Return the row stride of a chunk: a multiple of 16 elements, so that every access is 128 bits wide."""
     return triton.cdiv(columns, 16) * 16
 
 
 def describable(*matrices: Tensor) -> bool:
-    """Whether TMA can read these: bases and rows at multiples of 16 bytes."""
+    """Return whether TMA can read these: bases and rows at multiples of 16 bytes."""
     return all(
         m.data_ptr() % 16 == 0 and m.stride(0) * m.itemsize % 16 == 0 and m.stride(0) >= m.shape[1] for m in matrices
     )
@@ -161,9 +161,9 @@ def product_statistics(
     flagged: bool = False,
     partial: Tensor | None = None,
 ) -> Tensor:
-    """`linear_logsumexp` and its merge. Without `kept`: maxima and sums (with `flagged`, only shifts of flagged rows).
-    With it: U from the shifts in rows.stats, the residuals of its rounding, and `flags` for rows that need another
-    shift. Returns the partial sums, which a flagged launch completes."""
+    """Run `linear_logsumexp` and its merge. Without `kept`: maxima and sums (with `flagged`, only shifts of flagged
+    rows). With it: U from the shifts in rows.stats, the residuals of its rounding, and `flags` for rows that need
+    another shift. Returns the partial sums, which a flagged launch completes."""
     head, store = rows.head, kept is not None
     written = [] if kept is None else [kept]
     descriptors = rows.target.descriptors and describable(rows.hidden, rows.weight, *written)
@@ -219,7 +219,7 @@ class Kept:
         return padded(like.vocab) * like.hidden.itemsize + like.width * 18  # with the temporaries of `gradients`
 
     def fill(self, rows: Rows, logps: Tensor) -> None:
-        """Log-probs, statistics and U in one pass: 2·n·D·V flops."""
+        """Compute log-probs, statistics and U in one pass: 2·n·D·V flops."""
         head, kept, flags, residual = rows.head, *self._parts(rows.n)
         launch(
             linear_kernel.target_shift, (rows.n,), linear_kernel.TARGET_SHIFT,
@@ -228,12 +228,12 @@ class Kept:
             scale=head.scale, softcap=rows.softcap, **rows.flags,
         )  # fmt: skip
         sums = product_statistics(rows, logps, kept, flags, residual)
-        # Rows whose target's logit lies too far below others: these launches return at once where none is flagged.
+        # Rows whose target's logit lies too far below others: these launches return at once if no row is flagged.
         product_statistics(rows, logps, None, flags, flagged=True)
         product_statistics(rows, logps, kept, flags, residual, flagged=True, partial=sums)
 
     def refill(self, rows: Rows) -> None:
-        """U again, from statistics that are known."""
+        """Make U again, from known statistics."""
         again = Rows(rows.hidden, rows.head, rows.targets, rows.stats.clone())  # the sums may differ in a last bit
         product_statistics(again, rows.floats(rows.n), *self._parts(rows.n))
 
@@ -241,8 +241,8 @@ class Kept:
         return self.buffer[:n], self.flags[:n], self.residual[:n]
 
     def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
-        """Half of ∂ℓ/∂a, as a sum of magnitudes, is its entry at the target: there, and only there, what rounding U
-        and the scaled rows took off is put back, in float32 (`Rows.residual`)."""
+        """Add these rows to the gradients `into`. Half of ∂ℓ/∂a, as a sum of magnitudes, is its entry at the target:
+        only there the rounding of U and of the scaled rows is put back, in float32 (`Rows.residual`)."""
         u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n, None]
         factor = (coefficients * (-rows.head.scale / rows.stats[1])).unsqueeze(1)
         y = rows.places
@@ -274,11 +274,11 @@ class Logits:
         return padded(like.vocab) * 4
 
     def refill(self, rows: Rows) -> None:
-        """The raw products H Wᵀ; bias, softcap and scale are the kernels'."""
+        """Compute the raw products H Wᵀ; the kernels apply bias, softcap and scale."""
         matmul(rows.hidden, rows.weight.T, out=self.logits[: rows.n, : rows.vocab])
 
     def statistics(self, rows: Rows, values: Tensor, top: Tensor) -> None:
-        """Row statistics, `values` (4, n) and `top` (n,) of `token_statistics`."""
+        """Write row statistics, `values` (4, n) and `top` (n,) of `token_statistics`."""
         self.refill(rows)
         arguments = {
             "logits": self.logits, "targets": rows.targets, "bias": rows.head.bias, "stats": rows.stats,
@@ -324,7 +324,7 @@ class Chunked(Logits):
 
     def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
         stride = self.logits.shape[1]
-        # No timing here: a second launch would take gradients for logits.
+        # No timing here: a second launch would read gradients as logits.
         config = rows.config(grad_kernel, grad_kernel.configs(rows.target, rows.dtype)[0])
         partial = None
         if into.bias is not None:
@@ -352,8 +352,8 @@ class Chunked(Logits):
 
 
 class Gradients:
-    """dH, dW and db of a run; those nobody needs stay None and cost nothing. dW and db are float32, and so is dH of a
-    head that is a slice of the vocabulary: a share of a sum."""
+    """dH, dW and db of a run; unneeded ones stay None and cost nothing. dW and db are float32, and so is dH if the
+    head is a slice of the vocabulary: a share of a sum."""
 
     def __init__(self, rows: Rows, need: tuple[bool, bool, bool], chunk_rows: int, sliced: bool = False):
         like = rows.stats if sliced else rows.hidden
@@ -362,11 +362,11 @@ class Gradients:
         self.bias = rows.floats(rows.vocab).zero_() if need[2] and rows.head.bias is not None else None
         self.scratch = rows.floats(chunk_rows, rows.width) if need[0] else None
         self.weight_started = False
-        self.undo: Tensor | float = 1.0  # what the coefficients were multiplied with, inverted
+        self.undo: Tensor | float = 1.0  # the inverse of the coefficients' factor
 
     def add_weight(self, left: Tensor, right: Tensor) -> None:
-        """dW += left right; the first chunk writes, so that the buffer is never cleared."""
-        assert self.weight is not None  # for the type checker: asked only where dW is needed
+        """Add left right to dW; the first chunk writes, so the buffer is never cleared."""
+        assert self.weight is not None  # for the type checker: called only if dW is needed
         if self.weight_started:
             add_matmul(self.weight, left, right)
         else:
@@ -374,8 +374,8 @@ class Gradients:
         self.weight_started = True
 
     def boost(self, coefficients: Tensor, scale: float) -> Tensor:
-        """float16 gradients of single logits are too small for float16: coefficients times a power of two that brings
-        the largest to between 2⁹ and 2¹⁰, undone in the float32 results. No host sees the number."""
+        """Multiply the coefficients by a power of two that brings the largest to between 2⁹ and 2¹⁰: gradients of
+        single logits are too small for float16. The float32 results undo it, and the host never reads the number."""
         largest = (coefficients.abs().amax() * abs(scale)).clamp(1e-30, 1e30)
         factor = torch.exp2(10 - largest.log2().ceil())
         self.undo = 1 / factor
@@ -392,7 +392,7 @@ class Gradients:
 def chunk_rows(
     kind: type[Kept] | type[Logits], rows: Rows, memory_budget: int | None, fewest: int | None = None
 ) -> int:
-    """Rows of a chunk in the memory budget, 0 when they are fewer than `fewest`: too few to be worth it."""
+    """Return the rows of a chunk in the memory budget, 0 if they are fewer than `fewest`: too few to pay."""
     budget = scratch_budget(memory_budget, rows.device)
     if memory_budget is None and rows.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         free, _ = torch.cuda.mem_get_info(rows.device)
@@ -407,7 +407,7 @@ def chunk_rows(
 def fused_gradients(
     rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool], sliced: bool = False
 ) -> Gradients3:
-    """dH, dW and db by `linear_logprobs_backward`, with no chunk at all."""
+    """Compute dH, dW and db by `linear_logprobs_backward`, with no chunk at all."""
     into = Gradients(rows, need, 0, sliced)
     if not rows.n:
         for gradient in (into.hidden, into.weight, into.bias):
@@ -455,7 +455,7 @@ def chunk_kind(rows: Rows) -> type[Kept] | type[Chunked]:
 def logprobs_forward(
     hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None, unit_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probs (N,), statistics (3, N), and ∂ℓ_t/∂h_t (N, D) when `unit_hidden`: 2·N·D·V flops, 4 with the last."""
+    """Return log-probs (N,), statistics (3, N), with `unit_hidden` ∂ℓ_t/∂h_t (N, D): 2·N·D·V flops, 4 with the last."""
     with on(hidden.device):
         rows = Rows(hidden, head, targets)
         logps = rows.floats(rows.n)
@@ -479,8 +479,8 @@ def logprobs_forward(
 def statistics_forward(
     hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None, outputs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Log-probs (N,), statistics (3, N), and (N,) of each of `outputs` (entropy, log Σ p², mean logit, is_top1) that is
-    wanted: 2·N·D·V flops. Nothing else knows entropies, so one row of logits is held whatever the budget."""
+    """Return log-probs (N,), statistics (3, N), and (N,) for each wanted one of `outputs` (entropy, log Σ p², mean
+    logit, is_top1): 2·N·D·V flops. No other kernel gives entropies, so a row of logits is held whatever the budget."""
     with on(hidden.device):
         rows = Rows(hidden, head, targets)
         values, top = rows.floats(4, rows.n), torch.empty(rows.n, dtype=torch.int8, device=rows.device)
@@ -489,7 +489,7 @@ def statistics_forward(
             chunk = Logits(rows, size)
             for place in row_chunks(0, rows.n, size):
                 chunk.statistics(rows[place], values[:, place], top[place])
-        # Copies, since what an operator returns may share no memory.
+        # Copies, because an operator's results may share no memory.
         logps, entropy, squares, mean = (value.clone() for value in values)
         found = (entropy, squares, mean, top.bool())
         return logps, rows.stats, [value if wanted else None for value, wanted in zip(found, outputs, strict=True)]
@@ -499,7 +499,7 @@ def logprobs_backward(
     hidden: Tensor, head: Head, targets: Tensor, stats: Tensor, grad: Tensor, need: tuple[bool, bool, bool],
     memory_budget: int | None, sliced: bool = False,
 ) -> Gradients3:  # fmt: skip
-    """dH, dW, db from logits made again: 2·N·D·V flops, and as much again for each of dH and dW. `sliced`: see
+    """Return dH, dW, db from logits made again: 2·N·D·V flops, and as much again for each of dH and dW. `sliced`: see
     `exo_fast.backends.torch.logprobs_backward`."""
     with on(hidden.device):
         rows = Rows(hidden, head, targets, stats)
@@ -509,8 +509,8 @@ def logprobs_backward(
 def second_pass(
     rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool], memory_budget: int | None, sliced: bool = False
 ) -> Gradients3:
-    """The gradients, once the coefficients of all rows are known."""
-    # U is finished with the sums of the head it is made of, which are not those of the whole vocabulary.
+    """Return the gradients, once the coefficients of all rows are known."""
+    # U is finished with its own head's sums. A slice's sums are not the whole vocabulary's.
     kind = Chunked if sliced else chunk_kind(rows)
     size = chunk_rows(kind, rows, memory_budget)
     if not size:
@@ -525,7 +525,7 @@ def second_pass(
 
 
 def group_bounds(cu_seqlens: Tensor, candidates: int) -> list[int] | None:
-    """Where groups end, if that can be known without waiting for a device."""
+    """Return the boundaries of the groups, or None if reading them would wait for a device."""
     return cu_seqlens[::candidates].tolist() if cu_seqlens.device.type == "cpu" else None
 
 
@@ -540,10 +540,10 @@ def group_loss_forward(
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Gradients3]:
-    """Losses (G,), policy log-probs (G, K) and the gradients of the mean loss."""
+    """Return losses (G,), policy log-probs (G, K) and the gradients of the mean loss."""
     groups, candidates = ref_logps.shape
     bounds = group_bounds(cu_seqlens, candidates)
-    if rewards.dtype == torch.float64:  # two of them that differ may be one in float32; what counts is the difference
+    if rewards.dtype == torch.float64:  # different ones may be equal in float32; only differences count
         rewards = rewards - rewards.amax(dim=1, keepdim=True)
     with on(hidden.device):
         rows = Rows(hidden, head, targets)
@@ -578,7 +578,7 @@ def group_loss_forward(
         chunk, into = kind(rows, size), Gradients(rows, need, size)
         for first, last in group_units(bounds, size):
             *early, final = row_chunks(bounds[first], bounds[last], size)
-            for place in early:  # of a group larger than a chunk
+            for place in early:  # for a group larger than a chunk
                 product_statistics(rows[place], logps[place])
             chunk.fill(rows[final], logps[final])
             finish(ends[first], ends[last])

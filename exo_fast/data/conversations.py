@@ -1,15 +1,16 @@
 """From lists of messages to text, through the chat template of a model's tokenizer.
 
-The rule: **what is learned is what inference sees.** The prompt is the generation prompt, as a server writes it before
-the model answers. A candidate is the rest of what the template writes, up to the template's own end of turn: nothing
-that no model is ever asked for (a line break after `<|im_end|>`, an EOS after that) is learned. Three cases need more:
+The rule: **training learns the text that inference sees.** The prompt is the generation prompt, as a server writes it
+before the model answers. A candidate is the rest of the template's text, up to the template's own end of turn. Text
+that no model is ever asked for (a line break after `<|im_end|>`, an EOS after that) is not learned. Three cases need
+more:
 
-- Some templates write more after a generation prompt than before an answer that is there (an opened thought). The
+- Some templates write more after a generation prompt than before a given answer (an opened thought). The
   prompt then ends where the *tokens* of the generation prompt and of all candidates still agree, never inside one.
-- Where the prompt ends with words of the assistant and the candidates go on with the assistant's, each candidate
+- If the prompt ends with words of the assistant and the candidates go on with the assistant's, each candidate
   continues that message instead of beginning another.
-- Of a candidate of several turns only the assistant's words count. Where they stand is what the template's
-  `{% generation %}` marks, or else is found by rendering turn by turn.
+- If a candidate has several turns, only the assistant's words count. The template's `{% generation %}` marks show
+  where they are; without marks they are found by rendering turn by turn.
 """
 
 import os
@@ -28,15 +29,15 @@ from exo_fast.data.forms import Messages, Row, holds_messages
 
 RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
 SINGLE = ("chosen", "rejected", "completion")  # fields that hold one candidate; `completions` holds a list of them
-PROBE = "4821973650"  # words that a template writes as they are, whatever it does with letters
+PROBE = "4821973650"  # a word that a template writes unchanged, whatever it does with letters
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASKED = "hello"
-Spans = list[tuple[int, int]]  # of the characters of a candidate that count
+Spans = list[tuple[int, int]]  # [begin, end) of the characters of a candidate that count
 Learn = Literal["last", "all"]
 
 
 def conversation_field(row: Row) -> str | None:
-    """The first field of `row` that holds messages; None where all is text."""
+    """Return the first field of `row` that holds messages; None if all is text."""
     for name in ("messages", "prompt", *SINGLE):
         if name in row and holds_messages(row[name]):
             return name
@@ -46,33 +47,33 @@ def conversation_field(row: Row) -> str | None:
 
 @dataclass(frozen=True)
 class Turn:
-    """The text of one candidate, from where its own words begin to its end of turn, as the template writes it."""
+    """The text of one candidate as the template writes it, from its first own word to its end of turn."""
 
     text: str
     spans: Spans | None  # None: all of it counts
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, what ends its turns, and the text of rows that hold messages."""
+    """The chat template of a tokenizer, the tokens that end its turns, and the text of rows that hold messages."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
 
-    # What the template writes after an answer
+    # The template's text after an answer
 
     @cached_property
     def tail(self) -> str:
-        """The text that it writes after the words of an answer; empty where it cannot be asked."""
+        """The text that the template writes after the words of an answer; empty if it refuses the test conversation."""
         return "".join(self._split_by_probe(PROBE)[-1:])
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """The tokens that it ends the assistant's turn with: the first special token after an answer, and what a call
-        of a tool ends with, where that is another. Empty for a template that ends turns in plain text."""
+        """The tokens that the template ends the assistant's turn with: the first special token after an answer, and the
+        token that ends a tool call if that is another. Empty for a template that ends turns in plain text."""
         found = self._tokens_in(self.tail)[:1]
         eos = self.tokenizer.eos_token
         both = "".join([*found, eos or ""])
-        # The answer's end, and right behind it the turn's: not where EOS only ends the text.
+        # The answer's end, and right behind it the turn's end. An EOS that only ends the text does not count.
         between = "".join(self._split_by_probe(PROBE, last=False)[1:]).partition(ASKED)[0]
         if found and eos and both in self.tail and both in between:
             found = [eos]
@@ -82,7 +83,7 @@ class ChatTemplate:
         return tuple(found)
 
     def _ends_of_call(self) -> list[str]:
-        """The special tokens that it writes after the calls of an answer, but not between two of them."""
+        """Return the special tokens that the template writes after an answer's calls, but not between two of them."""
         call = {"type": "function", "function": {"name": "call", "arguments": {"a": PROBE}}}
         for calls in ([call, call], [call]):  # some templates refuse two
             _, *between, tail = self._split_by_probe("", tool_calls=calls) or [""] * 2
@@ -93,7 +94,7 @@ class ChatTemplate:
 
     @cached_property
     def header(self) -> str:
-        """The text that it writes before an answer that is asked for."""
+        """The text that the template writes before a requested answer."""
         try:
             asked = [_message("user", PROBE)]
             return self._apply(asked, add_generation_prompt=True).removeprefix(self._apply(asked))
@@ -101,9 +102,9 @@ class ChatTemplate:
             return ""
 
     def _split_by_probe(self, words: str, *, last: bool = True, **more: Any) -> list[str]:
-        """Cut the text of an answer, the last message or not, where the probe stands in it; give an empty list where
-        the template refuses that answer."""
-        for content in (str, lambda text: [{"type": "text", "text": text}]):  # which some templates read alone
+        """Cut the text of an answer, the last message or not, at the probe; return an empty list if the template
+        refuses that answer."""
+        for content in (str, lambda text: [{"type": "text", "text": text}]):  # some templates read only these
             asked = {"role": "user", "content": content(ASKED)}
             try:
                 answer = {"role": "assistant", "content": content(words), **more}
@@ -115,7 +116,7 @@ class ChatTemplate:
         return []
 
     def _tokens_in(self, text: str, *, special: bool = False) -> list[str]:
-        """The added tokens, or only the special ones of these, that stand in `text`, in order."""
+        """Return the added tokens in `text`, or only the special ones, in order."""
         return (self._special if special else self._added).findall(text)
 
     @cached_property
@@ -132,11 +133,11 @@ class ChatTemplate:
         return set(self.tokenizer.all_special_tokens)
 
     def without_special(self, text: str) -> str:
-        """`text` without the special tokens that are written out in it."""
+        """Return `text` without the special tokens that are written out in it."""
         return self._special.sub("", text)
 
     def trimmed(self, text: str) -> str:
-        """`text` up to the end of its last turn: without what the template writes after that."""
+        """Return `text` up to the end of its last turn, without the template's text after it."""
         if self.tail and text.endswith(self.tail):
             stops = [self.tail.index(end) + len(end) for end in self.ends if end in self.tail]
             return text.removesuffix(self.tail) + self.tail[: min(stops, default=len(self.tail.rstrip()))]
@@ -144,8 +145,8 @@ class ChatTemplate:
         return text if self.without_special(text[stop:]).strip() else text[:stop]
 
     def completed(self, text: str) -> str | None:
-        """The text of a conversation with all that the template writes at its end; None for a text that holds no end
-        of a turn, and so is none."""
+        """Return the text of a conversation with all that the template writes at its end; None if the text holds no end
+        of a turn, so is no conversation."""
         if not any(end in text for end in self.ends):
             return None
         if text.endswith(self.tail):
@@ -156,18 +157,18 @@ class ChatTemplate:
     # Rows
 
     def prompt(self, row: Row) -> str:
-        """The generation prompt of `row`, which is what a model is asked with. Raises as `text_of` does."""
+        """Return the generation prompt of `row`, the text a model is asked with. Raises as `text_of` does."""
         self._need_template(row)
         prompt, _ = _split(row, "last")
         return self._opening("prompt", prompt, _is_open(prompt), _options(row))
 
     def text_of(self, row: Row, learn: Learn = "last") -> Row:
-        """`row` with text in place of messages; `messages` become `prompt` and, if the assistant has the last word,
-        `completion`. A row of text alone comes back as it is.
+        """Return `row` with text in place of messages; `messages` become `prompt` and, if the assistant has the last
+        word, `completion`. A row of text alone comes back unchanged.
 
-        Where not all words of a candidate count, `completion_spans` has a list of [begin, end) characters of each
-        candidate. `learn` says whether `messages` give their last assistant turn or all of them. Raises BadField for
-        messages that are none or that the template refuses, and for a tokenizer without a chat template.
+        If not all words of a candidate count, `completion_spans` has a list of [begin, end) characters for each
+        candidate. `learn` says whether `messages` give their last assistant turn or all of them. Raises BadField if the
+        messages are invalid or the template refuses them, and for a tokenizer without a chat template.
         """
         if conversation_field(row) is None:
             return row
@@ -231,17 +232,17 @@ class ChatTemplate:
     def _opening(
         self, name: str, prompt: Messages, continued: bool, options: dict[str, Any], *, answer: bool = True
     ) -> str:
-        """Text before the candidates: the generation prompt, an answer that was begun, or (where candidates do
-        not begin with the assistant's words) the messages alone."""
+        """Return the text before the candidates: the generation prompt, an answer that was begun, or (if candidates
+        do not begin with the assistant's words) the messages alone."""
         how = {"continue_final_message": True} if continued else {"add_generation_prompt": answer}
         return self._text(name, prompt, options, **how)
 
     def _begin(
         self, name: str, before: Messages, opening: str, texts: list[str], continued: bool, options: dict[str, Any]
     ) -> int:
-        """Where in `texts` the answers to the messages `before` begin, of which `opening` is the generation prompt; -1
-        where the template writes these messages otherwise when an answer follows, so that their words cannot be told
-        from the answer's."""
+        """Return the place in `texts` where the answers to the messages `before` begin; `opening` is their generation
+        prompt. Return -1 if the template writes these messages differently when an answer follows, so that their words
+        and the answer's cannot be told apart."""
         if all(text.startswith(opening) for text in texts):
             return len(opening)
         alone = opening if continued else self._text(name, before, options)
@@ -252,7 +253,7 @@ class ChatTemplate:
     def _check_written(
         self, name: str, prompt: Messages, answer: Messages, continued: bool, text: str, start: int, options: dict
     ) -> None:
-        """Raises BadField where the template leaves out what the assistant says: other words give the same `text`."""
+        """Raise BadField if the template leaves out the assistant's words: other words give the same `text`."""
         for index, message in enumerate(answer):
             said = message.get("content") or message.get("tool_calls")
             if message["role"] != "assistant" or not said or (isinstance(said, str) and said.strip() in text[start:]):
@@ -262,7 +263,7 @@ class ChatTemplate:
             others = _join(prompt, [*answer[:index], other, *answer[index + 1 :]], continued)
             try:
                 same = self._apply(others, **options) == text
-            except Exception:  # so it reads what was taken away
+            except Exception:  # so it reads the replaced words
                 continue
             if same:
                 raise BadField(
@@ -273,11 +274,11 @@ class ChatTemplate:
                 )
 
     def _agreed(self, texts: Sequence[str]) -> int:
-        """How many characters the texts share of which the tokens are the same in all, and are whole."""
+        """Return how many characters the texts share in whole tokens that are the same in all."""
         ids = self._encode(list(texts))
         longest = len(os.path.commonprefix(list(texts)))  # noqa: RUF071 - of characters
         stops: Iterable[int] = range(longest, 0, -1)
-        if self.tokenizer.is_fast:  # which says where each token ends
+        if self.tokenizer.is_fast:  # a fast tokenizer gives the end of each token
             places = self.tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             same = len(os.path.commonprefix(ids))  # noqa: RUF071 - of ids
             stops = [end for _, end in reversed(places[:same]) if end <= longest]
@@ -295,7 +296,7 @@ class ChatTemplate:
     def _spans(
         self, name: str, prompt: Messages, answer: Messages, text: str, start: int, continued: bool, options: dict
     ) -> Spans | None:
-        """The assistant's words in `text` from `start` on, counted from there; None where all of it is one answer."""
+        """Return the assistant's words in `text` from `start` on, counted from there; None if it is one answer."""
         speakers = [message["role"] for message in answer]
         if speakers == ["assistant"]:
             return None
@@ -307,7 +308,7 @@ class ChatTemplate:
         return [(begin - start, end - start) for begin, end in found]
 
     def _marked(self, name: str, messages: Messages, start: int, stop: int, options: dict) -> Spans | None:
-        """By the template's `{% generation %}`, each with the end of turn that follows it; None where it has none."""
+        """Return spans by the template's `{% generation %}`, each with its end of turn; None if it marks nothing."""
         template = self.tokenizer.get_chat_template(None, options.get("tools"))
         if not MARKED.search(template):
             return None
@@ -335,7 +336,7 @@ class ChatTemplate:
         return spans
 
     def _turn_by_turn(self, name: str, messages: Messages, first: int, text: str, start: int, options: dict) -> Spans:
-        """By the generation prompt before each answer, and the end of turn after it."""
+        """Return spans by the generation prompt before each answer, and the end of turn after it."""
         spans: Spans = []
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         for index in range(first, last + 1):
@@ -365,13 +366,13 @@ class ChatTemplate:
     def _end_of_turn(
         self, name: str, messages: Messages, index: int, text: str, begin: int, options: dict[str, Any]
     ) -> int:
-        """Where in `text` the answer that begins at `begin` and is message `index` ends, which others follow; -1 where
-        that cannot be told."""
+        """Return the end in `text` of the answer that begins at `begin`: message `index`, which others follow; -1 if it
+        cannot be found."""
         upto = self.trimmed(self._text(name, messages[: index + 1], options))
         if text.startswith(upto):
             return len(upto)
-        # It is written otherwise at the end. An end of turn then stands before the words of the next message, which
-        # may have one of their own.
+        # The template writes it differently as the last message. An end of turn then precedes the words of the next
+        # message, which may have one of their own.
         other = {**messages[index + 1], "content": PROBE}
         others = self._text(name, [*messages[: index + 1], other, *messages[index + 2 :]], options)
         before = os.path.commonprefix([text, others])  # noqa: RUF071 - of characters
@@ -380,7 +381,7 @@ class ChatTemplate:
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    """A pattern of these tokens, the longest first."""
+    """Return a pattern of these tokens, the longest first."""
     listed = sorted((token for token in tokens if token), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, listed)) or r"(?!)")
 
@@ -390,8 +391,8 @@ def _message(role: str, content: str) -> dict[str, Any]:
 
 
 def _options(row: Row) -> dict[str, Any]:
-    """`tools` and `chat_template_kwargs`, which are for the template: not for the function that runs it, nor another
-    template."""
+    """Return `tools` and `chat_template_kwargs` for the template. Raises BadField for arguments of the function that
+    runs it, and for another template."""
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise BadField("chat_template_kwargs", options, "an object of names and values is needed.")
@@ -402,7 +403,7 @@ def _options(row: Row) -> dict[str, Any]:
 
 
 def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
-    """The messages of the prompt, and those of each candidate by its name in the row."""
+    """Return the messages of the prompt, and each candidate's messages by its name in the row."""
     values = {name: row[name] for name in SINGLE if name in row}
     if isinstance(row.get("completions"), list):
         values |= {f"completions[{index}]": value for index, value in enumerate(row["completions"])}
@@ -416,7 +417,7 @@ def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
         _need_prompt("messages", messages, first)
         return messages[:first], {"completion": messages[first:]}
     asked = row.get("prompt")
-    if isinstance(asked, list):  # beside messages a text is the assistant's
+    if isinstance(asked, list):  # a text beside messages is the assistant's
         values = {key: [_message("assistant", v)] if isinstance(v, str) else v for key, v in values.items()}
     candidates = {name: _messages(name, value) for name, value in values.items()}
     candidates = {name: upto_answer(messages) for name, messages in candidates.items()}
@@ -430,7 +431,7 @@ def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
         return prompt, candidates
     if isinstance(asked, str) and asked and all(found[0]["role"] == "assistant" for found in candidates.values()):
         return [_message("user", asked)], candidates
-    # The prompt is implicit: what the conversations share. A `prompt` of text beside them only repeats it.
+    # The prompt is implicit: the messages that the conversations share. A `prompt` of text beside them only repeats it.
     shared = min(map(len, candidates.values())) - 1  # at least one message is each one's own
     one, *others = candidates.values()
     while any(other[:shared] != one[:shared] for other in others):
@@ -440,7 +441,7 @@ def _split(row: Row, learn: Learn) -> tuple[Messages, dict[str, Messages]]:
 
 
 def upto_answer(messages: Messages) -> Messages:
-    """Without what others say after the assistant's last words."""
+    """Return the messages up to the assistant's last words."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return messages[: answers[-1] + 1] if answers else messages
 
@@ -463,13 +464,13 @@ def _messages(name: str, value: Any) -> Messages:
 
 
 def _is_open(prompt: Messages) -> bool:
-    """Whether the prompt ends with words of the assistant that an answer can go on with."""
+    """Return whether the prompt ends with words of the assistant that an answer can go on with."""
     last = prompt[-1]
     return last["role"] == "assistant" and isinstance(last.get("content"), str) and not last.get("tool_calls")
 
 
 def _continues(answer: Messages) -> bool:
-    """Whether a candidate can go on with a message that the prompt has begun."""
+    """Return whether a candidate can go on with a message that the prompt has begun."""
     return answer[0]["role"] == "assistant" and isinstance(answer[0].get("content") or "", str)
 
 

@@ -1,10 +1,10 @@
-"""From a row of text to a checked example: what a row must hold, and what is said when it does not.
+"""From a row of text to a checked example: the fields that a row must hold, and the errors if it does not.
 
-The forms are those of the original EXO repository, and of TRL where it has another name for the same:
+The forms come from the original EXO repository, and from TRL if it has another name for the same:
     candidates  {"prompt": str, "completions": [str, …], "rewards": [number, …]}   candidates and their rewards
                 {"prompt": str, "chosen": str, "rejected": str}                    a preference
     sft         {"prompt": str, "chosen": str}                                     (or "completion"; or "text")
-    samples     {"prompt": str, "completions": [str, …]}                           what a model wrote
+    samples     {"prompt": str, "completions": [str, …]}                           texts that a model wrote
     text        {"text": str, "label": "pos" | "neg"}                              (or 1 | 0, or true | false)
 Candidates may bring `completion_ids`, the token ids that were drawn, which are then used in place of their text, or
 `completion_spans`, the parts of each that count. Other fields are ignored.
@@ -32,8 +32,8 @@ ALL_OR_NONE = (
 @dataclass(frozen=True)
 class Example:
     """One prompt and its candidates; `rewards[k]` is the reward of `completions[k]`, `completion_ids[k]` the ids that
-    were drawn for it (with EOS if that was drawn), and `spans[k]` the [begin, end) characters of it that count, where
-    they are known. `place` says where the row stands."""
+    were drawn for it (with EOS if that was drawn), and `spans[k]` its [begin, end) characters that count, if known.
+    `place` names the row."""
 
     place: Any
     prompt: str
@@ -43,7 +43,7 @@ class Example:
     spans: list[list[tuple[int, int]]] | None = None
 
     def extras(self) -> dict[str, Any]:
-        """Fields of a row beside texts and rewards, to be written with them."""
+        """Return the fields of a row beside texts and rewards, to be written with them."""
         known = {"completion_ids": self.completion_ids, "completion_spans": self.spans}
         return {name: value for name, value in known.items() if value is not None}
 
@@ -57,13 +57,13 @@ class Text(NamedTuple):
 
 
 def scored(row: Row) -> bool | None:
-    """Whether a preference has the scores of both its answers; None for candidates, which have rewards of their own."""
+    """Return whether a preference has the scores of both its answers; None for candidates, which have rewards."""
     return None if row.get("completions") is not None else all(row.get(name) is not None for name in SCORES)
 
 
 def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
-    """A prompt, its candidates and their rewards. A preference has the rewards 1 and 0, or with `scored_pairs`
-    its `score_chosen` and `score_rejected` where it has them. Raises BadField."""
+    """Read a prompt, its candidates and their rewards. A preference has the rewards 1 and 0, or with `scored_pairs`
+    its `score_chosen` and `score_rejected` if it has them. Raises BadField."""
     prompt = _text(row, "prompt", may_be_empty=True)
     if "completions" not in row and any(name in row for name in PAIR):
         pair = [_text(row, name) for name in PAIR]
@@ -78,8 +78,8 @@ def candidates(place: Any, row: Row, *, scored_pairs: bool = False) -> Example:
 
 
 def sft(place: Any, row: Row) -> Example:
-    """A prompt and the one completion to learn, with reward 0; `text` alone is a completion of an empty prompt. Raises
-    BadField."""
+    """Read a prompt and the one completion to learn, with reward 0; `text` alone is a completion of an empty prompt.
+    Raises BadField."""
     if "completions" in row and "chosen" not in row:
         raise BadField(
             "completions", row["completions"], "fine-tuning learns one completion of each prompt; give it as `chosen`."
@@ -90,13 +90,13 @@ def sft(place: Any, row: Row) -> Example:
     name = "completion" if "completion" in row and "chosen" not in row else "chosen"
     completion = [_text(row, name)]
     spans = _spans(row, [row[key] for key in (*PAIR, "completion") if key in row])
-    if spans is not None:  # of the field that is learned, among those that the row has
+    if spans is not None:  # the spans of the learned field, among the fields of the row
         spans = spans[[key for key in (*PAIR, "completion") if key in row].index(name) :][:1]
     return Example(place, prompt, completion, [0.0], spans=spans)
 
 
 def samples(place: Any, row: Row) -> Example:
-    """A prompt with any number of completions, to be scored; `rewards` is empty where the row has none.
+    """Read a prompt with any number of completions, to be scored; `rewards` is empty if the row has no rewards.
 
     `chosen` and `rejected`, or one of them, or `completion`, count as completions too. A completion may be empty: a
     model may have ended at once. Raises BadField.
@@ -115,7 +115,7 @@ def samples(place: Any, row: Row) -> Example:
 
 
 def text(place: Any, row: Row) -> Text:
-    """A text with its class. Raises BadField."""
+    """Read a text with its class. Raises BadField."""
     words, label = _text(row, "text"), field_of(row, "label")
     if not isinstance(label, (str, int)) or label not in LABELS:
         raise BadField("label", label, '"pos" or "neg" is needed (or 1 or 0, or true or false).')
@@ -123,12 +123,12 @@ def text(place: Any, row: Row) -> Text:
 
 
 def prompt(row: Row) -> str:
-    """The prompt of a row. Raises BadField."""
+    """Return the prompt of a row. Raises BadField."""
     return _text(row, "prompt", may_be_empty=True)
 
 
 def _completions(row: Row, may_be_empty: bool = False) -> tuple[list[str], list[list[int]] | None]:
-    """The completions and, if the row has them, the ids that were drawn. With ids a text may be empty: EOS is left."""
+    """Return the completions and, if given, the ids that were drawn. With ids a text may be empty: EOS is left."""
     completions, ids = field_of(row, "completions"), row.get("completion_ids")
     if not isinstance(completions, list):
         raise BadField("completions", completions, "a list of strings is needed.")
@@ -143,14 +143,14 @@ def _completions(row: Row, may_be_empty: bool = False) -> tuple[list[str], list[
 
 
 def check_ids(name: str, value: Any) -> None:
-    """Raises BadField for what is no list of token ids."""
+    """Raise BadField if the value is not a list of token ids."""
     if not isinstance(value, list) or not value or not all(type(i) is int and 0 <= i <= MAX_ID for i in value):
         raise BadField(name, value, "a list of token ids is needed, one at least.")
 
 
 def _spans(row: Row, completions: list[str], ids: list[list[int]] | None = None) -> list[list[tuple[int, int]]] | None:
-    """The parts of each completion that count, None where the row does not say. Raises BadField where `ids` are to be
-    used: characters do not say which of them count."""
+    """Return the parts of each completion that count, or None if the row gives no spans. Raises BadField if `ids` are
+    to be used: characters do not say which ids count."""
     spans = row.get("completion_spans")
     if spans is None:
         return None
@@ -179,7 +179,7 @@ def _spans(row: Row, completions: list[str], ids: list[list[int]] | None = None)
 
 
 def rewards_of(row: Row, count: int) -> list[float]:
-    """The rewards of `count` candidates. Raises BadField."""
+    """Return the rewards of `count` candidates. Raises BadField."""
     rewards = field_of(row, "rewards")
     if not isinstance(rewards, list) or len(rewards) != count:
         held = f"{len(rewards)} numbers" if isinstance(rewards, list) else "not a list"
@@ -188,16 +188,16 @@ def rewards_of(row: Row, count: int) -> list[float]:
 
 
 def _reward(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)):  # which a bool is: 1 for true, 0 for false
+    if not isinstance(value, (int, float)):  # a bool is an int: 1 for true, 0 for false
         raise BadField(name, value, f"a number is needed, not {type(value).__name__}.")
-    # Rewards are used in float32, where a finite double may not be finite.
+    # Rewards are used in float32, in which a finite double may overflow.
     if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
         raise BadField(name, value, "a finite float32 number is needed; remove the row or score it again.")
     return float(value)
 
 
 def field_of(row: Row, name: str) -> Any:
-    """The value of a field. Raises BadField for one that is not there, with the nearest name that is."""
+    """Return the value of a field. Raises BadField if the row lacks it, with the nearest name that the row has."""
     if name in row:
         return row[name]
     unknown = [key for key in row if key not in FIELDS]
@@ -224,7 +224,7 @@ def _check_text(name: str, value: Any, may_be_empty: bool = False) -> None:
 
 
 def conversation_without_template(name: str, value: Any) -> BadField:
-    """The fault of messages where nobody named a tokenizer that could make text of them."""
+    """Return the fault of messages without a tokenizer that could make text of them."""
     return BadField(
         name,
         value,

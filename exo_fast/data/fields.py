@@ -1,4 +1,4 @@
-"""Faults of a row's fields, and the words for them."""
+"""Faults of a row's fields, and their wording."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ MAX_NAMES = 10
 
 
 class Missing:
-    """The value of a field that is not there."""
+    """The value of a missing field."""
 
     def __repr__(self) -> str:
         return "missing"
 
 
 class BadField(ValueError):
-    """A fault in one field of one row; `place` says which row, where that is known."""
+    """A fault in one field of one row; `place` says which row, if known."""
 
     def __init__(self, field: str, value: Any, fix: str, *, place: Any = None):
         super().__init__(f"{'' if place is None else f'{place}, '}field `{field}`, value {shorten(value)}: {fix}")
@@ -30,7 +30,7 @@ def shorten(value: Any, width: int = 80) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether `text` has no half of a surrogate pair, which is no character and which tokenizers refuse."""
+    """Return whether `text` has no half of a surrogate pair, which is no character and which tokenizers refuse."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -39,6 +39,6 @@ def is_unicode(text: str) -> bool:
 
 
 def field_names(row: dict[str, Any]) -> str:
-    """Return the names of a row's fields, the first ten of them, for an error's text."""
+    """Return the names of a row's first ten fields, for an error's text."""
     names = [shorten(name)[1:-1] for name in list(row)[:MAX_NAMES]]
     return ", ".join(names + ["…"] * (len(row) > MAX_NAMES)) or "no fields"

@@ -7,8 +7,8 @@
     UltraFeedback    instruction, completions: [{response, overall_score}, …]
     one message      `chosen` and `rejected` as a message each, in place of a list of them
 
-All of these are conversations: they become lists of messages, and text by the model's own chat template. What has our
-field names already comes back as it is, without the nulls that Arrow puts where one row has a key and another has not.
+All of these are conversations: they become lists of messages, and the model's own chat template makes text of them.
+Rows with our field names come back unchanged, without the nulls that Arrow writes for keys that only other rows have.
 """
 
 import json
@@ -33,9 +33,9 @@ Messages = list[dict[str, Any]]
 
 
 def standard(row: Row) -> Row:
-    """`row` in the fields of this library; one that has them comes back with its own values.
+    """Return `row` in the fields of this library; one that has them comes back with its own values.
 
-    A field that is null is none. Raises BadField for a role or a value that its form does not have.
+    A null field counts as missing. Raises BadField for a role or a value that its form does not have.
     """
     row = {name: value for name, value in row.items() if value is not None}
     if "conversations" in row and "messages" not in row:
@@ -60,27 +60,27 @@ def standard(row: Row) -> Row:
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the keys of objects that are null: Arrow has one type for a column, so a key that one row has
-    is null in all others."""
+    """Return `value` without the null keys of objects: Arrow has one type for a column, so a key that one row has is
+    null in all others."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def holds_messages(value: Any) -> bool:
-    """Whether a field holds messages: one, or a list with some in it."""
+    """Return whether a field holds messages: one, or a list with some in it."""
     return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))
 
 
 def _messages(name: str, value: Any) -> Messages:
-    """A list of messages with `role` and `content`, from such a list, from ShareGPT's, or from one message."""
+    """Return a list of messages with `role` and `content`, from such a list, from ShareGPT's, or from one message."""
     found = value if isinstance(value, list) else [value]
     return [_message(f"{name}[{index}]", item) for index, item in enumerate(found)]
 
 
 def _message(name: str, value: Any) -> Any:
     if not isinstance(value, dict):
-        return value  # judged where the messages are read
+        return value  # checked when the messages are read
     if "role" in value or "from" not in value:
         kept = {key: item if key == "content" else without_nulls(item) for key, item in value.items()}
         return {key: item for key, item in kept.items() if item is not None or key == "content"}
@@ -95,7 +95,7 @@ def _message(name: str, value: Any) -> Any:
 
 
 def _from_json(name: str, value: Any) -> Any:
-    """A value that may come as the text of it."""
+    """Return a value that may be given as its JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -105,7 +105,7 @@ def _from_json(name: str, value: Any) -> Any:
 
 
 def _tools(value: Any) -> Any:
-    """A list of tool schemas, from such a list, from its JSON (TRL's form), or from a list of JSON texts."""
+    """Return a list of tool schemas, from such a list, from its JSON (TRL's form), or from a list of JSON texts."""
     value = _from_json("tools", value)
     if value is None:
         return None
@@ -131,8 +131,8 @@ def _as_answer(value: Any) -> Any:
 
 
 def _with_answers(row: Row, prompt: Messages, **answer: str) -> Row:
-    """A row of a conversation and its answers, from fields that hold text; `answer` names the field of a single one by
-    ours. Fields that have become others are left out."""
+    """Return a row of a conversation and its answers, from fields that hold text; `answer` maps our name of a single
+    answer to its field. Converted fields are left out."""
     found: Row = {"prompt": prompt}
     for name in ("chosen", "rejected", "completion"):
         if name in row:
@@ -159,7 +159,7 @@ def _sharegpt(row: Row) -> Row:
 
 
 def _instruction(row: Row) -> Row:
-    """Alpaca's rows, and UltraFeedback's, whose completions are objects."""
+    """Convert Alpaca's rows, and UltraFeedback's, whose completions are objects."""
     words = row["instruction"]
     if isinstance(more := row.get("input"), str) and more:
         words = f"{words}\n{more}"

@@ -1,7 +1,7 @@
-"""Which candidates of a row make groups of K, and which groups are left out, with the reason.
+"""The choice of candidates for groups of K, and of groups that are left out, with the reason.
 
-Rows as people have them tie, repeat themselves and differ in how many candidates they have. None of that may stop a
-run or be learned in silence: what is left out is counted, by reason, with the first rows of each.
+Real rows tie, repeat themselves and differ in how many candidates they have. Such rows may neither stop a run nor be
+learned silently: left-out groups are counted by reason, with the first rows of each.
 """
 
 import random
@@ -18,7 +18,7 @@ Ties = Literal["error", "drop", "share"]
 Fate = Literal["keep", "drop", "error"]  # the strictest last
 DUPLICATES, TIES, FATES = get_args(Duplicates), get_args(Ties), get_args(Fate)
 SHOWN = 10  # rows of each reason
-MAX_CANDIDATES = 4096  # of a group, which is one row of a batch
+MAX_CANDIDATES = 4096  # of a group, one row of a batch
 
 ALIKE = "all candidates of the group are the same tokens, so there is nothing to learn"
 CONTRADICTION = "two candidates are the same tokens and have different rewards"
@@ -26,7 +26,7 @@ EQUAL = "the rewards of all candidates are equal, so none is preferred"
 TIE = "different candidates share the highest reward, so none is preferred"
 FEW = "fewer candidates than a group needs"
 UNLEARNED = "none of a candidate's tokens count within the longest completion"
-FIX = {  # what to do instead of leaving a group out, by reason
+FIX = {  # the fix instead of leaving a group out, by reason
     ALIKE: "duplicates=drop leaves such groups out, duplicates=keep takes them as they are",
     CONTRADICTION: "duplicates=drop leaves such groups out, duplicates=keep takes them as they are",
     TIE: "ties=drop leaves such groups out, ties=share gives the best ones equal shares of the target, and a *-rw loss "
@@ -35,15 +35,15 @@ FIX = {  # what to do instead of leaving a group out, by reason
 
 
 def need_two(candidates: Sequence[Any], fix: str, *, field: str = "completions") -> None:
-    """Raises BadField for fewer than two candidates."""
+    """Raise BadField for fewer than two candidates."""
     if (count := len(candidates)) < 2:
         raise BadField(field, candidates, f"at least 2 candidates are needed, not {count}; {fix}.")
 
 
 def enough(candidates: Sequence[Any], size: int, num_contrastive: int | None, *, field: str = "completions") -> bool:
-    """Whether a row has candidates for groups of `size`, which is `num_contrastive`, or where that is None the number
-    that the rows before have. `field` is the row's that holds them. Raises BadField for a number that no group can
-    have."""
+    """Return whether a row has candidates for groups of `size`: `num_contrastive`, or if that is None the number of
+    candidates in the rows before. `field` names the row's field that holds them. Raises BadField for a number that no
+    group can have."""
     count = len(candidates)
     if num_contrastive is None:
         need_two(candidates, "remove the row, or set num_contrastive, which leaves such rows out", field=field)
@@ -65,8 +65,8 @@ def enough(candidates: Sequence[Any], size: int, num_contrastive: int | None, *,
 
 
 def groups_of(count: int, size: int, seed: Any) -> list[list[int]]:
-    """The candidates of each group of `size`, of a row that has `count`: one after another where they come out even,
-    else `count // size` groups drawn by `seed` (of which each candidate is in one at most), in the row's order."""
+    """Return the candidates of each group of `size`, from a row that has `count`: consecutive ones if `size` divides
+    `count`, else `count // size` groups drawn by `seed` without repetition, in the row's order."""
     places = list(range(count))
     if count % size:
         places = sorted(random.Random(repr(seed)).sample(places, count - count % size))
@@ -80,18 +80,18 @@ def faults(
     loss_type: str | None,
     learned: Sequence[Sequence[bool]] | None = None,
 ) -> tuple[str, ...]:
-    """All reasons why a group, as token ids after all cutting, teaches nothing or the wrong thing.
+    """Return all reasons why a group, as token ids after all cutting, teaches nothing or the wrong thing.
 
-    Candidates that are the same tokens with the same reward, beside others, are no fault: what was sampled twice
-    counts twice, as the best too. Without a `loss_type` nothing is compared, nor where no token of a candidate counts,
-    or all candidates are the same tokens.
+    Candidates with the same tokens and the same reward, beside others, are no fault: a candidate sampled twice counts
+    twice, as the best too. Nothing is compared without a `loss_type`, if a candidate has no token that counts, or if
+    all candidates are the same tokens.
     """
     if learned is not None and not all(map(any, learned)):
         return (UNLEARNED,)
     if loss_type is None:
         return ()
     texts = [tuple(ids) for ids in candidates]
-    used = [float(np.float32(reward)) for reward in rewards]  # as the loss has them
+    used = [float(np.float32(reward)) for reward in rewards]  # as the loss computes with them
     by_text: dict[tuple[int, ...], set[float]] = {}
     for ids, reward in zip(texts, used, strict=True):
         by_text.setdefault(ids, set()).add(reward)
@@ -103,8 +103,8 @@ def faults(
 
 
 def verdict(reasons: Sequence[str], duplicates: Duplicates, ties: Ties) -> tuple[Fate, str | None]:
-    """Fate of a group with these faults, and the fault that decides: each option says what it does about its own
-    faults, and the strictest wins, an error before leaving out."""
+    """Return the fate of a group with these faults, and the deciding fault: each option rules on its own faults, and
+    the strictest wins, an error before leaving out."""
     fates: list[tuple[Fate, str | None]] = [("keep", None)]
     for reason in reasons:
         if reason == TIE:
@@ -116,7 +116,7 @@ def verdict(reasons: Sequence[str], duplicates: Duplicates, ties: Ties) -> tuple
 
 @dataclass
 class LeftOut:
-    """Groups that were left out of a data set: by reason, how many, and the places of the first."""
+    """The groups left out of a data set: their number by reason, and the places of the first."""
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class LeftOut:
         return sum(self.counts.values())
 
     def lines(self, what: str) -> list[str]:
-        """A line for each reason, for the terminal and a report."""
+        """Return a line for each reason, for the terminal and a report."""
         return [
             f"{what}: {count:,} group{'s' * (count > 1)} left out: {reason} ({_listed(self.places[reason], count)})"
             for reason, count in self.counts.items()
@@ -140,7 +140,7 @@ class LeftOut:
 
 
 def left_out_lines(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The lines of each split of a summary, whose counts have `left_out` and `left_out_rows`."""
+    """Return the lines of each split of a summary, whose counts have `left_out` and `left_out_rows`."""
     return [
         line
         for name, counts in splits.items()

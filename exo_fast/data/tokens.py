@@ -1,14 +1,14 @@
-"""Token ids of prompts and candidates: one function for every door, so that what is learned is what inference sees.
+"""Token ids of prompts and candidates: one function for every caller, so training learns the ids that inference sees.
 
-- A prompt is its text as the tokenizer reads it alone, behind what the tokenizer puts before a text (BOS), once: also
-  where a chat template has written it already.
-- A candidate is the rest of the text, tokenised *after* the prompt: the ids of both together, without those of the
-  prompt (of whose text the end is enough). Where the two would melt into one token at their boundary, the prompt's ids
-  stand, because the model is asked with them, and the candidate is tokenised as it reads in the middle of a text.
+- A prompt is its text as the tokenizer reads it alone, after the ids that the tokenizer puts before a text (BOS),
+  once: also if a chat template has written them already.
+- A candidate is the rest of the text, tokenised *after* the prompt: the ids of both together, without the prompt's ids
+  (the end of its text is enough context). If the two would melt into one token at their boundary, the prompt keeps its
+  ids, because the model is asked with them, and the candidate is tokenised as it reads in the middle of a text.
   (Tokenised alone, a SentencePiece tokenizer would put a space before it.)
 - A candidate ends with EOS, or with the end of turn that the chat template writes, and never with both.
-- Ids that were drawn are taken as they are: with EOS if that was drawn, without where sampling was cut short. They
-  must be those of the completion's text; else another model has drawn them.
+- Ids that were drawn are taken as they are: with EOS if that was drawn, without if sampling was cut short. They
+  must be the ids of the completion's text; else another model has drawn them.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from exo_fast.data.examples import Example
 from exo_fast.data.fields import BadField
 from exo_fast.data.forms import Row, standard
 
-CONTEXT = 128  # characters before a text, which say how it begins: words are shorter
-CARRIERS = ("\n", ".", "a", "1")  # something to read before a text, so that it does not stand at the beginning
+CONTEXT = 128  # characters before a text that decide how it begins: words are shorter
+CARRIERS = ("\n", ".", "a", "1")  # put before a text, so that it is not the beginning
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a prompt and its candidates, and which of the candidates' count (None: all)."""
+    """Token ids of a prompt and its candidates, and which of the candidates' ids count (None: all)."""
 
     prompt: list[int]
     candidates: list[list[int]]
@@ -38,7 +38,7 @@ class Tokens:
 
 
 class RowTokenizer:
-    """A tokenizer, with all that the rule above needs to know of it."""
+    """A tokenizer, with the facts that the rule above needs."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -48,7 +48,7 @@ class RowTokenizer:
 
     @cached_property
     def prefix(self) -> list[int]:
-        """Ids that the tokenizer puts before a text (BOS, for those that do), found by comparing with and without."""
+        """The ids that the tokenizer puts before a text (BOS, if any), found by comparing with and without."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(plain) + 1):
@@ -68,30 +68,30 @@ class RowTokenizer:
 
     @cached_property
     def ends(self) -> frozenset[int]:
-        """The ids that end a completion: EOS, and what the chat template ends the assistant's turn with."""
+        """The ids that end a completion: EOS, and the chat template's end of the assistant's turn."""
         turns = self.tokenizer.convert_tokens_to_ids(list(self.chat.ends)) if self.tokenizer.chat_template else []
         return frozenset({*turns, self.tokenizer.eos_token_id} - {None})
 
     @cached_property
     def known(self) -> frozenset[int]:
-        """The ids that it has a token for."""
+        """The ids that the tokenizer has a token for."""
         return frozenset(self.tokenizer.get_vocab().values())
 
     # Rows
 
     def text_of(self, row: Row, learn: Learn = "last") -> Row:
-        """A row of any accepted form (`forms`), with text in place of messages (`ChatTemplate.text_of`)."""
+        """Return a row of any accepted form (`forms`) with text in place of messages (`ChatTemplate.text_of`)."""
         return self.chat.text_of(standard(row), learn)
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each prompt, BOS included; empty for a text of no tokens without BOS."""
+        """Return the ids of each prompt, BOS included; empty for a text of no tokens without BOS."""
         return [self.prefix + ids for ids in self._bodies(texts)]
 
     def tokens(self, examples: Sequence[Example]) -> list[Tokens]:
-        """Ids of the prompt and of the candidates of each example.
+        """Return the ids of the prompt and of the candidates of each example.
 
         Raises BadField, a ValueError, with the example's place if it has one, for ids that another tokenizer drew;
-        ValueError for a tokenizer without EOS where there is text.
+        ValueError for a tokenizer without EOS if there is text.
         """
         self._check_drawn(examples)
         prompts = self._bodies([example.prompt for example in examples])
@@ -127,16 +127,16 @@ class RowTokenizer:
         return found
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text alone, with nothing put before or after."""
-        if not texts:  # which tokenizers refuse
+        """Return the ids of each text alone, with nothing put before or after."""
+        if not texts:  # tokenizers refuse an empty list
             return []
         found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return found["input_ids"]
 
     def _check_drawn(self, examples: Sequence[Example]) -> None:
-        """Raises BadField where `completion_ids` are not what the tokenizer would have for the completion's text.
+        """Raise BadField if `completion_ids` do not decode to the completion's text.
 
-        Ids that it has no token for are no text; whether the model has a row for them is judged by the model.
+        Ids without a token are skipped; the model's own check finds out whether it has a row for them.
         """
         drawn = [(e, index, ids) for e in examples for index, ids in enumerate(e.completion_ids or ())]
         if not drawn:
@@ -146,7 +146,7 @@ class RowTokenizer:
             drawn, self.tokenizer.batch_decode(ids_of_text, skip_special_tokens=True), strict=True
         ):
             completion = example.completions[index]
-            # Of a conversation it has the end of turn. Spaces apart, which decoding may tidy.
+            # A conversation's text has the end of turn. Spaces are ignored, because decoding may tidy them.
             forms = {"".join(form.split()) for form in (completion, self.chat.without_special(completion))}
             if "".join(text.split()) not in forms:
                 raise BadField(
@@ -159,20 +159,20 @@ class RowTokenizer:
                 )
 
     def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each prompt without BOS, which a template may have written already."""
+        """Return the ids of each prompt without BOS, which a template may have written already."""
         return [self._unprefixed(ids) for ids in self.encode(texts)]
 
     def _unprefixed(self, ids: list[int]) -> list[int]:
         return ids[len(self.prefix) :] if self.prefix and ids[: len(self.prefix)] == self.prefix else ids
 
     def _begins(self, whole: list[int], part: list[int]) -> bool:
-        """Whether the text of `whole` was cut where that of `part` ends. An unknown token may stand for more text in
-        one than in the other, so that nothing is known after it."""
+        """Return whether the text of `whole` was cut at the end of the text of `part`. An unknown token may cover more
+        text in one than in the other, so nothing is known after it."""
         unknown = bool(part) and part[-1] == self.tokenizer.unk_token_id
         return whole[: len(part)] == part and not unknown
 
     def _after(self, text: str) -> list[int]:
-        """Ids of a text that stands in the middle of another."""
+        """Return the ids of a text in the middle of another."""
         for carrier in (*CARRIERS, self.tokenizer.eos_token or ""):
             before, both = self.encode([carrier, carrier + text])
             if before and self._begins(both, before):
@@ -181,7 +181,7 @@ class RowTokenizer:
 
 
 def need_prompts(examples: Sequence[Example], found: Sequence[Tokens]) -> None:
-    """Raises BadField for a prompt of no tokens, from which no completion could be predicted."""
+    """Raise BadField for a prompt of no tokens, from which no completion could be predicted."""
     for example, tokens in zip(examples, found, strict=True):
         if not tokens.prompt:
             fix = "no tokens, and the tokenizer adds no BOS; at least one is needed, to predict a first token from."
@@ -189,7 +189,7 @@ def need_prompts(examples: Sequence[Example], found: Sequence[Tokens]) -> None:
 
 
 def _pieces(example: Example) -> Any:
-    """For each candidate that is text: its pieces in order, and whether each counts."""
+    """Yield for each candidate that is text its pieces in order, and whether each counts."""
     if example.completion_ids is not None:
         return
     for index, text in enumerate(example.completions):

@@ -1,1 +1,1 @@
-"""exo_fast inside the libraries people already train with, one module each. Importing this package imports none."""
+"""exo_fast inside the libraries people already train with, one module each. This package itself imports no library."""

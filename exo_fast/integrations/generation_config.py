@@ -19,11 +19,11 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 
 
 def settle_generation_config(model: Any) -> None:
-    """Make `model.generation_config` one that transformers will save; a warning says what was changed.
+    """Make `model.generation_config` one that transformers will save; a warning names the change.
 
     Sampling values without do_sample, which transformers loads and does not save, mean do_sample=True; beside
-    do_sample=False they mean nothing and go. What is invalid for another reason gives way to its token ids. A valid one
-    is left alone; of a PeftModel it is the base model's.
+    do_sample=False they mean nothing and are removed. A configuration that is invalid for another reason is replaced by
+    its token ids. A valid one is left alone. For a PeftModel this is the base model's configuration.
     """
     config = getattr(model, "generation_config", None)
     if not isinstance(config, GenerationConfig) or (problem := _invalid(config)) is None:
@@ -44,11 +44,11 @@ def settle_generation_config(model: Any) -> None:
 
 
 def _invalid(config: GenerationConfig) -> str | None:
-    """Why transformers would not save a generation configuration; None where it would."""
+    """Return why transformers would not save a generation configuration; None if it would."""
     try:
         config.validate(strict=True)
         config.to_json_string()
-    except Exception as error:  # of values of any type that stood in a file
+    except Exception as error:  # a file may hold values of any type
         lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return lines[1] if len(lines) > 1 and lines[0].startswith("GenerationConfig is invalid") else lines[0]
     return None

@@ -4,9 +4,9 @@
 
     model = apply_exo_fast(AutoModelForCausalLM.from_pretrained(...))
 
-Supervised fine-tuning then runs as before, under transformers.Trainer, accelerate or a loop of one's own. The model's
-own forward still does everything but the loss: a hook on the decoder keeps the final hidden states and hands the
-lm_head none of their rows, and the loss is made of what was kept. So masks, caches, router losses and outputs are
+Supervised fine-tuning then runs as before, under transformers.Trainer, accelerate or your own loop. The model's
+own forward still does everything but the loss: a hook on the decoder keeps the final hidden states and gives the
+lm_head zero rows, and the loss is computed from the kept states. So masks, caches, router losses and outputs are
 the model's by construction, and no model file is copied.
 """
 
@@ -36,36 +36,35 @@ def apply_exo_fast(
 ) -> Model:
     """Let `model` compute its loss on `labels` through `linear_logprobs`, and return it.
 
-    Only this instance changes, not its class, and nothing that is saved: `state_dict()` and `save_pretrained` give what
-    they gave. A call with `labels` returns `loss` as before and `logits` None (with `return_dict=False` a tuple without
-    them), as Liger's in training; a call without `labels`, such as those of `generate`, is the model's own. The loss is
-    that of transformers: labels are shifted unless `shift_labels` comes beside them, −100 is ignored,
+    Only this instance changes, not its class, and nothing that is saved: `state_dict()` and `save_pretrained` give the
+    same as before. A call with `labels` returns `loss` as before and `logits` None (with `return_dict=False` a tuple
+    without them), like Liger's in training. A call without `labels`, as in `generate`, runs the model's own forward.
+    The loss is transformers' own: labels are shifted unless `shift_labels` comes beside them, −100 is ignored,
     `num_items_in_batch` replaces the mean by a sum over it, `logits_to_keep` selects the states that the labels belong
-    to, and a mixture of experts adds its router loss where `output_router_logits` asks for it. It is float32, like the
-    logits inside, also where the model is bf16 and its own logits would have been rounded to that.
+    to, and a mixture of experts adds its router loss if `output_router_logits` asks for it. It is float32, like the
+    logits inside, also if the model is bf16 and would have rounded its own logits to that.
 
-    What the model's forward does is left to it. In a model with LongRoPE or dynamic NTK that is to choose the rotary
-    frequencies of all rows by the longest of the batch, padding counted, so that there a text's loss depends on what it
-    is batched with, as it does without exo_fast; the stages and the TRL integration keep texts apart
-    (`exo_fast.positions`).
+    The model's forward is not changed. A model with LongRoPE or dynamic NTK chooses the rotary frequencies of all rows
+    by the longest row of the batch, padding counted. A text's loss then depends on the texts it is batched with, as it
+    does without exo_fast; the stages and the TRL integration keep texts apart (`exo_fast.positions`).
 
     The head is read at every call, so adapters may be added, switched and trained in full (`modules_to_save`) later.
-    Gradient checkpointing, autocast, torch.compile, DDP and DeepSpeed (ZeRO-3 too) go on as usual: the loss is part of
-    the model's forward. FSDP2 too, with the lm_head in the group of the whole model; in a group of its own it is in
-    pieces when the loss reads it, and the call is refused. nn.DataParallel copies modules without their methods and
+    Gradient checkpointing, autocast, torch.compile, DDP and DeepSpeed (ZeRO-3 too) work as usual: the loss is part of
+    the model's forward. FSDP2 works too, with the lm_head in the group of the whole model; in a group of its own it is
+    in pieces when the loss reads it, and the call is refused. nn.DataParallel copies modules without their methods and
     cannot run it: launch one process for each GPU. A deep copy is patched too; a model that was pickled whole comes
-    back as it was before.
+    back unpatched.
 
     Args:
         model: a transformers causal LM, or a PeftModel around one. Applying it again sets the options anew.
         memory_budget: bytes of vocabulary-sized scratch, see `exo_fast.logprobs.linear_logprobs`.
         backend: see there.
-        eval_logits: in evaluation mode (`model.eval()`) leave calls with labels to the model too, whose output then
+        eval_logits: in evaluation mode (`model.eval()`) leave calls with labels to the model too; its output then
             has the logits that a `compute_metrics` needs, at the cost of their memory.
 
     Raises:
         ValueError: for a model type or head that `read_head` refuses, a loss that is not ForCausalLMLoss, an unknown
-            option, or a model whose forward was wrapped since it was applied before; the model is then as it was.
+            option, or a model whose forward was wrapped since it was applied before; the model is then unchanged.
     """
     causal_lm = unwrap(model)
     read_head(causal_lm)
@@ -86,7 +85,7 @@ def apply_exo_fast(
 
 
 def remove_exo_fast(model: Model) -> Model:
-    """Undo `apply_exo_fast`, and return the model; one that it was not applied to is left alone.
+    """Undo `apply_exo_fast`, and return the model; a model without it is left alone.
 
     Raises ValueError when something else has wrapped the model's forward since, as accelerate does for mixed precision.
     """
@@ -95,7 +94,7 @@ def remove_exo_fast(model: Model) -> Model:
     if fused is None:
         return model
     forward = getattr(vars(causal_lm)["forward"], "__func__", None)
-    # A pickle keeps a method by its name, which finds the class's own when it is loaded.
+    # A pickle keeps a method by its name; loading finds the class's own method.
     if not _is_fused(forward) and forward is not type(causal_lm).forward:
         raise ValueError(
             f"the forward of this {type(causal_lm).__name__} was wrapped after apply_exo_fast, so that it cannot be "
@@ -110,13 +109,13 @@ def remove_exo_fast(model: Model) -> Model:
 
 
 class _Fused:
-    """The state of a patched model. No function in here is a closure over the model, so that a deep copy of the model
-    is a model of its own."""
+    """The state of a patched model. No function here is a closure over the model, so a deep copy of the model is a
+    model of its own."""
 
     def __init__(
         self, instance_forward: Callable[..., Any] | None, memory_budget: int | None, backend: str, eval_logits: bool
     ):
-        self.instance_forward = instance_forward  # what something else had put in place of the class's forward
+        self.instance_forward = instance_forward  # another library's replacement of the class's forward
         self.options = {"memory_budget": memory_budget, "backend": backend}
         self.eval_logits = eval_logits
         self.handle: Any = None
@@ -124,15 +123,15 @@ class _Fused:
         self.hidden: Tensor | None = None  # (B, T, D), between the decoder's end and the loss
 
     def keep_hidden(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        """The decoder's forward hook: keep the final hidden states, leave the lm_head (B, 0, D), of a dtype that it
-        takes."""
+        """Keep the final hidden states, as the decoder's forward hook, and leave the lm_head (B, 0, D), of a dtype that
+        it takes."""
         if self.keeping is not None:
             self.hidden = output.last_hidden_state
             output.last_hidden_state = self.keeping.multiplied(self.hidden[:, :0])
 
 
 def _fused_forward(own: Callable[..., Any]) -> Callable[..., Any]:
-    """The method that takes the place of `own`, a causal LM's forward, with its signature."""
+    """Return the method that replaces `own`, a causal LM's forward, with the same signature."""
     signature = inspect.signature(own)
     names = tuple(signature.parameters)[1:]
 
@@ -145,8 +144,8 @@ def _fused_forward(own: Callable[..., Any]) -> Callable[..., Any]:
             return own_forward(**kwargs)
         return _forward_with_loss(self, fused, own_forward, **kwargs)
 
-    # transformers reads the signature: which columns and keywords the model takes. `__wrapped__` has to go, because
-    # accelerate takes its own wrappers off by following it to the end, which would be the forward without us.
+    # transformers reads from the signature which columns and keywords the model takes. `__wrapped__` has to go, because
+    # accelerate takes its own wrappers off by following it to the end, and would arrive at the forward without us.
     forward.__signature__ = signature  # type: ignore[attr-defined]
     del forward.__wrapped__
     forward._exo_fast = forward  # type: ignore[attr-defined]
@@ -154,7 +153,7 @@ def _fused_forward(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_fused(forward: Any) -> bool:
-    """Whether it is the method itself: a wrapper made with functools.wraps has the attribute of what it wraps."""
+    """Return whether it is the method itself: a wrapper by functools.wraps has the wrapped method's attribute."""
     return forward is not None and getattr(forward, "_exo_fast", None) is forward
 
 
@@ -168,8 +167,8 @@ def _forward_with_loss(
     logits_to_keep: int | Tensor = 0,
     **kwargs: Any,
 ) -> Any:
-    """The model's own forward on no rows of the lm_head, and the loss on all of them."""
-    fused.keeping = read_head(model)  # its dtype; ZeRO-3 has its weight in one piece after the forward only
+    """Run the model's own forward with zero rows for the lm_head, and compute the loss on all rows."""
+    fused.keeping = read_head(model)  # for its dtype; ZeRO-3 gathers its weight only after the forward
     try:
         output = own_forward(**kwargs, return_dict=True)
         hidden = fused.hidden
@@ -197,7 +196,7 @@ def _causal_lm_loss(
     ignore_index: int = -100,
     **_: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss of the logits that `hidden` (…, D) would give; scalar, float32."""
+    """Return transformers' ForCausalLMLoss of the logits that `hidden` (…, D) would give; scalar, float32."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(hidden.device)

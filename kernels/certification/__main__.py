@@ -1,4 +1,4 @@
-"""`python -m exo_fast.kernels.certification`: certify.py as a command."""
+"""`python -m exo_fast.kernels.certification`: the command line of certify.py."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""A launch without a GPU: what Triton's launcher would compile for the arguments of a variant.
+"""A launch without a GPU: the source that Triton's launcher would compile for a variant's arguments.
 
 Types, hints (multiples of 16) and constants come from the functions the launcher itself calls, so the binary made ahead
-of time is the one a launch makes. They are not public: `constraints.txt` has the version of Triton they belong to.
+of time equals the binary of a launch. These functions are not public: `constraints.txt` pins their version of Triton.
 """
 
 import re
@@ -39,7 +39,7 @@ class Example:
 
 
 def example(kind: str, aligned: bool, small: bool) -> Any:
-    """An argument of a launch for a type of a signature. Integers are small, whatever their declared width."""
+    """Return an argument of a launch for a type of a signature. Integers are small, whatever their declared width."""
     if kind.startswith("*"):
         return Example(ELEMENTS[kind[1:]], aligned, small)
     if kind.startswith("tensordesc"):
@@ -53,10 +53,10 @@ def example(kind: str, aligned: bool, small: bool) -> Any:
 
 
 def source_of(variant: Variant, config: Config, target: Target, buffers: bool) -> tuple[ASTSource, list[str]]:
-    """The source of a variant as Triton's own launcher specialises it for example arguments, and where it declares
-    something else.
+    """Return the source of a variant as Triton's own launcher specialises it for example arguments, and the places at
+    which the variant declares something else.
 
-    Names of a Config's constants may stand in the shape of a descriptor: tensordesc<bf16[BLOCK_N,BLOCK_D]>.
+    Names of a Config's constants may be in the shape of a descriptor: tensordesc<bf16[BLOCK_N,BLOCK_D]>.
     """
     kernel, backend = variant.kernel, make_backend(target.gpu)
     constants = {**config.constants, **variant.constants}

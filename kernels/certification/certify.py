@@ -1,21 +1,21 @@
 """Certification without a GPU: compiles every kernel for every target, dtype and configuration, reads the machine code,
-and checks what the documentation claims of it.
+and checks the documentation's claims about it.
 
 A kernel module exports `configs` and `variants` (see `launch.py`); the module found here is the module the backend
 launches. Claims, for each binary:
 
   compiles     the configuration compiles
-  launch       types and hints of its arguments are those that Triton gives a launch with such arguments
+  launch       Triton gives the arguments of a launch the same types and hints
   fits         shared memory (and tensor memory) of one program are within the target's limit
   spills       no register is spilled to memory and no thread has local memory, in any configuration
   products     every product of a variant with `products` uses the target's tensor-core instruction
   wide         in a `memory_bound` variant at least WIDE_SHARE of the bytes moved to and from device memory go in
-               accesses of 128 bits or more, counted as width × instructions over its loops, or over all its code where
+               accesses of 128 bits or more, counted as width × instructions over its loops, or over all its code if
                no loop touches device memory, scalars (a row's target and statistics: one address) left out
-  descriptors  a variant with `descriptors` loads through TMA where the target has it
+  descriptors  a variant with `descriptors` loads through TMA if the target has it
   atomics      no atomic operation on device memory: the same input gives the same bits
 
-Each failure is one line: what was compiled, what was found, what is needed. The exit code is then 1.
+Each failure is one line: the binary, the finding, the requirement. The exit code is then 1.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-# As launches default to today; Triton warns that its default will change and wants a decision.
+# The default of launches today; Triton warns that it will change and asks for an explicit value.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
@@ -51,7 +51,7 @@ from exo_fast.kernels.targets import TARGETS, Target
 
 DTYPES = ("bf16", "fp16", "fp32")
 WIDE_SHARE = 0.9
-TENSOR_CORES = {  # target -> what its products are called, in PTX or assembly and in the disassembly
+TENSOR_CORES = {  # target -> the name of its products, in PTX or assembly and in the disassembly
     "sm_80": ("mma.sync", "HMMA"),
     "sm_90": ("wgmma", "HGMMA"),
     "sm_100": ("tcgen05", "UTC"),
@@ -59,7 +59,7 @@ TENSOR_CORES = {  # target -> what its products are called, in PTX or assembly a
     "gfx942": ("MFMA", "v_mfma"),
     "gfx1100": ("WMMA", "v_wmma"),
 }
-OWN_OPERATION = {"sm_90": "warp_group_dot", "sm_100": "tc_gen5_mma"}  # products that are not Triton's `tt.dot`
+OWN_OPERATION = {"sm_90": "warp_group_dot", "sm_100": "tc_gen5_mma"}  # names of products that replace Triton's `tt.dot`
 MARKERS = ("<!-- written by make certify -->", "<!-- end of what make certify wrote -->")
 EXAMPLES = """examples:
   python -m exo_fast.kernels.certification                                    everything, into build/certification.json
@@ -70,19 +70,19 @@ EXAMPLES = """examples:
 
 
 class Job(NamedTuple):
-    """One binary to make. Plain values: a worker process finds the kernel by them."""
+    """One binary to make. It holds plain values, by which a worker process finds the kernel."""
 
     kernel: str  # name of a module of exo_fast.kernels, or the path of a Python file
     target: str
     dtype: str
     variant: int
     config: int
-    buffers: bool  # AMD: tensors under 2 GiB, which Triton then addresses with buffer instructions
+    buffers: bool  # AMD: tensors under 2 GiB, which Triton addresses with buffer instructions
 
 
 @dataclass
 class Row:
-    """One binary: what it is, what was found in it, which claims it makes and which failed."""
+    """One binary: its identity, its measurements, its claims and the failed ones."""
 
     kernel: str
     variant: str
@@ -96,7 +96,7 @@ class Row:
     num_warps: int = 0
     shared_memory: int = 0  # bytes of a program
     tensor_memory: int = 0  # columns of a program, sm_100
-    code: disassembly.Code | None = None  # absent when it did not compile
+    code: disassembly.Code | None = None  # None if it did not compile
     programs: int = 0  # resident on one multiprocessor
     occupancy: float = 0.0
     occupancy_limit: str = ""
@@ -112,7 +112,7 @@ class Row:
 
 @functools.cache
 def load(kernel: str) -> ModuleType:
-    """A module of exo_fast.kernels by name, or any Python file by path."""
+    """Load a module of exo_fast.kernels by name, or any Python file by path."""
     if not kernel.endswith(".py"):
         return importlib.import_module(f"exo_fast.kernels.{kernel}")
     path = Path(kernel).resolve()
@@ -128,17 +128,17 @@ def exports(module: ModuleType) -> bool:
 
 
 def discover() -> list[str]:
-    """Names of the modules of exo_fast.kernels that are kernels: those that export `configs` and `variants`."""
+    """Return the names of the kernel modules of exo_fast.kernels: they export `configs` and `variants`."""
     return [p.stem for p in sorted(Path(__file__).parents[1].glob("*.py")) if exports(load(p.stem))]
 
 
 def space(module: ModuleType, variant: Variant, target: Target, dtype: str) -> list[Config]:
-    """The configurations a variant may be launched with, default first."""
+    """Return the configurations a variant may be launched with, default first."""
     return [variant.config] if variant.config else module.configs(target, dtype)
 
 
 def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
-    """Every binary of these kernels. On AMD with tensors under 2 GiB, and the default also with tensors of any size."""
+    """The binaries of these kernels: on AMD with tensors under 2 GiB, the default also with tensors of any size."""
     return [
         Job(kernel, target, dtype, variant, config, buffers)
         for kernel in kernels
@@ -151,7 +151,7 @@ def jobs(kernels: Iterable[str], targets: Iterable[str]) -> list[Job]:
 
 
 def described(job: Job) -> tuple[Row, Variant, Config]:
-    """The row of a job, not yet measured, and what is to be compiled."""
+    """Return the row of a job, not yet measured, and the variant and configuration to compile."""
     module, target = load(job.kernel), TARGETS[job.target]
     variant = module.variants(target, job.dtype)[job.variant]
     config = space(module, variant, target, job.dtype)[job.config]
@@ -164,14 +164,14 @@ def described(job: Job) -> tuple[Row, Variant, Config]:
 
 
 def measure(job: Job) -> Row:
-    """Compiles one binary and checks it."""
+    """Compile one binary and check it."""
     row, variant, config = described(job)
     target = TARGETS[job.target]
     try:
         source, differing = source_of(variant, config, target, job.buffers)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         compiled = triton.compile(source, target=target.gpu, options=options)
-    except Exception as error:  # whatever a compiler raises is the finding
+    except Exception as error:  # any compiler error is the finding
         while error.__cause__:  # each function the kernel calls wraps the error once more
             error = error.__cause__
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [""]
@@ -194,7 +194,7 @@ def measure(job: Job) -> Row:
 
 
 def check(row: Row, off_tensor_cores: int) -> None:
-    """Notes the claims of a compiled row that do not hold."""
+    """Record the failed claims of a compiled row."""
     code, target = row.code, TARGETS[row.target]
     if row.shared_memory > target.shared_memory:
         needed = f"at most {target.shared_memory}: prune it in configs()"
@@ -222,7 +222,7 @@ def check(row: Row, off_tensor_cores: int) -> None:
 
 
 def run(todo: list[Job], workers: int) -> list[Row]:
-    """Rows of all jobs, in their order. A job whose compiler ends its process becomes a row that says so."""
+    """Return the rows of all jobs, in order. A job whose compiler ends its process becomes a row that says so."""
     rows: dict[Job, Row] = {}
     new_pool = functools.partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
     with tqdm(total=len(todo), unit=" binaries", smoothing=0.02, disable=None) as bar:
@@ -248,7 +248,7 @@ def run(todo: list[Job], workers: int) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: for each kernel and target the default configuration, worst over variants and dtypes."""
+    """Return Markdown: for each kernel and target the default configuration, worst over variants and dtypes."""
     lines = [
         "| kernel | target | binaries | registers | local memory | scalars in lanes "
         "| shared memory | tensor memory | occupancy | products | bytes in 128-bit accesses | TMA |",
@@ -279,7 +279,7 @@ def table(rows: list[Row]) -> str:
 
 
 def write_table(page: Path, text: str) -> None:
-    """Puts the table between the page's two markers."""
+    """Put the table between the page's two markers."""
     before, _, rest = page.read_text().partition(MARKERS[0])
     _, _, after = rest.partition(MARKERS[1])
     page.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")

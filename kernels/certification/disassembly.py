@@ -45,16 +45,16 @@ class Code:
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     loops: bool = False  # some device-memory access lies in a loop
-    wide_share: float = 1.0  # of the bytes moved, those in accesses of at least WIDE bits; see `wide_share`
+    wide_share: float = 1.0  # share of the bytes moved in accesses of at least WIDE bits; see `wide_share`
 
 
 def nvidia(cubin: bytes, ttgir: str) -> Code:
-    """Facts of a cubin with one kernel, which was made from `ttgir`."""
+    """Read the facts of a cubin with one kernel, made from `ttgir`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path)
-        # Dataflow analysis, off here, only annotates jumps and takes half the time.
+        # Dataflow analysis is off: it only annotates jumps and takes half the time.
         text = _tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", path)
     registers, stack, local = (max(map(int, re.findall(rf"\b{key}:(\d+)", usage))) for key in ("REG", "STACK", "LOCAL"))
     code = _inspect(
@@ -65,7 +65,7 @@ def nvidia(cubin: bytes, ttgir: str) -> Code:
 
 
 def amd(assembly: str, ttgir: str) -> Code:
-    """Facts of amdgcn assembly with one kernel, which was made from `ttgir`."""
+    """Read the facts of amdgcn assembly with one kernel, made from `ttgir`."""
 
     def fact(key: str) -> int:
         found = re.search(rf"^\s*(?:- )?\.{key}:\s+(\d+)", assembly, re.MULTILINE)
@@ -79,9 +79,9 @@ def amd(assembly: str, ttgir: str) -> Code:
 
 
 def products_off_tensor_cores(ttgir: str, own_operation: str | None) -> int:
-    """Number of products in Triton's last GPU dialect that are not on the tensor cores the target is known for.
+    """Count the products in Triton's last GPU dialect that are not on the target's tensor cores.
 
-    A product the compiler could not place keeps its `tt.dot` and a blocked layout: loops of fused multiply-adds. Where
+    A product the compiler could not place keeps its `tt.dot` and a blocked layout: loops of fused multiply-adds. If
     the target has an operation of its own (sm_90, sm_100), a `tt.dot` of any layout is a product that missed it.
     """
     placed = set(re.findall(r"^(#\w+) = #ttg\.(?:nvidia_mma|amd_mfma|amd_wmma)", ttgir, re.MULTILINE))
@@ -90,7 +90,7 @@ def products_off_tensor_cores(ttgir: str, own_operation: str | None) -> int:
 
 
 def parse_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions, and the place of each label among them, from `nvdisasm -c`."""
+    """Parse instructions, and the place of each label among them, from `nvdisasm -c`."""
     instructions, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
@@ -106,7 +106,7 @@ def parse_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def parse_amdgcn(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions, and the place of each label among them, from LLVM's assembly."""
+    """Parse instructions, and the place of each label among them, from LLVM's assembly."""
     instructions, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
@@ -145,7 +145,7 @@ def amdgcn_access(name: str) -> Access | None:
 
 
 def in_loops(instructions: list[Instruction], labels: dict[str, int]) -> set[int]:
-    """Places of the instructions that can run again without a new launch: cycles of the control flow."""
+    """Return the places of instructions that can run again without a new launch: cycles of the control flow."""
     starts = sorted({0, *labels.values(), *(i + 1 for i, x in enumerate(instructions) if x.jump or not x.falls)})
     block = {start: number for number, start in enumerate(starts)}
     graph = networkx.DiGraph()
@@ -162,7 +162,7 @@ def in_loops(instructions: list[Instruction], labels: dict[str, int]) -> set[int
 
 
 def scalar_accesses(ttgir: str) -> tuple[Counter[Access], Counter[Access]]:
-    """Accesses of a single address in Triton's last GPU dialect: all of them, and those in loops."""
+    """Count accesses of a single address in Triton's last GPU dialect: in all, and in loops."""
     everywhere, looping = Counter(), Counter()
     depth, loops = 0, []  # depth of braces, and the depths at which open loops began
     for line in ttgir.splitlines():
@@ -179,7 +179,7 @@ def scalar_accesses(ttgir: str) -> tuple[Counter[Access], Counter[Access]]:
 
 
 def wide_share(accesses: list[Access]) -> float:
-    """Share of the bytes (width × instructions) moved by accesses of at least WIDE bits; 1 where nothing is moved."""
+    """Return the share of bytes (width × instructions) in accesses of at least WIDE bits; 1 if nothing is moved."""
     moved = sum(access.bits for access in accesses)
     return sum(access.bits for access in accesses if access.bits >= WIDE) / moved if moved else 1.0
 
@@ -196,7 +196,7 @@ def _inspect(
     accesses = {place: access for place, name in enumerate(names) if (access := access_of(name))}
     device = {place: access for place, access in accesses.items() if access.kind in ("load", "store")}
     looping = in_loops(instructions, labels) & device.keys()
-    # A scalar is one address for all threads: it is taken off by number and width before shares are formed.
+    # A scalar is one address for all threads: it is subtracted by number and width before shares are formed.
     scalars = scalar_accesses(ttgir)[bool(looping)]
     tensors = Counter(device[place] for place in looping or device) - scalars
     local = [access for access in accesses.values() if access.kind == "local"]

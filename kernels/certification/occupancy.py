@@ -1,5 +1,5 @@
-"""How many programs of a kernel one multiprocessor holds at once: from registers, shared memory, threads and, on
-sm_100, tensor memory, by the allocation rules of the vendors' guides.
+"""The number of programs of a kernel that one multiprocessor holds at once: from registers, shared memory, threads and,
+on sm_100, tensor memory, by the allocation rules of the vendors' guides.
 
 NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and `cuda_occupancy.h` of the
 toolkit (a warp takes its registers from one of four files, in steps of 8 a thread; each program costs 1 KiB of shared
@@ -16,10 +16,10 @@ TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100; handed out in powe
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """The units of allocation. One program runs on `units` multiprocessors of `targets.py`, which share all."""
+    """The units of allocation. One program runs on `units` multiprocessors of `targets.py`, which share all units."""
 
     files: int  # register files of `units` multiprocessors
-    granule: int  # registers of a thread are handed out in multiples of this
+    granule: int  # a thread's registers are allocated in multiples of this
     programs: int  # resident at most
     shared_granule: int  # bytes
     shared_reserved: int = 0  # bytes the system takes for each program
@@ -41,11 +41,11 @@ MULTIPROCESSORS = {
 class Occupancy:
     programs: int  # resident together; 0 when one program alone does not fit
     fraction: float  # of the warps that could be resident
-    limit: str  # what runs out first: registers, shared memory, tensor memory, warps or programs
+    limit: str  # the first limit reached: registers, shared memory, tensor memory, warps or programs
 
 
 def occupancy(target: Target, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> Occupancy:
-    """Resident programs of `warps` warps, each thread with `registers`, each program with `shared` bytes and
+    """Return the resident programs of `warps` warps, each thread with `registers`, each program with `shared` bytes and
     `tensor_memory` columns."""
     rules = MULTIPROCESSORS[target.name]
     max_warps = target.max_warps * rules.units

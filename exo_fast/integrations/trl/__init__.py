@@ -1,13 +1,13 @@
-"""TRL's trainers on the fused path: `patch_trl()` for those you have, `ExoDPOTrainer` for K candidates.
+"""TRL's trainers on the fused path: `patch_trl()` for the trainers you have, `ExoDPOTrainer` for K candidates.
 
     from exo_fast.integrations.trl import patch_trl
     patch_trl()                       # before DPOTrainer(...) is made; KTO, GRPO, RLOO and SFT too
     …
     unpatch_trl()
 
-Trainers made after it compute their per-token log-probs, and the numbers they log beside them, through
+Trainers created after the call compute their per-token log-probs, and the numbers they log beside them, with
 `exo_fast.logprobs`: for the labelled positions alone, and with rows of one prompt (a DPO pair, a GRPO group) in one
-row that runs it once. Losses and gradients are TRL's own to rounding.
+row that runs it once. Losses and gradients equal TRL's own up to rounding.
 
 `ExoDPOTrainer` is DPOTrainer with the losses of this library beside TRL's, over K candidates:
 

@@ -1,7 +1,7 @@
 """Rows of a `datasets` data set as groups of token ids, for `exo_fast.integrations.trl.trainer.ExoDPOTrainer`.
 
-The ids are those of every other door (`exo_fast.data.tokens`). What a group is, and which groups are left out, the
-pipeline says too (`exo_fast.data.selection`); the lengths are TRL's: `max_length` and `truncation_mode`.
+The ids are the same as everywhere (`exo_fast.data.tokens`). Groups are formed and left out as in the pipeline
+(`exo_fast.data.selection`); the lengths are TRL's: `max_length` and `truncation_mode`.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from exo_fast.data.selection import FEW, FIX, TIE, Duplicates, LeftOut, Ties, en
 from exo_fast.data.tokens import RowTokenizer, need_prompts
 
 logger = logging.get_logger(__name__)
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's columns: of the first candidate, and of the others
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's columns, for the first candidate and for the others
 
 
 def tokenize_candidates(
     row: dict[str, Any], processing_class: PreTrainedTokenizerBase | RowTokenizer, *, scored_pairs: bool = False
 ) -> dict[str, Any]:
-    """A row of any form that `exo_fast.data.forms` accepts as token ids, for `datasets.map`.
+    """Return the token ids of a row of any form that `exo_fast.data.forms` accepts, for `datasets.map`.
 
     Args:
         row: K candidates and their rewards, or a preference.
-        processing_class: a tokenizer, or its `RowTokenizer`, which is then made once for all rows.
-        scored_pairs: a preference has its `score_chosen` and `score_rejected` for rewards, where it has both, and not
-            1 and 0: for a `*-rw` loss.
+        processing_class: a tokenizer, or its `RowTokenizer`, made once for all rows.
+        scored_pairs: the rewards of a preference are its `score_chosen` and `score_rejected` if it has both, instead
+            of 1 and 0: for a `*-rw` loss.
 
     Returns:
-        `prompt_ids`, a list of ints; `candidate_ids`, K lists of ints; `candidate_masks`, K lists of bools, which of
-        their tokens count; `rewards`, K floats.
+        `prompt_ids`, a list of ints; `candidate_ids`, K lists of ints; `candidate_masks`, K lists of bools, True for
+        tokens that count; `rewards`, K floats.
 
     Raises:
         BadField, a ValueError: a field that is missing or wrong, a prompt of no tokens, ids of another tokenizer.
@@ -63,7 +63,7 @@ def _tokens(example: Example, rows: RowTokenizer) -> dict[str, Any]:
 
 
 def _given(row: dict[str, Any]) -> dict[str, Any]:
-    """The token columns that a row has, as `_tokens` makes them, and `ref_logps`, K numbers, if it has those."""
+    """Return the token columns of a row, as `_tokens` makes them, and `ref_logps`, K numbers, if it has them."""
     examples.check_ids("prompt_ids", prompt := examples.field_of(row, "prompt_ids"))
     if not _lists(candidates := row["candidate_ids"]):
         raise BadField("candidate_ids", candidates, "a list of token ids for each candidate is needed.")
@@ -94,7 +94,7 @@ def _lists(value: Any) -> bool:
 
 
 def first_row(dataset: Any, split: str) -> dict[str, Any]:
-    """The first row of a data set or stream. Raises ValueError for one without rows."""
+    """Return the first row of a data set or stream. Raises ValueError if it has no rows."""
     for row in dataset:
         return row
     raise ValueError(f"{split} dataset: no rows; at least one is needed.")
@@ -102,10 +102,10 @@ def first_row(dataset: Any, split: str) -> dict[str, Any]:
 
 @dataclass
 class CandidateRows:
-    """The function of `Dataset.map`: rows to groups, one of which says in `left_out` why it is none.
+    """The function of `Dataset.map`: rows to groups. A group's `left_out` says why it is left out.
 
-    Rows of text, or of token ids as `tokenize_candidates` and this class make them: those are judged as well, and
-    judging twice changes nothing.
+    Rows are text, or token ids as `tokenize_candidates` and this class make them. Token ids are checked as well, and
+    a second check changes nothing.
 
     Raises ValueError that names the data set's row, the field, its value and the fix.
     """
@@ -119,7 +119,7 @@ class CandidateRows:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     size: int | None = field(init=False, default=None)  # candidates of a group
-    scored: bool | None = field(init=False, default=None)  # whether pairs have scores: as the first one
+    scored: bool | None = field(init=False, default=None)  # whether pairs have scores: decided by the first one
     rows: RowTokenizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,8 +130,8 @@ class CandidateRows:
         return self.loss_type.endswith("-rw")
 
     def prepared(self, dataset: Any, **how: Any) -> Any:
-        """The data set of groups. Says how many were left out and why (of a stream nobody knows); raises ValueError for
-        no rows, and where no group is left."""
+        """Return the data set of groups. Reports how many groups were left out and why (unknown for a stream). Raises
+        ValueError for no rows, and if no group is left."""
         first = first_row(dataset, self.split)
         columns = dataset.column_names or list(first)
         with self._named(0):
@@ -141,7 +141,7 @@ class CandidateRows:
         if hasattr(dataset, "__len__"):
             how["desc"] = f"Tokenizing {self.split} dataset"
         else:
-            how.pop("num_proc", None)  # IterableDataset takes none
+            how.pop("num_proc", None)  # IterableDataset does not take it
         groups = dataset.map(self, batched=True, with_indices=True, remove_columns=columns, **how)
         if hasattr(groups, "__len__"):
             self._report(groups)
@@ -158,7 +158,7 @@ class CandidateRows:
 
     @contextmanager
     def _named(self, index: int) -> Iterator[None]:
-        """Faults inside say which row they are of."""
+        """Add the row's place to faults raised inside."""
         try:
             yield
         except ValueError as error:
@@ -191,7 +191,7 @@ class CandidateRows:
         return groups
 
     def _check_scores(self, row: dict[str, Any]) -> None:
-        """Raises BadField where the loss weighs by rewards and a pair's are of another scale than the first's."""
+        """Raise BadField if the loss weighs by rewards and a pair's are of another scale than the first's."""
         scored = examples.scored(row) if self.by_rewards else None
         if scored is None:
             return
@@ -200,7 +200,7 @@ class CandidateRows:
             raise BadField(examples.SCORES[0], row.get(examples.SCORES[0]), examples.ALL_OR_NONE)
 
     def _reason(self, group: dict[str, Any]) -> str:
-        """Why the group is left out, at the lengths at which it would be trained on; empty if it is not."""
+        """Return why the group is left out, at its lengths in training; empty if it is not."""
         prompt, candidates, marks = (group[name] for name in ("prompt_ids", "candidate_ids", "candidate_masks"))
         if self.max_length is not None:
             room = slice(-self.max_length, None)
@@ -233,12 +233,12 @@ class CandidateRows:
 @dataclass
 class CandidateCollator:
     """Rows of `prompt_ids`, `candidate_ids` (K lists), `candidate_masks` (without them all tokens count) and `rewards`
-    -> a batch of G groups, whose candidates stand in rows one after another, cut to `max_length`:
+    -> a batch of G groups, whose candidates are consecutive rows, cut to `max_length`:
 
     `input_ids`, `attention_mask` and `completion_mask` (1 on the tokens that count), (G·K, T) long and padded on the
-    right; `rewards` (G, K) float32; `ref_chosen_logps` (G,) and `ref_rejected_logps` (G, K − 1) float32 where the first
-    row has them. Raises KeyError for a row without one of these columns, and ValueError for candidates and marks of
-    different numbers, and for groups of different K: `exo_fast.integrations.trl.candidates` says so of rows, by name.
+    right; `rewards` (G, K) float32; `ref_chosen_logps` (G,) and `ref_rejected_logps` (G, K − 1) float32 if the first
+    row has them. Raises KeyError for a row without one of these columns, and ValueError for different numbers of
+    candidates and marks, and for groups of different K: `exo_fast.integrations.trl.candidates` names such rows.
     """
 
     pad_token_id: int = 0

@@ -30,8 +30,8 @@ from exo_fast.sharing import CHECKED_GROUPS, check_sharing, shortened
 from exo_fast.statistics import OUTPUTS, TokenStatistics, linear_logprobs_with_statistics
 
 logger = logging.get_logger(__name__)
-SHAREABLE = frozenset({"input_ids", "attention_mask", "use_cache", "output_router_logits"})  # of a forward's arguments
-# Learned positions that, where none are given, count from the padding: rows that begin with the prompt have others.
+SHAREABLE = frozenset({"input_ids", "attention_mask", "use_cache", "output_router_logits"})  # forward arguments
+# Learned positions that count from the padding unless given: rows that begin with the prompt have others.
 LEARNED_POSITIONS = frozenset({"gpt2"})
 DENSE = 4  # how many times the attention of ordinary rows a dense mask may cost: a K of 4 with short prompts
 
@@ -41,15 +41,15 @@ class GroupOutput(ModelOutput):
     """The loss of a batch of groups, and the policy's sequence log-probs (G, K), detached."""
 
     loss: Tensor | None = None
-    logits: Tensor | None = None  # the name under which a trainer finds what a model gave: here those log-probs
+    logits: Tensor | None = None  # the name under which a trainer finds a model's result: here the log-probs
 
 
 @dataclass
 class FusedForward:
-    """The settings of a model's fused forward, and what was found out about it."""
+    """The settings of a model's fused forward, and the result of its check."""
 
-    fallback: Callable[..., Any]  # TRL's own fused forward, for models and inputs that this one does not take
-    output_class: type  # what TRL reads the numbers off
+    fallback: Callable[..., Any]  # TRL's own fused forward, for models and inputs that this one refuses
+    output_class: type  # TRL reads the numbers from it
     plan: MaskPlan
     temperature: float = 1.0
     cast_lm_head_to_fp32: bool = False
@@ -67,7 +67,7 @@ class FusedForward:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """TRL's answer: log-probs (B, T − 1), or (B, T) with shift_labels, and the statistics asked for."""
+        """Return TRL's answer: log-probs (B, T − 1), or (B, T) with shift_labels, and the statistics asked for."""
         kwargs["use_cache"] = False
         if getattr(model.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
@@ -115,7 +115,7 @@ class FusedForward:
         loss: dict[str, Any],  # loss_type, beta_pi, beta_r, label_smoothing
         **inputs: Tensor,  # input_ids, attention_mask
     ) -> GroupOutput:
-        """The mean loss over groups, in one pass over the vocabulary."""
+        """Return the mean loss over groups, in one pass over the vocabulary."""
         shared = self.shared_rows(model, (), inputs, labels, candidates=ref_logps.shape[1])
         if shared is not None:
             hidden, targets = self.shared_hidden(model, shared), shared.targets
@@ -137,12 +137,12 @@ class FusedForward:
     def shared_rows(
         self, model: PreTrainedModel, args: tuple, inputs: dict[str, Any], labels: Tensor | None, **options: Any
     ) -> SharedRows | None:
-        """The batch in rows that share prompts, where it and the model allow it. The first one is checked on numbers:
-        shared against ordinary rows."""
+        """Return the batch in rows that share prompts, or None if it or the model does not allow sharing. The first
+        batch is computed both ways and compared."""
         if not (self.share_prompts and self.plan.share) or labels is None or args or set(inputs) - SHAREABLE:
             return None
         if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
-            return None  # NEFTune's noise goes by the length of a row, and is drawn for each completion
+            return None  # NEFTune's noise depends on the length of a row, and is drawn for each completion
         if inputs.get("input_ids") is None or inputs.get("output_router_logits"):
             return None
         mask = inputs.get("attention_mask")
@@ -165,8 +165,8 @@ class FusedForward:
         return shared
 
     def too_wide(self, model: PreTrainedModel, shared: SharedRows, labels: Tensor) -> bool:
-        """Whether the shared rows' attention would cost more than their prompts save. FlexAttention, and SDPA on a CPU
-        (`exo_fast.backends.attention`), skip what is masked; elsewhere a mask of (rows, 1, T, T) is made and gone
+        """Return whether shared rows' attention would cost more than their prompts save. FlexAttention, and SDPA on a
+        CPU (`exo_fast.backends.attention`), skip masked pairs; elsewhere a mask of (rows, 1, T, T) is made and read
         through."""
         implementation = model.config._attn_implementation
         skips = implementation == "flex_attention" or (implementation == "sdpa" and labels.device.type == "cpu")
@@ -174,7 +174,7 @@ class FusedForward:
         return not skips and rows * length**2 > DENSE * labels.shape[0] * labels.shape[1] ** 2
 
     def shared_hidden(self, model: PreTrainedModel, shared: SharedRows) -> Tensor:
-        """(N, D): the hidden state that predicts each token."""
+        """Return (N, D): the hidden state that predicts each token."""
         device = model.get_input_embeddings().weight.device
         kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
@@ -185,7 +185,7 @@ class FusedForward:
         return hidden.flatten(0, 1)[shared.packed.source.to(hidden.device)]
 
     def ordinary(self, model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
-        """Output of the model below its head for ordinary rows, each as it is alone."""
+        """Return the output of the model below its head for ordinary rows, each computed as if alone."""
         lengths = None
         if self.plan.by_length:
             inputs |= dict(zip(inspect.signature(model.base_model.forward).parameters, args, strict=False))
@@ -194,14 +194,14 @@ class FusedForward:
             return model.base_model(*args, **inputs)
 
     def head(self, model: PreTrainedModel) -> Head:
-        """The head as it is in this forward: engines and adapters may have replaced it since the last one."""
+        """Return the head as it is in this forward: engines and adapters may have replaced it since the last one."""
         return whole(read_head(model))
 
     def project(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, TokenStatistics]:
-        """(N,) log-probs and statistics of (N, D) hidden states."""
+        """Return (N,) log-probs and statistics of (N, D) hidden states."""
         head = self.head(model)
         weight, bias, hidden = head.weight, head.bias, hidden.to(head.weight.device)
-        if len(hidden) == 0:  # a zero that backward can go through, as other ranks wait there
+        if len(hidden) == 0:  # a zero with a backward pass, in which other ranks wait
             zero = hidden.float().sum(1) + 0.0 * (weight.float().sum() + (0.0 if bias is None else bias.float().sum()))
             none = zero.detach()
             found = {name: none.bool() if name == "is_top1" else none for name in OUTPUTS if name in self.outputs}
@@ -222,14 +222,14 @@ class FusedForward:
 
 
 def fuse(model: PreTrainedModel, fused: FusedForward) -> None:
-    """Gives this one model, not its class, the forward. Called without TRL's words it is the model's own."""
+    """Replace the forward of this instance, not of its class. Without TRL's keywords it is the model's own."""
 
-    # The signature is kept: `generate` and the Trainer look at it.
+    # The signature is kept: `generate` and the Trainer read it.
     @functools.wraps(type(model).forward)
     def forward(
         self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, fused_groups: Any = None, **kw: Any
     ) -> Any:
-        given = {name: value for name, value in kw.items() if value is not None}  # PEFT names what it was not given
+        given = {name: value for name, value in kw.items() if value is not None}  # PEFT passes missing ones as None
         if fused_groups is not None:
             return fused.groups(self, **fused_groups, **given)
         if fused_lm_head and takes(self, given):
@@ -241,12 +241,12 @@ def fuse(model: PreTrainedModel, fused: FusedForward) -> None:
 
 
 def takes(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    """Text in, and a model whose final hidden states come from `base_model`."""
+    """Return whether the input is text only and `base_model` gives the final hidden states."""
     return model.base_model is not model and not any("pixel" in name or "image" in name for name in inputs)
 
 
 def fusible(model: PreTrainedModel) -> str:
-    """Why a model's head cannot be fused; empty if it can."""
+    """Return why a model's head cannot be fused; empty if it can."""
     if model.config.get_text_config() is not model.config:
         return "a multimodal model"
     try:
@@ -257,9 +257,9 @@ def fusible(model: PreTrainedModel) -> str:
 
 
 def texts_of_rows(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """(B, T) long, the tokens of the text of each token of an ordinary batch, and its inputs with positions that begin
-    with the texts. Where there are `position_ids`, several texts may stand in a row: one begins where they do not go
-    on."""
+    """Return (B, T) long, the tokens of each token's text in an ordinary batch, and the inputs with positions that
+    begin with the texts. With `position_ids` a row may hold several texts: a new one begins at each break in the
+    positions."""
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     if positions is not None:
         begins = positions.diff(dim=1, prepend=positions[:, :1] - 2) != 1
@@ -275,7 +275,7 @@ def texts_of_rows(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
 
 
 def whole(head: Head) -> Head:
-    """FSDP2 leaves parameters as DTensors, shards of which lie with ranks that have other rows: gathered, as one."""
+    """Return the head gathered: under FSDP2 its parameters are sharded over ranks that hold other rows."""
     parts = {
         name: getattr(head, name).full_tensor()
         for name in ("weight", "bias")
@@ -288,8 +288,8 @@ def whole(head: Head) -> Head:
 
 
 def hold(model: PreTrainedModel, _: tuple) -> None:
-    """Before the model's forward: tells ZeRO-3 that this forward reads the head itself, so that the weight is in one
-    piece in it and in its backward. Runs before DeepSpeed's own hook, which is put there later."""
+    """Tell ZeRO-3, before the model's forward, that this forward reads the head itself, so the weight is in one piece
+    in it and in its backward. Runs before DeepSpeed's own hook, which is installed later."""
     weight = model.get_output_embeddings().weight
     if hasattr(weight, "ds_id"):
         import deepspeed
@@ -301,8 +301,8 @@ def hold(model: PreTrainedModel, _: tuple) -> None:
 
 
 def everywhere(model: PreTrainedModel, found: bool) -> bool:
-    """`found`; where weights are in pieces that all ranks gather together (ZeRO-3, FSDP): whether all ranks found it.
-    A forward more on some of them would hang the others."""
+    """Return `found`; if all ranks gather sharded weights together (ZeRO-3, FSDP), whether all ranks found it. If
+    only some ranks ran an extra forward, the others would hang."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return found
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -317,7 +317,7 @@ def everywhere(model: PreTrainedModel, found: bool) -> bool:
 
 
 def load_balancing_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    """The auxiliary loss of a mixture of experts, which transformers' models share."""
+    """Return the auxiliary loss of a mixture of experts, which transformers' models share."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config
@@ -335,7 +335,7 @@ class EntropyWithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None]:
-        if grad is None:  # DDP that looks for unused parameters walks through every output, also those of no loss
+        if grad is None:  # DDP that looks for unused parameters visits every output, also without a loss
             return None, None
         raise RuntimeError(
             "exo_fast gives the entropy without a gradient, and the loss asks for one (an entropy bonus: entropy_coef "

@@ -30,7 +30,7 @@ TRAINERS = ("dpo", "kto", "grpo", "rloo", "sft")
 
 
 def check_version() -> None:
-    """Raises ImportError where this TRL is not one of the versions that were tested."""
+    """Raise ImportError if this TRL is not one of the tested versions."""
     found = trl.__version__
     parameters: tuple[str, ...] = ()
     if ".".join(found.split(".")[:2]) in TESTED:
@@ -63,19 +63,19 @@ def patch_trl(
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> None:
-    """From now on, TRL trainers that are made use the fused path. Called again, it replaces the settings.
+    """Let every TRL trainer created after this call use the fused path. A second call replaces the settings.
 
     Args:
         trainers: which: dpo, kto, grpo, rloo, sft.
-        share_prompts: run a prompt once for the rows of a batch that have it, where the model allows it; the first such
+        share_prompts: run a prompt once for the rows of a batch that have it, if the model allows it; the first such
             batch is computed both ways and compared. False leaves rows as they are.
         memory_budget: bytes of vocabulary-sized scratch; see `exo_fast.logprobs.linear_logprobs`.
         backend: auto, triton, torch or reference.
 
     Models that `exo_fast.head.read_head` does not know and multimodal ones keep TRL's own head, with a warning. GRPO's
-    entropy bonus needs a gradient of the entropy, which is not given: asking for it is an error in backward.
+    entropy bonus needs a gradient of the entropy, which is missing here: asking for it is an error in backward.
 
-    Raises ValueError for a trainer that is not known.
+    Raises ValueError for an unknown trainer.
     """
     unknown = sorted(set(trainers) - set(TRAINERS))
     if unknown:
@@ -96,7 +96,7 @@ def check_options(memory_budget: int | None, backend: str) -> None:
 
 
 def unpatch_trl() -> None:
-    """Trainers made after this use TRL's own head again. Those that were made under `patch_trl` keep what they have."""
+    """Let trainers created after this use TRL's own head again. Earlier ones keep the head they have."""
     for name in TRAINERS:
         module = importlib.import_module(f"trl.trainer.{name}_trainer")
         setattr(module, HEAD, _original(module))
@@ -114,7 +114,7 @@ def fused_heads(**options: Any) -> Iterator[None]:
 
 
 def fused_lm_head(original: Any, share_prompts: bool, options: dict[str, Any]) -> Any:
-    """A function in the place of TRL's `add_fused_lm_head`."""
+    """Return a replacement of TRL's `add_fused_lm_head`."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     def add_fused_lm_head(

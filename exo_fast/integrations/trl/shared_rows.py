@@ -1,8 +1,8 @@
-"""Ordinary padded batches, of which rows that have the same prompt become one row that shares it.
+"""Ordinary padded batches, in which rows of the same prompt become one row that shares it.
 
 Trainers of preferences and of sampled groups (TRL's DPO and GRPO, for two) pad every candidate to a row of its own,
-with the prompt in each. What they want back is a number for each of those positions. So the rows are read, those with
-equal prompts packed (`exo_fast.layout`), and the results put where the trainer looks for them.
+with the prompt in each. They want a number back for each of those positions. So this module reads the rows, packs
+rows of equal prompts (`exo_fast.layout`), and puts the results where the trainer looks for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from exo_fast.positions import LengthRules
 
 @dataclass(frozen=True)
 class SharedRows:
-    """A padded batch of B rows of T tokens, packed. N tokens are predicted: those with a label."""
+    """A padded batch of B rows of T tokens, packed. N tokens are predicted: the tokens with a label."""
 
     groups: list[Group]
     packed: Packed
@@ -29,17 +29,17 @@ class SharedRows:
 def share_rows(
     input_ids: Tensor,  # (B, T)
     attention_mask: Tensor | None,  # (B, T), 1 on tokens, padding on one side or both
-    labels: Tensor,  # (B, T), −100 on what is not learned
+    labels: Tensor,  # (B, T), −100 on tokens that are not learned
     *,
     candidates: int | None = None,
     by_length: LengthRules = (),
 ) -> SharedRows | None:
-    """Rows of equal prompts in one row each; None where no two rows have one, or where rows cannot be read so.
+    """Pack rows of equal prompts in one row each; return None if no two rows share one, or if rows cannot be read so.
 
-    A row's prompt is what comes before its first label. With `candidates` only the K rows that follow one another are
-    a group, and `packed` has the sequences in the order of the batch; without, rows of one prompt anywhere in the batch
-    are. With `by_length` (of a MaskPlan) only rows of like lengths share, and rows are packed whole: what comes after
-    their last label counts for their length. Reads the batch on the host: on a GPU it waits for the device.
+    A row's prompt is the tokens before its first label. With `candidates` each K consecutive rows are
+    a group, and `packed` has the sequences in the order of the batch. Without, rows of one prompt anywhere in the batch
+    are a group. With `by_length` (of a MaskPlan) only rows of like lengths share, and rows are packed whole: the tokens
+    after their last label count for their length. Reads the batch on the host: on a GPU it waits for the device.
     """
     ids, wanted = input_ids.cpu(), labels.cpu()
     mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()

@@ -26,7 +26,7 @@ from exo_fast.metrics import GROUP_METRICS, group_metrics
 from exo_fast.reference import LOSS_TYPES, default_label_smoothing
 from exo_fast.validate import check_groups
 
-AS_GROUPS = {"sigmoid": "dpo-pref", "exo_pair": "exo-pref"}  # TRL's losses of pairs that are ours for K = 2
+AS_GROUPS = {"sigmoid": "dpo-pref", "exo_pair": "exo-pref"}  # TRL's losses of pairs that equal ours for K = 2
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +88,7 @@ class ExoDPOConfig(DPOConfig):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if self.label_smoothing is None:  # 0 where targets come from rewards
+        if self.label_smoothing is None:  # 0 if targets come from rewards
             exo = any(name.startswith("exo") and name != "exo-rw" for name in self.loss_type)
             self.label_smoothing = default_label_smoothing("exo-pref") if exo else 0.0
         super().__post_init__()
@@ -106,16 +106,16 @@ class ExoDPOConfig(DPOConfig):
 class ExoDPOTrainer(DPOTrainer):
     """DPOTrainer on the fused path, with EXO and DPO over K candidates (Ji et al., ICML 2024).
 
-    Takes what DPOTrainer takes. `args` is an ExoDPOConfig, or a DPOConfig for TRL's own losses. A batch of
+    Takes DPOTrainer's arguments. `args` is an ExoDPOConfig, or a DPOConfig for TRL's own losses. A batch of
     `per_device_train_batch_size` G holds G prompts with all their candidates; all rows have the same number K of
     candidates. Logged beside TRL's names: group_accuracy, kl and group_entropy (`exo_fast.metrics`).
 
-    Rows, token ids and what is left out are those of the pipeline (`exo_fast.data`): see `duplicates`, `ties` and
+    Rows, token ids and left-out rows are the same as in the pipeline (`exo_fast.data`): see `duplicates`, `ties` and
     `num_contrastive` of ExoDPOConfig.
 
-    For the losses over candidates, what a step learns is the mean over the groups of its global batch, whatever
-    micro-batches and processes they are cut into; what is logged is the mean over the groups since the last log, and
-    what an evaluation reports that over its data. `compute_metrics` is given the policy's sequence log-probs (N, K) as
+    For the losses over candidates, a step learns from the mean over the groups of its global batch, whatever
+    micro-batches and processes they are cut into. The log has the mean over the groups since the last log, and an
+    evaluation the mean over its data. `compute_metrics` gets the policy's sequence log-probs (N, K) as
     predictions, and the rewards (N, K) as labels.
 
     Raises ValueError for data without `rewards`, another number of candidates, rewards that are not finite, ties for
@@ -163,24 +163,24 @@ class ExoDPOTrainer(DPOTrainer):
         with fused_heads(share_prompts=getattr(args, "share_prompts", True), options=options):
             super().__init__(model, ref_model, args, data_collator, train_dataset, *positional, **named)
         causal_lm = self.accelerator.unwrap_model(self.model)
-        settle_generation_config(causal_lm)  # or what the model brought would keep it from being saved at the end
+        settle_generation_config(causal_lm)  # or the model's own settings could prevent saving at the end
         if hasattr(causal_lm, "get_base_model"):
             causal_lm = causal_lm.get_base_model()
-        # Otherwise TRL's head, or one that gives the router loss too, makes log-probs, and the loss is made of these.
+        # Otherwise TRL's head, or one with a router loss, gives log-probs, and the loss is computed from them.
         self.one_pass = not fusible(causal_lm) and not self.aux_loss_enabled
         if self.group_loss is not None:
             self.loss_is_scaled_for_ga = True  # by compute_loss
         self._averages = {"train": Averages(), "eval": Averages()}
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # TRL names its cache after the data and the weights. Where rows are cut decides about the log-probs too, and
-        # so do the model's other numbers (rotary scale, softcap, logit scale …) and what it computes with.
+        # TRL names its cache after the data and the weights. The cuts of rows change the log-probs too, and so do the
+        # model's other numbers (rotary scale, softcap, logit scale …) and the precision of its arithmetic.
         config = self.accelerator.unwrap_model(self.ref_model or self.model).config
         facts = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
         computed = (config._attn_implementation, self.accelerator.mixed_precision, sorted(facts.items()))
         cut = (self.args.max_length, self.args.truncation_mode, self.args.ld_alpha)
         known = [name for name in REFERENCE if name in (dataset.column_names or ())]
-        if self.group_loss is not None and known:  # of a model that nobody knows
+        if self.group_loss is not None and known:  # for an unknown model
             dataset = dataset.remove_columns(known)
         if hasattr(dataset, "_fingerprint"):
             dataset = copy.copy(dataset)
@@ -211,16 +211,16 @@ class ExoDPOTrainer(DPOTrainer):
         if self.group_loss is not None and "candidate_ids" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "candidate_ids", "candidate_masks", "rewards"]
 
-    # Which rows a step is the mean over
+    # The rows in the mean of a step
 
     @property
     def _copies(self) -> int:
-        """Processes that are given the same batch."""
+        """Return the number of processes that get the same batch."""
         return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def _counted(self, groups: int) -> int:
-        """How many of the `groups` of the batch that was read last count. In several processes accelerate makes the
-        last batch of an epoch whole with rows that were there before; of data without a length it does not say which.
+        """Return how many of the `groups` of the batch read last count. In several processes accelerate fills the last
+        batch of an epoch with earlier rows; for data without a length it does not say which.
         """
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
@@ -229,8 +229,8 @@ class ExoDPOTrainer(DPOTrainer):
         return min(max(state.remainder - before, 0), groups)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """The groups of the global batch. Groups that do not count are taken off, but one, which weighs nothing: a
-        process without any must run a forward all the same where the others wait for it."""
+        """Return the groups of the global batch. Those that do not count are removed except one, which weighs nothing:
+        a process without any must still run a forward if the others wait for it."""
         if self.group_loss is None or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
         batch_samples[:] = [{**batch, "counted": len(batch["rewards"])} for batch in batch_samples]
@@ -248,15 +248,15 @@ class ExoDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """In a training step: this micro-batch's share of the mean over the groups of the global batch, times the
-        processes, over which engines average gradients and the Trainer the losses that it logs."""
+        """Return the loss: in a training step this micro-batch's share of the mean over the groups of the global batch,
+        times the processes, over which engines average gradients and the Trainer averages the logged losses."""
         found = super().compute_loss(model, inputs, return_outputs)
         if self.group_loss is None or num_items_in_batch is None:
             return found
         share = inputs["counted"] * (self.accelerator.num_processes // self._copies) / num_items_in_batch
         return (found[0] * share, found[1]) if return_outputs else found * share
 
-    # The loss and what is logged
+    # The loss and the log
 
     def _prepare_input(self, data: Any) -> Any:
         # The Trainer would cast rewards and reference log-probs, which may be thousands of nats, to DeepSpeed's dtype.
@@ -265,12 +265,12 @@ class ExoDPOTrainer(DPOTrainer):
         return super()._prepare_input(data)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """TRL's two columns of reference log-probs, which it computes and keeps: here of the first candidate (G,), and
-        of the others (G, K − 1)."""
+        """Return the two columns of reference log-probs that TRL keeps: here for the first candidate (G,), and for the
+        others (G, K − 1)."""
         if self.group_loss is None:
             return super().compute_ref_log_probs(model, inputs)
         training = model.training
-        model.eval()  # of a policy without its adapters too: dropout and noise on embeddings are not the reference's
+        model.eval()  # also for a policy without its adapters: the reference has no dropout or embedding noise
         try:
             names = ("input_ids", "attention_mask", "completion_mask")
             halves = super().compute_ref_log_probs(model, {name: inputs[name] for name in names})
@@ -302,7 +302,7 @@ class ExoDPOTrainer(DPOTrainer):
             found = model(**batch, **routed, labels=labels, use_cache=False, fused_lm_head=True)
             logps = found.log_probs.sum(1).view_as(ref_logps)
             losses = group_loss(logps, ref_logps, rewards, **self.group_loss, reduction="none")
-            if self.aux_loss_enabled:  # of the tokens of this micro-batch, so that it is one number of all its groups
+            if self.aux_loss_enabled:  # over the tokens of this micro-batch, so one number for all its groups
                 losses = losses + self.router_aux_loss_coef * found.aux_loss
                 numbers["aux_loss"] = found.aux_loss.detach().expand(len(losses))
             loss, policy_logps = losses.mean(), logps.detach()
@@ -314,10 +314,10 @@ class ExoDPOTrainer(DPOTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _logged(self, mode: str, logs: dict[str, float], prefix: str = "") -> None:
-        """Puts into `logs` the means over the groups of all processes since the last time; a collective call."""
+        """Put into `logs` the means over the groups of all processes since the last time; a collective call."""
         means = self._averages[mode].take(self.accelerator)
         if self.args.logging_nan_inf_filter and not math.isfinite(means["loss"]):
-            del means["loss"]  # what the Trainer makes of such losses stays
+            del means["loss"]  # the Trainer's own value stays
         logs.update({prefix + name: value for name, value in means.items()})
         logs[prefix + "num_tokens"] = self._total_train_tokens
 
@@ -337,8 +337,8 @@ class ExoDPOTrainer(DPOTrainer):
         return loss, logps, None if prediction_loss_only else rewards
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
-        """The Trainer's, which counts a batch's mean as often as a whole batch has rows, in each process: here the
-        means are over the rows."""
+        """Run the Trainer's evaluation loop with means over the rows: the Trainer counts a batch's mean as often as
+        a whole batch has rows, in each process."""
         self._averages["eval"] = Averages()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         if self._averages["eval"].sums is not None:
@@ -351,31 +351,31 @@ class Averages:
     """Sums of numbers of groups, until their means are taken."""
 
     names: tuple[str, ...] = ()
-    sums: Tensor | None = None  # (M + 1,) float64: of M numbers, and how many groups they are of
+    sums: Tensor | None = None  # (M + 1,) float64: M sums, and the number of groups in them
 
     def add(self, numbers: dict[str, Tensor], counted: int) -> None:
-        """The first `counted` of numbers (G,) by name, the same names in every call."""
+        """Add the first `counted` of numbers (G,) by name, the same names in every call."""
         rows = torch.stack([value.double() for value in numbers.values()])[:, :counted]
         found = torch.cat([rows.sum(1), rows.new_tensor([counted])])
         self.names, self.sums = tuple(numbers), found if self.sums is None else self.sums + found
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The means over all processes, which all call this; then it is empty again."""
+        """Return the means over all processes, and clear the sums. All processes must call it."""
         *sums, count = accelerator.reduce(self.sums).tolist()
         self.sums = None
         return {name: value / count for name, value in zip(self.names, sums, strict=True)}
 
 
 def _streamed(data: Any) -> bool:
-    """Whether data, or any split of it, can only be read in order."""
+    """Return whether data, or any split of it, can only be read in order."""
     if isinstance(data, dict):
         return any(map(_streamed, data.values()))
     return data is not None and not hasattr(data, "__len__")
 
 
 def _can_precompute(args: DPOConfig, dataset: Any, eval_dataset: Any, first: dict[str, Any] | None) -> bool:
-    """Whether TRL can compute the reference's log-probs beforehand: of data that it can read twice, and that, in
-    several processes, lies on a disk where all find what the first one writes."""
+    """Return whether TRL can compute the reference's log-probs beforehand: only from data that it can read twice and
+    that, with several processes, is on a disk on which all find the first process's files."""
     streamed = _streamed(dataset) or _streamed(eval_dataset)
     images = first is not None and ("image" in first or "images" in first)
     evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -385,7 +385,7 @@ def _can_precompute(args: DPOConfig, dataset: Any, eval_dataset: Any, first: dic
 
 
 def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The options of `exo_fast.loss` for this configuration and data; None where TRL computes the loss of pairs."""
+    """Return the options of `exo_fast.loss` for this configuration and data; None if TRL computes the loss of pairs."""
     (name,) = args.loss_type if len(args.loss_type) == 1 else (None,)
     candidates = first is not None and bool({"completions", "candidate_ids"} & first.keys())
     if name not in LOSS_TYPES and not candidates:
@@ -403,15 +403,15 @@ def _group_loss(args: DPOConfig, first: dict[str, Any] | None) -> dict[str, Any]
         "beta_pi": args.beta,
         "beta_r": getattr(args, "beta_r", 0.1),
         "label_smoothing": args.label_smoothing,
-        "ties": "share",  # which ones may, the data was asked
+        "ties": "share",  # the data set's check has decided which may
     }
     check_groups(None, torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), **options)  # before the reference runs
     return options
 
 
 def _not_for_groups(args: DPOConfig, loss_type: str) -> list[tuple[str, bool, str]]:
-    """Options that the loss over candidates would leave out or get wrong: what was given, whether it is such a one, and
-    what to do."""
+    """Return the options that the loss over candidates would ignore or get wrong: the option as given, whether it is
+    such a one, and the fix."""
     pairs = "leave it out, or choose one of TRL's losses of pairs, such as 'sigmoid'"
     parallel = args.parallelism_config
     parts = max(getattr(parallel, "cp_size", 1), getattr(parallel, "sp_size", 1))
