@@ -40,9 +40,9 @@ class ResumableRun:
         self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished(self, files: Sequence[str]) -> dict[str, Any] | None:
-        """The summary of a finished run with this identity; None where there is work to do.
+        """The summary of a finished run with this identity; None if there is work to do.
 
-        `files` are the names that the run will write. Raises InputError where the directory holds another run,
+        `files` are the names that the run will write. Raises InputError if the directory holds another run,
         naming what differs, or files of those names that no run of this identity was writing; and where another
         process is writing there (`files`), which this run keeps others from until it is finished.
         """
@@ -89,7 +89,7 @@ class ResumableRun:
 
         `compute(index)` gives the JSON-able value of batch `index`, which counts `sizes[index]` in the progress
         bar; batches that an earlier run stored are not computed again. `prepare` is called before the first
-        batch, by processes that have one to compute. Raises InputError when the processes do not see one
+        batch, by processes that have one to compute. Raises InputError if the processes do not see one
         another's files.
         """
         stored = self._read(split)

@@ -61,7 +61,7 @@ class Sampling:
 
     @property
     def greedy(self) -> str:
-        """The field, with its value, that leaves nothing to chance; empty where tokens are drawn."""
+        """The field, with its value, that leaves nothing to chance; empty if tokens are drawn."""
         fields = {
             "temperature": self.temperature == 0,
             "top_k": self.top_k == 1,
@@ -144,7 +144,7 @@ def sample_batch(
 
     `encoded[i]` is what the model reads of `prompts[i]`, whose text only seeds its streams. The model is in eval
     mode. `without_token` are ids that are never drawn (`ids_without_token`). Returns for each prompt `return_num` lists
-    of 1 … max_new_tokens ids. Raises RunError where the model's logits are not finite.
+    of 1 … max_new_tokens ids. Raises RunError if the model's logits are not finite.
 
     Where the model's rotary embedding depends on the longest text (`exo_fast.positions`), prompts of one length are
     needed, and a completion is then what transformers' own generation gives of its prompt alone.

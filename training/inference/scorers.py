@@ -204,7 +204,7 @@ class FunctionScorer(Scorer):
 
 
 def load_scorer(config: ScorerConfig) -> Scorer:
-    """The scorer that a configuration names. Raises InputError where there is none, or none that works."""
+    """The scorer that a configuration names. Raises InputError if there is none, or none that works."""
     kind = next(name for name in SCORERS if getattr(config, name))
     return FunctionScorer(config) if kind == "function" else ModelScorer(config, kind)
 

@@ -109,7 +109,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool) -> Any:
 
 
 def device_memory(device: str) -> int:
-    """Bytes of this machine's GPU, or of its main memory. Raises InputError where there is no GPU."""
+    """Bytes of this machine's GPU, or of its main memory. Raises InputError if there is no GPU."""
     import torch
 
     from exo_fast.training.errors import InputError

