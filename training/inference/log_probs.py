@@ -27,7 +27,7 @@ MAX_TOGETHER = 8  # completions that share a prompt: the mask of a row grows wit
 
 
 def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
-    """Check whether a prompt can be run once for all its completions: by the model's kind, and by numbers of some groups.
+    """Check whether a prompt can run once for all its completions: by the model's kind, and by numbers of some groups.
 
     Warns if they cannot.
     """

@@ -83,7 +83,7 @@ class SequenceParallel:
         """This rank's part of a batch of rows that all ranks of the group have in full.
 
         Returns the arguments of the model's forward, `rows` (n_r,) of its hidden states (B·T/n, D) that predict a
-        completion token, and `tokens` (n_r,), their indices among the batch's N. `dtype` is the mask's (`model_inputs`).
+        completion token, and `tokens` (n_r,), their indices in the batch's N. `dtype` is the mask's (`model_inputs`).
         """
         packed = self._padded(packed)
         inputs = self.whole(packed, plan, dtype=dtype, device=device)

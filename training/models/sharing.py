@@ -52,7 +52,7 @@ def settle_layout(
 @torch.no_grad()
 def need_own_numbers(module: CausalModule, dataset: GroupDataset, *, shared: bool) -> None:
     """Raise InputError if the log-probs of the shortest sequence differ between a batch with the longest group and a
-    run alone. Checks only if `neighbours_hint` says that they might. `shared`: whether candidates share their prompt."""
+    run alone. Checks only if `neighbours_hint` says they might. `shared`: whether candidates share their prompt."""
     hint = neighbours_hint(module.config)
     if not hint:
         return
