@@ -18,7 +18,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop (SIGTERM) and did. The message says what was saved. Exit status 0."""
+    """A run that stopped because it was asked to (SIGTERM). The message says what was saved. Exit status 0."""
 
 
 def nearest(word: str, known: Iterable[str], *, otherwise: str | None = None, cutoff: float = 0.6) -> str:

@@ -55,15 +55,15 @@ class Stage:
     config: str | None = None  # the class in `module`
 
     def config_class(self) -> type:
-        """The dataclass of the stage's fields."""
+        """Return the dataclass of the stage's fields."""
         return getattr(_import(self.module), self.config)
 
     def code(self) -> ModuleType:
-        """The module with the stage's function."""
+        """Return the module with the stage's function."""
         return _import(self.module)
 
     def parser(self, prog: str) -> argparse.ArgumentParser:
-        """The parser of all the stage's options."""
+        """Return the parser of all the stage's options."""
         if self.config is None:
             return self.code().parser()
         from exo_fast.training.arguments import StageParser

@@ -132,11 +132,11 @@ def package_problems(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return found
 
 
-# The machine, and what would run on it
+# The machine, and the backends that would run on it
 
 
 def hardware() -> dict[str, Any]:
-    """Return CPU, memory, threads, GPUs and what torch is built for. Needs torch."""
+    """Return CPU, memory, threads, GPUs and the targets of torch's build. Needs torch."""
     import torch
 
     about = machine.describe()["machine"]
@@ -262,7 +262,7 @@ def _error(got: Any, want: Any) -> float:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Return the findings for people, painted where stdout is a terminal."""
+    """Return the findings for people, in colour if stdout is a terminal."""
     lines = [f"exo_fast {found['exo_fast']}, Python {found['python']}", "", "packages"]
     for row in found["packages"]:
         columns = f"  {row['name']:<20}{row['version'] or '–':<16}{row['needed']:<16}{row['for']:<8}"

@@ -33,7 +33,7 @@ def read_parquet(path: Path) -> Iterator[tuple[Place, Any]]:
 
 
 def read_saved_dataset(source: Source) -> Iterator[tuple[Place, Any]]:
-    """Rows as Python values. Nothing outside the folder is opened: not by the names of its data files, and not by
+    """Read rows as Python values. Nothing outside the folder is opened: not by the names of its data files, and not by
     columns that hold paths of images or sounds, which are left out."""
     import datasets
 
@@ -69,8 +69,8 @@ def _check_row_count(path: Path, rows: int) -> None:
 
 
 def saved_names(path: Path, key: str) -> list[str]:
-    """The names of splits or data files in a JSON file of a saved dataset. Raises InputError for a file of another form
-    and for a name that leads out of the folder."""
+    """Return the names of splits or data files in a JSON file of a saved dataset. Raises InputError for a file of
+    another form and for a name that leads out of the folder."""
     value = read_json(path)
     entries = value.get(key) if isinstance(value, dict) else None
     names = [e.get("filename") if isinstance(e, dict) else e for e in entries] if isinstance(entries, list) else [None]

@@ -82,7 +82,7 @@ class GroupDataset(torch.utils.data.Dataset):
         return len(self.rewards)
 
     def group(self, index: int) -> Group:
-        """The token ids of group `index`."""
+        """Return the token ids of group `index`."""
         candidates = self.rewards.shape[1]
         bounds = self.completion_offsets[index * candidates : (index + 1) * candidates + 1]
         return Group(
@@ -92,12 +92,12 @@ class GroupDataset(torch.utils.data.Dataset):
         )
 
     def lengths(self) -> np.ndarray:
-        """(G,) tokens of each group, its prompt counted once."""
+        """Return (G,) tokens of each group, its prompt counted once."""
         candidates = self.rewards.shape[1]
         return np.diff(self.prompt_offsets) + np.diff(self.completion_offsets[::candidates])
 
     def sequence_lengths(self) -> np.ndarray:
-        """(G, K) tokens of each prompt with its candidate."""
+        """Return (G, K) tokens of each prompt with its candidate."""
         candidates = np.diff(self.completion_offsets).reshape(len(self), -1)
         return np.diff(self.prompt_offsets)[:, None] + candidates
 
@@ -128,8 +128,8 @@ def tokenize(
 ) -> GroupDataset:
     """Cut each example's candidates into groups of `num_contrastive` (None: one group) and tokenise them.
 
-    A completion is cut on the right to `max_gen_len`. A prompt is cut on the left, behind what the tokenizer puts
-    before a text (BOS), so that it and the group's longest completion fit `max_seq_len`. With a `loss_type` groups are
+    A completion is cut on the right to `max_gen_len`. A prompt is cut on the left, after the tokenizer's prefix
+    of a text (BOS), so that it and the group's longest completion fit `max_seq_len`. With a `loss_type` groups are
     judged by `duplicates` and `ties`; groups left out join `left_out` (rows that had too few candidates) in the
     counts.
     Raises InputError for a tokenizer without EOS, for a prompt of no tokens, for ids that another tokenizer drew, for
@@ -206,7 +206,7 @@ class Cut:
 
     @property
     def group(self) -> Group:
-        """The ids as the layout takes them. Raises ValueError for a candidate none of whose tokens count."""
+        """The ids as the layout takes them. Raises ValueError for a candidate without a token that counts."""
         return Group(self.prompt, self.candidates, self.learned)
 
 
@@ -274,7 +274,7 @@ class GroupCollator:
     `ref_logps` (G, K) and `rewards` (G, K) float32, `index` (G,) long, `weights` (G,) float32 ones (each group counts
     once), `num_tokens` () long, the tokens put through the model (padding not counted, a shared prompt counted once).
 
-    `cu_seqlens` is a NumPy array, which no trainer moves to a GPU: on the host it tells the loss where groups end
+    `cu_seqlens` is a NumPy array, which no trainer moves to a GPU: on the host it shows the loss where groups end
     without waiting for the device, and the one-pass schedule then works whatever the memory budget.
     """
 

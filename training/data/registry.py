@@ -1,6 +1,6 @@
 """Datasets by name: "NAME/KIND:PATH", where PATH holds the files as their publisher ships them.
 
-To add one, subclass RawDataset and register it, by the decorator where your own code calls exo_fast:
+To add one, subclass RawDataset and register it, by the decorator if your own code calls exo_fast:
 
     @register("mine/sft")
     class Mine(RawDataset):
@@ -96,15 +96,15 @@ class RawDataset:
         return [split for split in ("train", "test") if find_files(self.path, split) is not None]
 
     def rows(self, split: str) -> Iterable[tuple[Place, Any]]:
-        """The raw rows of the split, in the order in which their records are to come."""
+        """Return the raw rows of the split, in the order in which their records are to come."""
         return read_rows(find_files(self.path, split))
 
     def to_record(self, row: Any) -> dict[str, Any]:
-        """The record of a raw row. Raises BadField if the row is malformed, and Drop if it is to be left out."""
+        """Return the record of a raw row. Raises BadField if the row is malformed, and Drop if it is to be left out."""
         raise NotImplementedError
 
     def records(self, split: str) -> list[tuple[Place, dict[str, Any]]]:
-        """All records of the split. Raises InputError that lists the first ten malformed rows."""
+        """Return all records of the split. Raises InputError that lists the first ten malformed rows."""
         self.dropped = Counter()
         rows = self.rows(split)
         bar = tqdm(
@@ -145,7 +145,7 @@ def _decoded(line: JsonLine) -> Any:
 
 
 def string_field(row: Any, *path: str | int) -> str:
-    """The string at `path` in a raw row of objects and lists. Raises BadField if it is missing or not a string."""
+    """Return the string at `path` in a raw row of objects and lists. Raises BadField if there is no string."""
     value = field_value(row, *path)
     if not isinstance(value, str):
         raise BadField(_dotted(path), value, f"a string is needed, not {type(value).__name__}.")
@@ -153,7 +153,7 @@ def string_field(row: Any, *path: str | int) -> str:
 
 
 def field_value(row: Any, *path: str | int) -> Any:
-    """The value at `path` in a raw row of objects and lists. Raises BadField if it is missing."""
+    """Return the value at `path` in a raw row of objects and lists. Raises BadField if it is missing."""
     for depth, key in enumerate(path):
         if isinstance(key, str) and not isinstance(row, dict):
             raise BadField(_dotted(path[:depth]), row, f"an object with the field `{key}` is needed.")
@@ -178,7 +178,7 @@ _registered: dict[str, type[RawDataset]] = {}
 
 
 def register(name: str) -> Callable[[DatasetClass], DatasetClass]:
-    """Class decorator: make a RawDataset available as `name`, "NAME/KIND" with a KIND of KINDS. One class may have
+    """Make a RawDataset (class decorator) available as `name`, "NAME/KIND" with a KIND of KINDS. One class may have
     several names. Raises InputError for a name of another form, and for one that another class has."""
     if not re.fullmatch(DATASET_NAME, name) or name.split("/")[1] not in KINDS:
         raise InputError(f"dataset name {name!r}: NAME/KIND is needed, where KIND is one of {', '.join(KINDS)}.")
@@ -196,14 +196,14 @@ def register(name: str) -> Callable[[DatasetClass], DatasetClass]:
 
 
 def known_names() -> list[str]:
-    """All names, sorted. Entry points are listed without being imported, so a broken one breaks no other."""
+    """Return all names, sorted. Entry points are listed without being imported, so a broken one breaks no other."""
     for module in OURS:
         importlib.import_module(f"exo_fast.training.data.published.{module}")
     return sorted({*_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
 def open_dataset(name: str, path: str | None, **options: Any) -> RawDataset:
-    """The dataset `name` with its data at `path`; `options` as RawDataset takes them.
+    """Open the dataset `name` with its data at `path`; `options` as RawDataset takes them.
 
     Raises InputError for a name that is not known (naming the nearest) or whose entry point cannot be imported, and
     for a path that is missing.

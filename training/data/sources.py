@@ -23,7 +23,7 @@ SPLITS = ("train", "test")
 
 
 def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Source | None:
-    """The data of `split` ("train", or "test", also called "eval") under `path`; None if there is no such split.
+    """Find the data of `split` ("train", or "test", also called "eval") under `path`; None if there is no such split.
 
     `path` is a file (.json, .jsonl, either with .gz, .parquet), a directory written by `Dataset.save_to_disk`, a
     directory with one file per split: train.* and test.* (or validation.*, eval.*), or its shards as Hub downloads have
@@ -69,8 +69,8 @@ def split_name(text: str) -> tuple[str, str | None] | None:
 
 
 def read_records(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[tuple[Place, Any]]:
-    """Every record of the source with its place, in order. `tokenizer` is for datasets of the registry that cut text
-    by tokens. Raises InputError if the file cannot be read or parsed."""
+    """Yield every record of the source with its place, in order. `tokenizer` is for datasets of the registry that cut
+    text by tokens. Raises InputError if the file cannot be read or parsed."""
     if source.raw is not None:
         source.raw.tokenizer = source.raw.tokenizer or tokenizer
         yield from source.raw.records(source.dataset_split)

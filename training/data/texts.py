@@ -47,7 +47,7 @@ class RowDataset(torch.utils.data.Dataset):
         return len(self.ids)
 
     def lengths(self) -> np.ndarray:
-        """(rows,) tokens of each row's longest text."""
+        """Return (rows,) tokens of each row's longest text."""
         return np.array([max(map(len, row)) for row in self.ids])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -141,15 +141,15 @@ class PairCollator(RowCollator):
 def pad_with_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Set the tokenizer to pad with EOS on the right and cut on the left, as scalar models need, and return it.
 
-    Saved beside a model, it makes `tokenizer(texts, padding=True, truncation=True, max_length=n)` what the model
-    was trained on. Raises InputError for a tokenizer without EOS.
+    Saved beside a model, it makes `tokenizer(texts, padding=True, truncation=True, max_length=n)` give the model its
+    inputs of training. Raises InputError for a tokenizer without EOS.
     """
     need_eos(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     sides = {"padding_side": "right", "truncation_side": "left"}
     for name, side in sides.items():
         setattr(tokenizer, name, side)
-    tokenizer.init_kwargs |= sides  # what save_pretrained writes
+    tokenizer.init_kwargs |= sides  # save_pretrained writes these
     return tokenizer
 
 
@@ -195,7 +195,7 @@ def truncate(ids: list[int], max_seq_len: int, bos_token_id: int | None) -> list
 
 
 def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, (rows, longest row) long each, padded on the right."""
+    """Return `input_ids` and `attention_mask`, (rows, longest row) long each, padded on the right."""
     longest = max(map(len, ids))
     return {
         "input_ids": torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in ids]),
@@ -204,7 +204,7 @@ def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of EOS. Raises InputError for a tokenizer without one."""
+    """Return the id of EOS. Raises InputError for a tokenizer without one."""
     try:
         return RowTokenizer(tokenizer).eos
     except ValueError as error:

@@ -77,11 +77,11 @@ class InferenceConfig:
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def first(self, rows: list[Any]) -> list[Any]:
-        """The first `prompt_num` of a split's rows."""
+        """Return the first `prompt_num` of a split's rows."""
         return rows if self.prompt_num < 0 else rows[: self.prompt_num]
 
     def numerics(self) -> dict[str, Any]:
-        """The settings that move results in their last digits, for a run's identity."""
+        """Return the settings that move results in their last digits, for a run's identity."""
         return {
             "bf16": self.bf16,
             "matmul_precision": self.matmul_precision,

@@ -4,7 +4,7 @@ The list alone fixes the content of a batch, never the number of processes, so e
 same. A finished batch is one JSON line, forced to disk, in `.partial/<split>-<key>-<rank>.jsonl` below the
 output directory. The key is a hash of everything the results depend on: lines of another key are never read. A
 line that a kill has torn is ignored. When all batches are there the main process writes the files, each in one
-step, the summary last: a directory with a summary is a finished one, and says what it was made from.
+step, the summary last: a directory with a summary is a finished one, and names its inputs.
 
 Any process may compute a batch, on whatever threads it has. Floating-point sums may
 differ in their last bits between numbers of threads; within one setting (OMP_NUM_THREADS) everything repeats.
@@ -31,7 +31,7 @@ FORMAT = 1  # raised when the same identity gives other results
 class ResumableRun:
     """One run of a stage into `output_dir`; the same object is made in every process.
 
-    `identity` is what the results depend on, JSON values by name: settings, and digests of data and models.
+    `identity` holds all that the results depend on, JSON values by name: settings, and digests of data and models.
     """
 
     def __init__(self, output_dir: str | Path, identity: Mapping[str, Any]):
@@ -141,7 +141,7 @@ class ResumableRun:
         """Return values by batch, from every process of every earlier run with this key."""
         found = {}
         for path in self._stored_files(split):
-            for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn
+            for line in path.read_bytes().split(b"\n")[:-1]:  # a line without a newline is torn
                 try:
                     entry = json.loads(line)
                 except ValueError:

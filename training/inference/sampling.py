@@ -34,7 +34,7 @@ Sampler = Callable[[list[str], list[list[int]]], list[list[list[int]]]]  # promp
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. Raises ValueError for an argument out of range, named with its value."""
+    """The settings of drawing completions. Raises ValueError for an argument out of range, named with its value."""
 
     return_num: int = 1  # completions of each prompt
     max_new_tokens: int = 64
@@ -140,7 +140,7 @@ def sample_batch(
     batch_size: int,
     without_token: Sequence[int],
 ) -> list[list[list[int]]]:
-    """One batch of `sample_tokens`: as many completions run together as `batch_size` allows.
+    """Sample one batch of `sample_tokens`: as many completions run together as `batch_size` allows.
 
     The model reads `encoded[i]`; the text `prompts[i]` only seeds its streams. The model is in eval mode.
     `without_token` are ids that are never drawn (`ids_without_token`). Returns for each prompt `return_num` lists

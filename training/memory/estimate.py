@@ -7,7 +7,7 @@ is: gradient checkpointing, LoRA, autocast, tied embeddings, mixtures of experts
 and next to no memory, and needs no weights.
 
 Three parts are formulas, because they are no torch operations of the step: the scratch of heads that form no logits
-(`fused_scratch`, `tiled_scratch`), Adam's state, and what an engine keeps beside the model (`Engine`).
+(`fused_scratch`, `tiled_scratch`), Adam's state, and the engine's memory beside the model (`Engine`).
 
 Three methods of `exo_fast.benchmarks.methods.step_styles` are compared:
 
@@ -43,7 +43,7 @@ METHODS = ("full-logits", "trl", "exo_fast")
 PARTS = ("weights", "reference", "gradients", "optimizer", "engine", "activations", "mask", "head", "backward")
 MOMENTS = ("forward and backward", "update")
 TILE_TOKENS, TILE_VOCAB = 4096, 32768  # of TRL 1.16's head
-TILE_COPIES = 7.25  # float32 copies of a tile that its backward pass holds at once where Triton does not run
+TILE_COPIES = 7.25  # float32 copies of a tile that its backward pass holds at once if Triton does not run
 BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size
 GATHERED = 1_000_000_000  # elements: DeepSpeed's default stage3_max_live_parameters
 
@@ -231,7 +231,7 @@ class Engine:
         1, 2           (4 + 8) / P                w and a bucket of w       8 / P
         3              (4 + 8 + w) / P            nothing more              4 / P, and 2 / P for bf16
 
-    where 4 is a float32 copy, 8 Adam's state and, in stage 3, w a buffer of gradients. A bucket has at most BUCKET
+    4 is a float32 copy, 8 Adam's state and, in stage 3, w a buffer of gradients. A bucket has at most BUCKET
     elements; on a GPU stages 1 and 2 allocate two of them, whatever the model's size. Stage 3 holds w / P of weights,
     and up to GATHERED of them in one piece if P > 1.
     """

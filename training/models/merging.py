@@ -75,7 +75,7 @@ def merge_adapter(model: nn.Module, path: str) -> nn.Module:
 
 def save_merged(adapter: str, directory: str, *, trust_remote_code: bool = False) -> None:
     """Merge the adapter in the directory `adapter` into its base, and save a whole model and its tokenizer to
-    `directory`. Raises InputError for what cannot be loaded or merged."""
+    `directory`. Raises InputError if loading or merging fails."""
     from exo_fast.training.models.saving import save_model
 
     base = adapter_base(adapter)

@@ -54,7 +54,7 @@ class TrainedModule(nn.Module):
         return hasattr(self.model, "peft_config") and hasattr(self.model, "disable_adapter")
 
     def packed_hidden(self, packed: Packed, plan: MaskPlan) -> Tensor:
-        """(B·T, D): the final hidden states of packed rows."""
+        """Return (B·T, D): the final hidden states of packed rows."""
         inputs = model_inputs(
             packed,
             plan,
@@ -97,15 +97,15 @@ class CausalModule(TrainedModule):
         self.kernel_options = {"memory_budget": memory_budget, "backend": backend}
 
     def predicting_hidden(self, packed: Packed) -> Tensor:
-        """(N, D): the hidden state that predicts each completion token."""
+        """Return (N, D): the hidden state that predicts each completion token."""
         return self.packed_hidden(packed, self.plan)[packed.source.to(self.model.device)]
 
     def token_logps(self, packed: Packed) -> Tensor:
-        """(N,) float32, the log-prob of each completion token."""
+        """Return (N,) float32, the log-prob of each completion token."""
         return self.projected(self.predicting_hidden(packed), packed.targets)
 
     def projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(N,) float32, the log-prob of each target under the hidden state that predicts it."""
+        """Return (N,) float32, the log-prob of each target under the hidden state that predicts it."""
         head = read_head(self.model)
         options = {**head.options(self.temperature), **self.kernel_options}
         return linear_logprobs(head.multiplied(hidden), head.weight, targets.to(hidden.device), **options)
@@ -121,7 +121,7 @@ class CausalModule(TrainedModule):
             return check_neighbours(token_logps, shortest, longest, atol=self.atol)
 
     def packed(self, groups: list[Group], *, shared: bool, **options: Any) -> Packed:
-        """`groups` in rows, on the model's device."""
+        """Pack `groups` in rows, on the model's device."""
         rows = pack(groups, share_prompt=shared, by_length=self.plan.by_length, **options)
         tensors = {field.name: getattr(rows, field.name) for field in fields(Packed)}
         device = self.model.device
@@ -150,7 +150,7 @@ class CausalModule(TrainedModule):
 
 
 def packed_batch(batch: dict[str, Any]) -> Packed:
-    """The packed rows among a collator's tensors."""
+    """Return the packed rows among a collator's tensors."""
     return Packed(**{field.name: torch.as_tensor(batch[field.name]) for field in fields(Packed)})
 
 
@@ -204,7 +204,7 @@ class AlignModule(CausalModule):
         only_logps: bool = False,
         **batch: Tensor,
     ) -> tuple[Tensor, ...] | tuple[SharingReport]:
-        """`batch` as GroupCollator makes it, G groups of K candidates.
+        """Run on `batch` as GroupCollator makes it, G groups of K candidates.
 
         Returns (mean loss over the G groups, group metrics (G, M)) in training, (losses (G,), group metrics
         (G, M)) in evaluation, and (sequence log-probs (G, K) float32,) with `only_logps`; with `reference`, they are
@@ -245,8 +245,8 @@ class AlignModule(CausalModule):
         return loss, group_metrics(policy_logps.detach(), ref_logps, rewards, self.beta_pi)
 
     def token_logps(self, packed: Packed, *, whole_rows: bool = False) -> Tensor:
-        """(N,) float32, the log-prob of each completion token. With `whole_rows` this rank runs all of them, even
-        with `sequence`."""
+        """Return (N,) float32, the log-prob of each completion token. With `whole_rows` this rank runs all of them,
+        even with `sequence`."""
         if self.sequence is None:
             return super().token_logps(packed)
         device = self.model.device
@@ -285,8 +285,8 @@ class SftModule(CausalModule):
     def forward(
         self, *, neighbours: tuple[Group, Group] | None = None, check_shared: bool = False, **batch: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[SharingReport]:
-        """`batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)), in evaluation ((R,), (R, 0)). With
-        `neighbours`, and no batch, the report of `check_neighbours`."""
+        """Run on `batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)), in evaluation ((R,), (R, 0)).
+        With `neighbours`, and no batch, return the report of `check_neighbours`."""
         if neighbours is not None:
             return (self.check_neighbours(*neighbours, shared=check_shared),)
         packed = packed_batch(batch)

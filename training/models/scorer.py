@@ -51,7 +51,7 @@ def load_scalar_model(
 
     With `new_head` a causal LM gets a head drawn by transformers' initialisation from the current random state
     (`set_seed`); a one-logit classifier keeps the head it has, so that its training can go on. Without, raises
-    InputError for anything but a one-logit classifier. Raises InputError for what cannot be loaded, and for a
+    InputError for anything but a one-logit classifier. Raises InputError if loading fails, and for a
     model that reads its number elsewhere than at the last token (BERT, say).
     """
     refuse_adapter(name_or_path)

@@ -27,7 +27,7 @@ CHECKED_PAIRS = 4
 class RewardModule(TrainedModule):
     """A one-logit classifier whose forward is the Bradley-Terry loss of pairs: −log σ(r_chosen − r_rejected).
 
-    Metrics of a pair: `accuracy` is 1 where the chosen completion has the higher reward and ½ in a tie.
+    Metrics of a pair: `accuracy` is 1 if the chosen completion has the higher reward and ½ in a tie.
     """
 
     metric_names = ("accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -37,7 +37,7 @@ class RewardModule(TrainedModule):
         self.plan = plan_mask(model.config)
 
     def forward(self, **batch: Any) -> tuple[Tensor, Tensor]:
-        """R pairs as PairCollator makes them: (the weighted mean loss, (R, 4)); in evaluation ((R,), (R, 4))."""
+        """Run on R pairs as PairCollator makes them: (the weighted mean loss, (R, 4)); in evaluation ((R,), (R, 4))."""
         chosen, rejected = self._packed_rewards(batch) if "source" in batch else scalars(self.model, batch).chunk(2)
         margins = chosen - rejected
         accuracy = (1 + margins.sign()) / 2
@@ -106,7 +106,7 @@ class ClassifierModule(TrainedModule):
     metric_names = ("accuracy", "log_odds", "margins")
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
-        """R texts as RowCollator makes them: (the weighted mean loss, (R, 3)); in evaluation ((R,), (R, 3))."""
+        """Run on R texts as RowCollator makes them: (the weighted mean loss, (R, 3)); in evaluation ((R,), (R, 3))."""
         log_odds, labels = scalars(self.model, batch), batch["labels"]
         losses = binary_cross_entropy_with_logits(log_odds, labels, reduction="none")
         margins = log_odds * (2 * labels - 1)

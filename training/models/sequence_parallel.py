@@ -12,11 +12,11 @@ several groups in a row and unshared rows need no code of their own.
 Engines do not know of it: to them every rank is a data-parallel rank, whose gradients they average. The ranks of a row
 compute one loss from the log-probs of all its tokens, and each has the gradient of its own tokens: parts to be summed.
 `_SumOverRanks` therefore multiplies gradients by n on the way back, and the average over ranks, of losses and of
-gradients alike, is what it would be if each row had one rank.
+gradients alike, is the same as if each row had one rank.
 
 Not taken from DeepSpeed, and why: `UlyssesSPAttentionHF` drops the mask it is given, and wants heads that n divides
 (SmolLM2-135M has 9). `_SeqAllToAll` divides uneven heads too, but not fewer key-value heads than ranks, and it uses
-DeepSpeed's own sequence groups, which its engine would count. What we need is only an all-to-all and its transpose.
+DeepSpeed's own sequence groups, which its engine would count. So we need only an all-to-all and its transpose.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ class SequenceParallel:
     def part(
         self, packed: Packed, plan: MaskPlan, *, dtype: torch.dtype, device: torch.device
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """This rank's part of a batch of rows that all ranks of the group have in full.
+        """Return this rank's part of a batch of rows that all ranks of the group have in full.
 
         Returns the arguments of the model's forward, `rows` (n_r,) of its hidden states (B·T/n, D) that predict a
         completion token, and `tokens` (n_r,), their indices in the batch's N. `dtype` is the mask's (`model_inputs`).
@@ -124,7 +124,7 @@ class SequenceParallel:
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
-        """transformers' attention function: query (B, H, T/n, d), key and value (B, H_kv, T/n, d) -> (B, T/n, H, d).
+        """Attend as transformers does: query (B, H, T/n, d), key and value (B, H_kv, T/n, d) -> (B, T/n, H, d).
 
         If the mask has the length of the keys, these are whole rows, and nothing is exchanged.
         """
@@ -149,7 +149,7 @@ class SequenceParallel:
         return self._to_tokens(out, heads), None
 
     def _to_heads(self, tensor: Tensor, heads: Sequence[range]) -> Tensor:
-        """(B, H, T/n, d) -> (B, h, T, d): this rank's heads of the whole row. A head may go to several ranks."""
+        """Exchange (B, H, T/n, d) -> (B, h, T, d): this rank's heads of the whole row. Several ranks may get a head."""
         batch, _, length, size = tensor.shape
         by_head = tensor.transpose(0, 1)
         sent = torch.cat([by_head[part.start : part.stop] for part in heads])
@@ -159,7 +159,7 @@ class SequenceParallel:
         return found.permute(2, 1, 0, 3, 4).reshape(batch, count, self.size * length, size)
 
     def _to_tokens(self, tensor: Tensor, heads: Sequence[range]) -> Tensor:
-        """(B, T, h, d) -> (B, T/n, H, d): this rank's tokens of all heads."""
+        """Exchange (B, T, h, d) -> (B, T/n, H, d): this rank's tokens of all heads."""
         batch, length, count, size = tensor.shape
         by_rank = tensor.reshape(batch, self.size, length // self.size, count, size).permute(1, 3, 0, 2, 4)
         sent = by_rank.reshape(self.size * count, batch, length // self.size, size)

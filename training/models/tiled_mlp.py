@@ -5,9 +5,9 @@ of T tokens leaves two things in memory until the backward pass. With checkpoint
 and in the one layer that is recomputed, the inner activations of its MLP, 3 to 4 times the intermediate size a token.
 Offloading removes the former, tiling the latter.
 
-DeepSpeed has a TiledMLP too. It computes each piece's gradients by a backward pass inside the backward pass and tells
-its own ZeRO optimizers by a mark on the parameters to wait for the last piece, which other engines (DDP) cannot know.
-A checkpoint around each piece leaves the graph an ordinary one, in which a parameter has its gradient once.
+DeepSpeed has a TiledMLP too. It computes each piece's gradients by a backward pass inside the backward pass. A mark on
+the parameters makes its own ZeRO optimizers wait for the last piece; other engines (DDP) do not know the mark. A
+checkpoint around each piece leaves the graph an ordinary one, in which a parameter has its gradient once.
 """
 
 import inspect
@@ -47,6 +47,6 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _in_pieces(forward: Callable[[Tensor], Tensor], pieces: int, hidden: Tensor) -> Tensor:
-    """Apply `forward` to (B, T, D) in pieces; returns (B, T, D)."""
+    """Return apply `forward` to (B, T, D) in pieces; returns (B, T, D)."""
     parts = hidden.reshape(1, -1, hidden.shape[-1]).tensor_split(pieces, dim=1)  # each contiguous, which some ask for
     return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1).view(hidden.shape)

@@ -2,10 +2,10 @@
 
 PATH holds train.jsonl and test.jsonl, also as .jsonl.gz: one of the folders of hh-rlhf, such as helpful-base. A row is
 {"chosen", "rejected"}, two dialogues of turns that begin with "\\n\\nHuman: " or "\\n\\nAssistant: ". The prompt is the
-turns that both share and "Assistant:"; chosen and rejected are what the assistant says in the first turn that differs.
+turns that both share and "Assistant:"; chosen and rejected are the assistant's words in the first turn that differs.
 
 As in the original: "Humans: " counts as "Human: "; a blank line inside a turn stays in it; "Human: " inside the first
-paragraph of the assistant becomes a space; rows whose responses are the same, or where one is empty, are left out.
+paragraph of the assistant becomes a space; rows whose responses are the same, or one of which is empty, are left out.
 Unlike the original: spaces before a response are stripped from both. The original strips them from the chosen alone, so
 a space tells the two apart. And "Assistant:" with nothing after it in its paragraph begins a turn too; the original
 stops at an assertion.

@@ -38,11 +38,11 @@ class Imdb(RawDataset):
     default_options: ClassVar[dict[str, Any]] = {"prefix_tokens": 10}
 
     def splits(self) -> list[str]:
-        """The splits that have folders of reviews, or else files of records."""
+        """Return the splits that have folders of reviews, or else files of records."""
         return [split for split in ("train", "test") if self._is_raw(split)] or super().splits()
 
     def rows(self, split: str) -> Any:
-        """The files of reviews, in their order; or the records that are there already."""
+        """Return the files of reviews, in their order; or the records that are there already."""
         if not self._is_raw(split):
             return super().rows(split)
         if self.kind in ("pref", "rw"):
@@ -68,7 +68,7 @@ class Imdb(RawDataset):
         return [(Place(str(path), row, 1), path) for row, path in enumerate(ordered)]
 
     def to_record(self, row: Any) -> dict[str, Any]:
-        """The record of the review in the file `row`."""
+        """Return the record of the review in the file `row`."""
         if not isinstance(row, Path):
             raise BadField("(the whole row)", row, f"neither a review nor a record of imdb/{self.kind}.")
         try:

@@ -40,7 +40,7 @@ class Reviews(RawDataset):
         return ["train", "test"] if self.path is None else super().splits()
 
     def rows(self, split: str) -> Any:
-        """The snippets of the split, in the order in which they are published."""
+        """Return the snippets of the split, in the order in which they are published."""
         if self.path is not None:
             return super().rows(split)
         self._openings = set()
@@ -49,7 +49,7 @@ class Reviews(RawDataset):
         return [(place, snippet) for place, snippet in rows if split_of(snippet.text) == split]
 
     def to_record(self, row: Any) -> dict[str, Any]:
-        """The record of a snippet."""
+        """Return the record of a snippet."""
         if not isinstance(row, Snippet):
             raise BadField("(the whole row)", row, f"neither a snippet nor a record of reviews/{self.kind}.")
         if self.kind == "class":
@@ -66,14 +66,14 @@ class Reviews(RawDataset):
 
 
 def split_of(text: str) -> str:
-    """ "test" for the snippets whose opening words hash into the lowest TEST_SHARE, "train" for the others."""
+    """Return "test" for the snippets whose opening words hash into the lowest TEST_SHARE, "train" for the others."""
     opening = " ".join(text.casefold().split()[:SPLIT_WORDS])
     place = int.from_bytes(hashlib.sha256(opening.encode()).digest()[:8], "big") / 2**64
     return "test" if place < TEST_SHARE else "train"
 
 
 def clean_opening(text: str, words: int) -> str | None:
-    """The first `words` words of a review that goes on for at least as many again.
+    """Return the first `words` words of a review that goes on for at least as many again.
 
     None for a shorter one, and if the opening ends a sentence or holds an unclosed quotation or bracket: a model's
     continuation then has little to do with the review.

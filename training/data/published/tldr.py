@@ -6,8 +6,8 @@ PATH holds train.jsonl and test.jsonl (.json and .jsonl.gz do too, and validatio
 - the comparisons of summarize_from_feedback: {"info": {"subreddit", "title", "post"}, "summaries": [{"text"},
   {"text"}], "choice": 0 or 1}, for any kind: tldr/sft then has the chosen summaries.
 
-As in the original, but two kinds of comparisons are left out: those of news articles (CNN/DM, in the validation split),
-which have no subreddit and no post, and any with an empty summary.
+As in the original, but two kinds of comparisons are left out: news articles (CNN/DM, in the validation split), which
+have no subreddit and no post, and comparisons with an empty summary.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ class Tldr(RawDataset):
 
 
 def preference(kind: str, prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
-    """A preference as a record of kind "sft", "pref" or "rw" (with the original's rewards, 1 and 0)."""
+    """Return a preference as a record of kind "sft", "pref" or "rw" (with the original's rewards, 1 and 0)."""
     if kind == "sft":
         return {"prompt": prompt, "chosen": chosen}
     if kind == "rw":
