@@ -91,7 +91,7 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def _add_flags(parser: argparse.ArgumentParser, flags: dict[str, str]) -> None:
-    """Return add the flags of every command, except one that is also a field of the stage."""
+    """Add the flags of every command, except one that is also a field of the stage."""
     for flag, what in flags.items():
         if flag not in parser._option_string_actions:
             parser.add_argument(flag, action="store_true", help=what)

@@ -1,8 +1,8 @@
 """Make tokenised groups of examples, and a batch of groups.
 
 `exo_fast.data.tokens` defines the ids. Here they are cut to length, grouped, and judged: a group that teaches nothing,
-or contradicts itself, is left out and counted (`exo_fast.data.selection`). The ids are kept in flat
-arrays, so a large data set costs a few bytes a token and survives a fork of the data loader.
+or contradicts itself, is left out and counted (`exo_fast.data.selection`). The ids are kept in flat arrays, so
+a large data set costs a few bytes a token and survives a fork of the data loader.
 """
 
 from array import array
@@ -128,10 +128,9 @@ def tokenize(
 ) -> GroupDataset:
     """Cut each example's candidates into groups of `num_contrastive` (None: one group) and tokenise them.
 
-    A completion is cut on the right to `max_gen_len`. A prompt is cut on the left, after the tokenizer's prefix
-    of a text (BOS), so that it and the group's longest completion fit `max_seq_len`. With a `loss_type` groups are
-    judged by `duplicates` and `ties`; groups left out join `left_out` (rows that had too few candidates) in the
-    counts.
+    A completion is cut on the right to `max_gen_len`. A prompt is cut on the left, after the tokenizer's prefix of a
+    text (BOS), so that it and the group's longest completion fit `max_seq_len`. With a `loss_type` groups are judged
+    by `duplicates` and `ties`; groups left out join `left_out` (rows that had too few candidates) in the counts.
     Raises InputError for a tokenizer without EOS, for a prompt of no tokens, for ids that another tokenizer drew, for
     groups that are an error by the options, and if no group is left.
     """

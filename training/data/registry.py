@@ -178,7 +178,7 @@ _registered: dict[str, type[RawDataset]] = {}
 
 
 def register(name: str) -> Callable[[DatasetClass], DatasetClass]:
-    """Make a RawDataset (class decorator) available as `name`, "NAME/KIND" with a KIND of KINDS. One class may have
+    """Decorate a RawDataset to make it available as `name`, "NAME/KIND" with a KIND of KINDS. One class may have
     several names. Raises InputError for a name of another form, and for one that another class has."""
     if not re.fullmatch(DATASET_NAME, name) or name.split("/")[1] not in KINDS:
         raise InputError(f"dataset name {name!r}: NAME/KIND is needed, where KIND is one of {', '.join(KINDS)}.")

@@ -6,8 +6,8 @@ output directory. The key is a hash of everything the results depend on: lines o
 line that a kill has torn is ignored. When all batches are there the main process writes the files, each in one
 step, the summary last: a directory with a summary is a finished one, and names its inputs.
 
-Any process may compute a batch, on whatever threads it has. Floating-point sums may
-differ in their last bits between numbers of threads; within one setting (OMP_NUM_THREADS) everything repeats.
+Any process may compute a batch, on whatever threads it has. Floating-point sums may differ in their last
+bits between numbers of threads; within one setting (OMP_NUM_THREADS) everything repeats.
 """
 
 import hashlib

@@ -360,7 +360,7 @@ class _Step:
             return decoder(model)(input_ids=ids, use_cache=False, **inputs).last_hidden_state
 
     def _full_logits(self, model: nn.Module) -> Tensor:
-        """Run as `step_styles.full_logits` does: logits divided by a temperature, log-softmax over all positions."""
+        """Compute as `step_styles.full_logits`: logits divided by a temperature, log-softmax over all positions."""
         hidden = self._hidden(model)
         with self.meter.labelled("head"):
             head = read_head(model)

@@ -17,8 +17,8 @@ class Meter(TorchDispatchMode):
     """Adds up the storages that operations inside this mode make, for as long as they live.
 
     A storage counts under the `label` that was set when it was made. Its bytes are multiplied by the label's `share`
-    (1 by default), so tensors spread over processes count by one process's part. `peak` is the
-    composition, label -> bytes, at the moment of the largest sum.
+    (1 by default), so tensors spread over processes count by one process's part. `peak` is the composition,
+    label -> bytes, at the moment of the largest sum.
     """
 
     def __init__(self, share: dict[str, float] | None = None) -> None:

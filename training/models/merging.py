@@ -50,7 +50,7 @@ def merge_adapter(model: nn.Module, path: str) -> nn.Module:
             merged = adapted.merge_and_unload()
     except InputError:
         raise
-    except Exception as error:  # anyone may have written the file
+    except Exception as error:  # the file may hold anything
         reason = " ".join(str(error).split()) or type(error).__name__
         if "size mismatch" in reason:
             reason += (

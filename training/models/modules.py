@@ -3,8 +3,8 @@
 The fused losses read the lm_head's weight without calling the lm_head, and DeepSpeed ZeRO-3 has a parameter in
 one piece only inside the forward of a module it belongs to. So the loss is part of a module that owns the model
 and registers the head as its own (`register_head`); engines that work through a module's forward (DDP's
-reducer, autocast, gradient hooks) then see nothing unusual. Other packages broke because a
-trainer's compute_loss read `lm_head.weight` instead.
+reducer, autocast, gradient hooks) then see nothing unusual. Other packages broke because a trainer's
+compute_loss read `lm_head.weight` instead.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ class TrainedModule(nn.Module):
     """A transformers model (or a PeftModel around one) inside a module whose forward is a loss.
 
     `forward(**batch)` returns (loss, metrics (R, M)) in training, where the loss is the mean over the batch's R rows
-    by the batch's `weights` (R,), and (losses (R,), metrics (R, M)) in evaluation. Saving and resuming concern
-    `model` alone, under its own names.
+    by the batch's `weights` (R,), and (losses (R,), metrics (R, M)) in evaluation. Only `model` is saved and
+    resumed, under its own names.
     """
 
     metric_names: tuple[str, ...] = ()  # of the M columns
@@ -285,7 +285,7 @@ class SftModule(CausalModule):
     def forward(
         self, *, neighbours: tuple[Group, Group] | None = None, check_shared: bool = False, **batch: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[SharingReport]:
-        """Run on `batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)), in evaluation ((R,), (R, 0)).
+        """Run on `batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)); evaluation: ((R,), (R, 0)).
         With `neighbours`, and no batch, return the report of `check_neighbours`."""
         if neighbours is not None:
             return (self.check_neighbours(*neighbours, shared=check_shared),)

@@ -1,10 +1,10 @@
 """Models that read one number from a text: reward models and classifiers.
 
-Both are transformers' `AutoModelForSequenceClassification` with one logit, so `from_pretrained`
-loads a trained one, and `model(**tokenizer(text)).logits` gives the same number without this package. Those
-classes read the rightmost token that is not `config.pad_token_id`. EOS is made the padding token: the number
-is then read at the last token before EOS, as in the original EXO code, whether or not a tokenizer or a caller
-ends the text with EOS. Padding goes on the right, where no token that is read sees it.
+Both are transformers' `AutoModelForSequenceClassification` with one logit, so `from_pretrained` loads a trained
+one, and `model(**tokenizer(text)).logits` gives the same number without this package. Those classes read the
+rightmost token that is not `config.pad_token_id`. EOS is made the padding token: the number is then read at
+the last token before EOS, as in the original EXO code, whether or not a tokenizer or a caller ends the text
+with EOS. Padding goes on the right, where no token that is read sees it.
 
 TRL's RewardTrainer trains otherwise. Its padding is a token of its own. It ends every text with EOS (and every
 conversation with all that the template writes) and reads the number there. We read such a model there too
@@ -115,7 +115,7 @@ def scalars(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def need_own_numbers(model: nn.Module, texts: Iterable[Sequence[int]], *, allowed: float = TOLERANCE) -> None:
     """Raise InputError if the number of the shortest of `texts` (token ids) beside the longest one differs from its
-    number alone by more than `allowed` of their size. Checks only if `neighbours_hint` says so. In eval mode."""
+    number alone by more than `allowed` of their size. Checks only if `neighbours_hint` says it may. In eval mode."""
     hint = neighbours_hint(model.config)
     if not hint:
         return

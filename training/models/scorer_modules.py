@@ -2,8 +2,8 @@
 
 A row is two texts for a reward model (prompt with the chosen and with the rejected completion) and one, with its
 label, for a classifier. A batch of R rows has all first texts and then all second ones, padded on the right to the
-longest. The two texts of a pair begin alike, so a model that can share prompts (exo_fast.layout) runs their
-common part once, in batches in which that is less work.
+longest. The two texts of a pair begin alike, so a model that can share prompts (exo_fast.layout) runs their common
+part once, in batches in which that is less work.
 """
 
 from typing import Any

@@ -80,7 +80,7 @@ class SequenceParallel:
     def part(
         self, packed: Packed, plan: MaskPlan, *, dtype: torch.dtype, device: torch.device
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Return this rank's part of a batch of rows that all ranks of the group have in full.
+        """Cut this rank's part from a batch of rows that all ranks of the group have in full.
 
         Returns the arguments of the model's forward, `rows` (n_r,) of its hidden states (B·T/n, D) that predict a
         completion token, and `tokens` (n_r,), their indices in the batch's N. `dtype` is the mask's (`model_inputs`).

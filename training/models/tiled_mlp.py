@@ -47,6 +47,6 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _in_pieces(forward: Callable[[Tensor], Tensor], pieces: int, hidden: Tensor) -> Tensor:
-    """Return apply `forward` to (B, T, D) in pieces; returns (B, T, D)."""
+    """Apply `forward` to (B, T, D) in pieces; returns (B, T, D)."""
     parts = hidden.reshape(1, -1, hidden.shape[-1]).tensor_split(pieces, dim=1)  # each contiguous, which some ask for
     return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1).view(hidden.shape)

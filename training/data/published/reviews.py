@@ -36,7 +36,7 @@ class Reviews(RawDataset):
         self._openings: set[str] = set()
 
     def splits(self) -> list[str]:
-        """Return both splits; with a path, the splits of the records written there."""
+        """Return both splits; with a path, the splits of records written there."""
         return ["train", "test"] if self.path is None else super().splits()
 
     def rows(self, split: str) -> Any:
