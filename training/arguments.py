@@ -1,8 +1,8 @@
-"""From a YAML recipe and a command line to a configuration object, for every stage.
+"""Build a stage's configuration object from a YAML recipe and a command line.
 
-A recipe's values are turned into command-line words and parsed by the same transformers.HfArgumentParser,
-before the words of the command line itself, so that there is one set of types and checks and the command line
-wins. Scalars are taken as they are written (exo_fast.training.yaml_file).
+A recipe's values become command-line words. One transformers.HfArgumentParser parses them, and then the words of
+the command line itself. So there is one set of types and checks, and the command line wins. Scalars are taken as
+they are written (exo_fast.training.yaml_file).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from exo_fast.training.files import user_path
 Config = TypeVar("Config")
 OTHER_FIELDS = "everything else of transformers.TrainingArguments"
 NOT_FIELDS = ("help", "help_all", "config", "json")
-NOT_A_VALUE = re.compile(r"-(?!\.?\d)")  # to argparse it would be an option
+NOT_A_VALUE = re.compile(r"-(?!\.?\d)")  # argparse would take it for an option
 
 
 class _OneSpelling(argparse.RawDescriptionHelpFormatter):
@@ -62,7 +62,7 @@ class StageParser(HfArgumentParser):
                 fields[name].type = hints[name]
                 self._parse_dataclass_field(group, fields[name])
             for action in group._group_actions:
-                if action.type is string_to_bool:  # a switch needs no value, also where its default is None
+                if action.type is string_to_bool:  # a switch needs no value, even if its default is None
                     action.nargs, action.const = "?", True
                 if action.nargs == 0 or (title == OTHER_FIELDS and not self.show_all):
                     action.help = argparse.SUPPRESS
@@ -79,7 +79,7 @@ class StageParser(HfArgumentParser):
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str], **parser_options: Any) -> Config:
-    """The configuration that `argv` (with an optional `--config FILE`) describes.
+    """Return the configuration that `argv` (with an optional `--config FILE`) describes.
 
     `config_class` is a dataclass with `field_groups`; `parser_options` (prog, description, epilog) go to
     argparse. Raises InputError for an unknown key or option (naming the nearest), a bad value, or an
@@ -107,14 +107,14 @@ def parse_config(config_class: type[Config], argv: Sequence[str], **parser_optio
     values = {name: value for name, value in vars(namespace).items() if name in defaults}
     for name, value in values.items():
         if value == defaults[name]:
-            continue  # below ~ too, which need not be a place where nothing was asked for
+            continue  # a default below ~ needs no check: ~ may not exist if nobody asks for it
         for one in value if isinstance(value, list) else [value]:
             _check_value(name, one)
     return config_class(**values)
 
 
 def _check_value(name: str, value: Any) -> None:
-    """Raises InputError for what no field can mean."""
+    """Raise InputError for a value that no field can have."""
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name}={value}: a finite number is needed.")
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -127,8 +127,8 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _recipe_words(parser: StageParser, hints: dict[str, Any], path: Path) -> list[str]:
-    """Return the recipe as command-line words. What has no words (null, a list for a field that takes one in Python)
-    becomes a default of the parser."""
+    """Return the recipe as command-line words. Values without words (null, a list for a field that takes one in
+    Python) become defaults of the parser."""
     actions = {action.dest: action for action in parser._actions if action.dest not in NOT_FIELDS}
     words: list[str] = []
     for key, line, value, written in yaml_file.entries(yaml_file.read(path)):
@@ -154,5 +154,5 @@ def _recipe_words(parser: StageParser, hints: dict[str, Any], path: Path) -> lis
 
 
 def _takes(hint: Any, kind: type) -> bool:
-    """Whether a field of this type may hold a value of `kind`."""
+    """Check whether a field of this type may hold a value of `kind`."""
     return any((get_origin(option) or option) is kind for option in (hint, *get_args(hint)))

@@ -31,7 +31,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `exo-fast demo`."""
+    """Return the options of `exo-fast demo`."""
     made = argparse.ArgumentParser(
         prog="exo-fast demo",
         description=DESCRIPTION,

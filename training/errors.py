@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-DIGEST_LENGTH = 64  # of SHA-256 in hexadecimal, which tells a reader nothing
+DIGEST_LENGTH = 64  # of a SHA-256 in hexadecimal; a reader learns nothing from it
 
 
 class InputError(ValueError):
@@ -18,13 +18,13 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop (SIGTERM) and did. The message says what was saved. Exit status 0."""
+    """A run that stopped because it was asked to (SIGTERM). The message says what was saved. Exit status 0."""
 
 
 def nearest(word: str, known: Iterable[str], *, otherwise: str | None = None, cutoff: float = 0.6) -> str:
     """Return the end of an error message: the known word that is nearest to `word`.
 
-    If no word is near (`cutoff`, from 0 to 1), it is `otherwise`, by default a list of all known words.
+    If no word is near (`cutoff`, from 0 to 1), return `otherwise`, by default a list of all known words.
     """
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
@@ -34,7 +34,7 @@ def nearest(word: str, known: Iterable[str], *, otherwise: str | None = None, cu
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 5) -> str:
-    """Say in words which settings differ, `most` of them at the most. Empty where all are the same."""
+    """Name the settings that differ, at most `most` of them. Empty if all are the same."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     told = [
         f"another {name}"
@@ -46,8 +46,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 5
 
 
 def not_its_own(config: Any, hint: str, found: str) -> InputError:
-    """The error for a model of this transformers config that gives a text other numbers in other company: `hint` says
-    what it has that does so (`exo_fast.masks.neighbours_hint`), `found` what was seen."""
+    """Return the error for a model of this transformers config whose numbers for a text depend on other texts in the
+    batch. `hint` names the likely cause (`exo_fast.masks.neighbours_hint`), `found` says what was measured."""
     return InputError(
         f"model type {config.model_type!r}: it has {hint}, and what it gives for a text depends on the other texts of "
         f"the batch: {found}. Numbers from different batches cannot be compared; use another model."
@@ -55,5 +55,5 @@ def not_its_own(config: Any, hint: str, found: str) -> InputError:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its name where it has none."""
+    """Return the first line of an error's text, or the error's name if it has no text."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

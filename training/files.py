@@ -1,7 +1,7 @@
 """Paths as people write them, hashes, writing in one step, and locks of directories.
 
-In paths ~ is the home directory, and text that cannot be a path here is an InputError: `Path.expanduser` raises for a
-user who is not there, and `Path.exists` for a name that is too long or a folder that may not be entered.
+In paths ~ is the home directory. Text that cannot be a path here is an InputError: `Path.expanduser` raises for an
+unknown user, and `Path.exists` for a name that is too long or a folder that may not be entered.
 """
 
 import fcntl
@@ -20,15 +20,15 @@ from exo_fast.training import processes
 from exo_fast.training.errors import InputError
 
 LOCK = ".lock"
-PATIENCE = 5.0  # seconds: what a killed run left behind is on its way out
+PATIENCE = 5.0  # seconds: processes of a killed run may still be ending
 _held: dict[Path, IO[str]] = {}
 
 
 def user_path(text: str | Path, field: str | None = None) -> Path:
-    """`text` as a path with ~ expanded; nothing need be there.
+    """Return `text` as a path with ~ expanded. The path need not exist.
 
-    Raises InputError for ~name where there is no such user, and where whether something is there cannot even be asked;
-    it names `field` if that is given.
+    Raises InputError for ~name of an unknown user, and if the system cannot check whether the path exists. The message
+    names `field` if that is given.
     """
     try:
         path = Path(text).expanduser()
@@ -43,20 +43,20 @@ def user_path(text: str | Path, field: str | None = None) -> Path:
 
 
 def why_not_writable(folder: str | Path) -> str | None:
-    """Why no file can be written to `folder`, which is made where it is not there; None where one can."""
+    """Return why no file can be written to `folder`, or None if one can. Makes the folder if it does not exist."""
     try:
         path = Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path) as file:
             file.write(b"x")
             file.flush()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody knows where ~ is
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ cannot be expanded
         return str(getattr(error, "strerror", None) or error).rstrip(".")
     return None
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` is that of a file in a folder, and leads nowhere else."""
+    """Check whether `name` is a plain file name, which cannot lead out of its folder."""
     return name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
 
 
@@ -85,7 +85,7 @@ def write_file(folder: Path, name: str, content: bytes) -> Path:
         with (scratch / name).open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # or a name could outlive a power cut, and its content not
+            os.fsync(file.fileno())  # otherwise a power cut could leave the name without the content
         os.replace(scratch / name, folder / name)
     return folder / name
 
@@ -93,7 +93,7 @@ def write_file(folder: Path, name: str, content: bytes) -> Path:
 def acquire(path: Path) -> IO[str] | None:
     """Return the locked file, or None when another process holds it for longer than PATIENCE.
 
-    Closing it unlocks it, and so does the end of this process and of those that inherited it.
+    Closing it unlocks it, and so does the end of this process and of all that inherited it.
     """
     file = path.open("a+")
     deadline = time.monotonic() + PATIENCE
@@ -111,7 +111,7 @@ def acquire(path: Path) -> IO[str] | None:
 def lock_directory(directory: Path) -> None:
     """Make `directory` and lock it until `unlock_directory` or the end of the process; all ranks must call it.
 
-    Raises InputError, in every process, where it cannot be written or another run writes there.
+    Raises InputError, in every process, if it cannot be written or another run writes there.
     """
     directory = directory.expanduser().resolve()
     problem = processes.from_first(_take(directory) if processes.index() == 0 else None)
@@ -120,14 +120,14 @@ def lock_directory(directory: Path) -> None:
 
 
 def unlock_directory(directory: Path) -> None:
-    """Give back what `lock_directory` took."""
+    """Release the lock of `lock_directory`."""
     file = _held.pop(directory.expanduser().resolve(), None)
     if file is not None:
         file.close()
 
 
 def _take(directory: Path) -> str | None:
-    """Lock the directory, or return why it cannot be had."""
+    """Lock the directory, or return why it cannot be locked."""
     if directory in _held:
         return None
     try:

@@ -28,8 +28,8 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def describe() -> dict:
-    """Return machine, versions, date and command of this run, as JSON can hold them."""
-    import torch  # not above: `version` works without
+    """Return machine, versions, date and command of this run, as values that JSON can hold."""
+    import torch  # imported here, so that `version` works without torch
 
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -57,7 +57,7 @@ def version(distribution: str) -> str | None:
 
 
 def _command(arguments: list[str]) -> list[str]:
-    """The words that start this process again in a checkout; no path of this machine."""
+    """Return the words that start this process again in a checkout, without paths of this machine."""
     started_as = getattr(sys.modules["__main__"], "__spec__", None)
     if started_as is not None and started_as.name.startswith("exo_fast."):
         return ["python", "-m", started_as.name.removesuffix(".__main__"), *arguments[1:]]
@@ -74,7 +74,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_features() -> list[str]:
-    """Those that decide how fast bf16 products are."""
+    """Return the CPU features that decide how fast bf16 products are."""
     flags = set((_cpuinfo("flags") or [""])[0].split())
     return [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
 
@@ -88,10 +88,10 @@ def _cpuinfo(field: str) -> list[str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with a + when code differs from it; None outside one."""
-    if not (REPOSITORY / ".git").exists():  # installed: a repository around it is another's
+    """Return the commit of the checkout, with a + if code differs from it; None outside a checkout."""
+    if not (REPOSITORY / ".git").exists():  # installed: a repository around it is not ours
         return None
-    written = (":!benchmarks/results", ":!docs")  # by benchmarks themselves
+    written = (":!benchmarks/results", ":!docs")  # benchmarks write these themselves
     try:
         git = ["git", "-C", str(REPOSITORY)]
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -114,10 +114,10 @@ def peak_memory_mb() -> float:
 
 
 def give_back_freed_memory() -> None:
-    """On a CPU with glibc: have every block of a MB and more mapped by itself, and so given back when it is freed.
+    """Make glibc on a CPU map every block of a MB and more by itself, so that freeing it returns it to the system.
 
-    Unless told so, glibc keeps blocks of up to 32 MB in its heap, where the activations of long rows leave holes that
-    later ones do not fit: the peak of two processes on one row of 16,320 tokens was 7 GB with less than half in use.
+    By default glibc keeps blocks of up to 32 MB in its heap, where the activations of long rows leave holes that later
+    ones do not fit: the peak of two processes on one row of 16,320 tokens was 7 GB with less than half in use.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""The processes of a run speaking with one another, and nothing where there is only one."""
+"""Communication between the processes of a run. With one process nothing is sent."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ def start(*, on_cpu: bool) -> torch.device:
     """
     from accelerate import PartialState
 
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what a training stage in this process left behind
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # an earlier training stage in this process may have set it
     return PartialState(cpu=on_cpu, timeout=timedelta(days=1)).device
 
 
@@ -33,12 +33,12 @@ def count() -> int:
 
 
 def index() -> int:
-    """Return which of them this is; 0 writes what is written once."""
+    """Return the rank of this process. Rank 0 writes files that are written once."""
     return torch.distributed.get_rank() if _together() else 0
 
 
 def gather(value: Value) -> list[Value]:
-    """Return the values of all processes, in their order; a collective call, for small values."""
+    """Return the values of all processes, in rank order. A collective call, for small values."""
     if count() == 1:
         return [value]
     values: list[Value] = [value] * count()
@@ -62,10 +62,9 @@ def _together() -> bool:
 
 
 def announce_cpu() -> None:
-    """Tell DeepSpeed that there is no accelerator, and accelerate the number of threads, before each finds
-    out.
+    """Set for DeepSpeed that there is no accelerator, and for accelerate the number of threads, before each looks.
 
-    Both would warn; DeepSpeed as soon as it is imported, which transformers does.
+    Otherwise both warn. DeepSpeed warns as soon as it is imported, and transformers imports it.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
@@ -90,7 +89,7 @@ def end_with_parent(end: signal.Signals = signal.SIGTERM) -> Callable[[], None] 
 
     def arrange() -> None:
         libc.prctl(PR_SET_PDEATHSIG, end)
-        if os.getppid() != parent:  # it was killed before the line above
+        if os.getppid() != parent:  # the parent was killed before the line above
             os.kill(os.getpid(), end)
 
     return arrange

@@ -1,10 +1,10 @@
-"""What a terminal shows: colours where a person looks at one, and with --json one result and nothing beside it.
+"""Output to a terminal: colours for people, and with --json one result and nothing beside it.
 
-A stage gives its result to `give_result` and prints what it likes. With --json (`results_only`) all that is printed, by
-child processes and libraries too, goes to stderr, and the result alone to stdout.
+A stage passes its result to `give_result` and prints what it likes. With --json (`results_only`) stdout gets only the
+result. All that is printed, by child processes and libraries too, goes to stderr.
 
-What is printed ends no run: a character that a stream has no bytes for is written as its code, and what a stream does
-not take (its reader went away, its disk is full) is lost and remembered (`sturdy_streams`).
+Printing never ends a run (`sturdy_streams`). A character that a stream cannot encode is written as its code. Output
+that a stream does not take (its reader went away, its disk is full) is lost, and the error is remembered.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any, TextIO
 COLOURS = {"red": 31, "green": 32, "yellow": 33}
 
 _results: TextIO | None = None  # where results go; None: nobody asked for them
-_stdout: _Sturdy | None = None  # what stdout is written through, once it is sturdy
+_stdout: _Sturdy | None = None  # the descriptor under stdout, once it is sturdy
 
 
 class _Sturdy(io.FileIO):
-    """A descriptor to write to that never fails: what cannot be written is lost, and `lost` says why."""
+    """A file descriptor whose writes never fail: output that cannot be written is lost, and `lost` says why."""
 
     lost: OSError | None = None
 
@@ -38,9 +38,9 @@ class _Sturdy(io.FileIO):
 
 
 def sturdy_streams() -> None:
-    """Make stdout and stderr of this process streams that take all that is printed; for a process that will end soon.
+    """Make stdout and stderr of this process take all that is printed; for a process that will end soon.
 
-    A stream that the process was started without is one that nobody reads.
+    A stream that the process was started without becomes one that nobody reads.
     """
     global _stdout
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
@@ -65,13 +65,13 @@ def sturdy_streams() -> None:
 
 
 def lost_output() -> OSError | None:
-    """Why something that was printed to stdout was not written; None where all was."""
+    """Return why some output to stdout was not written, or None if all was."""
     sys.stdout.flush()
     return None if _stdout is None else _stdout.lost
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Say if `stream` gets colours: a terminal does, unless NO_COLOR is set; FORCE_COLOR gives them to all streams."""
+    """Check whether `stream` gets colours: a terminal does, unless NO_COLOR is set; with FORCE_COLOR all streams do."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR", "0") != "0":
@@ -80,13 +80,13 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def paint(text: str, colour: str, stream: TextIO) -> str:
-    """Return `text` in a colour (red, green or yellow) where `stream` has colours, else as it is."""
+    """Return `text` in a colour (red, green or yellow) if `stream` has colours, else as it is."""
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if has_colour(stream) else text
 
 
 @contextlib.contextmanager
 def results_only() -> Iterator[None]:
-    """In this block stdout gets what `give_result` is given; everything else that is printed goes to stderr."""
+    """Send to stdout in this block only the values of `give_result`, and everything else that is printed to stderr."""
     global _results
     stdout = sys.stdout
     stdout.flush()
@@ -117,7 +117,7 @@ def give_result(value: Any) -> None:
 
 
 def has_reader(stream: TextIO | None) -> bool:
-    """Whether someone may read what is written to `stream`: nobody does where it is a pipe closed at its other end."""
+    """Check whether someone may read `stream`: nobody does if it is a pipe closed at its other end."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)

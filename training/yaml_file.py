@@ -1,7 +1,7 @@
-"""YAML as recipes have it: text, numbers, true, false, null, lists and mappings, and nothing else.
+"""The YAML of recipes: text, numbers, true, false, null, lists and mappings, and nothing else.
 
-A scalar is what it looks like: to YAML 1.1 `1e-6` is a text and `off` a boolean, and neither is meant. Every problem is
-an InputError that names the line. Aliases can make a few lines grow without end, so what is read is bounded.
+A scalar is what it looks like. YAML 1.1 reads `1e-6` as text and `off` as a boolean; no recipe means that. Every
+problem is an InputError that names the line. Aliases can make a few lines grow without end, so the size is bounded.
 """
 
 import re
@@ -17,7 +17,7 @@ from exo_fast.training.errors import InputError
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 100_000, 20
 TAG = "tag:yaml.org,2002:"
 MERGE = f"{TAG}merge"
-# Of each kind of scalar: how it is written, the characters it begins with, and what it becomes.
+# Each kind of scalar: its pattern, the characters it begins with, and its conversion to Python.
 SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
     "null": ("null|Null|NULL|~|", ["n", "N", "~", ""], lambda text: None),
     "bool": (
@@ -44,8 +44,8 @@ for _kind, (_pattern, _first, _) in SCALARS.items():
 
 
 class Entry(NamedTuple):
-    """A name in a mapping and its value; `written` is a scalar's text, a list's texts (None for what is no scalar), and
-    None for null and for a mapping."""
+    """A name in a mapping and its value. `written` is a scalar's text, a list's texts (None for an item that is not a
+    scalar), and None for null and for a mapping."""
 
     name: str
     line: int
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 
 def read(path: Path) -> bytes:
-    """Return the content of a file, or its beginning where it is too large. Raises InputError if it cannot be read."""
+    """Return the content of a file, or its beginning if it is too large. Raises InputError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -69,8 +69,8 @@ def load(content: str | bytes) -> Any:
 
 
 def entries(content: str | bytes) -> Iterator[Entry]:
-    """Yield the entries of YAML text that is a mapping, one by one. Raises InputError as `load` does, and for text that
-    is no mapping."""
+    """Yield the entries of YAML text that is a mapping, one by one. Raises InputError as `load` does, and if the text
+    is not a mapping."""
     root = _compose(content)
     if root is None:
         return
@@ -95,12 +95,12 @@ def _compose(content: str | bytes) -> yaml.Node | None:
         return yaml.compose(content.decode("utf-8-sig"), _Loader)
     except RecursionError as error:
         raise InputError("not valid YAML: lists and mappings are nested too deeply.") from error
-    except Exception as error:  # PyYAML's own, and those that it forgot, such as of chr for an escape
+    except Exception as error:  # PyYAML's own, and errors it does not catch, such as chr's for an escape
         raise InputError(f"not valid YAML: {error}") from error
 
 
 def _pairs(mapping: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
-    """Yield the names and values of a mapping. Raises InputError for a name that is none or that comes again."""
+    """Yield the names and values of a mapping. Raises InputError if a name is not a scalar or is repeated."""
     seen: set[str] = set()
     for key, value in mapping.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -116,13 +116,13 @@ def _line(node: yaml.Node) -> int:
 
 
 class _Values:
-    """Makes values of nodes and counts them, each as often as it is named."""
+    """Converts nodes to values and counts them. A node counts again at each alias that names it."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def of(self, node: yaml.Node, depth: int = 0) -> Any:
-        """Return the value of a node. Raises InputError for one that a recipe cannot hold."""
+        """Return the value of a node. Raises InputError for a node that a recipe cannot hold."""
         self.count += 1
         where = f"line {_line(node)}"
         if self.count > MAX_VALUES or depth > MAX_DEPTH:
@@ -145,7 +145,7 @@ class _Values:
             raise InputError(f"{where}: {shorten(node.value)} is no {kind}.") from error
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
-        """Return a mapping; its own values go before those of mappings that it names after <<."""
+        """Return a mapping. Its own values override the values of mappings that it names after <<."""
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key, value in _pairs(node):

@@ -1,4 +1,4 @@
-"""The command line: `exo-fast STAGE`. Nothing else imports it by name but recipes' runs, which need its stages."""
+"""The command line: `exo-fast STAGE`. Only the runs of recipes import it by name: they need its stages."""
 
 from exo_fast.training.cli.command import STAGES, main
 

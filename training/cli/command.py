@@ -4,8 +4,8 @@ Stages are imported when called, so that `exo-fast --help` is instant and needs 
 dependencies. Started by torchrun or deepspeed it runs the same: `torchrun --nproc-per-node 2 -m
 exo_fast.training.cli align …`.
 
-A stage raises what ends it (`errors.py`), and `main` alone makes words and an exit status of that; a stage gives its
-result to `terminal.give_result`, and `main` alone knows of --json.
+A stage ends early by an exception of `errors.py`. Only `main` turns it into a message and an exit status. A stage
+passes its result to `terminal.give_result`. Only `main` knows of --json.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from exo_fast.training import terminal
 from exo_fast.training.errors import InputError, RunError, Stopped
 from exo_fast.version import __version__
 
-# What --debug takes as a field of a training stage, where it is transformers'. Alone, --debug is ours.
+# The values of transformers' field --debug in a training stage. Without a value, --debug is our flag.
 FIELD_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
-INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell has it
+INTERRUPTED, PIPE_CLOSED = 130, 141  # the exit statuses a shell reports: 128 + SIGINT, 128 + SIGPIPE
 
 FLAGS = {
     "--debug": "show the traceback of an error",
@@ -46,8 +46,8 @@ exit status:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a stage's code is. With a config class, `function(config)` returns the result; without, `function(argv)`
-    parses for itself with what the module's `parser()` makes, gives its result, and returns an exit status."""
+    """The place of a stage's code. With a config class, `function(config)` returns the result. Without one,
+    `function(argv)` parses with the module's `parser()`, gives its result, and returns an exit status."""
 
     summary: str
     module: str  # relative to exo_fast.training, or from exo_fast
@@ -55,15 +55,15 @@ class Stage:
     config: str | None = None  # the class in `module`
 
     def config_class(self) -> type:
-        """The dataclass of the stage's fields."""
+        """Return the dataclass of the stage's fields."""
         return getattr(_import(self.module), self.config)
 
     def code(self) -> ModuleType:
-        """The module with the stage's function."""
+        """Return the module with the stage's function."""
         return _import(self.module)
 
     def parser(self, prog: str) -> argparse.ArgumentParser:
-        """The parser of all the stage's options."""
+        """Return the parser of all the stage's options."""
         if self.config is None:
             return self.code().parser()
         from exo_fast.training.arguments import StageParser
@@ -129,22 +129,22 @@ def run_stage(name: str, argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a stage; returns the exit status: 0 (a stop by SIGTERM with everything saved included), 2 for what the user
-    can put right, 1 for other failures, 130 for Ctrl-C, 141 for output that nobody reads any more.
+    """Run a stage; returns the exit status: 0 (a stop by SIGTERM with everything saved included), 2 for errors
+    that the user can fix, 1 for other failures, 130 for Ctrl-C, 141 for output that nobody reads any more.
 
-    Without `argv` it is the process's command line, and the process is about to end. With it, what argparse has to say
-    is a SystemExit: a test or a notebook may run several stages.
+    Without `argv` it reads the process's command line, and the process is about to end. With it, argparse raises
+    SystemExit: a test or a notebook may run several stages.
     """
     if argv is not None:
         return _main(argv)
     terminal.sturdy_streams()
     try:
         status = _main(sys.argv[1:])
-    except SystemExit as end:  # of argparse or a library, which say the status
+    except SystemExit as end:  # from argparse or a library, with the status
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if not isinstance(end.code, int | None):
             print(end.code, file=sys.stderr)
-    except KeyboardInterrupt:  # while the words above were printed
+    except KeyboardInterrupt:  # while a message was printed
         status = INTERRUPTED
     if (lost := terminal.lost_output()) is not None:
         if isinstance(lost, BrokenPipeError):
@@ -191,7 +191,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _run_or_stop(name: str, arguments: Sequence[str]) -> int:
-    """`run_stage`; a stage that was asked to stop and did has that as its result."""
+    """Run a stage as `run_stage` does. If it stopped because it was asked to, that is its result."""
     try:
         return run_stage(name, arguments)
     except Stopped as stop:
@@ -202,7 +202,7 @@ def _run_or_stop(name: str, arguments: Sequence[str]) -> int:
 
 
 def _take_flags(words: Sequence[str]) -> tuple[set[str], list[str]]:
-    """The flags of ours among the words behind the stage, and the other words."""
+    """Return our flags among the words after the stage, and the other words."""
     followers = [*words[1:], ""]
     ours = [
         word in FLAGS and not (word == "--debug" and following in FIELD_DEBUG)
@@ -215,17 +215,17 @@ def _take_flags(words: Sequence[str]) -> tuple[set[str], list[str]]:
 
 
 def _leave_processes(status: int) -> None:
-    """End a process that talked to others without taking the interpreter apart, which gloo's threads do not survive.
+    """End a process that used collectives without finalising the interpreter, which gloo's threads do not survive.
 
-    A thread may still be letting go of the last collective's tensors, and needs the interpreter for it; when that is
-    being taken apart, the process aborts after all its work is done ("terminate called without an active exception").
+    A thread may still be freeing the last collective's tensors, and needs the interpreter for it. If that is being
+    finalised, the process aborts after all its work is done ("terminate called without an active exception").
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_initialized():
         return
     try:
         torch.distributed.destroy_process_group()
-        threading._shutdown()  # as the interpreter does: threads that must finish, then what is registered for the exit
+        threading._shutdown()  # as the interpreter does: wait for threads, then run the exit functions
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

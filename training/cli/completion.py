@@ -17,7 +17,7 @@ from exo_fast.training.errors import InputError
 from exo_fast.training.terminal import give_result, paint
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
-# Options that name files or directories, beside those that are declared as paths and those called *_dir.
+# Options that name files or directories, beside options that are declared as paths or called *_dir.
 PATHS = ("config", "data", "eval_data", "deepspeed", "reference", "reward_model", "classifier", "model", "tokenizer")
 PATHS += ("model_name_or_path", "ref_name_or_path", "tokenizer_name_or_path", "resume_from_checkpoint", "policies")
 
@@ -37,7 +37,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `exo-fast completion`."""
+    """Return the options of `exo-fast completion`."""
     made = argparse.ArgumentParser(
         prog="exo-fast completion",
         description=DESCRIPTION,
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the script; returns 0. Raises InputError where shtab is missing."""
+    """Print the script; returns 0. Raises InputError if shtab is missing."""
     shell = parser().parse_args(argv).shell
     try:
         import shtab
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """One parser with every stage as a subparser, to be read and not to parse with."""
+    """Return one parser with every stage as a subparser. It is read, and parses nothing."""
     from exo_fast.training.cli.command import FLAGS, STAGES
 
     whole = argparse.ArgumentParser(prog="exo-fast")
@@ -91,14 +91,14 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def _add_flags(parser: argparse.ArgumentParser, flags: dict[str, str]) -> None:
-    """The flags of every command; a field of that name is the stage's own."""
+    """Add the flags of every command, except one that is also a field of the stage."""
     for flag, what in flags.items():
         if flag not in parser._option_string_actions:
             parser.add_argument(flag, action="store_true", help=what)
 
 
 def _say_what_completes(parser: argparse.ArgumentParser) -> None:
-    """Mark file names, give choices to what takes one of a few words, and leave one spelling of each option."""
+    """Mark file names, give choices to options that take one of a few words, and leave one spelling of each option."""
     from shtab import DIRECTORY, FILE
 
     for action in parser._actions:
@@ -109,7 +109,7 @@ def _say_what_completes(parser: argparse.ArgumentParser) -> None:
         action.option_strings = [word for word in action.option_strings if "-" not in word[2:]] or action.option_strings
         marked: Any = action  # shtab reads an attribute that argparse does not have
         if action.choices is None:
-            action.choices = getattr(action, "words", None)  # which the parser does not list, to name the nearest
+            action.choices = getattr(action, "words", None)  # no choices in the parser, whose error names the nearest
         if action.choices is not None or action.nargs == 0:
             continue
         if action.dest.endswith("_dir") or action.dest == "output":

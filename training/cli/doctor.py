@@ -1,7 +1,7 @@
-"""`exo-fast doctor`: what is installed, what would run on this machine, and whether its numbers are right.
+"""`exo-fast doctor`: the installed packages, the backends of this machine, and whether its numbers are right.
 
-Versions come from metadata, so that it works where a package is missing or broken. The numbers are those of a small
-fused loss and its gradients on every backend that runs here, beside the definition (`exo_fast.reference`) in float64.
+Versions come from metadata, so it works even if a package is missing or broken. The numbers are a small fused loss and
+its gradients on every backend that runs here, compared with the definition (`exo_fast.reference`) in float64.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ examples:
 """
 
 OPTIONAL = ("trl", "liger-kernel", "cut-cross-entropy", "flash-attn")
-# ‖error‖/‖truth‖ of loss and gradients that is rounding: 5 times what was measured, or more.
+# Largest ‖error‖/‖truth‖ of loss and gradients that counts as rounding: at least 5 times the measured one.
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3, "float64": 1e-12}
 MIN_CAPABILITY = (8, 0)  # of NVIDIA GPUs: the first with bf16 products, and the oldest that kernels are certified for
 COLOURS = {"ok": "green", "missing": "yellow", "out of range": "red", "failed": "red"}
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the findings, and give them as the result; returns 0, or 1 where the core cannot work or is wrong."""
+    """Print the findings, and give them as the result. Returns 0, or 1 if the core cannot work or is wrong."""
     parser().parse_args(argv)
     found = examine()
     print(text(found), flush=True)
@@ -82,7 +82,7 @@ def examine() -> dict[str, Any]:
 
 
 def _problem(what: str, fix: str) -> dict[str, str]:
-    """Return what is not as it should be, and the command or the change that mends it."""
+    """Return a problem, and the command or the change that fixes it."""
     return {"what": what, "fix": fix}
 
 
@@ -108,7 +108,7 @@ def _package(need: installed.Need) -> dict[str, Any]:
 
 
 def package_problems(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the packages outside the ranges of exo_fast or of one another, and what is missing of the core."""
+    """Return the packages outside the ranges of exo_fast or of one another, and the core's missing packages."""
     found = []
     for row in rows:
         name, version = row["name"], row["version"]
@@ -132,11 +132,11 @@ def package_problems(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return found
 
 
-# The machine, and what would run on it
+# The machine, and the backends that would run on it
 
 
 def hardware() -> dict[str, Any]:
-    """Return CPU, memory, threads, GPUs and what torch is built for. Needs torch."""
+    """Return CPU, memory, threads, GPUs and the targets of torch's build. Needs torch."""
     import torch
 
     about = machine.describe()["machine"]
@@ -218,7 +218,7 @@ def check(backend: str, device: str, dtype: str) -> dict[str, Any]:
 
     begun = time.perf_counter()
     row: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "limit": LIMITS[dtype]}
-    # Enough rows for every schedule, and in the interpreter, which is slow, a few.
+    # Enough rows for every schedule. The interpreter is slow and gets only a few.
     interpreted = backend == "triton" and device == "cpu"
     groups, candidates, tokens, width, vocab = (1, 2, 12, 32, 160) if interpreted else (8, 4, 32, 64, 640)
     generator = torch.Generator().manual_seed(0)
@@ -239,13 +239,13 @@ def check(backend: str, device: str, dtype: str) -> dict[str, Any]:
     try:
         ours = [tensor.to(device).clone().requires_grad_() for tensor in (hidden, weight)]
         here = (targets.to(device), boundaries, ref_logps.to(device), rewards.to(device))
-        with warnings.catch_warnings():  # the interpreter's numpy, of infinities that are meant
+        with warnings.catch_warnings():  # the interpreter's numpy warns of intended infinities
             warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime")
             value, _ = linear_group_loss(*ours, *here, backend=backend, **loss)
         value.backward()
         pairs = {"loss": (value, expected), "dH": (ours[0].grad, truth[0].grad), "dW": (ours[1].grad, truth[1].grad)}
         row["errors"] = {name: _error(got, want) for name, (got, want) in pairs.items()}
-        row["ok"] = all(error <= row["limit"] for error in row["errors"].values())  # not so of one that is not a number
+        row["ok"] = all(error <= row["limit"] for error in row["errors"].values())  # False for NaN
     except Exception as error:
         row["failed"] = f"{type(error).__name__}: {error}"
         row["ok"] = False
@@ -262,7 +262,7 @@ def _error(got: Any, want: Any) -> float:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Return the findings for people, painted where stdout is a terminal."""
+    """Return the findings for people, in colour if stdout is a terminal."""
     lines = [f"exo_fast {found['exo_fast']}, Python {found['python']}", "", "packages"]
     for row in found["packages"]:
         columns = f"  {row['name']:<20}{row['version'] or '–':<16}{row['needed']:<16}{row['for']:<8}"

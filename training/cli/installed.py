@@ -1,6 +1,6 @@
-"""What exo_fast needs of other packages, as its own installed metadata says.
+"""The packages that exo_fast requires, read from its own installed metadata.
 
-Packages are not imported: that takes seconds, and may fail where something is wrong.
+Packages are not imported: that takes seconds, and may fail if something is wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-MODULES = {"yaml": "pyyaml", "flash_attn": "flash-attn", "cut_cross_entropy": "cut-cross-entropy"}  # of other names
+MODULES = {"yaml": "pyyaml", "flash_attn": "flash-attn", "cut_cross_entropy": "cut-cross-entropy"}  # other names
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from exo_fast.training.data.places import Place, Source
 from exo_fast.training.errors import InputError, first_line
 from exo_fast.training.files import is_plain_name
 
-MAX_ROWS = 2**28  # of a file that says how many it has: their objects alone would be 100 GB
+MAX_ROWS = 2**28  # of a file that declares how many it has: their objects alone would be 100 GB
 ROWS_PER_BATCH = 1024
 
 
@@ -28,14 +28,12 @@ def read_parquet(path: Path) -> Iterator[tuple[Place, Any]]:
                 row += 1
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # a decoder of foreign bytes: pyarrow's own, OSError, and those of what Python makes of it
+    except Exception as error:  # a decoder of foreign bytes raises pyarrow's errors, OSError and others
         raise InputError(f"{path}: not a readable parquet file: {first_line(error)}") from error
 
 
 def read_saved_dataset(source: Source) -> Iterator[tuple[Place, Any]]:
-    """Rows as Python values. Nothing outside the folder is opened: not by the names of its data files, and not by
+    """Read rows as Python values. Nothing outside the folder is opened: not by the names of its data files, and not by
     columns that hold paths of images or sounds, which are left out."""
     import datasets
 
@@ -54,7 +52,7 @@ def read_saved_dataset(source: Source) -> Iterator[tuple[Place, Any]]:
 
 
 def _names_files(feature: Any) -> bool:
-    """Whether rows of this feature hold paths that `datasets` would open to decode them (Image, Audio, Video, …)."""
+    """Check whether rows of this feature hold paths that `datasets` would open to decode (Image, Audio, Video, …)."""
     if isinstance(feature, dict):
         return any(map(_names_files, feature.values()))
     if isinstance(feature, list):
@@ -71,8 +69,8 @@ def _check_row_count(path: Path, rows: int) -> None:
 
 
 def saved_names(path: Path, key: str) -> list[str]:
-    """The names of splits or data files in a JSON file of a saved dataset. Raises InputError for a file of another form
-    and for a name that leads out of the folder."""
+    """Return the names of splits or data files in a JSON file of a saved dataset. Raises InputError for a file of
+    another form and for a name that leads out of the folder."""
     value = read_json(path)
     entries = value.get(key) if isinstance(value, dict) else None
     names = [e.get("filename") if isinstance(e, dict) else e for e in entries] if isinstance(entries, list) else [None]

@@ -1,11 +1,11 @@
-"""From a source of rows to examples (`exo_fast.data`): all rows are read and judged before any error is raised.
+"""Make examples (`exo_fast.data`) of a source of rows. All rows are read and judged before any error is raised.
 
     load_examples  candidates and their rewards, or preferences, to align on
     load_pairs     preferences
     load_sft       a prompt and the completion to learn
-    load_samples   what a model wrote, to be scored
+    load_samples   a model's completions, to be scored
     load_texts     texts with a label
-    load_prompts   the prompts of any of these but the last
+    load_prompts   the prompts of any of these except texts with a label
 
 With a tokenizer, conversations become text through its chat template.
 """
@@ -38,11 +38,11 @@ def load_examples(
     tokenizer: Tokenizer = None,
     left_out: LeftOut | None = None,
 ) -> list[Example]:
-    """All examples of `source`, for use with `loss_type` and groups of `num_contrastive` candidates. A preference
-    becomes two candidates with rewards 1 and 0 (for a *-rw loss: with its scores, where the row has them).
+    """Return all examples of `source`, for `loss_type` and groups of `num_contrastive` candidates. A preference
+    becomes two candidates with rewards 1 and 0 (for a *-rw loss: with its scores, if the row has them).
 
     `num_contrastive` None means one group per prompt, which needs the same number of candidates in every row; with a
-    number, rows of fewer are noted in `left_out`. Raises InputError that lists the first ten faults with file, line,
+    number, rows with fewer are noted in `left_out`. Raises InputError that lists the first ten faults with file, line,
     field, value and fix.
     """
     group_size = num_contrastive
@@ -74,11 +74,11 @@ def load_examples(
 def load_pairs(
     source: Source, *, tokenizer: Tokenizer = None, left_out: LeftOut | None = None, scored_pairs: bool = False
 ) -> list[Example]:
-    """Preferences: two candidates each, the better one first, with rewards 1 and 0; with `scored_pairs` a preference
-    that has scores keeps them.
+    """Load preferences: two candidates each, the better one first, with rewards 1 and 0. With `scored_pairs` a
+    preference that has scores keeps them.
 
-    Of more candidates with rewards the best and the worst are taken (of equals the first). Rows whose rewards are all
-    equal, or whose best and worst are the same text, tell nothing: they are left out, noted in `left_out` and printed.
+    Of more candidates with rewards, it takes the best and the worst (the first of equals). Rows whose rewards are all
+    equal, or whose best and worst are the same text, teach nothing: they are left out, noted in `left_out` and printed.
     Raises InputError as load_examples does.
     """
     text_of = _Reader(tokenizer)
@@ -111,9 +111,9 @@ def load_pairs(
 
 
 def load_sft(source: Source, *, tokenizer: Tokenizer = None, learn: Learn = "last") -> list[Example]:
-    """Prompts with the one completion to learn, and reward 0. `text` alone is a completion of an empty prompt. Of
-    `messages` the last words of the assistant are learned, or with `learn` "all" all of them; candidates beside them
-    are not looked at, nor is what others say after the assistant's last words.
+    """Load prompts with the one completion to learn, and reward 0. `text` alone is a completion of an empty prompt.
+    From `messages` the assistant's last message is learned, or with `learn` "all" all its messages. Candidates beside
+    them are ignored, and so are messages of others after the assistant's last.
 
     Raises InputError as load_examples does.
     """
@@ -134,20 +134,20 @@ def load_sft(source: Source, *, tokenizer: Tokenizer = None, learn: Learn = "las
 
 
 def load_samples(source: Source, *, tokenizer: Tokenizer = None) -> list[Example]:
-    """Prompts with any number of completions, to be scored. Raises InputError as load_examples does."""
+    """Load prompts with any number of completions, to be scored. Raises InputError as load_examples does."""
     text_of = _Reader(tokenizer)
     return collect(source, read_records(source, tokenizer), lambda place, row: examples.samples(place, text_of(row)))
 
 
 def load_texts(source: Source, *, tokenizer: Tokenizer = None) -> list[Text]:
-    """Texts with their class. Raises InputError as load_examples does."""
+    """Load texts with their class. Raises InputError as load_examples does."""
     text_of = _Reader(tokenizer)
     return collect(source, read_records(source, tokenizer), lambda place, row: examples.text(place, text_of(row)))
 
 
 def load_prompts(source: Source, *, tokenizer: Tokenizer = None) -> list[str]:
-    """The prompts, each once, in the order in which they come first; of conversations the generation prompts. Raises
-    InputError as load_examples does."""
+    """Load the prompts, each once, in the order in which they come first; for conversations, the generation prompts.
+    Raises InputError as load_examples does."""
     prompt_of = _Reader(tokenizer).prompt
     found = collect(source, read_records(source, tokenizer), lambda _, row: prompt_of(row))
     return list(dict.fromkeys(found))
@@ -167,7 +167,7 @@ class _Reader:
         return self.rows.text_of(row, self.learn)
 
     def prompt(self, row: Any) -> str:
-        """The prompt alone."""
+        """Return the prompt alone."""
         _check_is_row(row)
         if self.rows is None:
             return examples.prompt(_text_only(row))

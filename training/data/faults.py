@@ -15,10 +15,10 @@ Row = TypeVar("Row")
 def collect(
     what: Any, rows: Iterable[tuple[Place, Any]], convert: Callable[[Place, Any], Row | None], advice: str = ""
 ) -> list[Row]:
-    """What `convert` makes of each row, without those it makes None of.
+    """Return the result of `convert` for each row, without results that are None.
 
-    Raises InputError that lists the first ten BadFields with their places (and then `advice`, or the forms of rows that
-    are accepted where a field is missing), or that says that `what` has no rows.
+    Raises InputError that lists the first ten BadFields with their places (and then `advice`, or the accepted forms of
+    rows if a field is missing), or that says that `what` has no rows.
     """
     converted: list[Row] = []
     faults: list[str] = []
@@ -42,6 +42,6 @@ def collect(
 
 
 def listed(faults: list[str]) -> str:
-    """The first ten of them, a line each, and how many more there are."""
+    """Return the first ten faults, a line each, and how many more there are."""
     more = f"\n  … and {len(faults) - MAX_SHOWN} more." if len(faults) > MAX_SHOWN else ""
     return "".join(f"\n  {fault}" for fault in faults[:MAX_SHOWN]) + more

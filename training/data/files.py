@@ -21,7 +21,7 @@ SPLIT_NAMES = {
 
 
 def read_rows(source: Source) -> Iterator[tuple[Place, Any]]:
-    """As read_records, for files and saved datasets; lines of JSONL come undecoded, as JsonLine."""
+    """Read the rows of files and saved datasets, as read_records does. Lines of JSONL come undecoded, as JsonLine."""
     if source.path.is_dir() and not source.shards:
         yield from read_saved_dataset(source)
         return
@@ -30,7 +30,7 @@ def read_rows(source: Source) -> Iterator[tuple[Place, Any]]:
 
 
 def _shards(folder: Path, name: str, suffix: str) -> tuple[Path, ...]:
-    """The parts of one split, in order. Raises InputError where some are missing."""
+    """Return the parts of one split, in order. Raises InputError if some are missing."""
     form = re.compile(rf"{name}-(\d{{5}})-of-(\d{{5}}){re.escape(suffix)}")
     found = {file: match for file in folder.glob(f"{name}-*{suffix}") if (match := form.fullmatch(file.name))}
     files = sorted(found, key=lambda file: int(found[file][1]))
@@ -44,7 +44,7 @@ def _shards(folder: Path, name: str, suffix: str) -> tuple[Path, ...]:
 
 
 def find_files(path: Path, split: str, hint: str = "") -> Source | None:
-    """The files of `split` under `path`, as `sources.find_source` describes them; None when there is no such split.
+    """Find the files of `split` under `path`, as `sources.find_source` describes them; None if there is no such split.
 
     Raises InputError for a path that is missing (`hint` ends the message), of another kind, ambiguous or without some
     of its shards.

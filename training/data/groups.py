@@ -1,8 +1,8 @@
-"""From examples to tokenised groups, and from groups to a batch.
+"""Make tokenised groups of examples, and a batch of groups.
 
-What the ids are is said in `exo_fast.data.tokens`; here they are cut to length, grouped, and judged: a group that
-teaches nothing, or contradicts itself, is left out and counted (`exo_fast.data.selection`). The ids live in flat
-arrays, so a large data set costs a few bytes a token and survives a fork of the data loader.
+`exo_fast.data.tokens` defines the ids. Here they are cut to length, grouped, and judged: a group that teaches nothing,
+or contradicts itself, is left out and counted (`exo_fast.data.selection`). The ids are kept in flat arrays, so
+a large data set costs a few bytes a token and survives a fork of the data loader.
 """
 
 from array import array
@@ -30,7 +30,7 @@ EXAMPLES_PER_CALL = 512  # enough to keep the tokenizer's own threads busy, smal
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What tokenising did, for the table printed before training. Tokens are counted over all groups."""
+    """The counts of tokenising, for the table printed before training. Tokens are counted over all groups."""
 
     examples: int
     groups: int
@@ -82,7 +82,7 @@ class GroupDataset(torch.utils.data.Dataset):
         return len(self.rewards)
 
     def group(self, index: int) -> Group:
-        """The token ids of group `index`."""
+        """Return the token ids of group `index`."""
         candidates = self.rewards.shape[1]
         bounds = self.completion_offsets[index * candidates : (index + 1) * candidates + 1]
         return Group(
@@ -92,12 +92,12 @@ class GroupDataset(torch.utils.data.Dataset):
         )
 
     def lengths(self) -> np.ndarray:
-        """(G,) tokens of each group, its prompt counted once."""
+        """Return (G,) tokens of each group, its prompt counted once."""
         candidates = self.rewards.shape[1]
         return np.diff(self.prompt_offsets) + np.diff(self.completion_offsets[::candidates])
 
     def sequence_lengths(self) -> np.ndarray:
-        """(G, K) tokens of each prompt with its candidate."""
+        """Return (G, K) tokens of each prompt with its candidate."""
         candidates = np.diff(self.completion_offsets).reshape(len(self), -1)
         return np.diff(self.prompt_offsets)[:, None] + candidates
 
@@ -128,12 +128,11 @@ def tokenize(
 ) -> GroupDataset:
     """Cut each example's candidates into groups of `num_contrastive` (None: one group) and tokenise them.
 
-    A completion is cut on the right to `max_gen_len`. A prompt is cut on the left, behind what the tokenizer puts
-    before a text (BOS), so that it and the group's longest completion fit `max_seq_len`. With a `loss_type` groups are
-    judged by `duplicates` and `ties`; what is left out joins `left_out` (of rows that had too few candidates) in the
-    counts.
+    A completion is cut on the right to `max_gen_len`. A prompt is cut on the left, after the tokenizer's prefix of a
+    text (BOS), so that it and the group's longest completion fit `max_seq_len`. With a `loss_type` groups are judged
+    by `duplicates` and `ties`; groups left out join `left_out` (rows that had too few candidates) in the counts.
     Raises InputError for a tokenizer without EOS, for a prompt of no tokens, for ids that another tokenizer drew, for
-    groups that are an error by the options, and where no group is left.
+    groups that are an error by the options, and if no group is left.
     """
     rows = RowTokenizer(tokenizer)
     size = num_contrastive or len(examples[0].completions)
@@ -167,7 +166,7 @@ def tokenize(
 
 
 def encoded(rows: RowTokenizer, examples: Sequence[Example]) -> list[Tokens]:
-    """The ids of each example. Raises InputError for what `tokenize` says of ids."""
+    """Return the ids of each example. Raises InputError for ids as `tokenize` does."""
     try:
         found = rows.tokens(examples)
         need_prompts(examples, found)
@@ -194,9 +193,9 @@ class Cut:
     def of(
         cls, example: Example, tokens: Tokens, places: Sequence[int], *, max_seq_len: int, max_gen_len: int, prefix: int
     ) -> "Cut":
-        """The candidates at `places`, each cut on the right to `max_gen_len`, behind a prompt that is cut on the left,
-        after its first `prefix` tokens (BOS): so that it and the longest of them fit `max_seq_len`, or where they were
-        drawn to max_seq_len - max_gen_len, as `exo-fast generate` cut it for the model."""
+        """Cut the candidates at `places` on the right to `max_gen_len`, and their prompt on the left, after its first
+        `prefix` tokens (BOS). The prompt and the longest candidate then fit `max_seq_len`. If the candidates were drawn
+        as ids, the prompt fits max_seq_len - max_gen_len, as `exo-fast generate` cut it for the model."""
         whole = [tokens.candidates[place] for place in places]
         candidates = [ids[:max_gen_len] for ids in whole]
         reserved = max(map(len, candidates)) if example.completion_ids is None else max_gen_len
@@ -206,12 +205,12 @@ class Cut:
 
     @property
     def group(self) -> Group:
-        """As the layout takes them. Raises ValueError for a candidate none of whose tokens count."""
+        """The ids as the layout takes them. Raises ValueError for a candidate without a token that counts."""
         return Group(self.prompt, self.candidates, self.learned)
 
 
 class _Kept:
-    """The groups that are learned from, in flat arrays, and what was counted on the way."""
+    """The groups to learn from, in flat arrays, and the counts so far."""
 
     def __init__(self, size: int, left_out: LeftOut):
         self.size = size
@@ -262,19 +261,19 @@ class _Kept:
 
 
 def cut_left(ids: list[int], limit: int, prefix: int) -> tuple[list[int], int]:
-    """A prompt of at most `limit` tokens, its first `prefix` (BOS) kept, and how many were cut off behind these."""
+    """Return at most `limit` tokens of a prompt, its first `prefix` (BOS) kept, and how many were cut off after it."""
     lost = max(len(ids) - max(limit, prefix), 0)
     return ids[:prefix] + ids[prefix + lost :], lost
 
 
 @dataclass
 class GroupCollator:
-    """Items of a GroupDataset -> one batch of tensors: the fields of layout.Packed and, for G groups of K,
+    """Collates items of a GroupDataset into a batch of tensors: the fields of layout.Packed and, for G groups of K,
 
     `ref_logps` (G, K) and `rewards` (G, K) float32, `index` (G,) long, `weights` (G,) float32 ones (each group counts
     once), `num_tokens` () long, the tokens put through the model (padding not counted, a shared prompt counted once).
 
-    `cu_seqlens` is a NumPy array, which no trainer moves to a GPU: on the host it tells the loss where groups end
+    `cu_seqlens` is a NumPy array, which no trainer moves to a GPU: on the host it shows the loss where groups end
     without waiting for the device, and the one-pass schedule then works whatever the memory budget.
     """
 
@@ -298,8 +297,8 @@ class GroupCollator:
 
 @dataclass
 class SftCollator(GroupCollator):
-    """As GroupCollator, for prompts with one completion each; `weights` (G,) float32 are the completions' tokens that
-    count, so that a mean with these weights is one over tokens."""
+    """A GroupCollator for prompts with one completion each. `weights` (G,) float32 are the completions' tokens that
+    count, so that a mean with these weights is a mean over tokens."""
 
     share_prompt: bool = False
 

@@ -1,9 +1,9 @@
-"""From files to records, each with the place it came from.
+"""Read records from files, each with the place it came from.
 
 A record is whatever one row of the file holds; `examples.py` judges it. Every record keeps its file, row and
 (for text formats) line, because an error that cannot be found in an editor is not worth printing. Text is read
-row by row, so that a file may be larger than memory, and its rows may not: what never ends (a stream of spaces in a
-small .gz, a list in a list in a list …) is refused after MAX_ROW_BYTES.
+row by row, so a file may be larger than memory. A row may not: input that never ends (a stream of spaces in a small
+.gz, a list in a list in a list …) is refused after MAX_ROW_BYTES.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ JSON_SPACE = " \t\n\r"
 MAX_ROW_BYTES = 64 * 2**20  # 16 million tokens
 MAX_NESTING = 100  # lists and objects in one another; Python's own functions stop at less than a thousand
 BLOCK_BYTES = 2**20
-LONGEST_TOKEN = 16  # more than -Infinity or an escape: an error so near to the end may be for want of the rest
+LONGEST_TOKEN = 16  # longer than -Infinity or an escape: an error so near to the end may mean that the rest is missing
 _BLANK = re.compile(f"[{JSON_SPACE}]*")
 _DECODER = json.JSONDecoder()
-# Halves of surrogate pairs; and what is none: an escaped backslash, and both halves of one.
+# Halves of surrogate pairs; and matches that are not halves: an escaped backslash, and a whole pair.
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _WHOLE = re.compile(r"\\\\|\\u[dD][89aAbB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 class JsonLine(str):
-    """A line of a JSONL file, not yet decoded: so that one that cannot be does not hide the next."""
+    """A line of a JSONL file, not yet decoded, so that a broken line does not hide the next."""
 
     def decoded(self) -> Any:
-        """Its value. Raises JSONDecodeError as decode_json does."""
+        """Return its value. Raises JSONDecodeError as decode_json does."""
         start = len(self) - len(self.lstrip(JSON_SPACE))
         value, end = decode_json(self, start)
         if rest := self[end:].strip(JSON_SPACE):
@@ -48,10 +48,10 @@ class JsonLine(str):
 
 
 def decode_json(text: str, position: int = 0) -> tuple[Any, int]:
-    """The JSON value that begins at `position`, and where it ends.
+    """Return the JSON value that begins at `position`, and where it ends.
 
-    Raises JSONDecodeError, also for what `json` accepts or fails on otherwise and nothing after it could use: half a
-    surrogate pair, which is no text; nesting beyond MAX_NESTING; a whole number of more digits than Python converts.
+    Raises JSONDecodeError, also for values that `json` accepts (or raises another error for) and later code could not
+    use: half a surrogate pair, nesting beyond MAX_NESTING, or a whole number with more digits than Python converts.
     """
     try:
         value, end = _DECODER.raw_decode(text, position)
@@ -80,7 +80,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a small JSON file. Raises InputError for one that is none, or of more than MAX_ROW_BYTES."""
+    """Return the value of a small JSON file. Raises InputError if it is not JSON, or larger than MAX_ROW_BYTES."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_ROW_BYTES + 1)
@@ -111,7 +111,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[Place, Any]]:
 
 def _read_json_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[Place, JsonLine]]:
     row, start, number = 0, 0, 0
-    # Not text.splitlines(): it also cuts at characters, such as U+2028, that may stand inside a JSON string.
+    # Not text.splitlines(): it also cuts at characters, such as U+2028, that a JSON string may hold.
     while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
@@ -144,17 +144,17 @@ def _read_json_list(path: Path, file: IO[bytes]) -> Iterator[tuple[Place, Any]]:
 
 
 class _Text:
-    """A file's text from `position` on, as far as it has been read: `json` decodes only what is there as a whole."""
+    """A file's text from `position` on, as far as it has been read: `json` decodes only complete values."""
 
     def __init__(self, path: Path, file: IO[bytes]):
         self.path, self.file = path, file
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.position = "", 0
-        self.line, self.counted = 1, 0  # the line of what stands at `counted`
+        self.line, self.counted = 1, 0  # the line of the position `counted`
         self.bytes_read, self.ended = 0, False
 
     def more(self) -> bool:
-        """Read on, as much as is waiting already; False at the end of the file."""
+        """Read at least a block, or as much as is waiting already. Returns False at the end of the file."""
         if self.ended:
             return False
         waiting = len(self.text) - self.position
@@ -174,7 +174,7 @@ class _Text:
         return True
 
     def line_at(self, position: int) -> int:
-        """The line of `position`, which may not lie before that of an earlier call."""
+        """Return the line of `position`, which may not lie before the position of an earlier call."""
         self.line += self.text.count("\n", self.counted, position)
         self.counted = position
         return self.line
@@ -183,14 +183,14 @@ class _Text:
         return self.text[position : position + 1]
 
     def skip_space(self) -> int:
-        """Move `position` to the next character that is no white space (or the end), and return it."""
+        """Move `position` to the next character that is not white space (or the end), and return it."""
         while True:
             self.position = _BLANK.match(self.text, self.position).end()
             if self.position < len(self.text) or not self.more():
                 return self.position
 
     def value(self, what: str) -> tuple[int, Any]:
-        """The value that begins at `position`, and its line; moves to its end."""
+        """Return the line of the value that begins at `position`, and the value; moves to its end."""
         while True:
             try:
                 value, end = decode_json(self.text, self.position)
@@ -200,7 +200,7 @@ class _Text:
                     continue
                 self.position = error.pos
                 raise self.fail(f"not valid JSON: {error.msg} ({what})") from error
-            if end == len(self.text) and self.more():  # so may a number
+            if end == len(self.text) and self.more():  # a number may go on in the next block
                 continue
             line = self.line_at(self.position)
             self.position = end

@@ -1,4 +1,4 @@
-"""Where a row is from: a file and a line, or a data set and an index."""
+"""The origin of a row: a file and a line, or a data set and an index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a record stands: `row` counts records from 0, `line` counts text lines from 1 (None in binary formats)."""
+    """The place of a record: `row` counts records from 0, `line` counts text lines from 1 (None in binary formats)."""
 
     file: str
     row: int
@@ -27,7 +27,7 @@ class Place:
 @dataclass(frozen=True)
 class Source:
     """One split's data: a file, the `shards` of one in a directory, a saved Hugging Face dataset (`dataset_split` names
-    one in a DatasetDict), or a dataset of the registry (`raw`, of which `dataset_split` is "train" or "test")."""
+    one in a DatasetDict), or a dataset of the registry (`raw`; `dataset_split` is "train" or "test")."""
 
     path: Path
     dataset_split: str | None = None

@@ -1,6 +1,6 @@
 """Datasets by name: "NAME/KIND:PATH", where PATH holds the files as their publisher ships them.
 
-To add one, subclass RawDataset and register it, by the decorator where your own code calls exo_fast:
+To add one, subclass RawDataset and register it, by the decorator if your own code calls exo_fast:
 
     @register("mine/sft")
     class Mine(RawDataset):
@@ -39,7 +39,7 @@ from exo_fast.training.files import user_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What a record holds, and the fields by which one is known to be there already.
+# The content of a record, and the fields that show that a file holds such records already.
 KINDS = {
     "sft": ("prompt", "chosen"),
     "pref": ("prompt", "chosen", "rejected"),
@@ -48,7 +48,7 @@ KINDS = {
 }
 ENTRY_POINT_GROUP = "exo_fast.datasets"
 OURS = ("custom", "hh", "imdb", "reviews", "tldr")  # modules beside this one, each registers its names
-CUTOFF = 0.75  # of names that are near: a path such as data/sft is no slip of the pen
+CUTOFF = 0.75  # for near names: a path such as data/sft is not a misspelt name
 DATASET_NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_-]+"
 
 
@@ -59,7 +59,7 @@ class Drop(Exception):
 class RawDataset:
     """A dataset as its publisher ships it, and how a row of it becomes a record of its kind.
 
-    A subclass gives `to_record`; `rows` and `splits` too where the data is not one file of rows for each split
+    A subclass gives `to_record`; `rows` and `splits` too if the data is not one file of rows for each split
     (train.* and test.* of the kinds that find_source knows); `default_options` if there is something to choose.
     """
 
@@ -76,7 +76,7 @@ class RawDataset:
         progress: bool = False,
         **options: Any,
     ):
-        """`skip_malformed`: leave rows out that cannot be used (and count them) instead of raising InputError."""
+        """Take the options. `skip_malformed`: leave out and count unusable rows instead of raising InputError."""
         for option in options.keys() - self.default_options.keys():
             known = f"it has {', '.join(self.default_options)}" if self.default_options else "it has none"
             raise InputError(f"{option}={options[option]!r}: the dataset {name} has no such option ({known}).")
@@ -90,21 +90,21 @@ class RawDataset:
         return self.name if self.path is None else f"{self.name}:{self.path}"
 
     def splits(self) -> list[str]:
-        """Which of "train" and "test" there are. A single file counts as "train"."""
+        """Return which of "train" and "test" exist. A single file counts as "train"."""
         if self.path.is_file():
             return ["train"]
         return [split for split in ("train", "test") if find_files(self.path, split) is not None]
 
     def rows(self, split: str) -> Iterable[tuple[Place, Any]]:
-        """The raw rows of the split, in the order in which their records are to come."""
+        """Return the raw rows of the split, in the order in which their records are to come."""
         return read_rows(find_files(self.path, split))
 
     def to_record(self, row: Any) -> dict[str, Any]:
-        """The record of a raw row. Raises BadField if the row is malformed, and Drop if it is to be left out."""
+        """Return the record of a raw row. Raises BadField if the row is malformed, and Drop if it is to be left out."""
         raise NotImplementedError
 
     def records(self, split: str) -> list[tuple[Place, dict[str, Any]]]:
-        """All records of the split. Raises InputError that lists the first ten malformed rows."""
+        """Return all records of the split. Raises InputError that lists the first ten malformed rows."""
         self.dropped = Counter()
         rows = self.rows(split)
         bar = tqdm(
@@ -145,7 +145,7 @@ def _decoded(line: JsonLine) -> Any:
 
 
 def string_field(row: Any, *path: str | int) -> str:
-    """The string at `path` in a raw row of objects and lists. Raises BadField when it is missing or no string."""
+    """Return the string at `path` in a raw row of objects and lists. Raises BadField if there is no string."""
     value = field_value(row, *path)
     if not isinstance(value, str):
         raise BadField(_dotted(path), value, f"a string is needed, not {type(value).__name__}.")
@@ -153,7 +153,7 @@ def string_field(row: Any, *path: str | int) -> str:
 
 
 def field_value(row: Any, *path: str | int) -> Any:
-    """The value at `path` in a raw row of objects and lists. Raises BadField when it is missing."""
+    """Return the value at `path` in a raw row of objects and lists. Raises BadField if it is missing."""
     for depth, key in enumerate(path):
         if isinstance(key, str) and not isinstance(row, dict):
             raise BadField(_dotted(path[:depth]), row, f"an object with the field `{key}` is needed.")
@@ -178,7 +178,7 @@ _registered: dict[str, type[RawDataset]] = {}
 
 
 def register(name: str) -> Callable[[DatasetClass], DatasetClass]:
-    """Class decorator: make a RawDataset available as `name`, "NAME/KIND" with a KIND of KINDS. One class may have
+    """Decorate a RawDataset to make it available as `name`, "NAME/KIND" with a KIND of KINDS. One class may have
     several names. Raises InputError for a name of another form, and for one that another class has."""
     if not re.fullmatch(DATASET_NAME, name) or name.split("/")[1] not in KINDS:
         raise InputError(f"dataset name {name!r}: NAME/KIND is needed, where KIND is one of {', '.join(KINDS)}.")
@@ -196,14 +196,14 @@ def register(name: str) -> Callable[[DatasetClass], DatasetClass]:
 
 
 def known_names() -> list[str]:
-    """All names, sorted. Entry points are listed without being imported, so a broken one breaks no other."""
+    """Return all names, sorted. Entry points are listed without being imported, so a broken one breaks no other."""
     for module in OURS:
         importlib.import_module(f"exo_fast.training.data.published.{module}")
     return sorted({*_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
 def open_dataset(name: str, path: str | None, **options: Any) -> RawDataset:
-    """The dataset `name` with its data at `path`; `options` as RawDataset takes them.
+    """Open the dataset `name` with its data at `path`; `options` as RawDataset takes them.
 
     Raises InputError for a name that is not known (naming the nearest) or whose entry point cannot be imported, and
     for a path that is missing.

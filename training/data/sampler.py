@@ -1,13 +1,13 @@
-"""Which rows each process runs, and in which order.
+"""Samplers that choose the rows of each process, and their order.
 
 Training is defined by its global batches: the order of an epoch is a function of seed and epoch alone, every
 `global_batch` rows of it in turn are one optimizer step, and only then are they divided over processes and
 micro-batches (`GlobalBatches`). So the number of processes, and how many rows one takes at a time, change nothing but
-the order of sums. The last step of an epoch has the rows that are left, divided as evenly as they go; a process that
+the order of sums. The last step of an epoch has the rows that are left, divided as evenly as possible; a process that
 gets none runs a row that is `Repeated` and counts nothing, because ZeRO gathers parameters in every forward of every
 process. (accelerate would fill the last batch up with rows of the first, which then count twice.)
 
-`order_by_length` is what `train_sampling_strategy: group_by_length` asks for: rows are padded to the longest of their
+`order_by_length` implements `train_sampling_strategy: group_by_length`: rows are padded to the longest of their
 batch, so short ones beside a long one are mostly padding.
 """
 
@@ -33,7 +33,7 @@ class GlobalBatches(Sampler[list[int]]):
         order: an epoch's row indices; asked for when an epoch begins.
         rows: how many there are.
         per_process: rows of a whole micro-batch.
-        process, processes: which of how many data-parallel processes this is.
+        process, processes: the index of this data-parallel process, and their number.
         accumulation: micro-batches of a whole step.
         drop_last: leave out the rows at the end of an epoch that make no whole step.
     """
@@ -96,14 +96,14 @@ class EvaluationBatches(Sampler[list[int]]):
 
 
 def random_order(rows: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of the rows, a function of seed and epoch (the one that accelerate's seedable sampler draws)."""
+    """Return a permutation of the rows, a function of seed and epoch (as accelerate's seedable sampler draws it)."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
 
 def order_by_length(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[int]:
-    """Indices of `lengths` (rows,), each once; every `batch_size` of them in turn are of similar length, the batches in
-    random order. A function of its arguments, where transformers' sampler draws from a generator that a resumed run
-    does not have.
+    """Return the indices of `lengths` (rows,), each once. Every `batch_size` of them in turn have similar lengths; the
+    batches are in random order. The order depends on the arguments alone; transformers' sampler draws from a generator
+    that a resumed run does not have.
     """
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
@@ -120,7 +120,7 @@ def order_by_length(lengths: np.ndarray, batch_size: int, seed: int, epoch: int)
 
 @dataclass
 class CountedRows(Dataset):
-    """A data set's rows, each with whether it counts: not where the sampler calls it `Repeated`."""
+    """A data set's rows, each with whether it counts: a `Repeated` row does not."""
 
     rows: Dataset
 

@@ -1,4 +1,4 @@
-"""The files of a split: what a path given as `data` holds."""
+"""Find the files of a split under a path given as `data`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SPLITS = ("train", "test")
 
 
 def find_source(path: str | Path, split: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Source | None:
-    """The data of `split` ("train", or "test", also called "eval") under `path`; None when there is no such split.
+    """Find the data of `split` ("train", or "test", also called "eval") under `path`; None if there is no such split.
 
     `path` is a file (.json, .jsonl, either with .gz, .parquet), a directory written by `Dataset.save_to_disk`, a
     directory with one file per split: train.* and test.* (or validation.*, eval.*), or its shards as Hub downloads have
     them (train-00000-of-00002.parquet, there or in data/), or "NAME/KIND:PATH", a dataset of the registry ("NAME/KIND"
-    for one that needs no path; what is there as a path counts as a path). Those that cut text by tokens use
-    `tokenizer`, or the one that read_records is given. Raises InputError for a path that is missing, of another kind,
+    for one that needs no path; an existing path counts as a path). Datasets that cut text by tokens use
+    `tokenizer`, or the one passed to read_records. Raises InputError for a path that is missing, of another kind,
     ambiguous or without some of its shards, and for a dataset that the registry does not have.
     """
     text = str(path)
@@ -48,7 +48,7 @@ def find_splits(data: str, split: str) -> dict[str, Source]:
     """Return the data of each split that `split` (train, test or all) asks for, by the name that its output file gets.
 
     A single file is the split it is named after (train or test), else the one asked for, else train. Raises InputError
-    where there is none.
+    if there is none.
     """
     path = user_path(data, "data")
     if path.is_file():
@@ -63,14 +63,14 @@ def find_splits(data: str, split: str) -> dict[str, Source]:
 
 
 def split_name(text: str) -> tuple[str, str | None] | None:
-    """("NAME/KIND", PATH) of "NAME/KIND:PATH", with None for the PATH of "NAME/KIND"; None for any other text."""
+    """Split "NAME/KIND:PATH" into ("NAME/KIND", PATH); PATH is None for "NAME/KIND". Return None for other text."""
     found = re.fullmatch(rf"({DATASET_NAME})(?::(.*))?", text)
     return (found[1], found[2]) if found else None
 
 
 def read_records(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[tuple[Place, Any]]:
-    """Every record of the source with its place, in order. `tokenizer` is for datasets of the registry that cut text
-    by tokens. Raises InputError where the file cannot be read or parsed."""
+    """Yield every record of the source with its place, in order. `tokenizer` is for datasets of the registry that cut
+    text by tokens. Raises InputError if the file cannot be read or parsed."""
     if source.raw is not None:
         source.raw.tokenizer = source.raw.tokenizer or tokenizer
         yield from source.raw.records(source.dataset_split)

@@ -19,7 +19,7 @@ from exo_fast.layout import Group, Packed, pack
 from exo_fast.positions import LengthRules, length_class
 from exo_fast.training.errors import InputError
 
-ROWS_PER_CALL = 1000  # of the tokenizer, between two steps of the progress bar
+ROWS_PER_CALL = 1000  # one call of the tokenizer, and one step of the progress bar
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class RowDataset(torch.utils.data.Dataset):
 
     def __init__(self, ids: list[tuple[np.ndarray, ...]], labels: Tensor, counts: RowCounts):
         self.ids = ids  # int32 each
-        self.labels = labels  # (rows,) float32; what rows of a reward model hold is not read
+        self.labels = labels  # (rows,) float32; reward models do not read them
         self.counts = counts
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def lengths(self) -> np.ndarray:
-        """(rows,) tokens of each row's longest text."""
+        """Return (rows,) tokens of each row's longest text."""
         return np.array([max(map(len, row)) for row in self.ids])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def tokenize_rows(
     description: str = "tokenising",
     progress: bool = True,
 ) -> RowDataset:
-    """The texts of each row by `scalar_model.encode`; `left_out` is what was left out before. Raises InputError for a
+    """Tokenise the texts of each row as `encode` does; `left_out` are the rows left out before. Raises InputError for a
     text of no tokens."""
     ids: list[tuple[np.ndarray, ...]] = []
     cut_texts = 0
@@ -87,8 +87,8 @@ def tokenize_rows(
 
 @dataclass
 class RowCollator:
-    """Items of a RowDataset -> `input_ids` and `attention_mask` (texts, T) long, `labels` (R,) and `weights` (R,)
-    float32 (ones), `index` (R,) and `num_tokens` () long."""
+    """Collates items of a RowDataset: `input_ids` and `attention_mask` (texts, T) long, `labels` (R,) and `weights`
+    (R,) float32 (ones), `index` (R,) and `num_tokens` () long."""
 
     pad_token_id: int
 
@@ -106,7 +106,7 @@ class RowCollator:
 
 @dataclass
 class PairCollator(RowCollator):
-    """The same for pairs; with `share_prompt` the texts may come as packed rows (the fields of layout.Packed)."""
+    """A RowCollator for pairs; with `share_prompt` the texts may come as packed rows (the fields of layout.Packed)."""
 
     share_prompt: bool = False
     by_length: LengthRules = ()  # of the model's MaskPlan
@@ -120,8 +120,8 @@ class PairCollator(RowCollator):
         return batch | packed
 
     def packed(self, items: list[dict[str, Any]]) -> dict[str, Tensor] | None:
-        """The texts in packed rows: what a pair begins with, then the rest of each. None where one shares nothing, or
-        where the model gives other positions to one of the texts than to another, or than to it with EOS."""
+        """Return the texts in packed rows: the shared beginning of each pair, then the rest of both. None if a pair
+        shares nothing, or if the model's positions depend on which of the texts it is, or on its EOS."""
         groups = []
         for item in items:
             chosen, rejected = item["ids"]
@@ -130,7 +130,7 @@ class PairCollator(RowCollator):
             lengths = {length for text in (chosen, rejected) for length in (len(text), len(text) + 1)}
             if shared == 0 or len({length_class(self.by_length, length) for length in lengths}) > 1:
                 return None
-            # The layout names the state that predicts a token; the one that predicts this EOS is read by the head.
+            # The layout marks the state that predicts each token. The head reads the state that predicts this EOS.
             rest = [[*text[shared:], self.pad_token_id] for text in (chosen, rejected)]
             groups.append(Group(chosen[:shared], rest))
         rows = pack(groups, pad_token_id=self.pad_token_id)
@@ -139,25 +139,25 @@ class PairCollator(RowCollator):
 
 
 def pad_with_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, now padding with EOS on the right and cutting on the left, as scalar models want it.
+    """Set the tokenizer to pad with EOS on the right and cut on the left, as scalar models need, and return it.
 
-    Saved beside a model, it makes `tokenizer(texts, padding=True, truncation=True, max_length=n)` what the model
-    was trained on. Raises InputError for a tokenizer without EOS.
+    Saved beside a model, it makes `tokenizer(texts, padding=True, truncation=True, max_length=n)` give the model its
+    inputs of training. Raises InputError for a tokenizer without EOS.
     """
     need_eos(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     sides = {"padding_side": "right", "truncation_side": "left"}
     for name, side in sides.items():
         setattr(tokenizer, name, side)
-    tokenizer.init_kwargs |= sides  # what save_pretrained writes
+    tokenizer.init_kwargs |= sides  # save_pretrained writes these
     return tokenizer
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_seq_len: int, *, at_end: bool = False
 ) -> list[list[int]]:
-    """Token ids of each whole text (a prompt and its completion are one), with no EOS and no end of turn at the end;
-    with `at_end` with all that a conversation ends with in the tokenizer's template, and any other text with EOS.
+    """Return the token ids of each whole text (prompt and completion together), without EOS or end of turn. With
+    `at_end`, a conversation keeps all that the tokenizer's template ends it with, and any other text gets EOS.
 
     Longer ones lose tokens on the left to fit `max_seq_len`, but keep BOS. Raises InputError for a text of no
     tokens.
@@ -166,7 +166,7 @@ def encode(
 
 
 def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, at_end: bool = False) -> list[list[int]]:
-    """What `encode` cuts."""
+    """Return the token ids of `encode` before it cuts them."""
     need_eos(tokenizer)
     rows = RowTokenizer(tokenizer)
     turns = [rows.chat.completed(text) if at_end and tokenizer.chat_template else None for text in texts]
@@ -187,7 +187,7 @@ def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, at
 
 
 def truncate(ids: list[int], max_seq_len: int, bos_token_id: int | None) -> list[int]:
-    """Return at most `max_seq_len` of the tokens: the last ones, behind BOS where `ids` begins with it."""
+    """Return at most `max_seq_len` of the tokens: the last ones, after BOS if `ids` begins with it."""
     if len(ids) <= max_seq_len:
         return ids
     kept = 1 if bos_token_id is not None and ids[0] == bos_token_id and max_seq_len > 1 else 0
@@ -195,7 +195,7 @@ def truncate(ids: list[int], max_seq_len: int, bos_token_id: int | None) -> list
 
 
 def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, (rows, longest row) long each, padded on the right."""
+    """Return `input_ids` and `attention_mask`, (rows, longest row) long each, padded on the right."""
     longest = max(map(len, ids))
     return {
         "input_ids": torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in ids]),
@@ -204,7 +204,7 @@ def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def need_eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of EOS. Raises InputError for a tokenizer without one."""
+    """Return the id of EOS. Raises InputError for a tokenizer without one."""
     try:
         return RowTokenizer(tokenizer).eos
     except ValueError as error:

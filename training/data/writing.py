@@ -1,4 +1,4 @@
-"""Rows and JSON as files."""
+"""Write rows and JSON to files."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ PARTIAL, SUMMARY = ".partial", "summary.json"
 
 
 def is_main_process() -> bool:
-    """Whether this process is the only one, or the first of those that a launcher started."""
+    """Check whether this process is the only one, or rank 0 of a launcher's processes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def write_rows(config: Any, files: dict[str, list[Any]], summary: dict[str, Any]) -> dict[str, Any]:
-    """Write lists of rows to `config.output_dir` by file name, and summary.json; returns the summary with what both
-    stand for. Of several processes, which all have the same rows, the first writes.
+    """Write lists of rows to `config.output_dir` by file name, and summary.json. All ranks have the same rows; rank 0
+    writes. Returns the summary with the config, the files' sha256 and the version.
 
-    Raises InputError, before anything is written, where one of the files is there with other content.
+    Raises InputError, before anything is written, if one of the files exists with other content.
     """
     folder = Path(config.output_dir).expanduser()
     content = {name: to_json(rows) for name, rows in files.items()}
@@ -44,7 +44,7 @@ def write_rows(config: Any, files: dict[str, list[Any]], summary: dict[str, Any]
                     "choose another output_dir, or delete that one to write it again."
                 )
         for name, data in (content | {SUMMARY: to_json(whole)}).items():
-            # A training that is to continue takes a file of another time for another file.
+            # A training that continues takes a file with a new time for another file.
             if not (folder / name).is_file() or (folder / name).read_bytes() != data:
                 write_file(folder, name, data)
     return whole
@@ -60,9 +60,9 @@ def _changes(path: Path, settings: dict[str, Any]) -> str:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON as every data file is written: indented, characters as they are, a newline at the end.
+    """Return the JSON of a data file: indented, characters as they are, a newline at the end.
 
-    A list of whole numbers (token ids) stands on one line. Strings hold no line breaks in JSON, so none is touched.
+    A list of whole numbers (token ids) fills one line. JSON strings hold no line breaks, so no string is changed.
     """
     text = json.dumps(value, indent=1, ensure_ascii=False)
     return (NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n").encode()

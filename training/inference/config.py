@@ -1,4 +1,4 @@
-"""What the stages share that run models without training them: settings, models, data.
+"""Settings, models and data of the stages that run models without training them.
 
 They need no DeepSpeed engine: every process holds a whole model and takes its share of the batches
 (`exo_fast.training.inference.resumable`), under torchrun, the deepspeed launcher, or alone.
@@ -73,15 +73,15 @@ class InferenceConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def first(self, rows: list[Any]) -> list[Any]:
-        """The first `prompt_num` of a split's rows."""
+        """Return the first `prompt_num` of a split's rows."""
         return rows if self.prompt_num < 0 else rows[: self.prompt_num]
 
     def numerics(self) -> dict[str, Any]:
-        """The settings that move results in their last digits, for a run's identity."""
+        """Return the settings that move results in their last digits, for a run's identity."""
         return {
             "bf16": self.bf16,
             "matmul_precision": self.matmul_precision,
@@ -94,12 +94,12 @@ class InferenceConfig:
 
 
 def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = False) -> nn.Module:
-    """A causal LM in `config.dtype` on this process's device, in eval mode; a LoRA adapter is merged into its base
+    """Load a causal LM in `config.dtype` on this process's device, in eval mode. A LoRA adapter is merged into its base
     (`loading.merge_adapter`).
 
     For `sampling` on a CPU attention is eager unless the config names one: with bf16 products, PyTorch's fused
     attention is the slower one for single queries (15 against 24 sequences a second of a 135M model).
-    Raises InputError for what cannot be loaded.
+    Raises InputError if loading fails.
     """
     attention = config.attn_implementation or ("eager" if sampling and config.use_cpu else None)
     options = {"trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
@@ -119,7 +119,7 @@ def load_model(config: InferenceConfig, name_or_path: str, *, sampling: bool = F
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_tokens: Sequence[int]
 ) -> list[tuple[list[int], int]]:
-    """Ids of each prompt as training has it (`exo_fast.data.tokens`), cut on the left behind BOS to at most
+    """Return the ids of each prompt as in training (`exo_fast.data.tokens`), cut on the left after BOS to at most
     `max_tokens[i]`, and how many were cut off."""
     rows = RowTokenizer(tokenizer)
     found = rows.prompts(prompts)

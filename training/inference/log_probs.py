@@ -27,9 +27,9 @@ MAX_TOGETHER = 8  # completions that share a prompt: the mask of a row grows wit
 
 
 def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
-    """Whether prompts can be run once for all their completions: by the model's kind, and by numbers on some groups.
+    """Check whether a prompt can run once for all its completions: by the model's kind, and by numbers of some groups.
 
-    Warns where they cannot.
+    Warns if they cannot.
     """
     plan = plan_mask(model.config)
     report = check_sharing(model, list(groups[:CHECKED_GROUPS]), plan)
@@ -39,8 +39,8 @@ def can_share_prompts(model: nn.Module, groups: Sequence[Group]) -> bool:
 
 
 def need_own_numbers(model: nn.Module, groups: Sequence[Group], *, share_prompt: bool) -> None:
-    """Raises InputError where the log-prob of the shortest sequence is another beside the longest group than alone;
-    looks where `neighbours_hint` says that it might be."""
+    """Raise InputError if the log-prob of the shortest sequence differs between a batch with the longest group and a
+    run alone. Checks only models for which `neighbours_hint` says that it might."""
     hint = neighbours_hint(model.config)
     if not hint:
         return
@@ -52,7 +52,7 @@ def need_own_numbers(model: nn.Module, groups: Sequence[Group], *, share_prompt:
     alone, beside = (sequence_log_probs(model, some, **options)[0][0] for some in ([shortest], [shortest, longest]))
     allowed = 1e-4 if model.dtype == torch.float32 else 0.15  # nats a token, as `check_sharing` allows
     difference = float(abs(beside - alone)) / len(shortest.completions[0])
-    if not difference <= allowed:  # also where it is not a number
+    if not difference <= allowed:  # also for NaN
         found = f"{difference:.1e} nats a token beside a longer one, where {allowed} is allowed"
         raise not_its_own(model.config, hint, found)
 
@@ -67,7 +67,7 @@ def sequence_log_probs(
     batch_size: int = 16,
     share_prompt: bool | None = None,
 ) -> list[np.ndarray]:
-    """For each group, (K,) float32: the sum of log-probs of each completion's tokens, in nats.
+    """Return for each group (K,) float32: the sum of log-probs of each completion's tokens, in nats.
 
     Args:
         model: a causal LM in eval mode.
@@ -107,11 +107,11 @@ def sequence_log_probs(
 def tokenize_rows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, max_gen_len: int
 ) -> list[Cut]:
-    """Examples of any number of completions as token ids (`exo_fast.data.tokens`), cut as in training
+    """Return examples of any number of completions as token ids (`exo_fast.data.tokens`), cut as in training
     (`exo_fast.training.data.groups.Cut`).
 
-    Raises InputError as `data.groups.tokenize` does of ids, and for a completion none of whose first `max_gen_len`
-    tokens count.
+    Raises InputError for ids as `data.groups.tokenize` does, and for a completion if no token of its first
+    `max_gen_len` counts.
     """
     tokenized = RowTokenizer(tokenizer)
     lengths = {"max_seq_len": max_seq_len, "max_gen_len": max_gen_len, "prefix": len(tokenized.prefix)}

@@ -1,13 +1,13 @@
-"""Long work over a list, in several processes, that a kill at any moment costs one batch of.
+"""Long work over a list, in several processes. A kill at any moment costs one batch.
 
-What a batch holds is fixed by the list alone, never by the number of processes, so whoever computes it computes
-the same. A finished batch is one JSON line, forced to disk, in `.partial/<split>-<key>-<rank>.jsonl` below the
+The list alone fixes the content of a batch, never the number of processes, so every process would compute the
+same. A finished batch is one JSON line, forced to disk, in `.partial/<split>-<key>-<rank>.jsonl` below the
 output directory. The key is a hash of everything the results depend on: lines of another key are never read. A
 line that a kill has torn is ignored. When all batches are there the main process writes the files, each in one
-step, the summary last: a directory with a summary is a finished one, and says what it was made from.
+step, the summary last: a directory with a summary is a finished one, and names its inputs.
 
-Batches are computed by whichever process is free of them, on whatever threads it has. Floating-point sums may
-differ in their last bits between numbers of threads; within one setting (OMP_NUM_THREADS) everything repeats.
+Any process may compute a batch, on whatever threads it has. Floating-point sums may differ in their last
+bits between numbers of threads; within one setting (OMP_NUM_THREADS) everything repeats.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ FORMAT = 1  # raised when the same identity gives other results
 class ResumableRun:
     """One run of a stage into `output_dir`; the same object is made in every process.
 
-    `identity` is what the results depend on, JSON values by name: settings, and digests of data and models.
+    `identity` holds all that the results depend on, JSON values by name: settings, and digests of data and models.
     """
 
     def __init__(self, output_dir: str | Path, identity: Mapping[str, Any]):
@@ -40,11 +40,11 @@ class ResumableRun:
         self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished(self, files: Sequence[str]) -> dict[str, Any] | None:
-        """The summary of a finished run with this identity; None where there is work to do.
+        """Return the summary of a finished run with this identity; None if there is work to do.
 
-        `files` are the names that the run will write. Raises InputError where the directory holds another run,
-        naming what differs, or files of those names that no run of this identity was writing; and where another
-        process is writing there (`files`), which this run keeps others from until it is finished.
+        `files` are the names that the run will write. Raises InputError if the directory holds another run,
+        naming what differs, or files of those names that no run of this identity was writing, and if another process
+        is writing there. This run locks the directory (`files`) until it is finished.
         """
         lock_directory(self.directory)
         path = self.directory / SUMMARY
@@ -85,11 +85,11 @@ class ResumableRun:
         progress: bool,
         prepare: Callable[[], Any] = lambda: None,
     ) -> list[Any]:
-        """Values of all batches of a split, in order, the same list in every process.
+        """Return the values of all batches of a split, in order, the same list in every process.
 
         `compute(index)` gives the JSON-able value of batch `index`, which counts `sizes[index]` in the progress
         bar; batches that an earlier run stored are not computed again. `prepare` is called before the first
-        batch, by processes that have one to compute. Raises InputError when the processes do not see one
+        batch, by processes that have one to compute. Raises InputError if the processes do not see one
         another's files.
         """
         stored = self._read(split)
@@ -119,7 +119,7 @@ class ResumableRun:
         return [stored[index] for index in range(len(sizes))]
 
     def finish(self, files: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `files` (JSON values by file name), then the summary with the identity; returns what that holds."""
+        """Write `files` (JSON values by file name), then the summary with the identity; returns the summary."""
         whole = json.loads(json.dumps({**summary, "identity": self.identity}))
         processes.wait()
         if processes.index() == 0:
@@ -138,10 +138,10 @@ class ResumableRun:
         return sorted(self.directory.glob(f"{PARTIAL}/{split}-{self.key}-*.jsonl"))
 
     def _read(self, split: str) -> dict[int, Any]:
-        """Values by batch, of every process of every earlier run with this key."""
+        """Return values by batch, from every process of every earlier run with this key."""
         found = {}
         for path in self._stored_files(split):
-            for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn
+            for line in path.read_bytes().split(b"\n")[:-1]:  # a line without a newline is torn
                 try:
                     entry = json.loads(line)
                 except ValueError:
@@ -151,7 +151,7 @@ class ResumableRun:
 
 
 class _Lines:
-    """A file of lines that is only ever added to. A torn last line is cut off, or the next would hang on to it."""
+    """An append-only file of lines. A torn last line is cut off, or the next line would join it."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def plan_batches(
     Item i has `sequences[i]` sequences of `lengths[i]` tokens. A batch has at most `batch_size` sequences, or one item.
 
     `of_one_length`: only items of the same length in a batch, for a model whose rotary embedding depends on the longest
-    one (`exo_fast.positions`): all its rows are then of one length at every step.
+    one (`exo_fast.positions`): all its rows then have one length at every step.
     """
     batches: list[list[int]] = []
     room = 0

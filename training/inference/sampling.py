@@ -34,7 +34,7 @@ Sampler = Callable[[list[str], list[list[int]]], list[list[list[int]]]]  # promp
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. Raises ValueError for an argument out of range, named with its value."""
+    """The settings of drawing completions. Raises ValueError for an argument out of range, named with its value."""
 
     return_num: int = 1  # completions of each prompt
     max_new_tokens: int = 64
@@ -61,7 +61,7 @@ class Sampling:
 
     @property
     def greedy(self) -> str:
-        """The field, with its value, that leaves nothing to chance; empty where tokens are drawn."""
+        """The field, with its value, that makes decoding greedy; empty if tokens are drawn."""
         fields = {
             "temperature": self.temperature == 0,
             "top_k": self.top_k == 1,
@@ -71,14 +71,14 @@ class Sampling:
 
 
 class _TokensThatExist(LogitsProcessor):
-    """Masks ids that no token has, and notes whether what the model says is finite."""
+    """Masks ids without a token, and notes whether the model's scores are finite."""
 
     def __init__(self, without_token: Tensor):
         self.without_token = without_token  # (n,) int64, ids
         self.finite: Tensor | bool = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.finite = torch.isfinite(scores.amax(dim=-1)).all() & self.finite  # NaN where any is
+        self.finite = torch.isfinite(scores.amax(dim=-1)).all() & self.finite  # NaN if any is
         return scores.index_fill(-1, self.without_token, -torch.inf) if len(self.without_token) else scores
 
 
@@ -96,7 +96,7 @@ class _Draw(LogitsProcessor):
         draw = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * total
         # Strictly below the total, so that the entry found is one where the sum grows: never a masked token.
         draw = torch.minimum(draw, torch.nextafter(total, torch.zeros_like(total)))
-        # Of scores that are not finite it finds no entry, which `sample_batch` says when the batch is done.
+        # It finds no entry if scores are not finite. `sample_batch` reports that when the batch is done.
         chosen = torch.searchsorted(cumulative, draw, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
@@ -108,21 +108,21 @@ def _uniforms(seed: int, prompt: str, candidate: int, count: int) -> np.ndarray:
 
 
 def end_tokens(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end a completion: those the model names, and those that training puts at the end: the tokenizer's
-    EOS and what its chat template ends the assistant's turn with."""
+    """Return the ids that end a completion: the ids the model names, and the ids that training puts at the end (the
+    tokenizer's EOS, and the end of the assistant's turn in its chat template)."""
     end = generation_config.eos_token_id
     return {*([end] if isinstance(end, int) else end or ()), *RowTokenizer(tokenizer).ends}
 
 
 def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
-    """The ids below `vocab_size`, the model's, that the tokenizer has no token for, in order."""
+    """Return the ids below `vocab_size` (the model's) for which the tokenizer has no token, in order."""
     return sorted(set(range(vocab_size)).difference(tokenizer.get_vocab().values()))
 
 
 @contextmanager
 def _nothing_shipped(model: PreTrainedModel) -> Iterator[None]:
-    """Without the defaults that a model ships with (repetition_penalty, min_new_tokens): `generate` takes them for all
-    that a configuration leaves open, and the draw would be from another distribution than the model's."""
+    """Remove the defaults that a model ships with (repetition_penalty, min_new_tokens). `generate` uses them for fields
+    that a configuration leaves open, and would draw from another distribution than the model's."""
     shipped, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -140,14 +140,14 @@ def sample_batch(
     batch_size: int,
     without_token: Sequence[int],
 ) -> list[list[list[int]]]:
-    """One batch of `sample_tokens`: as many completions run together as `batch_size` allows.
+    """Sample one batch of `sample_tokens`: as many completions run together as `batch_size` allows.
 
-    `encoded[i]` is what the model reads of `prompts[i]`, whose text only seeds its streams. The model is in eval
-    mode. `without_token` are ids that are never drawn (`ids_without_token`). Returns for each prompt `return_num` lists
-    of 1 … max_new_tokens ids. Raises RunError where the model's logits are not finite.
+    The model reads `encoded[i]`; the text `prompts[i]` only seeds its streams. The model is in eval mode.
+    `without_token` are ids that are never drawn (`ids_without_token`). Returns for each prompt `return_num` lists
+    of 1 … max_new_tokens ids. Raises RunError if the model's logits are not finite.
 
-    Where the model's rotary embedding depends on the longest text (`exo_fast.positions`), prompts of one length are
-    needed, and a completion is then what transformers' own generation gives of its prompt alone.
+    If the model's rotary embedding depends on the longest text (`exo_fast.positions`), prompts of one length are
+    needed. A completion then equals transformers' own generation for its prompt alone.
     """
     ends = end_tokens(model.generation_config, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
@@ -159,9 +159,9 @@ def sample_batch(
     width = max(map(len, encoded))
     rows = [(index, candidate) for index in range(len(prompts)) for candidate in range(sampling.return_num)]
     found: list[list[list[int]]] = [[] for _ in prompts]
-    for first in range(0, len(rows), batch_size):  # more than once where one prompt has more completions than that
+    for first in range(0, len(rows), batch_size):  # more than once if one prompt has more completions than that
         some = rows[first : first + batch_size]
-        # Left padding: the next token of every row stands in the same column.
+        # Left padding: the next token of every row is in the same column.
         input_ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i, _ in some])
         mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i, _ in some])
         processors = LogitsProcessorList(warpers)
@@ -189,7 +189,7 @@ def sample_batch(
 
 
 def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
-    """What changes the distribution before the draw; nothing for greedy decoding, which they would not change."""
+    """Return the processors that change the distribution before the draw. Greedy decoding needs no processor."""
     if sampling.temperature == 0:
         return []
     warpers: list[LogitsProcessor] = []

@@ -83,14 +83,14 @@ class Scorer:
     at_end = False  # whether the end of a text is read too
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """One finite number per completion, `completions[i]` being one of `prompts[i]`."""
+        """Return one finite number per completion; `completions[i]` belongs to `prompts[i]`."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """What the first call would do for all."""
+        """Do in advance the work that the first call would do for all calls."""
 
     def lengths(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
-        """What batches are sorted by."""
+        """Return the lengths by which batches are sorted."""
         return [0] * len(prompts)
 
 
@@ -158,8 +158,8 @@ class ModelScorer(Scorer):
 
 
 class FunctionScorer(Scorer):
-    """A Python function of the user's. Another version of its module, or of the file that it stands in, counts as
-    another scorer; so does another batch size: batches are stored as they are, and it may look at all of one."""
+    """A Python function of the user. Another version of its module, or of its own file, counts as another scorer. So
+    does another batch size: batches are stored as they are, and the function may look at a whole batch."""
 
     def __init__(self, config: ScorerConfig):
         name = config.function
@@ -169,7 +169,7 @@ class FunctionScorer(Scorer):
             self.tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         self.function = _import_function(name)
         source = hashlib.sha256()
-        # The module too: what a decorator returns stands in the decorator's file, and an object in none.
+        # The module too: the source of a decorator's result is the decorator's file, and an object has no file.
         for part in (sys.modules[name.partition(":")[0]], inspect.unwrap(self.function)):
             try:
                 source.update(Path(inspect.getsourcefile(part)).read_bytes())
@@ -204,7 +204,7 @@ class FunctionScorer(Scorer):
 
 
 def load_scorer(config: ScorerConfig) -> Scorer:
-    """The scorer that a configuration names. Raises InputError where there is none, or none that works."""
+    """Load the scorer that a configuration names. Raises InputError if it names no scorer, or one that fails."""
     kind = next(name for name in SCORERS if getattr(config, name))
     return FunctionScorer(config) if kind == "function" else ModelScorer(config, kind)
 

@@ -1,4 +1,4 @@
-"""The command `exo-fast memory`: whether a training step fits, before it is started."""
+"""The command `exo-fast memory`: checks whether a training step fits, before it starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARGIN, CHECKPOINTED_MARGIN = 1.4, 2.8
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `exo-fast memory`; names are those of `exo-fast align` where it has them."""
+    """Return the options of `exo-fast memory`. They are named as in `exo-fast align`, if it has them."""
     made = argparse.ArgumentParser(
         prog="exo-fast memory",
         description="Estimate the memory of a training step, with exo_fast and without. Needs no weights and no data: "
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`exo-fast memory`; returns the exit status. Raises InputError for a model or a number that cannot be."""
+    """Run `exo-fast memory`; returns the exit status. Raises InputError for an invalid model or number."""
     options = parser().parse_args(argv)
     import torch
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(options.model, trust_remote_code=options.trust_remote_code)
     torch_engine = options.engine == "torch"
     alone = device == "cpu" and options.fp32 and options.processes == 1 and not options.offload
-    default_stage = 0 if alone else 2  # that of exo_fast.training.trainer.deepspeed
+    default_stage = 0 if alone else 2  # the default of exo_fast.training.trainer.deepspeed
     try:
         setting = memory_model.Setting(
             "exo_fast",
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_config(name_or_path: str, *, trust_remote_code: bool) -> Any:
-    """A transformers configuration, of a directory, a file or a Hub name. Raises InputError for what is none."""
+    """Load a transformers configuration from a directory, a file or a Hub name. Raises InputError if it is not one."""
     from transformers import AutoConfig
 
     from exo_fast.training.models.loading import from_pretrained
@@ -109,7 +109,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool) -> Any:
 
 
 def device_memory(device: str) -> int:
-    """Bytes of this machine's GPU, or of its main memory. Raises InputError where there is no GPU."""
+    """Return the bytes of this machine's GPU, or of its main memory. Raises InputError if there is no GPU."""
     import torch
 
     from exo_fast.training.errors import InputError
@@ -122,7 +122,7 @@ def device_memory(device: str) -> int:
 
 
 def as_json(estimate: Any) -> dict:
-    """An estimate as JSON can hold it; bytes."""
+    """Return an estimate as values that JSON can hold, in bytes."""
     setting = {**asdict(estimate.setting), "dtype": str(estimate.setting.dtype).removeprefix("torch.")}
     values = ("parts", "moment", "parameters", "rows", "shared", "host")
     return {"setting": setting, "total": estimate.total, **{name: getattr(estimate, name) for name in values}}
@@ -157,7 +157,7 @@ def text(name: str, found: list[Any], memory: int) -> str:
 
 
 def verdict(estimate: Any, memory: int) -> str:
-    """One sentence: whether it fits, with a margin for the estimate's error."""
+    """Return one sentence: whether it fits, with a margin for the estimate's error."""
     margin = CHECKPOINTED_MARGIN if estimate.setting.gradient_checkpointing else MARGIN
     what, need = METHOD_TEXT[estimate.setting.method], estimate.total
     sizes = f"{need / 1e9:.1f} GB of {memory / 1e9:.1f} GB"

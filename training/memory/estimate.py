@@ -1,15 +1,15 @@
-"""How much memory a training step takes, found out by running it on tensors without data.
+"""Estimate the memory of a training step by running it on tensors without data.
 
 Nothing is guessed from layer sizes. The model is made from its configuration, with weights that have shapes and no
 values (torch's `FakeTensorMode`); the step's forward and backward are run on them, operation by operation; and a
-`Meter` adds up the storages that are alive. So whatever an architecture keeps for its backward pass is counted as it
+`Meter` adds up the storages that are alive. So all that an architecture keeps for its backward pass is counted as it
 is: gradient checkpointing, LoRA, autocast, tied embeddings, mixtures of experts. A model of any size takes seconds
 and next to no memory, and needs no weights.
 
 Three parts are formulas, because they are no torch operations of the step: the scratch of heads that form no logits
-(`fused_scratch`, `tiled_scratch`), Adam's state, and what an engine keeps beside the model (`Engine`).
+(`fused_scratch`, `tiled_scratch`), Adam's state, and the engine's memory beside the model (`Engine`).
 
-Three methods are compared, those of `exo_fast.benchmarks.methods.step_styles` of these names:
+Three methods of `exo_fast.benchmarks.methods.step_styles` are compared:
 
     full-logits   a row per candidate, logits of all positions, policy and reference model in every step
     trl           a row per candidate, the head in tiles of the logits, policy and reference model
@@ -43,7 +43,7 @@ METHODS = ("full-logits", "trl", "exo_fast")
 PARTS = ("weights", "reference", "gradients", "optimizer", "engine", "activations", "mask", "head", "backward")
 MOMENTS = ("forward and backward", "update")
 TILE_TOKENS, TILE_VOCAB = 4096, 32768  # of TRL 1.16's head
-TILE_COPIES = 7.25  # float32 copies of a tile that its backward pass holds at once where Triton does not run
+TILE_COPIES = 7.25  # float32 copies of a tile that its backward pass holds at once if Triton does not run
 BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size
 GATHERED = 1_000_000_000  # elements: DeepSpeed's default stage3_max_live_parameters
 
@@ -52,8 +52,8 @@ GATHERED = 1_000_000_000  # elements: DeepSpeed's default stage3_max_live_parame
 class Setting:
     """One training step of one process: `groups` groups of `candidates` completions, all of one length.
 
-    `dtype` is that of the weights, of which DeepSpeed keeps float32 copies; `autocast` casts float32 weights to bf16
-    as they are used. Raises ValueError for a value that cannot be.
+    `dtype` is the dtype of the weights; DeepSpeed keeps float32 copies of them. `autocast` casts float32 weights to
+    bf16 as they are used. Raises ValueError for an invalid value.
     """
 
     method: str
@@ -65,7 +65,7 @@ class Setting:
     autocast: bool = False
     gradient_checkpointing: bool = False
     lora_r: int = 0  # 0: the whole model is trained
-    optimizer: str = "adamw"  # fused, as transformers.Trainer has it; or "sgd"
+    optimizer: str = "adamw"  # fused, as in transformers.Trainer; or "sgd"
     engine: str = "deepspeed"  # or "torch"
     zero_stage: int = 2
     offload: bool = False
@@ -102,21 +102,21 @@ class Estimate:
     """Bytes that one process holds at its peak, in the second step or a later one."""
 
     setting: Setting
-    parts: dict[str, int]  # of PARTS, those that are not nothing
-    moment: str  # of MOMENTS, the one that takes the most
+    parts: dict[str, int]  # by names of PARTS, without zeros
+    moment: str  # the one of MOMENTS that takes the most
     parameters: int
-    rows: tuple[int, int]  # (B, T) of what the model is run on
+    rows: tuple[int, int]  # (B, T) of the model's input
     shared: bool  # whether candidates share their prompt
-    host: int  # bytes of CPU memory that offloading takes beside those
+    host: int  # bytes of CPU memory that offloading takes beside `parts`
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """The sum of the parts, in bytes."""
         return sum(self.parts.values())
 
 
 def estimate(config: Any, setting: Setting) -> Estimate:
-    """The peak of `setting`'s step for a transformers configuration of a causal LM.
+    """Return the peak of `setting`'s step for a transformers configuration of a causal LM.
 
     Raises ValueError for a model whose head the fused losses cannot read, and for one whose forward looks at values.
     """
@@ -160,7 +160,7 @@ def _sum(*parts: dict[str, int]) -> dict[str, int]:
 
 
 def _model(config: Any, setting: Setting) -> nn.Module:
-    """The policy (or its reference): random weights of a dtype, LoRA adapters, no dropout; in training mode."""
+    """Return the policy (or its reference): random weights of a dtype, LoRA adapters, no dropout; in training mode."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
@@ -171,7 +171,7 @@ def _model(config: Any, setting: Setting) -> nn.Module:
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     if setting.gradient_checkpointing:
-        # Without random numbers to bring back: there is no dropout.
+        # Without dropout there is no random state to restore.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if setting.lora_r:
@@ -197,7 +197,7 @@ class _Adapted(nn.Module):
 
 
 def _add_lora(model: nn.Module, rank: int) -> None:
-    """Freezes the model and adapts every linear layer but the lm_head."""
+    """Freeze the model and adapt every linear layer but the lm_head."""
     model.requires_grad_(False)
     model.enable_input_require_grads()
     for parent in list(model.modules()):
@@ -207,7 +207,7 @@ def _add_lora(model: nn.Module, rank: int) -> None:
 
 
 class _StepMeter(Meter):
-    """Counts too what scatter_add does inside on CPU: it sums half-precision values in a float32 copy."""
+    """Also counts the float32 copy in which scatter_add sums half-precision values on a CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten.scatter_add.default and args[0].itemsize == 2:
@@ -219,7 +219,7 @@ class _StepMeter(Meter):
 
 
 class Engine:
-    """What DeepSpeed, or DDP, keeps beside the model, in bytes for each of `trained` parameters.
+    """The memory of DeepSpeed, or DDP, beside the model, in bytes for each of `trained` parameters.
 
     Read off DeepSpeed 0.19 on a CPU with a fused Adam, float32 and bf16 weights: stages 0 to 3 with one process, 1 to 3
     with two. Not measured: a GPU's buckets, offloading and DDP, which follow DeepSpeed's and PyTorch's defaults.
@@ -231,9 +231,9 @@ class Engine:
         1, 2           (4 + 8) / P                w and a bucket of w       8 / P
         3              (4 + 8 + w) / P            nothing more              4 / P, and 2 / P for bf16
 
-    where 4 is a float32 copy, 8 Adam's state and, in stage 3, w a buffer of gradients. A bucket has at most BUCKET
+    4 is a float32 copy, 8 Adam's state and, in stage 3, w a buffer of gradients. A bucket has at most BUCKET
     elements; on a GPU stages 1 and 2 allocate two of them, whatever the model's size. Stage 3 holds w / P of weights,
-    and up to GATHERED of them in one piece where P > 1.
+    and up to GATHERED of them in one piece if P > 1.
     """
 
     def __init__(self, setting: Setting, trained: int, parameters: int) -> None:
@@ -246,7 +246,7 @@ class Engine:
         self.bucket = min(trained, BUCKET) if setting.processes > 1 or self.deepspeed else 0
 
     def shares(self) -> dict[str, float]:
-        """How much of weights and gradients one process holds (for `Meter`)."""
+        """Return the share of weights and gradients that one process holds (for `Meter`)."""
         gradients = 1.0
         if self.stage == 3:
             gradients = 0.0  # their buffer is kept from the start: see `kept`
@@ -256,7 +256,7 @@ class Engine:
         return {"weights": weights, "reference": weights, "gradients": gradients}
 
     def watch(self, policy: nn.Module, meter: Meter) -> list[Tensor]:
-        """Label gradients as they are finished, and fill the bucket with them; returns what it is made of."""
+        """Label gradients as they are finished, and fill the bucket with them; returns the bucket's tensors."""
         filled: list[Tensor] = []
         room = 0 if self.stage == 3 or self._fixed_buckets else self.bucket
 
@@ -278,7 +278,7 @@ class Engine:
         return self.stage in (1, 2) and self.setting.device != "cpu"
 
     def kept(self) -> dict[str, int]:
-        """From step to step, on the device of the model."""
+        """Return the bytes kept from step to step on the model's device."""
         copies = 4 if self.stage or (self.deepspeed and self.width < 4) else 0
         gradients = self.width if self.stage == 3 else 0
         buckets = 2 * BUCKET * self.width if self._fixed_buckets else 0
@@ -291,18 +291,18 @@ class Engine:
 
     @property
     def _adam(self) -> int:
-        """Bytes of state a parameter: in float32 where there is a float32 copy."""
+        """The bytes of Adam's state for a parameter: in float32 if there is a float32 copy."""
         width = 4 if self.deepspeed else self.width
         return 2 * width if self.setting.optimizer == "adamw" else 0
 
     def gathered(self) -> dict[str, int]:
-        """Weights in one piece during forward and backward."""
+        """Return the bytes of weights in one piece during forward and backward."""
         if self.stage < 3 or (self.setting.processes == 1 and not self.offload):
             return {}
         return {"engine": min(self.parameters, GATHERED) * self.width}
 
     def update(self) -> dict[str, int]:
-        """In the optimizer's step, beside what is kept."""
+        """Return the bytes of the optimizer's step, beside `kept`."""
         if self.offload:
             return {}
         if not self.stage:
@@ -316,7 +316,7 @@ class Engine:
         }
 
     def host(self) -> int:
-        """Bytes of CPU memory that offloading takes: float32 copies, Adam's state and gradients, and weights."""
+        """Return bytes of CPU memory for offloading: float32 copies, Adam's state and gradients, and weights."""
         weights = self.parameters * self.width if self.stage == 3 else 0
         return (self.trained * (4 + self._adam + 4) + weights) // self.spread if self.offload else 0
 
@@ -360,7 +360,7 @@ class _Step:
             return decoder(model)(input_ids=ids, use_cache=False, **inputs).last_hidden_state
 
     def _full_logits(self, model: nn.Module) -> Tensor:
-        """As `step_styles.full_logits` has it: divided by a temperature, log-softmax over all positions."""
+        """Compute as `step_styles.full_logits`: logits divided by a temperature, log-softmax over all positions."""
         hidden = self._hidden(model)
         with self.meter.labelled("head"):
             head = read_head(model)
@@ -375,7 +375,7 @@ class _Step:
     def _tiled(self, model: nn.Module) -> Tensor:
         hidden = self._hidden(model).flatten(0, 1)
         with self.meter.labelled("head"):
-            # All positions but the last of a row, those of the prompt too.
+            # All positions of a row but the last, the prompt's too.
             hidden = hidden[torch.zeros(self.shape[0] * (self.shape[1] - 1), dtype=torch.long)]
             return _FormsNoLogits.apply(
                 hidden, read_head(model).weight, tiled_scratch(self.setting, len(hidden)), False
@@ -389,7 +389,7 @@ class _Step:
             return _FormsNoLogits.apply(hidden, head.weight, fused_scratch(self.setting, hidden, head), True)
 
     def _shared_inputs(self) -> dict[str, Any]:
-        """Positions and masks as `exo_fast.masks.model_inputs` makes them, which would look at values."""
+        """Return positions and masks as `exo_fast.masks.model_inputs` makes them, but without looking at values."""
         group_ids = torch.zeros(self.shape, dtype=torch.int32)
         positions = torch.zeros(self.shape, dtype=torch.long)
 
@@ -406,11 +406,11 @@ class _Step:
 
     @contextlib.contextmanager
     def as_with_values(self) -> Iterator[None]:
-        """Inside, two functions that look at values do what they would with those of this step.
+        """Let two functions that look at values act as they would with this step's values.
 
-        Attention with the mask of `_shared_inputs` is that of `exo_fast.backends.attention` over this step's rows,
-        which reads them from the packed ids otherwise. And transformers takes rows without a mask for
-        what they are, one text each, and makes no mask for them.
+        Attention with the mask of `_shared_inputs` runs `exo_fast.backends.attention` over this step's rows, which
+        otherwise reads the rows from the packed ids. And transformers treats rows without a mask as one text each, and
+        makes no mask for them.
         """
         from transformers import masking_utils
 
@@ -424,7 +424,7 @@ class _Step:
                 return packed_attention(query, key, value, spans, options.get("scale"))
             return plain(query, key, value, attn_mask=attn_mask, **options)
 
-        # Not by a mode of torch, which would be off in a backward pass that runs layers again.
+        # Not by a mode of torch: it would be off in a backward pass that recomputes layers.
         functional.scaled_dot_product_attention = attention
         masking_utils.find_packed_sequence_indices = lambda position_ids: None
         try:
@@ -440,7 +440,7 @@ class _Step:
 
 
 def by_layer(plan: MaskPlan, mask: Callable[[int | None], Any]) -> Any:
-    """What a model takes for its mask, or masks, from `mask(window)`."""
+    """Return the mask, or masks, that a model takes, from `mask(window)`."""
     if plan.kind != "by_layer":
         return mask(plan.window)
     return {name: mask(plan.window if name == "sliding_attention" else None) for name in plan.layer_types}
@@ -478,7 +478,7 @@ class _FormsNoLogits(torch.autograd.Function):
 
 
 def fused_scratch(setting: Setting, hidden: Tensor, head: Head) -> int:
-    """Bytes that `linear_group_loss` takes beside dH and a float32 dW."""
+    """Return the bytes that `linear_group_loss` takes beside dH and a float32 dW."""
     vocab, width = head.weight.shape
     if setting.device != "cpu":
         budget = scratch_budget(setting.memory_budget, torch.device(setting.device))
@@ -491,6 +491,6 @@ def fused_scratch(setting: Setting, hidden: Tensor, head: Head) -> int:
 
 
 def tiled_scratch(setting: Setting, tokens: int) -> int:
-    """Bytes of a tile of TRL's head, and of what its backward pass makes of one without Triton."""
+    """Return the bytes of a tile of TRL's head, and of the copies its backward pass makes without Triton."""
     tile = min(tokens, TILE_TOKENS) * TILE_VOCAB
     return int(tile * (setting.compute_dtype.itemsize + (4 * TILE_COPIES if setting.device == "cpu" else 0)))

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 class Meter(TorchDispatchMode):
     """Adds up the storages that operations inside this mode make, for as long as they live.
 
-    A storage counts under the `label` that was set when it was made, and of its bytes as much as `share` says of
-    that label (1 where it says nothing): what is spread over processes counts by one process's part. `peak` is the
-    composition, label -> bytes, at the moment of the largest sum.
+    A storage counts under the `label` that was set when it was made. Its bytes are multiplied by the label's `share`
+    (1 by default), so tensors spread over processes count by one process's part. `peak` is the composition,
+    label -> bytes, at the moment of the largest sum.
     """
 
     def __init__(self, share: dict[str, float] | None = None) -> None:
@@ -57,7 +57,7 @@ class Meter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def labelled(self, label: str) -> Iterator[None]:
-        """Storages that are made inside count under `label`."""
+        """Count storages that are made in this block under `label`."""
         before, self.label = self.label, label
         try:
             yield

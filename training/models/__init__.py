@@ -1,1 +1,1 @@
-"""Weights on disk, to a model, its head and its layout."""
+"""Load models from disk, find their head and layout, and save them."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def load_causal_lm(config: TrainConfig, name_or_path: str) -> nn.Module:
-    """A causal LM in the dtype the engine trains, with a head that the fused losses can read."""
+    """Load a causal LM in the dtype the engine trains, with a head that the fused losses can read."""
     model = from_pretrained(AutoModelForCausalLM, name_or_path, **model_options(config))
     try:
         read_head(model)
@@ -34,7 +34,7 @@ def load_causal_lm(config: TrainConfig, name_or_path: str) -> nn.Module:
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:
-    """Options of from_pretrained. DeepSpeed keeps float32 copies of bf16 weights; autocast does not."""
+    """Return the options of from_pretrained. DeepSpeed keeps float32 copies of bf16 weights; autocast does not."""
     attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     bf16 = config.bf16 and config.engine == "deepspeed"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -42,7 +42,7 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Dropout layers, and the rates that attention modules hand to a function; the model's config stays as it is."""
+    """Set dropout layers, and the rates that attention modules pass to a function, to 0. The config stays as it is."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -52,7 +52,7 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def check_lora(config: TrainConfig, task_type: str) -> None:
-    """Raises InputError where `add_lora` would fail, or would not do what `config` says; reads no weights."""
+    """Raise InputError if `add_lora` would fail, or would not do what `config` says; reads no weights."""
     if config.lora_r == 0:
         return
     shape = from_pretrained(AutoConfig, config.model_name_or_path, trust_remote_code=config.trust_remote_code)
@@ -63,7 +63,7 @@ def check_lora(config: TrainConfig, task_type: str) -> None:
     try:
         with torch.device("meta"):
             model = kind.from_config(shape, **options)
-    except Exception:  # what is wrong with it is said where it is loaded
+    except Exception:  # loading the model reports the problem
         return
     names = [name for name, _ in model.named_modules()]
     for target in [] if adapts_all_linear(config) else config.lora_target_modules:
@@ -74,7 +74,7 @@ def check_lora(config: TrainConfig, task_type: str) -> None:
                 f"called {target!r} (names are taken as they are, not as patterns)"
                 f"{nearest(target, sorted(name for name in last if not name.isdigit()))}"
             )
-    with torch.random.fork_rng(devices=[]):  # so that the adapters that are trained start as without this
+    with torch.random.fork_rng(devices=[]):  # so that the trained adapters start as if this had not run
         adapted = add_lora(config, model, task_type)
     head = adapted.get_base_model().get_output_embeddings()
     if task_type != SCALAR_TASK and hasattr(head, "base_layer"):
@@ -86,12 +86,12 @@ def check_lora(config: TrainConfig, task_type: str) -> None:
 
 
 def adapts_all_linear(config: TrainConfig) -> bool:
-    """Whether every linear layer but the head gets adapters."""
+    """Check whether every linear layer but the head gets adapters."""
     return config.lora_target_modules in (None, [], ["all-linear"])
 
 
 def add_lora(config: TrainConfig, model: nn.Module, task_type: str) -> nn.Module:
-    """`model` with the adapters that `config` asks for; `task_type` is one of PEFT's (CAUSAL_LM, SEQ_CLS)."""
+    """Return `model` with the adapters that `config` asks for; `task_type` is one of PEFT's (CAUSAL_LM, SEQ_CLS)."""
     if config.lora_r == 0:
         return model
     from peft import LoraConfig, get_peft_model

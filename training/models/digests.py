@@ -1,4 +1,4 @@
-"""Hashes of models, tokenizers and settings, by which cached results are found again."""
+"""Hashes of models, tokenizers and settings: the keys of cached results."""
 
 import hashlib
 import json
@@ -46,5 +46,5 @@ def model_digest(name_or_path: str) -> str:
     for path in sorted({path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)}):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # goes on with this one
+            hashlib.file_digest(file, lambda: digest)  # continues the same digest
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Loading what stages are given by a directory or a Hub name, with errors that a user can act on (InputError).
+"""Load models, by a directory or a Hub name, with errors that a user can act on (InputError).
 
-A model is other people's data. Weights are read from safetensors alone, because a pickle (pytorch_model.bin) runs what
-stands in it; and what a directory says of itself is judged before it is followed: its shards must lie inside it, and
-nobody waits for a billion layers to be built.
+A model is other people's data. Weights are read from safetensors alone, because a pickle (pytorch_model.bin) can run
+any code. The claims of a directory are checked before they are used: its shards must lie inside it, and nobody waits
+for a billion layers to be built.
 
 An adapter is merged by `merge_adapter` alone, which shows by numbers that merging changed nothing.
 """
@@ -26,15 +26,15 @@ from exo_fast.training.errors import InputError, first_line
 from exo_fast.training.files import is_plain_name, user_path
 
 TO_SAFETENSORS = "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes safetensors"
-# What a configuration may count, and how large: more would be built, or filled, until the memory is full.
+# Limits of the counts and sizes in a configuration: larger ones would be built, or filled, until the memory is full.
 LIMITS = {re.compile(r"(num|n)_.*(layer|expert|head|label)"): 4096, re.compile(r".*_(size|dim|embd|inner)$"): 2**24}
 ADAPTER = "adapter_config.json"
-SCALAR_TASK = "SEQ_CLS"  # PEFT's name for what reward models and classifiers do
+SCALAR_TASK = "SEQ_CLS"  # PEFT's name for the task of reward models and classifiers
 
 
 def from_pretrained(auto_class: Any, name_or_path: str, *, trust_remote_code: bool, **options: Any) -> Any:
-    """`auto_class.from_pretrained`, of a model with weights from safetensors alone. Raises InputError for what cannot
-    be loaded."""
+    """Call `auto_class.from_pretrained`, for models with weights from safetensors alone. Raises InputError if loading
+    fails."""
     check_counts(name_or_path)
     if auto_class not in (AutoConfig, AutoTokenizer):
         check_weights(name_or_path)
@@ -50,14 +50,14 @@ def from_pretrained(auto_class: Any, name_or_path: str, *, trust_remote_code: bo
 
 
 def check_counts(name_or_path: str) -> None:
-    """Raises InputError where the configuration in a directory counts more layers, say, than any model has."""
+    """Raise InputError if the configuration in a directory counts more layers, say, than any model has."""
     path = Path(name_or_path, CONFIG_NAME)
     if not path.is_file():
         return
     try:
         parts = [read_json(path)]
     except InputError:
-        return  # transformers says that better
+        return  # transformers has a better message
     while parts:
         part = parts.pop()
         for key, value in part.items() if isinstance(part, dict) else ():
@@ -69,8 +69,8 @@ def check_counts(name_or_path: str) -> None:
 
 
 def check_weights(name_or_path: str) -> None:
-    """Raises InputError for a directory without weights that can be read as safetensors, or with an index that names
-    some elsewhere. (Of a Hub name, transformers loads safetensors or nothing.)"""
+    """Raise InputError for a directory without weights that can be read as safetensors, or with an index that names
+    files elsewhere. (From a Hub name, transformers loads safetensors or nothing.)"""
     directory = Path(name_or_path)
     if not directory.is_dir():
         return
@@ -93,20 +93,20 @@ def check_weights(name_or_path: str) -> None:
 
 def _check_safetensors(path: Path) -> None:
     try:
-        with safe_open(path, framework="pt"):  # reads the header, and holds it against the size of the file
+        with safe_open(path, framework="pt"):  # reads the header, and compares it with the size of the file
             pass
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
 
 
 def _instead(directory: Path) -> str:
-    """What a directory without safetensors holds, for an error's text."""
+    """Return the end of an error's text: the pickle that a directory without safetensors holds, if any."""
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
     return f"; {pickles[0]} is a pickle, which could run anything and is not read ({TO_SAFETENSORS})" if pickles else ""
 
 
 def _broken_json(name_or_path: str) -> str | None:
-    """What is wrong with the first JSON file of a directory that is none."""
+    """Return the error of a directory's first .json file that is not valid JSON."""
     for path in sorted(Path(name_or_path).glob("*.json")):
         try:
             read_json(path)
@@ -116,7 +116,7 @@ def _broken_json(name_or_path: str) -> str | None:
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model; of an adapter's base model where the adapter's directory has none."""
+    """Return the tokenizer of a model, or of an adapter's base if the adapter's directory has no tokenizer."""
     if is_adapter(name_or_path) and not any(Path(name_or_path).glob("tokenizer*")):
         name_or_path = adapter_base(name_or_path)
     return from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code)
@@ -126,16 +126,16 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
 
 
 def model_config(config: Any, name_or_path: str) -> Any:
-    """The transformers config of a language model, or of the one that an adapter is for. `config` is one with
+    """Return the transformers config of a language model, or of an adapter's base. `config` has the field
     `trust_remote_code`."""
     base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
     return from_pretrained(AutoConfig, base, trust_remote_code=config.trust_remote_code).get_text_config()
 
 
 def check_fits_model(config: Any, name_or_path: str, *, longest: int, largest_id: int = 0) -> None:
-    """Raises InputError where a sequence is longer than the model has positions for, or an id is not in its vocabulary.
+    """Raise InputError if a sequence is longer than the model has positions for, or an id is not in its vocabulary.
 
-    `config` is one with `max_seq_len` and `trust_remote_code`.
+    `config` has the fields `max_seq_len` and `trust_remote_code`.
     """
     model = model_config(config, name_or_path)
     limit = longest_text(model)
@@ -152,12 +152,12 @@ def check_fits_model(config: Any, name_or_path: str, *, longest: int, largest_id
 
 
 def is_adapter(name_or_path: str) -> bool:
-    """Whether a directory holds a PEFT adapter and not a whole model."""
+    """Check whether a directory holds a PEFT adapter and not a whole model."""
     return Path(name_or_path, ADAPTER).is_file()
 
 
 def refuse_adapter(name_or_path: str) -> None:
-    """Raises InputError for a PEFT adapter."""
+    """Raise InputError for a PEFT adapter."""
     if is_adapter(name_or_path):
         raise InputError(
             f"{name_or_path!r}: a LoRA adapter, where a whole model is needed; merge it first: "
@@ -166,13 +166,13 @@ def refuse_adapter(name_or_path: str) -> None:
 
 
 def merge_advice(adapter: str) -> str:
-    """The command that merges an adapter, for an error's text."""
+    """Return the command that merges an adapter, for an error's text."""
     call = f"save_merged({adapter!r}, {Path(adapter).name + '-merged'!r})"
     return f'python -c "from exo_fast.training.models.merging import save_merged; {call}"'
 
 
 def refuse_scalar_adapter(name_or_path: str) -> None:
-    """Raises InputError for an adapter of a reward model or a classifier, which is no language model."""
+    """Raise InputError for an adapter of a reward model or a classifier, which is not a language model."""
     if adapter_task(name_or_path) == SCALAR_TASK:
         raise InputError(
             f"{name_or_path!r}: an adapter of a reward model or a classifier, where one of a language model is needed."
@@ -180,8 +180,8 @@ def refuse_scalar_adapter(name_or_path: str) -> None:
 
 
 def adapter_base(path: str) -> str:
-    """The model that an adapter was trained on. Raises InputError where it names none, or one that is gone, and for an
-    adapter whose weights are not safetensors."""
+    """Return the model that an adapter was trained on. Raises InputError if it names no model, or a missing one, and
+    for an adapter whose weights are not safetensors."""
     from peft import PeftConfig
 
     try:
@@ -202,7 +202,7 @@ def adapter_base(path: str) -> str:
 
 
 def adapter_task(path: str) -> str | None:
-    """PEFT's word for what the adapter in a directory was trained to do; None where it has none."""
+    """Return PEFT's name for the task of the adapter in a directory; None if the adapter has no task."""
     content = read_json(Path(path, ADAPTER))
     task = content.get("task_type") if isinstance(content, dict) else None
     return task if isinstance(task, str) else None

@@ -22,24 +22,24 @@ from exo_fast.training.models.loading import (
 )
 
 PROBED_TOKENS = 16
-# How far numbers may be from those before an adapter was merged, of their root mean square: rounding, by dtype.
+# Largest difference that merging an adapter may make, over the numbers' root mean square: rounding, by dtype.
 MERGE_TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 0.05}
 MERGE_TOLERANCE = 1e-4
 
 
 def merge_adapter(model: nn.Module, path: str) -> nn.Module:
-    """`model`, the base of the adapter in the directory `path`, with the adapter merged into its weights.
+    """Return `model`, the base of the adapter in the directory `path`, with the adapter merged into its weights.
 
-    An adapter on the input embedding of a model whose head is tied to it does not touch the head: such a head gets
-    weights of its own before, and `config.tie_word_embeddings` becomes false, unless both are equal after all. Raises
-    InputError for an adapter that does not fit, and where the merged model gives other numbers than the adapted one.
+    An adapter on the input embedding does not touch a head tied to it. So the head gets weights of its own before
+    merging, and `config.tie_word_embeddings` becomes false, unless both are equal after it. Raises InputError for an
+    adapter that does not fit, and if the merged model gives other numbers than the adapted one.
     """
     from peft import PeftModel
 
     base = getattr(model, "name_or_path", "")
     try:
         with warnings.catch_warnings():
-            # of a name that transformers changed and PEFT still uses
+            # PEFT still uses a name that transformers changed
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
             adapted = PeftModel.from_pretrained(model, path).eval()
             if not hasattr(adapted.base_model, "merge_and_unload"):
@@ -50,7 +50,7 @@ def merge_adapter(model: nn.Module, path: str) -> nn.Module:
             merged = adapted.merge_and_unload()
     except InputError:
         raise
-    except Exception as error:  # of a file that anyone may have written
+    except Exception as error:  # the file may hold anything
         reason = " ".join(str(error).split()) or type(error).__name__
         if "size mismatch" in reason:
             reason += (
@@ -75,7 +75,7 @@ def merge_adapter(model: nn.Module, path: str) -> nn.Module:
 
 def save_merged(adapter: str, directory: str, *, trust_remote_code: bool = False) -> None:
     """Merge the adapter in the directory `adapter` into its base, and save a whole model and its tokenizer to
-    `directory`. Raises InputError for what cannot be loaded or merged."""
+    `directory`. Raises InputError if loading or merging fails."""
     from exo_fast.training.models.saving import save_model
 
     base = adapter_base(adapter)
@@ -92,7 +92,7 @@ def save_merged(adapter: str, directory: str, *, trust_remote_code: bool = False
 
 @torch.no_grad()
 def _probe(model: nn.Module) -> dict[str, Tensor]:
-    """(T, ·) float64: what `model` makes of a few tokens, those that an adapter trains among them."""
+    """Return (T, ·) float64: the outputs of `model` for a few tokens, with the tokens that an adapter trains."""
     embedding = model.get_input_embeddings().weight
     ids = torch.linspace(0, embedding.shape[0] - 1, PROBED_TOKENS).long().unique()
     with true_float32():
@@ -108,13 +108,13 @@ def _rms(values: Tensor) -> float:
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:
-    """The input embedding and the head as they are without adapters; an empty list where there is no head."""
+    """Return the input embedding and the head without their adapters; an empty list if there is no head."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [] if None in ends else [_bare(layer) for layer in ends]
 
 
 def _bare(layer: nn.Module) -> nn.Module:
-    """A layer without the wrappers that PEFT puts around it."""
+    """Return a layer without the wrappers that PEFT puts around it."""
     for name in ("base_layer", "original_module"):
         if isinstance(getattr(layer, name, None), nn.Module):
             return _bare(getattr(layer, name))
@@ -122,7 +122,7 @@ def _bare(layer: nn.Module) -> nn.Module:
 
 
 def _give_head_its_own_weights(adapted: nn.Module) -> bool:
-    """Whether the head of a PeftModel was tied to its input embedding; it no longer is."""
+    """Untie the head of a PeftModel from its input embedding. Return whether it was tied."""
     ends = _ends(adapted.get_base_model())
     if not ends or ends[0].weight is not ends[1].weight:
         return False

@@ -3,8 +3,8 @@
 The fused losses read the lm_head's weight without calling the lm_head, and DeepSpeed ZeRO-3 has a parameter in
 one piece only inside the forward of a module it belongs to. So the loss is part of a module that owns the model
 and registers the head as its own (`register_head`); engines that work through a module's forward (DDP's
-reducer, autocast, gradient hooks) then see nothing unusual. Reading `lm_head.weight` from a trainer's
-compute_loss instead is what broke others.
+reducer, autocast, gradient hooks) then see nothing unusual. Other packages broke because a trainer's
+compute_loss read `lm_head.weight` instead.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ class TrainedModule(nn.Module):
     """A transformers model (or a PeftModel around one) inside a module whose forward is a loss.
 
     `forward(**batch)` returns (loss, metrics (R, M)) in training, where the loss is the mean over the batch's R rows
-    by the batch's `weights` (R,), and (losses (R,), metrics (R, M)) in evaluation. What is saved and resumed is
-    `model`, under its own names.
+    by the batch's `weights` (R,), and (losses (R,), metrics (R, M)) in evaluation. Only `model` is saved and
+    resumed, under its own names.
     """
 
     metric_names: tuple[str, ...] = ()  # of the M columns
@@ -45,7 +45,7 @@ class TrainedModule(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype attention runs in: autocast's where it is on, else the weights'."""
+        """The dtype attention runs in: autocast's if it is on, else the weights'."""
         device = self.model.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
 
@@ -54,7 +54,7 @@ class TrainedModule(nn.Module):
         return hasattr(self.model, "peft_config") and hasattr(self.model, "disable_adapter")
 
     def packed_hidden(self, packed: Packed, plan: MaskPlan) -> Tensor:
-        """(B·T, D): the final hidden states of packed rows."""
+        """Return (B·T, D): the final hidden states of packed rows."""
         inputs = model_inputs(
             packed,
             plan,
@@ -65,9 +65,9 @@ class TrainedModule(nn.Module):
         return final_hidden(self.model, **inputs).flatten(0, 1)
 
     def register_head(self) -> None:
-        """Tell ZeRO-3 which parameters this module's own forward reads beside the model's; here none."""
+        """Name to ZeRO-3 the parameters that this module's own forward reads beside the model's; here nothing."""
 
-    # What transformers.Trainer asks of a model.
+    # The interface that transformers.Trainer needs.
 
     @property
     def config(self) -> Any:
@@ -97,22 +97,22 @@ class CausalModule(TrainedModule):
         self.kernel_options = {"memory_budget": memory_budget, "backend": backend}
 
     def predicting_hidden(self, packed: Packed) -> Tensor:
-        """(N, D): the hidden state that predicts each completion token."""
+        """Return (N, D): the hidden state that predicts each completion token."""
         return self.packed_hidden(packed, self.plan)[packed.source.to(self.model.device)]
 
     def token_logps(self, packed: Packed) -> Tensor:
-        """(N,) float32, the log-prob of each completion token."""
+        """Return (N,) float32, the log-prob of each completion token."""
         return self.projected(self.predicting_hidden(packed), packed.targets)
 
     def projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(N,) float32, the log-prob of each target under the hidden state that predicts it."""
+        """Return (N,) float32, the log-prob of each target under the hidden state that predicts it."""
         head = read_head(self.model)
         options = {**head.options(self.temperature), **self.kernel_options}
         return linear_logprobs(head.multiplied(hidden), head.weight, targets.to(hidden.device), **options)
 
     def check_neighbours(self, shortest: Group, longest: Group, *, shared: bool) -> SharingReport:
-        """Whether the log-probs of a group are its own, in rows as the run will have them. To be called in a forward of
-        the module: only there does ZeRO-3 have the head in one piece. Tolerances are those of `check_sharing`."""
+        """Check whether the log-probs of a group are its own, in rows as the run will have them. Call it in a forward
+        of the module: only there does ZeRO-3 have the head in one piece. The tolerances are `check_sharing`'s."""
 
         def token_logps(groups: list[Group]) -> Tensor:
             return self.token_logps(self.packed(groups, shared=shared))
@@ -121,7 +121,7 @@ class CausalModule(TrainedModule):
             return check_neighbours(token_logps, shortest, longest, atol=self.atol)
 
     def packed(self, groups: list[Group], *, shared: bool, **options: Any) -> Packed:
-        """`groups` in rows, on the model's device."""
+        """Pack `groups` in rows, on the model's device."""
         rows = pack(groups, share_prompt=shared, by_length=self.plan.by_length, **options)
         tensors = {field.name: getattr(rows, field.name) for field in fields(Packed)}
         device = self.model.device
@@ -134,13 +134,13 @@ class CausalModule(TrainedModule):
 
     @contextmanager
     def as_it_is(self) -> Iterator[None]:
-        """The model without dropout, gradients and rounded products, to compare what it computes."""
+        """Run the model without dropout, gradients and rounded products, to compare its numbers."""
         device = self.model.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False), eval_mode(self.model), true_float32():
             yield
 
     def register_head(self) -> None:
-        """Tell ZeRO-3 that this module's forward needs the head; without partitioned parameters, nothing."""
+        """Register with ZeRO-3 that this module's forward needs the head. Does nothing for whole parameters."""
         head = read_head(self.model)
         for parameter in (head.weight, head.bias):
             if hasattr(parameter, "ds_id"):
@@ -150,15 +150,15 @@ class CausalModule(TrainedModule):
 
 
 def packed_batch(batch: dict[str, Any]) -> Packed:
-    """The packed rows among a collator's tensors."""
+    """Return the packed rows among a collator's tensors."""
     return Packed(**{field.name: torch.as_tensor(batch[field.name]) for field in fields(Packed)})
 
 
 class AlignModule(CausalModule):
     """A policy (a transformers causal LM, or a PeftModel around one) whose forward is the loss of a packed batch.
 
-    With `sequence` (made for this policy) each rank of its group is given the same batches and runs its part of their
-    rows; what the forward returns is of the whole batch, and the same in all of them.
+    With `sequence` (made for this policy) each rank of its group gets the same batches and runs its part of their
+    rows. The forward returns results of the whole batch, the same in all of these ranks.
     """
 
     metric_names = GROUP_METRICS
@@ -204,13 +204,14 @@ class AlignModule(CausalModule):
         only_logps: bool = False,
         **batch: Tensor,
     ) -> tuple[Tensor, ...] | tuple[SharingReport]:
-        """`batch` as GroupCollator makes it, G groups of K candidates.
+        """Run on `batch` as GroupCollator makes it, G groups of K candidates.
 
         Returns (mean loss over the G groups, group metrics (G, M)) in training, (losses (G,), group metrics
-        (G, M)) in evaluation, and (sequence log-probs (G, K) float32,) with `only_logps`, and with `reference` of the
-        policy with its adapters off. With `check`, and no batch, the report of `check_sharing` on those groups, or with
-        `sequence` of `check_parts`, to which `check_shared` goes: a forward, because only inside one does ZeRO-3
-        have the head in one piece. With `neighbours`, a short group and a long one, that of `check_neighbours`.
+        (G, M)) in evaluation, and (sequence log-probs (G, K) float32,) with `only_logps`; with `reference`, they are
+        of the policy with its adapters off. With `check`, and no batch, it returns the report of `check_sharing` on
+        those groups, or with `sequence` of `check_parts`, which gets `check_shared`. It is a forward because only
+        there does ZeRO-3 have the head in one piece. With `neighbours`, a short group and a long one, it returns the
+        report of `check_neighbours`.
         """
         if neighbours is not None:
             return (self.check_neighbours(*neighbours, shared=check_shared),)
@@ -219,7 +220,7 @@ class AlignModule(CausalModule):
                 return (check_sharing(self.policy, check, self.plan),)
             return (self.check_parts(check, check_shared),)
         packed = packed_batch(batch)
-        ref_logps, rewards = batch.get("ref_logps"), batch["rewards"]  # the reference's own pass has none yet
+        ref_logps, rewards = batch.get("ref_logps"), batch["rewards"]  # missing in the reference's own pass
         if self.training and not (reference or only_logps) and self.sequence is None:
             head = read_head(self.policy)
             loss, policy_logps = linear_group_loss(
@@ -244,8 +245,8 @@ class AlignModule(CausalModule):
         return loss, group_metrics(policy_logps.detach(), ref_logps, rewards, self.beta_pi)
 
     def token_logps(self, packed: Packed, *, whole_rows: bool = False) -> Tensor:
-        """(N,) float32, the log-prob of each completion token. With `whole_rows` this rank runs all of them, where it
-        would share them out by `sequence`."""
+        """Return (N,) float32, the log-prob of each completion token. With `whole_rows` this rank runs all of them,
+        even with `sequence`."""
         if self.sequence is None:
             return super().token_logps(packed)
         device = self.model.device
@@ -259,9 +260,9 @@ class AlignModule(CausalModule):
         return self.sequence.gather(self.projected(hidden[rows], targets[tokens]), tokens, len(targets))
 
     def check_parts(self, groups: list[Group], shared: bool) -> SharingReport:
-        """Run `groups` in rows of which each rank has a part, and in unshared ones that each runs alone, and compare
-        the log-probs: with `shared` what `check_sharing` does, and in any case whether the parts make the row.
-        Tolerances are those of `check_sharing`."""
+        """Run `groups` in rows of which each rank has a part, and in unshared rows that each rank runs alone, and
+        compare the log-probs. With `shared` it checks what `check_sharing` does, and always whether the parts make
+        the row. The tolerances are `check_sharing`'s."""
         unshared = self.packed(groups, shared=False)
         longest = max(group.tokens() for group in groups)
         rows = self.packed(groups, shared=True, row_length=2 * longest) if shared else unshared
@@ -273,7 +274,7 @@ class AlignModule(CausalModule):
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """The policy as it was before PEFT; nothing for a policy that is trained in full."""
+        """Run the policy as it was before PEFT. Changes nothing for a policy that is trained in full."""
         with self.policy.disable_adapter() if self.is_peft else nullcontext():
             yield
 
@@ -284,8 +285,8 @@ class SftModule(CausalModule):
     def forward(
         self, *, neighbours: tuple[Group, Group] | None = None, check_shared: bool = False, **batch: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[SharingReport]:
-        """`batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)), in evaluation ((R,), (R, 0)). With
-        `neighbours`, and no batch, the report of `check_neighbours`."""
+        """Run on `batch` as SftCollator makes it, R sequences: (mean over tokens, (R, 0)); evaluation: ((R,), (R, 0)).
+        With `neighbours`, and no batch, return the report of `check_neighbours`."""
         if neighbours is not None:
             return (self.check_neighbours(*neighbours, shared=check_shared),)
         packed = packed_batch(batch)

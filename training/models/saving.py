@@ -1,8 +1,8 @@
-"""Saving a trained model: its weights whatever happens, and what cannot be saved found before the first step.
+"""Save a trained model: always its weights. Files that cannot be saved are found before the first step.
 
 `save_pretrained` writes config.json and generation_config.json before the weights, and refuses a generation
-configuration that it took when it loaded the model. So what a model brings is settled when training begins
-(`settle_generation_config`, `check_can_be_saved`), and at its end no file beside the weights can keep them from disk.
+configuration that it accepted when it loaded the model. So these files are settled when training begins
+(`settle_generation_config`, `check_can_be_saved`), and at its end no other file can keep the weights from disk.
 """
 
 import os
@@ -35,17 +35,17 @@ WEIGHTS_SUFFIX = ".safetensors"
 
 
 def check_can_be_saved(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Settle the generation configuration, and try to write all that is saved beside the weights.
+    """Settle the generation configuration, and try to write all files that are saved beside the weights.
 
-    Raises InputError where the model's configuration cannot be written, without which no weights can be loaded; a
-    tokenizer that cannot be is a warning.
+    Raises InputError if the model's configuration cannot be written: without it no weights can be loaded. Warns if the
+    tokenizer cannot be written.
     """
     settle_generation_config(model)
     with tempfile.TemporaryDirectory(prefix="exo_fast_saving_") as folder:
         try:
             model.config.save_pretrained(folder)
         except OSError:
-            pass  # of the place for temporary files, which says nothing of the model
+            pass  # of the folder for temporary files; the model may be fine
         except Exception as error:
             raise InputError(
                 f"{getattr(model.config, 'name_or_path', '')!r}: its {CONFIG_NAME} could not be saved beside the "
@@ -55,7 +55,7 @@ def check_can_be_saved(model: nn.Module, tokenizer: PreTrainedTokenizerBase | No
             _beside(Path(folder), "the tokenizer", tokenizer.save_pretrained)
 
 
-# At its end, and in checkpoints
+# At the end of training, and in checkpoints
 
 
 def save_model(
@@ -64,10 +64,10 @@ def save_model(
     folder: Path,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a model (of a PeftModel its adapter) and its tokenizer to `folder`, as save_pretrained does.
+    """Write a model (or the adapter of a PeftModel) and its tokenizer to `folder`, as save_pretrained does.
 
-    Where a file before the weights cannot be written, the weights are all the same, and each such file is a warning; so
-    is the tokenizer. Raises OSError or SafetensorError where the weights have no room.
+    If a file before the weights cannot be written, the weights are written all the same. Each such file is a warning,
+    and so is the tokenizer. Raises OSError or SafetensorError if the weights have no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -99,7 +99,7 @@ def _save_weights_alone(model: nn.Module, folder: Path, state_dict: dict[str, Te
 
 
 def _once_each(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, of those that are tied the first: safetensors takes no memory twice."""
+    """Return the weights, and of tied ones only the first: safetensors takes no memory twice."""
     found: dict[tuple[int, tuple[int, ...]], str] = {}
     for name, tensor in weights.items():
         found.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
@@ -107,8 +107,8 @@ def _once_each(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _beside(folder: Path, what: str, write: Callable[[str], Any]) -> None:
-    """Let `write` fill a folder, and move its files into `folder` when it is done; a failure is a warning, and leaves
-    no half of a file."""
+    """Let `write` fill a folder, and move its files into `folder` when it is done. A failure is a warning, and leaves
+    no incomplete file."""
     aside = folder / ".beside"
     try:
         write(str(aside))
@@ -120,8 +120,8 @@ def _beside(folder: Path, what: str, write: Callable[[str], Any]) -> None:
 
 
 def replace_files(source: Path, target: Path) -> None:
-    """Move the files of `source` into `target`, each in one step and forced to disk, over those of the same names; the
-    weights first. Raises OSError where they cannot be; of another file that is a warning."""
+    """Move the files of `source` into `target`, each in one step and forced to disk, over files of the same names; the
+    weights first. Raises OSError if the weights cannot be moved, and warns if another file cannot."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: (path.suffix != WEIGHTS_SUFFIX, path.name)):
         try:

@@ -1,14 +1,14 @@
 """Models that read one number from a text: reward models and classifiers.
 
-Both are transformers' `AutoModelForSequenceClassification` with one logit, so that what a stage trains is
-loaded by `from_pretrained` and gives the same number from `model(**tokenizer(text)).logits`, with none of this
-package. Those classes read the rightmost token that is not `config.pad_token_id`. EOS is made the padding
-token: the number is then read at the last token before EOS, as in the original EXO code, whether or not a
-tokenizer or a caller ends the text with EOS. Padding goes on the right, where no token that is read sees it.
+Both are transformers' `AutoModelForSequenceClassification` with one logit, so `from_pretrained` loads a trained
+one, and `model(**tokenizer(text)).logits` gives the same number without this package. Those classes read the
+rightmost token that is not `config.pad_token_id`. EOS is made the padding token: the number is then read at
+the last token before EOS, as in the original EXO code, whether or not a tokenizer or a caller ends the text
+with EOS. Padding goes on the right, where no token that is read sees it.
 
-Others train otherwise: TRL's RewardTrainer, whose padding is a token of its own, ends every text with EOS (and every
-conversation with all that the template writes) and reads the number there. Such a model is read there too
-(`reads_at_end`), because at another token it was never asked for anything.
+TRL's RewardTrainer trains otherwise. Its padding is a token of its own. It ends every text with EOS (and every
+conversation with all that the template writes) and reads the number there. We read such a model there too
+(`reads_at_end`), because it was trained at no other token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,10 +33,10 @@ from exo_fast.training.models.loading import from_pretrained, refuse_adapter
 
 # Largest difference that sharing prompts, or other texts in the batch, may make to a number, over the numbers' root
 # mean square. On a trained 135M model the right mask gave 2e-6 in float32, but 0.03 with bf16 products and 0.05 in
-# bf16; a plain causal one 0.5. So rounded products can only show a gross fault, and a model type that nobody has tried
-# is not shared on their word.
+# bf16; a plain causal one 0.5. So rounded products can only show a gross fault, and do not suffice to share the
+# prompts of an untested model type.
 TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.2
-HEAD = "score"  # what the classes that read the last token call their head; those that read elsewhere say `classifier`
+HEAD = "score"  # the head of classes that read the last token; classes that read elsewhere call it `classifier`
 
 
 def load_scalar_model(
@@ -47,11 +47,11 @@ def load_scalar_model(
     trust_remote_code: bool = False,
     new_head: bool,
 ) -> PreTrainedModel:
-    """A sequence classifier with one logit, and `config.pad_token_id` set.
+    """Load a sequence classifier with one logit, and set its `config.pad_token_id`.
 
     With `new_head` a causal LM gets a head drawn by transformers' initialisation from the current random state
     (`set_seed`); a one-logit classifier keeps the head it has, so that its training can go on. Without, raises
-    InputError for anything but a one-logit classifier. Raises InputError for what cannot be loaded, and for a
+    InputError for anything but a one-logit classifier. Raises InputError if loading fails, and for a
     model that reads its number elsewhere than at the last token (BERT, say).
     """
     refuse_adapter(name_or_path)
@@ -66,7 +66,7 @@ def load_scalar_model(
             "with one logit is needed, such as `exo-fast reward-model` and `exo-fast classifier` write."
         )
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    # What transformers prints about a head that is not in the file is here no news; what else is missing is an error.
+    # transformers reports a head that is not in the file, which we expect. Any other missing weight is an error.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -98,14 +98,14 @@ def load_scalar_model(
 
 
 def reads_at_end(config: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a one-logit classifier of this transformers config was trained to be read at the end of a text, EOS
-    included: it was where its padding is not EOS, so that EOS is a token like others."""
+    """Check whether a one-logit classifier of this transformers config was trained to be read at the end of a text, EOS
+    included. It was if its padding is not EOS: then EOS is a token like others."""
     padding = config.get_text_config().pad_token_id
     return padding is not None and padding != tokenizer.eos_token_id
 
 
 def scalars(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """(B,) float32: the logit of each row of `pad`'s batch, which is on the model's device, and of that row alone."""
+    """Return (B,) float32: the logit of each row of `pad`'s batch (on the model's device), as if the row were alone."""
     lengths, _ = padded_texts(batch["attention_mask"])
     with by_text(model, lengths):
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -114,8 +114,8 @@ def scalars(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def need_own_numbers(model: nn.Module, texts: Iterable[Sequence[int]], *, allowed: float = TOLERANCE) -> None:
-    """Raises InputError where the number of the shortest of `texts` (token ids) is another beside the longest one than
-    alone, by more than `allowed` of their size; looks where `neighbours_hint` says that it might be. In eval mode."""
+    """Raise InputError if the number of the shortest of `texts` (token ids) beside the longest one differs from its
+    number alone by more than `allowed` of their size. Checks only if `neighbours_hint` says it may. In eval mode."""
     hint = neighbours_hint(model.config)
     if not hint:
         return
@@ -128,7 +128,7 @@ def need_own_numbers(model: nn.Module, texts: Iterable[Sequence[int]], *, allowe
     ]
     size = values[1].square().mean().sqrt().clamp(min=1e-12)
     difference = ((values[1][0] - values[0][0]).abs() / size).item()
-    if not difference <= allowed:  # also where it is not a number
+    if not difference <= allowed:  # also for NaN
         numbers = f"{values[0][0]:.6g} alone and {values[1][0]:.6g} beside a longer one"
         found = f"{numbers}, where {allowed} of their size is allowed"
         raise not_its_own(model.config, hint, found)

@@ -1,10 +1,9 @@
-"""What reward models and classifiers are trained on and by: rows of tokenised texts, and modules whose forward is
-the loss.
+"""Modules that train reward models and classifiers: their forward is the loss of rows of tokenised texts.
 
 A row is two texts for a reward model (prompt with the chosen and with the rejected completion) and one, with its
 label, for a classifier. A batch of R rows has all first texts and then all second ones, padded on the right to the
-longest. The two texts of a pair begin alike, so a model that can share prompts (exo_fast.layout) runs what they have
-in common once, in batches where that leaves less to run.
+longest. The two texts of a pair begin alike, so a model that can share prompts (exo_fast.layout) runs their common
+part once, in batches in which that is less work.
 """
 
 from typing import Any
@@ -28,7 +27,7 @@ CHECKED_PAIRS = 4
 class RewardModule(TrainedModule):
     """A one-logit classifier whose forward is the Bradley-Terry loss of pairs: −log σ(r_chosen − r_rejected).
 
-    Metrics of a pair: `accuracy` is 1 where the chosen completion has the higher reward and ½ in a tie.
+    Metrics of a pair: `accuracy` is 1 if the chosen completion has the higher reward and ½ in a tie.
     """
 
     metric_names = ("accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -38,7 +37,7 @@ class RewardModule(TrainedModule):
         self.plan = plan_mask(model.config)
 
     def forward(self, **batch: Any) -> tuple[Tensor, Tensor]:
-        """R pairs as PairCollator makes them: (the weighted mean loss, (R, 4)); in evaluation ((R,), (R, 4))."""
+        """Run on R pairs as PairCollator makes them: (the weighted mean loss, (R, 4)); in evaluation ((R,), (R, 4))."""
         chosen, rejected = self._packed_rewards(batch) if "source" in batch else scalars(self.model, batch).chunk(2)
         margins = chosen - rejected
         accuracy = (1 + margins.sign()) / 2
@@ -58,7 +57,7 @@ def settle_layout(
 ) -> dict[str, Any]:
     """Set `collate.share_prompt`: by the caller's wish, by the model's plan, and by numbers on the first pairs.
 
-    `rounded` says that products are in less than float32. Warns where prompts are to be shared and cannot. Returns
+    `rounded` says that products are in less than float32. Warns if prompts should be shared and cannot. Returns
     the decision, its reason, and the largest difference of a reward over the rewards' root mean square.
     """
     attention = module.config._attn_implementation
@@ -80,7 +79,7 @@ def settle_layout(
             difference = ((rewards[1] - rewards[0]).abs().max() / rewards[0].square().mean().sqrt()).item()
             measured = {"reward_difference": difference}
             allowed = ROUNDED_TOLERANCE if rounded and module.plan.known else TOLERANCE
-            if not difference <= allowed:  # also where it is not a number
+            if not difference <= allowed:  # also for NaN
                 reason = (
                     f"rewards of shared and of unshared prompts differ by {difference:.1e} of their size, where "
                     f"{allowed} is allowed"
@@ -100,14 +99,14 @@ def _rewards(module: RewardModule, batch: dict[str, Any]) -> Tensor:
 class ClassifierModule(TrainedModule):
     """A one-logit classifier whose forward is the binary cross-entropy of its logit, the log-odds of label 1.
 
-    Metrics of a text: `accuracy` is 1 where the sign of the log-odds is that of the label and ½ at 0; `log_odds`;
-    `margins`, the log-odds of the label that the text has.
+    Metrics of a text: `accuracy` is 1 if the sign of the log-odds fits the label and ½ at 0; `log_odds`;
+    `margins`, the log-odds of the text's own label.
     """
 
     metric_names = ("accuracy", "log_odds", "margins")
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
-        """R texts as RowCollator makes them: (the weighted mean loss, (R, 3)); in evaluation ((R,), (R, 3))."""
+        """Run on R texts as RowCollator makes them: (the weighted mean loss, (R, 3)); in evaluation ((R,), (R, 3))."""
         log_odds, labels = scalars(self.model, batch), batch["labels"]
         losses = binary_cross_entropy_with_logits(log_odds, labels, reduction="none")
         margins = log_odds * (2 * labels - 1)

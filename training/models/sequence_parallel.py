@@ -1,22 +1,22 @@
 """Sequence parallelism: the tokens of each packed row live on n consecutive ranks.
 
-Rank r has part r % n of the rows of data-parallel rank r // n, T/n tokens of each, and runs the model and its head on
-them alone, so activations take an n-th. Only attention needs the whole row. There the ranks exchange tokens for heads
-(DeepSpeed Ulysses, Jacobs et al., arXiv 2309.14509), (B, H, T/n, d) -> (B, H/n, T, d), attend under the row's own mask,
-and exchange them back.
+Rank r has part r % n of the rows of data-parallel rank r // n, T/n tokens of each. It runs the model and its head on
+these tokens alone, so activations take an n-th. Only attention needs the whole row. There the ranks exchange tokens
+for heads (DeepSpeed Ulysses, Jacobs et al., arXiv 2309.14509), (B, H, T/n, d) -> (B, H/n, T, d), attend under the row's
+own mask, and exchange them back.
 
-Of a model this asks what sharing prompts asks (`exo_fast.masks`): that it takes position_ids and a mask ready-made. The
-mask is always that of the whole row, and tells the attention function by its length that queries and keys are a part
-of it. So windows, several groups in a row and unshared rows need nothing of their own.
+A model must take position_ids and a ready-made mask, as for sharing prompts (`exo_fast.masks`). The mask always covers
+the whole row; from its length the attention function knows that queries and keys are a part of the row. So windows,
+several groups in a row and unshared rows need no code of their own.
 
 Engines do not know of it: to them every rank is a data-parallel rank, whose gradients they average. The ranks of a row
 compute one loss from the log-probs of all its tokens, and each has the gradient of its own tokens: parts to be summed.
 `_SumOverRanks` therefore multiplies gradients by n on the way back, and the average over ranks, of losses and of
-gradients alike, is what it would be if each row had one rank.
+gradients alike, is the same as if each row had one rank.
 
 Not taken from DeepSpeed, and why: `UlyssesSPAttentionHF` drops the mask it is given, and wants heads that n divides
-(SmolLM2-135M has 9); `_SeqAllToAll` divides uneven heads too, but not fewer key-value heads than ranks, and by
-DeepSpeed's own sequence groups, with which its engine would reckon. What is left is an all-to-all and its transpose.
+(SmolLM2-135M has 9). `_SeqAllToAll` divides uneven heads too, but not fewer key-value heads than ranks, and it uses
+DeepSpeed's own sequence groups, which its engine would count. So we need only an all-to-all and its transpose.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ SEQUENCE_PARALLEL_CORES = ("sdpa", "flex_attention")
 
 
 def refusal(config: Any, size: int) -> str:
-    """Why rows of a model of this transformers config cannot be spread over `size` ranks; empty where they can."""
+    """Return why rows of a model of this config cannot be spread over `size` ranks; empty if they can."""
     plan = plan_mask(config)
     if not plan.share:
         return plan.reason
@@ -80,10 +80,10 @@ class SequenceParallel:
     def part(
         self, packed: Packed, plan: MaskPlan, *, dtype: torch.dtype, device: torch.device
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """This rank's part of a batch of rows that all ranks of the group have in full.
+        """Cut this rank's part from a batch of rows that all ranks of the group have in full.
 
-        Returns what the model's forward takes, `rows` (n_r,) of its hidden states (B·T/n, D) that predict a completion
-        token, and `tokens` (n_r,), which of the batch's N these are. `dtype` is the mask's (`model_inputs`).
+        Returns the arguments of the model's forward, `rows` (n_r,) of its hidden states (B·T/n, D) that predict a
+        completion token, and `tokens` (n_r,), their indices in the batch's N. `dtype` is the mask's (`model_inputs`).
         """
         packed = self._padded(packed)
         inputs = self.whole(packed, plan, dtype=dtype, device=device)
@@ -98,19 +98,19 @@ class SequenceParallel:
         return inputs, (row * size + column - begin)[tokens], tokens
 
     def whole(self, packed: Packed, plan: MaskPlan, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-        """What the model's forward takes to run whole rows in this rank alone."""
-        # An unshared row is a shared one of a single candidate; as such it gets its mask from here and not from the
-        # model, which would make one of the length of its part.
+        """Return the arguments of the model's forward to run whole rows in this rank alone."""
+        # An unshared row is a shared one of a single candidate. As such it gets its mask from here; the model would
+        # make one of the length of its part.
         packed = replace(packed, share_prompt=True)
         return model_inputs(packed, plan, dtype=dtype, device=device, attn_implementation=self.core)
 
     def gather(self, values: Tensor, tokens: Tensor, count: int) -> Tensor:
-        """(count,) from each rank's `values` at its `tokens`, the same in all ranks of the group, and exact: every
+        """Return (count,): each rank's `values` at its `tokens`, the same in all ranks of the group, and exact: every
         entry comes from one rank. A gradient comes back n times, for engines that average over ranks."""
         return _SumOverRanks.apply(values.new_zeros(count).index_copy(0, tokens, values), self.group, self.size)
 
     def _padded(self, packed: Packed) -> Packed:
-        """Rows of a length that the ranks divide evenly."""
+        """Return the rows padded to a length that the ranks divide evenly."""
         length = packed.input_ids.shape[1]
         more = -length % self.size
         if more == 0:
@@ -124,9 +124,9 @@ class SequenceParallel:
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
-        """transformers' attention function: query (B, H, T/n, d), key and value (B, H_kv, T/n, d) -> (B, T/n, H, d).
+        """Attend as transformers does: query (B, H, T/n, d), key and value (B, H_kv, T/n, d) -> (B, T/n, H, d).
 
-        With a mask of the length of the keys these are whole rows, and nothing is exchanged.
+        If the mask has the length of the keys, these are whole rows, and nothing is exchanged.
         """
         core = ALL_ATTENTION_FUNCTIONS[self.core]
         if attention_mask.shape[-1] == key.shape[2]:
@@ -143,13 +143,13 @@ class SequenceParallel:
                 torch.stack([tensor[:, head // to_one - first] for head in heads[self.rank]], 1)
                 for tensor in (key, value)
             )
-        # What the core asks of the layer; each query head has a key-value head of its own by now.
+        # The attributes of the layer that the core reads. Each query head has a key-value head of its own by now.
         layer = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=module.training)
         out, _ = core(layer, query, key, value, attention_mask, **options)
         return self._to_tokens(out, heads), None
 
     def _to_heads(self, tensor: Tensor, heads: Sequence[range]) -> Tensor:
-        """(B, H, T/n, d) -> (B, h, T, d): of the whole row the heads that are this rank's; a head may go to several."""
+        """Exchange (B, H, T/n, d) -> (B, h, T, d): this rank's heads of the whole row. Several ranks may get a head."""
         batch, _, length, size = tensor.shape
         by_head = tensor.transpose(0, 1)
         sent = torch.cat([by_head[part.start : part.stop] for part in heads])
@@ -159,7 +159,7 @@ class SequenceParallel:
         return found.permute(2, 1, 0, 3, 4).reshape(batch, count, self.size * length, size)
 
     def _to_tokens(self, tensor: Tensor, heads: Sequence[range]) -> Tensor:
-        """(B, T, h, d) -> (B, T/n, H, d): of all heads the tokens that are this rank's."""
+        """Exchange (B, T, h, d) -> (B, T/n, H, d): this rank's tokens of all heads."""
         batch, length, count, size = tensor.shape
         by_rank = tensor.reshape(batch, self.size, length // self.size, count, size).permute(1, 3, 0, 2, 4)
         sent = by_rank.reshape(self.size * count, batch, length // self.size, size)
@@ -168,7 +168,7 @@ class SequenceParallel:
 
 
 def divide(count: int, parts: int) -> list[range]:
-    """`count` heads in `parts` runs, as even as they go: 9 in 2 are 5 and 4."""
+    """Divide `count` heads into `parts` runs, as evenly as possible: 9 in 2 are 5 and 4."""
     bounds = [-(-count * part // parts) for part in range(parts + 1)]
     return [range(begin, end) for begin, end in pairwise(bounds)]
 
@@ -189,8 +189,8 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of all ranks' tensors, in each. All ranks make the same loss of it, so the gradient of the sum of their
-    losses is n times the gradient of one, and nothing has to be sent."""
+    """The sum of all ranks' tensors, in each rank. All ranks compute the same loss from it, so the gradient of the sum
+    of their losses is n times the gradient of one, and nothing has to be sent."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any, size: int) -> Tensor:

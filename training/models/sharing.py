@@ -1,4 +1,4 @@
-"""May a model's rows share their prompts? Decided by its configuration and by numbers."""
+"""Decide whether a model's rows may share their prompts, by its configuration and by numbers."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def settle_layout(
 ) -> dict[str, Any]:
     """Set `collate.share_prompt`: by the caller's wish, by the model's plan, and by numbers on the first groups.
 
-    Warns where candidates are to share their prompt and cannot. Returns the decision, its reason, and what
-    was measured (nats, `SharingReport`), for the summary. Raises InputError where sequence parallelism gives other
+    Warns if candidates should share their prompt and cannot. Returns the decision, its reason, and the
+    measured differences (nats, `SharingReport`), for the summary. Raises InputError if sequence parallelism gives other
     log-probs than rows in one piece, and as `need_own_numbers`.
     """
     shared = share_prompt and module.plan.share
@@ -51,8 +51,8 @@ def settle_layout(
 
 @torch.no_grad()
 def need_own_numbers(module: CausalModule, dataset: GroupDataset, *, shared: bool) -> None:
-    """Raises InputError where the log-probs of the shortest sequence are others beside the longest group than alone;
-    looks where `neighbours_hint` says that they might be. `shared`: whether candidates share their prompt."""
+    """Raise InputError if the log-probs of the shortest sequence differ between a batch with the longest group and a
+    run alone. Checks only if `neighbours_hint` says they might. `shared`: whether candidates share their prompt."""
     hint = neighbours_hint(module.config)
     if not hint:
         return

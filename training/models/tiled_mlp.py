@@ -1,13 +1,13 @@
 """The preset `long_sequence`, for rows whose activations fill the memory, and the tiled MLP it switches on.
 
-What a row of T tokens leaves in memory until the backward pass is, beside attention (which is made of parts that know
-the mask, or by FlexAttention) and the head (which works in a scratch of its own): the input of every layer, with
-checkpointing, and within the one layer that is made again, the inner activations of its MLP, 3 to 4 times the
-intermediate size a token. The latter is what tiling takes out, the former what offloading does.
+Beside attention (made of parts that know the mask, or by FlexAttention) and the head (in a scratch of its own), a row
+of T tokens leaves two things in memory until the backward pass. With checkpointing they are the input of every layer,
+and in the one layer that is recomputed, the inner activations of its MLP, 3 to 4 times the intermediate size a token.
+Offloading removes the former, tiling the latter.
 
-DeepSpeed has a TiledMLP too. It computes each piece's gradients by a backward pass inside the backward pass and tells
-its own ZeRO optimizers by a mark on the parameters to wait for the last piece, which other engines (DDP) cannot know.
-A checkpoint around each piece leaves the graph an ordinary one, in which a parameter has its gradient once.
+DeepSpeed has a TiledMLP too. It computes each piece's gradients by a backward pass inside the backward pass. A mark on
+the parameters makes its own ZeRO optimizers wait for the last piece; other engines (DDP) do not know the mark. A
+checkpoint around each piece leaves the graph an ordinary one, in which a parameter has its gradient once.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from exo_fast.training.errors import InputError
 
-TILE_TOKENS = 1024  # of a sequence; a row of K candidates has as many pieces as one of them, each K times as long
+TILE_TOKENS = 1024  # of a sequence; a row of K candidates has as many pieces as one candidate, each K times as long
 
 
 def tile_mlps(model: nn.Module, *, max_seq_len: int) -> int:
@@ -47,6 +47,6 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _in_pieces(forward: Callable[[Tensor], Tensor], pieces: int, hidden: Tensor) -> Tensor:
-    """(B, T, D) -> (B, T, D)."""
+    """Apply `forward` to (B, T, D) in pieces; returns (B, T, D)."""
     parts = hidden.reshape(1, -1, hidden.shape[-1]).tensor_split(pieces, dim=1)  # each contiguous, which some ask for
     return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1).view(hidden.shape)

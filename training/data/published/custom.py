@@ -13,5 +13,5 @@ class Custom(RawDataset):
     """Records are taken as they are; the stage that reads them says what they lack."""
 
     def to_record(self, row: Any) -> Any:
-        """`row` itself."""
+        """Return `row` itself."""
         return row

