@@ -10,6 +10,7 @@ from tree import ROOT
 
 from exo_fast.training.arguments import parse_config
 from exo_fast.training.cli.command import STAGES
+from exo_fast.training.memory import command as memory
 
 PAGE = (ROOT / "docs" / "distributed.md").read_text()
 LAUNCHERS = ("exo-fast", "torchrun", "deepspeed", "srun")
@@ -63,7 +64,7 @@ def test_command_lines_are_accepted(command: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(ROOT)
     stage, *words = stage_words(command)
     if stage == "memory":
-        assert command.parser().parse_args(words).device == "cuda"
+        assert memory.parser().parse_args(words).device == "cuda"
     else:
         config = parse_config(STAGES[stage].config_class(), alone(words, command))
         assert config.output_dir
