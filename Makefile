@@ -1,4 +1,4 @@
-# Every target creates .venv when it is missing, and can be run again. `make help` lists them.
+# Every target creates .venv if it is missing, and can be run again. `make help` lists them.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,22 +9,22 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo        align a real 135M model on real text, with a report in runs/demo/report.md"
-	@echo "make reviews     the whole pipeline on real reviews, four losses compared, in runs/reviews/evaluation/report.md"
-	@echo "make test        all tests"
-	@echo "make faults      kill and damage trainings, and see that nothing is lost (docs/reliability.md)"
-	@echo "make consistency the same training on 1, 2 and 4 processes and every ZeRO stage (docs/reliability.md)"
-	@echo "make fuzz        30,000 hostile inputs"
+	@echo "make reviews     run the whole pipeline on real reviews, four losses: runs/reviews/evaluation/report.md"
+	@echo "make test        run all tests"
+	@echo "make faults      kill and damage trainings, and check that nothing is lost (docs/reliability.md)"
+	@echo "make consistency compare a training on 1, 2 and 4 processes and every ZeRO stage (docs/reliability.md)"
+	@echo "make fuzz        test 30,000 hostile inputs"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
-	@echo "make bench       all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
+	@echo "make bench       run all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
-	@echo "make lint        ruff and the layers of imports, check only;  make format rewrites"
-	@echo "make typecheck   mypy on what others import"
-	@echo "make docs        the documentation site, in build/site;  make docs-serve shows it while it is written"
-	@echo "make dist        the wheel and the source archive, in dist"
-	@echo "make smoke       install them in an empty environment, and run them there"
-	@echo "make clean       remove .venv and all that was built"
+	@echo "make lint        check by ruff, and the layers of imports;  make format rewrites"
+	@echo "make typecheck   run mypy on the public library"
+	@echo "make docs        build the documentation site in build/site;  make docs-serve shows it while you write"
+	@echo "make dist        build the wheel and the source archive in dist"
+	@echo "make smoke       install both in an empty environment, and run them there"
+	@echo "make clean       remove .venv and everything built"
 
-# The environment is a function of these two files. An install that was interrupted starts again from nothing.
+# The environment depends only on these two files. An interrupted install starts again from an empty environment.
 $(VENV)/.ready: setup.py constraints.txt
 	test ! -e $(VENV)/.installing || $(PYTHON) -m venv --clear $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,7 +44,7 @@ test: $(VENV)/.ready
 faults: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.reliability.faults --markdown docs/reliability.md
 
-# 800 cases of each property are 30,000 and more in all, other ones every time.
+# 800 cases of each property make 30,000 and more in all, new ones every time.
 CASES ?= 800
 fuzz: $(VENV)/.ready
 	EXO_FAST_FUZZ=$(CASES) $(BIN)/pytest tests/fuzz -n 2 --dist worksteal
@@ -55,8 +55,8 @@ consistency: $(VENV)/.ready
 certify: $(VENV)/.ready
 	env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certification --markdown docs/certification.md
 
-# One suite alone: make bench-op. What was left out by an interruption or for want of time: make bench CONTINUE=--continue.
-# A machine half as fast as ours leaves the last cases out; MINUTES=600 waits for all.
+# One suite alone: make bench-op. To run what was interrupted or did not fit in the time: make bench CONTINUE=--continue
+# A machine half as fast as ours does not reach the last cases; MINUTES=600 waits for all.
 MINUTES ?= 40
 bench: $(VENV)/.ready
 	$(BIN)/exo-fast bench all --minutes $(MINUTES) --output_dir benchmarks/results $(CONTINUE); status=$$?; \
@@ -68,7 +68,7 @@ bench-op bench-step: bench-%: $(VENV)/.ready
 roofline: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.roofline.tables --markdown docs/gpu-analysis.md docs/performance.md
 
-# Which part may import which is checked on the tree as it is installed: exo_fast/ with the folders beside it in it.
+# The layers of imports are checked on the installed tree, which has the folders beside exo_fast/ inside it.
 LAYERS := build/layers
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
