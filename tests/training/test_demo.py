@@ -35,7 +35,7 @@ def test_recipe_of_the_repository_is_valid() -> None:
 @pytest.fixture
 def tiny_recipe(tiny_llama: str, tmp_path: Path) -> Path:
     """A copy of the recipe for a tiny model, and data and a reward in its language, which need no package index."""
-    (tmp_path / "rewards.py").write_text(PRAISE)
+    (tmp_path / "demo_rewards.py").write_text(PRAISE)
     rng = random.Random(0)
     for name, count in (("train", 64), ("test", 32)):
         rows = [{"prompt": " ".join(rng.choices(WORDS, k=4)), "chosen": " good"} for _ in range(count)]
@@ -71,7 +71,7 @@ def test_demo_end_to_end(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--config", str(tiny_recipe), "--output", "run"]
-    words += ["--set", "reward=rewards:praise", "prompts=64", "held_out=32", "new_tokens=8", "prompt_words=4"]
+    words += ["--set", "reward=demo_rewards:praise", "prompts=64", "held_out=32", "new_tokens=8", "prompt_words=4"]
     assert demo.main(words) == 0
     assert "the report is run/report.md, the model run/policy" in capsys.readouterr().out
     report = Path("run/report.md").read_text()
