@@ -1,1 +1,1 @@
-"""What exo_fast gains over the tools in use today, measured: suites of cases, their runner, report and predictions."""
+"""Measurements of exo_fast against the tools in use today: suites of cases, their runner, report and predictions."""

@@ -31,12 +31,12 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit status: 0, or 1 when a case failed or `--compare` found something worse."""
+    """Run `exo-fast bench`; return the exit status: 1 if a case failed or `--compare` found something worse, else 0."""
     options = parser().parse_args(argv)
     names = list(SUITES) if "all" in options.suites else list(dict.fromkeys(options.suites))
     if not names and not (options.compare or options.report):
         raise InputError(f"name a suite: {', '.join(SUITES)} or all (exo-fast bench --help shows examples)")
-    old = compare.read_results(options.compare) if options.compare else {}  # before it may be written over
+    old = compare.read_results(options.compare) if options.compare else {}  # before the run may overwrite it
     chosen = _choose(names, options)
     if options.list:
         found = [{"case": str(case), "skipped": suite.impossible(case)} for suite, _, cases in chosen for case in cases]
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         give_result({"cases": found})
         return 0
     keep = bool(options.only or options.carry_on)
-    for suite, _, _ in chosen if keep else ():  # of all suites, before hours are spent on the first
+    for suite, _, _ in chosen if keep else ():  # check all suites before spending hours on the first
         runner.refuse_mixture(options.output_dir / f"{suite.NAME}.json", options.quick)
     status, asked = 0, {}
     ends = _ends([suite.NAME for suite, _, _ in chosen], options.minutes)
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _ends(names: Sequence[str], minutes: float | None) -> list[float | None]:
-    """When each suite begins its last case, so that all take about `minutes`; what one leaves is the next one's."""
+    """Return the time at which each suite begins its last case, so that all take about `minutes`. The next suite gets
+    the time that one leaves."""
     if minutes is None:
         return [None] * len(names)
     total = sum(SHARES[name] for name in names)
@@ -83,8 +84,8 @@ def _ends(names: Sequence[str], minutes: float | None) -> list[float | None]:
 def _run(
     suite: ModuleType, cases: Sequence[Any], options: argparse.Namespace, keep: bool, until: float | None
 ) -> int | None:
-    """Run cases of a suite and print what they gave. Returns how many failed; None where the suite was stopped by what
-    is told here and not raised, because the next suite is to run.
+    """Run cases of a suite and print their results. Return how many failed; None if an error stopped the suite. The
+    error is printed and not raised, so that the next suite runs.
     """
     path = options.output_dir / f"{suite.NAME}.json"
     if keep and not cases:
@@ -168,9 +169,9 @@ def _ratio(text: str) -> float:
 
 
 def _choose(names: Sequence[str], options: argparse.Namespace) -> list[tuple[ModuleType, set[str] | None, list[Any]]]:
-    """(suite, names of the cases that are asked for, cases to run): with --continue some of these are there already.
+    """Return (suite, names of the chosen cases, cases to run): with --continue some cases are measured already.
 
-    Names are None for all that a suite has. Raises InputError when --only matches none.
+    Names are None for all cases of a suite. Raises InputError if --only matches no case.
     """
     chosen = []
     for name in names:
@@ -195,9 +196,9 @@ def _choose(names: Sequence[str], options: argparse.Namespace) -> list[tuple[Mod
 def _compare(
     old: dict[str, dict], options: argparse.Namespace, asked: dict[str, set[str] | None]
 ) -> compare.Comparison:
-    """Print, and return, what differs from `old`: of what was asked for, or of all results there are when nothing ran.
+    """Print and return the differences from `old`: for the chosen cases, or for all results if nothing ran.
 
-    Raises InputError where a suite has no case in common with the old results.
+    Raises InputError if a suite has no case in common with the old results.
     """
     new = compare.read_results(options.output_dir)
     found, apart = compare.Comparison(), []

@@ -40,8 +40,8 @@ LOSSES = {
 }
 PARTS = ("value", "dH", "dW")
 VERSIONS = ("python", "torch", "transformers", "trl", "liger_kernel")
-LIMIT = 1e-5  # of a relative difference in float32
-TOKENS, VOCAB, HIDDEN, BUDGET = 4096, 32768, 64, 64 << 20  # of the table of memory; budget in bytes
+LIMIT = 1e-5  # for a relative difference in float32
+TOKENS, VOCAB, HIDDEN, BUDGET = 4096, 32768, 64, 64 << 20  # for the table of memory; budget in bytes
 
 
 FAMILIES: dict[str, tuple[str | None, Callable[[Functions], Iterator[Case]]]] = {  # the package it needs, its cases
@@ -56,7 +56,7 @@ FAMILIES: dict[str, tuple[str | None, Callable[[Functions], Iterator[Case]]]] = 
 
 
 def snippets(page: Path = PAGE) -> Functions:
-    """The functions of a page by name: each ```python block is run by itself, so each has to be whole."""
+    """Return the functions of a page by name. Each ```python block runs by itself, so each must be complete."""
     found: Functions = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M):
         names: dict[str, Any] = {"__name__": page.stem}
@@ -66,7 +66,7 @@ def snippets(page: Path = PAGE) -> Functions:
 
 
 def differences(case: Case, function: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Relative differences of `value`, `dH` and `dW` between the page's function in `dtype` and the case."""
+    """Return the relative differences of `value`, `dH` and `dW` between the page's function in `dtype` and the case."""
     arguments = {k: v.to(dtype) if is_float(v) else v for k, v in case.arguments.items()}
     value, d_hidden, d_weight = with_gradients(function, case.hidden.to(dtype), case.weight.to(dtype), arguments)
     return {
@@ -82,7 +82,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def unavailable(family: str) -> str | None:
-    """Why the cases of a family cannot be made, None when they can."""
+    """Return why the cases of a family cannot be made; None if they can."""
     package = FAMILIES[family][0]
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed: pip install -e .[bench]"
@@ -96,9 +96,10 @@ def memory(
     budget: int = BUDGET,
     only: Sequence[str] = tuple(LOSSES),
 ) -> Iterator[dict[str, Any]]:
-    """For each loss the most MB that value, dH and dW add to the process: with `full` logits, and `ours`. Linux only.
+    """Return for each loss the peak MB that value, dH and dW add to the process: with `full` logits, and `ours`. Linux
+    only.
 
-    Both are the page's function: full logits are `backend="reference"`. Six sequences, all tokens of which are scored.
+    Both use the page's function: full logits are `backend="reference"`. All tokens of the six sequences are scored.
     """
     problem = Problem.make(HIDDEN, vocab, [(0, 0, tokens // 6)] * 6)
     inputs = problem.inputs(functions)
@@ -113,7 +114,8 @@ def memory(
 
 
 def measure(page: Path = PAGE) -> dict[str, Any]:
-    """Machine and versions, `rows` of differences in the order of LOSSES, `skipped`: why for each family, `memory`."""
+    """Return machine and versions, `rows` of differences in the order of LOSSES, the families `skipped` with the
+    reason, and `memory`."""
     functions = snippets(page)
     rows, skipped = [], {}
     for family, (_, cases) in FAMILIES.items():
@@ -128,7 +130,7 @@ def measure(page: Path = PAGE) -> dict[str, Any]:
 
 
 def equality_table(results: dict[str, Any]) -> str:
-    """The rows as a Markdown table, what they are from, and what was left out."""
+    """Format the rows as a Markdown table, with their provenance and the families left out."""
     lines = [
         [LOSSES[row["loss"]], row["peer"], row["variant"], *(f"{row[part]:.0e}" for part in PARTS)]
         for row in results["rows"]
@@ -139,7 +141,7 @@ def equality_table(results: dict[str, Any]) -> str:
 
 
 def memory_table(results: dict[str, Any]) -> str:
-    """Peaks as a Markdown table."""
+    """Format the peaks as a Markdown table."""
     lines = [[LOSSES[row["loss"]], f"{row['full']:,.0f}", f"{row['ours']:,.0f}"] for row in results["memory"]]
     return f"{markdown(['loss', 'full logits, MB', 'linear_logprobs, MB'], lines)}\n\n{_from(results)}"
 

@@ -1,6 +1,7 @@
 """A batch of random tensors, and the losses of docs/other-losses.md on it as their papers write them.
 
-Sequence by sequence, on full logits in float64: what every implementation is held to, and no library is needed for it.
+They are computed sequence by sequence, on full logits in float64. Every implementation is compared with them, and they
+need no library.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Functions = dict[str, Callable[..., Any]]  # of the page, by name
+Functions = dict[str, Callable[..., Any]]  # the page's functions by name
 BETA, GAMMA, ALPHA, EPSILON, KL_WEIGHT, TEMPERATURE = 0.3, 0.4, 0.7, (0.2, 0.28), 0.04, 0.7
 KTO_WEIGHTS = (1.0, 1.3)
 MAX_COMPLETION = 9  # Dr. GRPO divides by it
 LENGTHS = ((0, 3, 9), (2, 4, 5), (1, 2, 1), (0, 3, 4), (2, 4, 8), (1, 2, 7))  # padding, prompt, completion
-WINDOW_TOKENS = 37.0  # DAPO divides by the tokens of the global batch, whatever the batch at hand has
+WINDOW_TOKENS = 37.0  # DAPO divides by the tokens of the global batch, not of this batch
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss as somebody else computes it, and the arguments that the page's function takes for the same."""
+    """A loss computed by a peer, and the arguments with which the page's function computes the same."""
 
     loss: str  # the page's function is `LOSS_loss`
-    variant: str  # such as a loss_type; empty where there is one only
-    peer: str  # whose value it is, in words
+    variant: str  # such as a loss_type; empty if there is only one
+    peer: str  # the source of the value, in words
     hidden: Tensor  # (B, T, D)
     weight: Tensor  # (V, D)
     arguments: dict[str, Any]  # beside hidden and weight
@@ -39,7 +40,7 @@ class Case:
 def with_gradients(
     function: Callable[..., Any], hidden: Tensor, weight: Tensor, arguments: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value of `function(hidden, weight, **arguments)`, which may be the first of a tuple, its dH and dW."""
+    """Return the value of `function(hidden, weight, **arguments)`, which may be the first of a tuple, its dH and dW."""
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
     value = function(hidden, weight, **arguments)
     value = value[0] if isinstance(value, tuple) else value
@@ -51,7 +52,8 @@ def is_float(value: Any) -> bool:
 
 
 def advantages_like(noise: Tensor) -> Tensor:
-    """(B, T), by turns of good and bad sequences. The mean is not 0: a loss of 0 would have no relative error."""
+    """Make (B, T) advantages, good and bad sequences in turn. Their mean is not 0, or a loss could be 0, without a
+    relative error."""
     return torch.tensor([2.0, -1.0]).repeat(len(noise) // 2)[:, None] + 0.3 * noise
 
 
@@ -65,18 +67,18 @@ class Problem:
     B sequences of T positions, the first half chosen: the page's and Liger's order. All in float32.
     """
 
-    hidden: Tensor  # (B, T, D), as all hidden states here
+    hidden: Tensor  # (B, T, D), like all hidden states here
     weight: Tensor  # (V, D)
-    other_hidden: Tensor  # of the reference
+    other_hidden: Tensor  # from the reference
     other_weight: Tensor
-    old_hidden: Tensor  # of the policy that sampled: close to the policy, so that some ratios are clipped, not all
+    old_hidden: Tensor  # from the policy that sampled: close to the policy, so that some ratios are clipped, not all
     targets: Tensor  # (B, T), −100 outside completions
-    with_prompts: Tensor  # the same, with the prompts of the chosen half: ORPO's
+    with_prompts: Tensor  # the same, with the prompts of the chosen half, for ORPO
     advantages: Tensor  # (B, T)
 
     @classmethod
     def make(cls, hidden_size: int = 24, vocab: int = 67, lengths: Sequence[tuple[int, int, int]] = LENGTHS) -> Problem:
-        """Six sequences of (padding, prompt, completion) tokens, padding on the right as well."""
+        """Make six sequences of (padding, prompt, completion) tokens, padded on the right as well."""
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -104,7 +106,8 @@ class Problem:
         )
 
     def inputs(self, page: Functions) -> dict[str, dict[str, Any]]:
-        """loss -> arguments of the page's function beside hidden and weight. Frozen log-probs are the page's."""
+        """Return, by loss, the arguments of the page's function beside hidden and weight. The page's function computes
+        frozen log-probs."""
         frozen = page["frozen_logps"]
         ref = frozen(self.other_hidden, self.other_weight, self.targets)
         tempered = {"scale": 1 / TEMPERATURE}
@@ -139,17 +142,17 @@ class Problem:
 
 
 def grpo_variants(scored: Tensor) -> dict[str, dict[str, Any]]:
-    """What tells GRPO's variants apart, by the libraries' loss_type, for (B, T) bool of the tokens that count."""
+    """Return the arguments of GRPO's variants by the libraries' loss_type, for (B, T) bool of the tokens that count."""
     divisors = {"grpo": None, "bnpo": scored.sum(), "dapo": WINDOW_TOKENS, "dr_grpo": len(scored) * MAX_COMPLETION}
     plain = {name: {"per": divisor} for name, divisor in divisors.items()}
     return plain | {f"{name}, KL weighted": {**plain[name], "weigh_kl": True} for name in ("grpo", "dapo")}
 
 
-# The papers' formulas: of the scored tokens' log-probs of each sequence, and where in the row these are
+# The papers' formulas, on the log-probs of each sequence's scored tokens and their positions in the row
 
 
 def formula_cases(page: Functions) -> Iterator[Case]:
-    """Every loss as its paper writes it, in float64 for float32 inputs."""
+    """Make a case of every loss as its paper writes it, in float64 for float32 inputs."""
     problem = Problem.make()
     for loss, inputs in problem.inputs(page).items():
         variants = grpo_variants(problem.targets != -100) if loss == "grpo" else {"": {}}
@@ -165,7 +168,7 @@ def formula_cases(page: Functions) -> Iterator[Case]:
 def formula(
     loss: str, hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, **options: Any
 ) -> Tensor:
-    """A loss as its paper writes it, for the arguments of the page's function."""
+    """Compute a loss as its paper writes it, from the arguments of the page's function."""
     logps = (hidden @ weight.T * scale).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     scored = [row != -100 for row in targets]
     return FORMULAS[loss]([row[keep] for row, keep in zip(logps, scored, strict=True)], scored, **options)
@@ -233,7 +236,7 @@ def _cpo(logps: list[Tensor], _: list[Tensor], beta: float, alpha: float) -> Ten
 
 
 def _clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """L^CLIP of a token without its sign: no more than (1 + high)A for a good token, (1 − low)A for a bad one."""
+    """Return L^CLIP of a token without its sign: at most (1 + high)A for a good token, (1 − low)A for a bad one."""
     bound = (1 + high) * advantage if advantage > 0 else (1 - low) * advantage
     return torch.minimum(ratio * advantage, bound)
 

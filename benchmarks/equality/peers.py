@@ -1,8 +1,8 @@
-"""What TRL and Liger make of the losses of docs/other-losses.md, by their own code: cases for `loss_equality`.
+"""The losses of docs/other-losses.md computed by TRL's and Liger's own code: cases for `loss_equality`.
 
-TRL's trainers are built on a tiny random Llama and asked for `compute_loss` of a batch; dH is that of the hidden states
-before the head, dW that of lm_head.weight. Reference and old log-probs are TRL's own on its side, and the page's
-`frozen_logps` on ours. Liger's modules of `chunked_loss` are plain PyTorch: they run on a CPU, uncompiled, on tensors.
+TRL's trainers are built on a tiny random Llama and called for `compute_loss` of a batch. dH is the gradient of the
+hidden states before the head, dW the gradient of lm_head.weight. TRL computes reference and old log-probs on its side,
+the page's `frozen_logps` on ours. Liger's modules of `chunked_loss` are plain PyTorch: they run on a CPU, uncompiled.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ WORDS = tuple(f"w{i}" for i in range(64))
 
 
 def liger_cases(page: Functions) -> Iterator[Case]:
-    """Those of Liger's chunked losses that the page has, on tensors; IPO and PPO it has not."""
+    """Make the cases of Liger's chunked losses that the page has, on tensors. Liger has no IPO and PPO."""
     from liger_kernel import chunked_loss as liger
 
     problem = Problem.make()
@@ -99,14 +99,14 @@ def liger_cases(page: Functions) -> Iterator[Case]:
 
 @dataclass
 class Llama:
-    """A tiny random Llama with an untied head, and the hidden states that its head was given, call by call."""
+    """A tiny random Llama with an untied head, and the hidden states that its head received, call by call."""
 
     model: PreTrainedModel
     hidden: list[Tensor]
 
     @classmethod
     def make(cls, seed: int, near: Llama | None = None, distance: float = 0.0) -> Llama:
-        """A model of its own, or one whose weights are those of `near`, moved by noise of that standard deviation."""
+        """Make a new model, or a copy of `near` with noise of standard deviation `distance` on its weights."""
         from transformers import LlamaConfig
         from transformers.models.auto import AutoModelForCausalLM
 
@@ -157,19 +157,19 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _texts(count: int, seed: int) -> list[str]:
-    """Of 1 to 7 words, a space after each: a prompt then ends where a token ends."""
+    """Make texts of 1 to 7 words, a space after each, so that a prompt ends where a token ends."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 8, (count,), generator=generator).tolist()
     drawn = [torch.randint(len(WORDS), (length,), generator=generator).tolist() for length in lengths]
     return ["".join(f"{WORDS[i]} " for i in words) for words in drawn]
 
 
-ROWS = 4  # of a batch: pairs, prompts, or completions
+ROWS = 4  # in a batch: pairs, prompts, or completions
 
 
 @contextlib.contextmanager
 def _trl(folder: Path) -> Iterator[dict[str, Any]]:
-    """The options that all trainers are built with, in surroundings where TRL runs on the CPU and says nothing."""
+    """Give the options of all trainers, and let TRL run on the CPU and print nothing meanwhile."""
     import datasets
 
     from exo_fast.benchmarks.methods.step_styles import without_deepspeed
@@ -194,7 +194,7 @@ def _trl(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _asked(trainer: Any, policy: Llama, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden (B, T, D) of a trainer's `compute_loss` of a batch, its value, dH and dW."""
+    """Call a trainer's `compute_loss` on a batch; return its hidden states (B, T, D), value, dH and dW."""
     policy.hidden.clear()
     policy.model.zero_grad()
     policy.model.train()
@@ -212,7 +212,7 @@ def _trl_case(loss: str, variant: str, trainer: Any, policy: Llama, asked: tuple
 
 
 def trl_dpo_cases(page: Functions) -> Iterator[Case]:
-    """DPOTrainer: sigmoid and ipo."""
+    """Make the cases of DPOTrainer: sigmoid and ipo."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -232,7 +232,7 @@ def trl_dpo_cases(page: Functions) -> Iterator[Case]:
 
 
 def trl_kto_cases(page: Functions) -> Iterator[Case]:
-    """KTOTrainer, its baseline included: from the mismatched completions that it makes itself."""
+    """Make the case of KTOTrainer, with its baseline from the mismatched completions that it makes itself."""
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
@@ -265,7 +265,7 @@ def trl_kto_cases(page: Functions) -> Iterator[Case]:
 
 
 def trl_cpo_cases(page: Functions) -> Iterator[Case]:
-    """CPOTrainer: sigmoid with its NLL, and simpo without."""
+    """Make the cases of CPOTrainer: sigmoid with its NLL, and simpo without."""
     from datasets import Dataset
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -285,7 +285,7 @@ def trl_cpo_cases(page: Functions) -> Iterator[Case]:
 
 
 def trl_orpo_cases(page: Functions) -> Iterator[Case]:
-    """ORPOTrainer, whose NLL is of prompts too."""
+    """Make the case of ORPOTrainer, whose NLL includes prompts."""
     from datasets import Dataset
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -308,9 +308,10 @@ def trl_orpo_cases(page: Functions) -> Iterator[Case]:
 
 
 def trl_grpo_cases(page: Functions) -> Iterator[Case]:
-    """GRPOTrainer: four loss types with a reference, and PPO's clipped loss: advantages per token, bnpo, β = 0.
+    """Make the cases of GRPOTrainer: four loss types with a reference, and PPO's clipped loss (advantages per token,
+    bnpo, β = 0).
 
-    Samples are given, not drawn: `compute_loss` of a batch as the trainer itself hands it over after generation.
+    Samples are given, not drawn: `compute_loss` gets a batch as the trainer itself makes it after generation.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer

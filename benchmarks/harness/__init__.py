@@ -1,1 +1,1 @@
-"""How every benchmark is measured: the contract of a suite, the runner, and the comparison of results."""
+"""The common part of all benchmarks: the contract of a suite, the runner, and the comparison of results."""

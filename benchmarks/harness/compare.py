@@ -1,17 +1,17 @@
-"""What became slower, larger or less exact between two runs: `exo-fast bench --compare OLD`.
+"""Find what became slower, larger or less exact between two runs: `exo-fast bench --compare OLD`.
 
-Rows are matched by name. Time is compared as a share of the same run's yardstick (`baseline_seconds`: the matrix
-products alone, or plain full logits) where both runs have it, because the load of a machine and its model cancel in it;
-else in seconds, and then only between runs of one machine. A difference counts from a ratio of
+Rows are matched by name. If both runs have a yardstick (`baseline_seconds`: the matrix products alone, or plain full
+logits), time is compared as a share of it, because the machine's load and model cancel. Otherwise seconds are
+compared, and only between runs of one machine. A difference counts from a ratio of
 
-    time    the tolerance (1.1 by default), where one of the two took 0.05 s or more (on a GPU 20 µs, which its timer
-            resolves); a yardstick below that is not used
+    time    the tolerance (1.1 by default), if one of the two took 0.05 s or more (on a GPU 20 µs, which its timer
+            resolves); a shorter yardstick is not used
     memory  1.1, and more than 20 MB
-    errors  1.5, each by its name, where one of the two is above 1e-5: below it, rounding decides which is larger.
-            A prediction's relative error is no error of a computation: it counts from a change of 0.05
+    errors  1.5, each by its name, if one of the two is above 1e-5: below it, rounding decides which is larger.
+            A prediction's relative error is not an error of a computation: it counts from a change of 0.05
 
-What was a number and is none now (NaN, infinite) is worse. A case that was measured before and fails, is skipped or is
-absent now is a regression too, if it belongs to what the new run was asked for.
+If a number became NaN or infinite, that is worse. If a case of the new run was measured before, and now fails, is
+skipped or is absent, that is a regression too.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What `compare` found."""
+    """The findings of `compare`."""
 
     worse: list[Difference] = field(default_factory=list)
     better: list[Difference] = field(default_factory=list)
-    broken: list[tuple[str, str]] = field(default_factory=list)  # (name, last words) of what ran before and fails now
-    missing: list[tuple[str, str]] = field(default_factory=list)  # (name, why) of what was measured before and not now
-    absent: list[str] = field(default_factory=list)  # of these, what the new results do not name at all
+    broken: list[tuple[str, str]] = field(default_factory=list)  # (name, last words) of newly failing cases
+    missing: list[tuple[str, str]] = field(default_factory=list)  # (name, why) of cases measured before and not now
+    absent: list[str] = field(default_factory=list)  # the ones that the new results do not name at all
     compared: int = 0  # cases
 
     @property
@@ -64,18 +64,18 @@ class Comparison:
 
     @property
     def nothing_in_common(self) -> bool:
-        """No case that was measured is in the new results, not even as one that failed: they are of something else."""
+        """Check whether no measured case is in the new results, not even as failed: they are from something else."""
         return not self.compared and not self.broken and len(self.missing) == len(self.absent)
 
     def extend(self, other: Comparison) -> None:
-        """Take the findings of another suite in."""
+        """Add the findings of another suite."""
         for name in ("worse", "better", "broken", "missing", "absent"):
             getattr(self, name).extend(getattr(other, name))
         self.compared += other.compared
 
 
 def compare(old: dict, new: dict, tolerance: float = TOLERANCE, only: Container[str] | None = None) -> Comparison:
-    """Two result files of one suite; of the cases named in `only` where that is given."""
+    """Compare two result files of one suite; only the cases named in `only`, if it is given."""
     found = Comparison()
     now = {row["name"]: row for row in new["rows"]}
     same_machine = old["machine"] == new["machine"]
@@ -108,7 +108,7 @@ def compare(old: dict, new: dict, tolerance: float = TOLERANCE, only: Container[
 
 
 def _counts(difference: Difference) -> bool:
-    """Whether two finite values differ by more than noise, whatever their ratio."""
+    """Check whether two finite values differ by more than noise, whatever their ratio."""
     if difference.what == PREDICTION:
         return abs(difference.new - difference.old) > PREDICTION_CHANGE
     if difference.what == "memory, MB":
@@ -121,7 +121,7 @@ def _counts(difference: Difference) -> bool:
 def _quantities(
     old: dict, new: dict, tolerance: float, least: float, same_machine: bool
 ) -> list[tuple[Difference, float]]:
-    """(what can be compared of a case, from which ratio it counts)."""
+    """Return (a quantity of a case that can be compared, the ratio from which it counts)."""
     name, found = old["name"], []
     short = all((row.get("seconds") or 0) < least for row in (old, new))  # NaN is not short
     if old.get("seconds") and new.get("seconds") and not short:
@@ -141,7 +141,8 @@ def _quantities(
 
 
 def read_results(path: Path) -> dict[str, dict]:
-    """{suite: results} of a result file, or of the result files in a folder. Raises InputError when there are none."""
+    """Return {suite: results} of a result file, or of the result files in a folder. Raises InputError if there is no
+    such file."""
     paths = [path] if path.is_file() else [path / f"{name}.json" for name in SUITES]
     found = {}
     for file in paths:
@@ -159,7 +160,7 @@ def read_results(path: Path) -> dict[str, dict]:
 
 
 def heads(old: dict, new: dict) -> str:
-    """What two result files of a suite are from, and in what they differ: to be read before their table."""
+    """Describe the origin of two result files of a suite and their differences, to be read before their table."""
     lines = [f"{kind}  {_head(results)}" for kind, results in (("old", old), ("new", new))]
     versions = [
         f"{name} {old['versions'].get(name)} → {new['versions'].get(name)}"
@@ -183,7 +184,7 @@ def _head(results: dict) -> str:
 
 
 def table(found: Comparison) -> str:
-    """The findings as aligned text."""
+    """Format the findings as aligned text."""
     lines = []
     shown = [*found.worse, *found.better]
     width = max([len(d.name) for d in shown] + [4])

@@ -8,19 +8,19 @@ from pathlib import Path
 
 
 def resident_mb() -> float:
-    """Memory of this process in MB (1e6 bytes), after giving back what the allocator only holds on to."""
+    """Return this process's memory in MB (1e6 bytes), after the allocator has released its unused memory."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
 
 
 def reset_peak() -> None:
-    """Let `peak_mb` count from now on. Linux only."""
+    """Make `peak_mb` count from now on. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mb() -> float:
-    """The most memory this process had since `reset_peak`, MB (1e6 bytes): the kernel's own high-water mark."""
+    """Return the peak memory of this process since `reset_peak`, MB (1e6 bytes): the kernel's own high-water mark."""
     return _status("VmHWM")
 
 

@@ -1,4 +1,4 @@
-"""What a result is from and how its problems are called: shared by tables and plots."""
+"""The provenance of a result and the names of its problems, shared by tables and plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERSIONS = {
     "data": ("torch", "transformers", "deepspeed"),
     "memory": ("torch", "transformers", "trl"),
 }
-MODELS = {  # of a head's width and vocabulary
+MODELS = {  # by a head's width and vocabulary
     (576, 49152): "SmolLM2-135M",
     (1024, 151936): "Qwen3-0.6B",
     (640, 262144): "Gemma-3-270m",
@@ -25,7 +25,7 @@ WORK = {"forward": "forward", "frozen": "dH", "both": "dH + dW"}
 
 
 def provenance(results: dict) -> str:
-    """The command, date, commit, machine and versions of a result file, in a line."""
+    """Return the command, date, commit, machine and versions of a result file in one line."""
     names = VERSIONS[results["suite"]]
     versions = [f"{name} {results['versions'][name]}" for name in names if results["versions"][name]]
     parts = [f"`{results['command']}`", results["date"][:10]]
@@ -36,9 +36,9 @@ def provenance(results: dict) -> str:
 
 
 def earlier(results: dict) -> list[str]:
-    """The rows that a result file keeps of other runs: how many, from when, of which commit, with which other versions.
+    """Describe the rows that a result file keeps from other runs: their number, date, commit and other versions.
 
-    Nothing where it keeps none.
+    Empty if it keeps no such rows.
     """
     runs = [row["run"] for row in results["rows"] if "run" in row]
     if not runs:
@@ -55,7 +55,7 @@ def earlier(results: dict) -> list[str]:
 
 
 def grouped(rows: Iterable[dict], key: Callable[[dict], object]) -> list[tuple]:
-    """[(key, rows)], keys in the order in which they appear first."""
+    """Group rows as [(key, rows)], keys in the order of their first appearance."""
     rows = list(rows)
     order = list(dict.fromkeys(map(key, rows)))
     rows.sort(key=lambda row: order.index(key(row)))

@@ -1,7 +1,7 @@
-"""Runs the cases of a suite, each in a process of its own, and keeps the result file whole after every one.
+"""Run the cases of a suite, each in a process of its own, and write a complete result file after each.
 
-A process of its own: the peak of its memory is the case's, no case inherits another's warm caches or compiled code, and
-a crash, or a case that does not end, costs one row.
+Separate processes make a process's peak memory the case's. No case inherits another's warm caches or compiled code,
+and a case that crashes or hangs costs only one row.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from exo_fast.training.errors import InputError
 from exo_fast.training.processes import end_with_parent
 
 LAST_WORDS = 12  # lines of a failed case that are shown
-LIMIT_SECONDS = 1800  # of a case: far above the longest, so that only one that hangs is ended
+LIMIT_SECONDS = 1800  # per case: far above the longest, so that only a hanging case is ended
 
 NO_TIME = {"skipped": "the time given by --minutes was up; --continue runs it"}
 
 
 class CaseFailed(RuntimeError):
-    """A case's process ended without a row. The message is the end of what it said."""
+    """A case's process ended without a row. The message is the end of its output."""
 
 
 def run_suite(
@@ -45,18 +45,18 @@ def run_suite(
     keep: bool = False,
     until: float | None = None,
 ) -> dict:
-    """Measure `cases` of `suite` into `<output_dir>/<NAME>.json`, and return what the file holds.
+    """Measure `cases` of `suite` into `<output_dir>/<NAME>.json`, and return the file's content.
 
-    No case is begun after the time `until` (of time.perf_counter); those that are left say so in their rows.
-    Rows of other cases are dropped, or with `keep` kept, those too that the suite has no longer: each then names the
-    run that it is from ("run"). Raises InputError as `refuse_mixture`, CaseFailed where the suite's extras fail.
+    No case begins after the time `until` (of time.perf_counter); the rows of the remaining cases say so. Rows of other
+    cases are dropped. With `keep` they are kept, even if the suite no longer has the case, and each names the run it
+    is from ("run"). Raises InputError like `refuse_mixture`, and CaseFailed if the suite's extras fail.
     """
     path = output_dir / f"{suite.NAME}.json"
     here = machine.describe()
     order = {str(case): case for case in suite.cases(quick)}
     if keep:
         refuse_mixture(path, quick, here)
-    fields = suite.Case.__dataclass_fields__.keys()  # what suites of another commit wrote may have others
+    fields = suite.Case.__dataclass_fields__.keys()  # rows written at another commit may have other fields
     rows = {name: row for name, row in _kept_rows(path).items() if fields <= row.keys()} if keep else {}
 
     def save(extras: dict) -> dict:
@@ -91,7 +91,7 @@ def _is_past(until: float | None) -> bool:
 
 
 def _row(suite: ModuleType, case: Any, workdir: str, say: Any) -> dict:
-    """What one case gave: a measurement, or why there is none."""
+    """Return the row of one case: a measurement, or the reason why there is no measurement."""
     why = suite.impossible(case)
     if why:
         return {"skipped": why}
@@ -105,7 +105,7 @@ def _row(suite: ModuleType, case: Any, workdir: str, say: Any) -> dict:
 
 
 def in_process(suite: ModuleType, case: str, workdir: str) -> dict:
-    """What `worker` finds. Raises CaseFailed. Nothing that it started outlives the call."""
+    """Return the row that `worker` prints. Raises CaseFailed. Processes that it started do not outlive the call."""
     command = [sys.executable, "-m", worker.__name__, suite.__name__, case, workdir]
     process = subprocess.Popen(
         command,
@@ -114,7 +114,7 @@ def in_process(suite: ModuleType, case: str, workdir: str) -> dict:
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=end_with_parent(signal.SIGKILL),  # a case whose runner was killed would disturb the next
+        preexec_fn=end_with_parent(signal.SIGKILL),  # else a case whose runner was killed would disturb the next
     )
     try:
         output, said = process.communicate(timeout=LIMIT_SECONDS)
@@ -134,8 +134,8 @@ def in_process(suite: ModuleType, case: str, workdir: str) -> dict:
 
 
 def refuse_mixture(path: Path, quick: bool, here: dict | None = None) -> None:
-    """Raises InputError where rows of a result file cannot stand beside new ones: those of another machine, or of quick
-    cases beside full ones. `here` is `machine.describe()`.
+    """Raises InputError if the rows of a result file cannot be mixed with new ones: rows from another machine, or quick
+    cases with full ones. `here` is `machine.describe()`.
     """
     old = read(path)
     if old is None:
@@ -154,7 +154,7 @@ def refuse_mixture(path: Path, quick: bool, here: dict | None = None) -> None:
 
 
 def read(path: Path) -> dict | None:
-    """A result file, None when there is none. Raises InputError for a file that is no such."""
+    """Read a result file; None if it does not exist. Raises InputError if the file is not a result file."""
     if not path.exists():
         return None
     try:
@@ -167,7 +167,7 @@ def read(path: Path) -> dict | None:
 
 
 def _kept_rows(path: Path) -> dict[str, dict]:
-    """Rows of the result file by name, each with the run that it is from."""
+    """Return the rows of the result file by name, each with the run that it is from."""
     old = read(path)
     if old is None:
         return {}
@@ -176,8 +176,8 @@ def _kept_rows(path: Path) -> dict[str, dict]:
 
 
 def left(suite: ModuleType, cases: Sequence[Any], path: Path) -> list[Any]:
-    """Those of `cases` that a result file lacks: not in it, failed, skipped for a reason that is gone, or in need of a
-    yardstick that it lacks (both are measured again then: a ratio is of one run).
+    """Return the `cases` that a result file lacks: not in it, failed, skipped for a reason that is gone, or without
+    their yardstick (then both are measured again: a ratio must come from one run).
     """
     rows = {row["name"]: row for row in (read(path) or {"rows": []})["rows"]}
 
@@ -196,34 +196,34 @@ def left(suite: ModuleType, cases: Sequence[Any], path: Path) -> list[Any]:
 
 
 def with_baselines(suite: ModuleType, cases: Sequence[Any], among: Sequence[Any]) -> list[Any]:
-    """`cases` and those of `among` that are their yardsticks, in the order of `among`: a ratio is of one run."""
+    """Add to `cases` their yardsticks from `among`, in the order of `among`: a ratio must come from one run."""
     wanted = {str(case) for case in cases}
     wanted |= {_baseline(suite, case) for case in cases}
     return [case for case in among if str(case) in wanted]
 
 
 def _baseline(suite: ModuleType, case: Any) -> str | None:
-    """The name of the case that is the yardstick of another; None of itself, and of a case that has none."""
+    """Return the name of a case's yardstick; None if the case is its own yardstick or has no yardstick."""
     name = suite.baseline(case) if hasattr(suite, "baseline") else None
     return None if name == str(case) else name
 
 
 def _add_baseline(suite: ModuleType, case: Any, rows: dict[str, dict]) -> None:
-    """The yardstick's time into a row of the same run."""
+    """Add the yardstick's time to a row of the same run."""
     row, yardstick = rows[str(case)], rows.get(_baseline(suite, case), {})
     if "seconds" in row and "seconds" in yardstick and row.get("run") == yardstick.get("run"):
         row["baseline_seconds"] = yardstick["seconds"]
 
 
 def write(path: Path, results: dict) -> None:
-    """Replace a result file in one go: whoever stops the run finds it whole."""
+    """Replace a result file in one step, so that it is complete even if the run is stopped."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=1) + "\n")
     part.replace(path)
 
 
 def machine_line(results: dict) -> str:
-    """The machine of a result file in a line."""
+    """Describe the machine of a result file in one line."""
     found = results["machine"]
     device = "no GPU" if found["device"] == "cpu" else found["device"]
     amx = " with AMX" if "amx_bf16" in found["features"] else ""
@@ -232,7 +232,7 @@ def machine_line(results: dict) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """The rows as aligned text: seconds and their spread, how the yardstick compares, memory, the worst error."""
+    """Format the rows as aligned text: seconds and spread, ratio to the yardstick, memory, the worst error."""
     width = max([len(row["name"]) for row in rows], default=4)
     head = f"{'case':<{width}}{'seconds':>10}{'spread':>8}{'baseline/s':>12}{'peak MB':>9}{'worst error':>13}"
     lines = [head, "-" * len(head)]

@@ -1,7 +1,7 @@
 """`python -m exo_fast.benchmarks.harness.worker MODULE CASE WORKDIR`: run one case, print its row as JSON.
 
-Standard output carries the row and nothing else: what the suite prints, and what libraries below it print, goes to
-standard error. CASE is the case's fields as JSON, or EXTRAS for what the suite measures once a run.
+Standard output carries only the row: the output of the suite and of libraries goes to standard error. CASE is the
+case's fields as JSON, or EXTRAS for the suite's measurements once a run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ EXTRAS = "extras"
 
 
 def main(argv: list[str]) -> None:
-    """Measure, write the row, end the process."""
+    """Measure the case, write the row, and end the process."""
     module, case, workdir = argv
     answer = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout.reconfigure(line_buffering=True)  # or what is said before an error comes after it
+    sys.stdout.reconfigure(line_buffering=True)  # else output printed before an error appears after it
     suite = importlib.import_module(module)
     if case == EXTRAS:
         found = suite.extras(Path(workdir))
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     with os.fdopen(answer, "w") as stream:
         json.dump(found, stream)
     sys.stderr.flush()
-    os._exit(0)  # the row is out: what a library's threads do while the interpreter ends is no part of it
+    os._exit(0)  # the row is written; a library's threads must not matter while the interpreter ends
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Where an epoch of `exo-fast align` goes: a stopwatch on the functions that it is made of.
+"""Measure where the time of an epoch of `exo-fast align` goes: a stopwatch on the functions that it calls.
 
-Every function that is watched has a stage; time inside it counts for that stage, less what functions watched within it
-take. What lies in none of them is the Trainer's. The backward of attention has no function of its own: its beginning
-and end are told by two identities in the graph around it. The model's own operations are told apart by torch's
-profiler, in a forward and backward of their own, because its bookkeeping would distort an epoch of small operations.
+Every watched function has a stage. Time inside it counts for that stage, less the time of functions watched within it.
+All other time is the Trainer's. The backward of attention has no function of its own: two identities in the graph
+around it mark its beginning and end. torch's profiler separates the model's own operations, in a forward and backward
+of their own, because its bookkeeping would distort an epoch of small operations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEP, ONCE = "every step", "once a run"
 REST = "Trainer, and what is in no other line"
 PRODUCTS, ELEMENTWISE = "model: matrix products", "model: norms, rotary, activations, sums"
 ATTENTION, HEAD = "attention", "head and loss"
-MODEL = (PRODUCTS, ELEMENTWISE, ATTENTION, HEAD)  # what a step is for
+MODEL = (PRODUCTS, ELEMENTWISE, ATTENTION, HEAD)  # the useful work of a step
 WHEN = {
     PRODUCTS: STEP,
     ELEMENTWISE: STEP,
@@ -62,22 +62,22 @@ class Stage:
 
 
 class Stopwatch:
-    """Seconds of each stage, less those of the stages that are entered inside it."""
+    """A stopwatch of each stage's seconds, less the seconds of the stages entered inside it."""
 
     def __init__(self, outermost: str):
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
         self._open = [outermost]
-        self._closed = 0  # stages that count whole, what is inside them included
+        self._closed = 0  # stages that count whole, including the stages inside them
         self._since = time.perf_counter()
 
     def enter(self, name: str) -> None:
-        """Time counts for `name` from now on, until the `leave` that belongs to it."""
+        """Count time for `name` from now on, until the matching `leave`."""
         self._count()
         self._open.append(name)
 
     def leave(self) -> None:
-        """Time counts again for the stage before."""
+        """Count time for the previous stage again."""
         self._count()
         self._open.pop()
 
@@ -87,7 +87,7 @@ class Stopwatch:
         self._since = now
 
     def watch(self, function: Callable, name: str, *, whole: bool = False) -> Callable:
-        """`function` as a stage called `name`; `whole`: with everything inside it."""
+        """Wrap `function` as a stage called `name`; `whole`: with everything inside it."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self._closed:
@@ -104,7 +104,7 @@ class Stopwatch:
         return watched
 
     def watch_attention(self, attention: Callable) -> Callable:
-        """An attention function of transformers as the stage ATTENTION, its backward too."""
+        """Wrap an attention function of transformers as the stage ATTENTION, with its backward."""
         forward = self.watch(attention, ATTENTION)
 
         def watched(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ class Stopwatch:
 
 
 class _Mark(torch.autograd.Function):
-    """Tensors as they are; calls `signal` when their gradients pass."""
+    """An identity on tensors that calls `signal` when their gradients pass."""
 
     @staticmethod
     def forward(ctx: Any, signal: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -132,14 +132,14 @@ class _Mark(torch.autograd.Function):
 
 
 def profile(config: AlignConfig) -> list[Stage]:
-    """Run `exo-fast align` (on DeepSpeed, one process) and tell its stages, in the order of WHEN."""
+    """Run `exo-fast align` (on DeepSpeed, one process) and return its stages, in the order of WHEN."""
     from exo_fast.training.stages import align
 
     batches: list[dict] = []
     watch = Stopwatch("outside the training loop")
     with _watched(watch, batches):
         align.align(config)
-    watch.enter("")  # count what came last
+    watch.enter("")  # count the time of the last stage
     shares = operations(config, batches[-1])
     body, calls = watch.seconds[_BODY], watch.calls[_BODY]
     watch.seconds |= {PRODUCTS: body * shares[PRODUCTS], ELEMENTWISE: body * shares[ELEMENTWISE]}
@@ -149,7 +149,7 @@ def profile(config: AlignConfig) -> list[Stage]:
 
 @contextmanager
 def _watched(watch: Stopwatch, batches: list[dict]) -> Iterator[None]:
-    """The functions of a run with the stopwatch on them. `batches` gets what was trained on."""
+    """Put the stopwatch on the functions of a run. The training batches are added to `batches`."""
     import deepspeed
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from transformers.modeling_utils import AttentionInterface
@@ -208,9 +208,10 @@ def _watched(watch: Stopwatch, batches: list[dict]) -> Iterator[None]:
 
 
 def operations(config: AlignConfig, batch: dict) -> dict[str, float]:
-    """Shares of PRODUCTS and ELEMENTWISE in what the model's layers do beside attention, forward and backward.
+    """Return the shares of PRODUCTS and ELEMENTWISE in the work of the model's layers without attention, forward and
+    backward.
 
-    By torch's profiler on one batch, of the model as it was before training, in the run's precision.
+    torch's profiler measures them on one batch, for the model before training, in the run's precision.
     """
     from torch.autograd.profiler import record_function
     from torch.profiler import ProfilerActivity

@@ -1,4 +1,4 @@
-"""The kernels that are bound by memory, each launched alone on a chunk of logits, and their errors against float64."""
+"""The memory-bound kernels, each launched alone on a chunk of logits, and their errors against float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from exo_fast.kernels import logits_to_grad, logsumexp_gather
 from exo_fast.kernels.targets import of_device
 
 KERNELS = ("logsumexp_gather", "logits_to_grad")
-TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "fp32": 1e-5}  # absolute, of log-probs and of gradients in that dtype
+TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "fp32": 1e-5}  # absolute, for log-probs and for gradients in that dtype
 
 
 def prepare(kernel: str, rows: int, vocab: int, precision: str, device: str) -> tuple[Callable[[], Tensor], int]:
@@ -72,7 +72,7 @@ def prove(kernel: str, precision: str, device: str) -> dict[str, float]:
 
 
 def _inputs(rows: int, vocab: int, precision: str, device: str) -> tuple[Tensor, Tensor]:
-    """Logits in rows as wide as the backend lays them out, and targets; the same every time."""
+    """Make logits in rows as wide as the backend lays them out, and targets; the same every time."""
     g = torch.Generator(device).manual_seed(0)
     logits = torch.randn(rows, -(-vocab // 16) * 16, generator=g, device=device).to(PRECISIONS[precision])
     return logits, torch.randint(vocab, (rows,), generator=g, device=device)

@@ -8,13 +8,13 @@ loss and the log-probs it is made of.
     full-logits-compiled  the same under torch.compile
     full-logits-fp32      the same on operands widened to float32, so that logits are not rounded to bf16; on a CPU the
                           products of widened bf16 operands run in bf16 with float32 sums, which loses nothing
-    original              as the EXO repository computes it: logits divided by the temperature, log_softmax of all of
-                          them in the logits' dtype, its loss
+    original              like the EXO repository: logits divided by the temperature, log_softmax of all of them in the
+                          logits' dtype, its loss
     trl                   the log-probs of TRL's trainers (`selective_log_softmax`) on full logits
-    checkpoint            as torchtune chunks it: 8 chunks of rows, here each under activation checkpointing, so that
-                          its logits are made again in backward
-    liger                 Liger's chunked DPO. Its one loss that others here compute too is exo_pair: pairs of equal
-                          length, and no reference log-probs from outside, so ref_logps must be 0. Chunks are of about
+    checkpoint            torchtune's chunking: 8 chunks of rows, here each under activation checkpointing, so that
+                          its logits are recomputed in backward
+    liger                 Liger's chunked DPO. Its only loss that others here compute too is exo_pair: pairs of equal
+                          length, and no reference log-probs from outside, so ref_logps must be 0. Chunks have about
                           1,024 rows, which is faster than its default of one pair
     liger-compiled        the same under torch.compile, its default
     cce                   Apple's cut_cross_entropy with its defaults: small gradients dropped, and on a machine without
@@ -26,8 +26,8 @@ loss and the log-probs it is made of.
     exo_fast-chunked      the same on a GPU with the other schedule for bf16, logits in a chunk instead of U kept
     exo_fast-two-pass     linear_logprobs, then group_loss
 
-`unavailable` says why a method cannot run, such as a package that is not installed. `settings` is the context that a
-method's forward and backward run in.
+`unavailable` returns why a method cannot run, such as a package that is not installed. A method's forward and backward
+run in the context `settings`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ METHODS = (
     "exo_fast", "exo_fast-chunked", "exo_fast-two-pass",
 )  # fmt: skip
 PACKAGES = {"cce": "cut_cross_entropy", "liger": "liger_kernel", "trl": "trl"}
-COMPILED = ("full-logits-compiled", "liger-compiled", "cce", "cce-fp32")  # on a CPU, where that is C++
+COMPILED = ("full-logits-compiled", "liger-compiled", "cce", "cce-fp32")  # on a CPU, where torch.compile needs C++
 CHUNKS = 8  # torchtune's default
 LIGER_ROWS = 1024
 TEMPERATURE = 1.0
@@ -62,7 +62,7 @@ TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def unavailable(method: str, precision: str, device: str) -> str | None:
-    """Why a method cannot run, None when it can."""
+    """Return why a method cannot run; None if it can."""
     package = PACKAGES.get(method.split("-")[0])
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
@@ -82,24 +82,26 @@ def unavailable(method: str, precision: str, device: str) -> str | None:
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use, None when there is none."""
+    """Return the C++ compiler that torch.compile would use; None if it is missing."""
     named = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [named] if named else ["g++", "c++", "clang++"])), None)
 
 
 def float32_logits(method: str, precision: str) -> bool:
-    """Whether a method's logits are never rounded to anything narrower than float32."""
+    """Check that a method's logits are never rounded to a dtype narrower than float32."""
     return precision == "fp32" or method.startswith("exo_fast") or method.endswith("-fp32")
 
 
 def settings(method: str, precision: str, device: str) -> AbstractContextManager[None]:
-    """What a method's forward and backward run under, so that a peer of float32 logits is as fast as it can be."""
+    """Return the context of a method's forward and backward, in which a peer with float32 logits is as fast as it can
+    be."""
     rounded = method.endswith("-fp32") and precision == "bf16" and device == "cpu"
     return matmul_precision("bf16" if rounded else "ieee")
 
 
 def operation(method: str) -> Operation:
-    """hidden, weight, targets, cu_seqlens, ref_logps, rewards -> loss, sequence log-probs (G, K)."""
+    """Return the method's function (hidden, weight, targets, cu_seqlens, ref_logps, rewards) -> loss, sequence
+    log-probs (G, K)."""
     special = {
         "original": original,
         "trl": trl,
@@ -121,7 +123,7 @@ def operation(method: str) -> Operation:
 
 
 def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`reference.sequence_logps` of boundaries on either device, with nothing that makes the host wait for a GPU."""
+    """Compute `reference.sequence_logps` for boundaries on either device, without making the host wait for a GPU."""
     lengths = cu_seqlens.to(token_logps.device, non_blocking=True).diff()
     sequences = torch.arange(len(lengths), device=token_logps.device)
     owner = torch.repeat_interleave(sequences, lengths, output_size=len(token_logps))
@@ -129,9 +131,9 @@ def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def token_logps_of(method: str) -> TokenLogps:
-    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,), as the method computes them.
+    """Return the method's function (hidden (N, D), weight (V, D), targets (N,)) -> log-probs (N,).
 
-    Raises KeyError for a method that has none.
+    Raises KeyError for a method without log-probs of tokens.
     """
     return {
         "full-logits": full_logits,
@@ -177,7 +179,7 @@ def cut_cross_entropy(
     from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
 
     options: dict = {"impl": "cce" if hidden.is_cuda and not compiled else "torch_compile"}
-    if exact and hidden.is_cuda:  # a name of its own in later versions
+    if exact and hidden.is_cuda:  # later versions have a separate name for it
         options = (
             {"impl": "cce_exact"} if hasattr(LinearCrossEntropyImpl, "CCE_EXACT") else {**options, "filter_eps": None}
         )
@@ -200,7 +202,7 @@ def original(
     beta_pi: float = 0.1,
     label_smoothing: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
-    """exo-pref; sums of log-probs in float32, which flatters it in bf16."""
+    """Compute exo-pref, with sums of log-probs in float32, which flatters it in bf16."""
     if loss_type != "exo-pref":
         raise ValueError(f"loss_type={loss_type!r}: the peer computes exo-pref")
     token_logps = ((hidden @ weight.T) / TEMPERATURE).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -220,7 +222,7 @@ def trl(
     rewards: Tensor,
     **options,
 ) -> tuple[Tensor, Tensor]:
-    """Sequences of one length, (G·K, T), as its trainers hold them."""
+    """Compute the loss on sequences of one length, (G·K, T), the layout of TRL's trainers."""
     from trl.trainer.utils import selective_log_softmax
 
     sequences = ref_logps.numel()
@@ -252,7 +254,7 @@ def liger(
     label_smoothing: float = 1e-3,
     compiled: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Pairs whose first candidate is the preferred one, all of one length; ref_logps 0."""
+    """Compute the loss of pairs whose first candidate is the preferred one, all of one length; ref_logps 0."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     groups = len(ref_logps)

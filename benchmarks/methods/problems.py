@@ -1,26 +1,26 @@
-"""What the operation is timed on, what it is compared with, and how: problems, errors against float64, floors, timing.
+"""The problems of the operation's benchmarks, their errors against float64, floors and timing.
 
-A problem is hidden states and a head of Gaussian numbers, made so that logits are like those of SmolLM2-135M on text
-(a standard deviation of 3.5 within a row, a largest logit of about 16, targets of about 13), for rounding hurts large
-logits; in G groups of K candidates of one length, the first of each preferred, and reference log-probs of 0 (Liger's
-chunked loss takes no others). Two operations are defined on it:
+A problem is hidden states and a head of Gaussian numbers. Their logits resemble SmolLM2-135M's on text (a standard
+deviation of 3.5 within a row, a largest logit of about 16, targets of about 13), because rounding hurts large logits.
+There are G groups of K candidates of one length, the first of each preferred, and reference log-probs of 0 (Liger's
+chunked loss takes no others). Two operations are defined on a problem:
 
     group_loss  the exo-pref loss of the groups (arXiv 2402.00856)
     logprobs    Σ_t a_t ℓ_t of the per-token log-probs with fixed Gaussian a_t
 
-and three kinds of work: `forward`, where nothing needs a gradient, `frozen`, dH alone, and `both`, dH and dW.
+and three kinds of work: `forward`, without gradients, `frozen`, dH alone, and `both`, dH and dW.
 
 Errors are against float64 of the same numbers on the first rows of the same head (1,024, or all of them), with the
-vocabulary in blocks, so that no float64 copy of the head and no (N, V) matrix is ever made. So many that a method takes
-the way there that it takes when it is timed.
+vocabulary in blocks, so that no float64 copy of the head and no (N, V) matrix is ever made. There are enough rows that
+a method takes the same path as when it is timed.
 
 The floor of a case is the time of its products alone at the rates of the machine's own matrix product on operands of
 the same dtype: 2·N·D·V flops for the logits, as many for dH, as many for dW, on 1,024 rows. Rates are measured in the
 process of the case just before and just after it, because machines are shared and rates drift; the best counts. On a
-GPU, where more rows do make a product faster, the floor is of the case's own rows.
+GPU more rows do make a product faster, so the floor uses the case's own rows.
 
-On a CPU times are of a clock on the wall; on a GPU of `triton.testing.do_bench`, which empties the L2 cache between
-calls.
+Times are wall-clock times on a CPU. On a GPU `triton.testing.do_bench` measures them, which empties the L2 cache
+between calls.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ PRODUCTS = {"forward": ("logits",), "frozen": ("logits", "dH"), "both": ("logits
 # A small beta_pi: with 0.1 two sequences of thousands of tokens of random log-probs would have no gradient.
 LOSS = {"loss_type": "exo-pref", "beta_pi": 0.01, "label_smoothing": 1e-3}
 LOGIT_STD, TARGET_LOGIT = 3.5, 13.0
-ERROR_ROWS, FEW_ROWS = 1024, 256  # the latter for heads of more than LARGE numbers, in float64 a matter of minutes
+ERROR_ROWS, FEW_ROWS = 1024, 256  # FEW_ROWS for heads of more than LARGE numbers, which take minutes in float64
 LARGE = 3e8
-# Errors that still count as computing the same: of the loss, dH and dW relative, of log-probs in nats a token. In bf16
-# operands are rounded to 8 bits, and most peers round logits of up to 10 as well; in fp32 the rounding of a sum over
+# Largest errors of the same computation: relative for the loss, dH and dW; nats a token for log-probs. In bf16
+# operands are rounded to 8 bits, and most peers also round logits of up to 10. In fp32 the rounding of a sum over
 # 262,144 words can be 1e-4 nats.
 TOLERANCE = {"fp32": 5e-4, "fp16": 1e-2, "bf16": 5e-2}
 FLOOR_ROWS = 1024  # more rows make no product faster
 COPY_BYTES = 2**29
-SECONDS, CALLS = 10.0, 3  # a case is called, after a call that does not count, until one of them is spent
-LONG = 20.0  # seconds of a call that counts though it is the first: the next would not be another number
+SECONDS, CALLS = 10.0, 3  # after a first call that does not count, a case is called until one of them is used up
+LONG = 20.0  # seconds; a first call that takes longer counts, because the next would take about as long
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A problem's tensors, on one device but for the boundaries, which stay on the CPU."""
+    """A problem's tensors, on one device except the boundaries, which stay on the CPU."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -81,10 +81,10 @@ class Inputs:
     cu_seqlens: Tensor  # (G·K + 1,)
     ref_logps: Tensor  # (G, K) zeros
     rewards: Tensor  # (G, K) 1, 0, 0, …
-    coefficients: Tensor  # (N,) of the operation logprobs
+    coefficients: Tensor  # (N,) for the operation logprobs
 
     def require(self, work: str) -> Inputs:
-        """The same with gradients required of what `work` needs them of."""
+        """Return the same inputs, requiring the gradients that `work` needs."""
         return replace(
             self,
             hidden=self.hidden.detach().requires_grad_(work != "forward"),
@@ -97,12 +97,12 @@ class Inputs:
 
 
 def device() -> str:
-    """Where the suites run: the GPU where there is one."""
+    """Return the device of the suites: the GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(problem: Problem, on: str = "cpu") -> Inputs:
-    """The tensors of a problem, the same every time."""
+    """Make the tensors of a problem, the same every time."""
     groups, rest = divmod(problem.tokens, problem.candidates * problem.completion)
     if rest:
         raise ValueError(f"{problem}: tokens are no multiple of candidates · completion")
@@ -132,7 +132,7 @@ def make(problem: Problem, on: str = "cpu") -> Inputs:
 
 
 def few_rows(inputs: Inputs, rows: int | None = None, groups: int = 2) -> Inputs:
-    """The first rows of a problem as so many groups, on which errors are measured: the same head, dtype and K."""
+    """Return the first rows of a problem as `groups` groups, to measure errors on: the same head, dtype and K."""
     candidates = inputs.ref_logps.shape[1]
     rows = rows or (FEW_ROWS if inputs.weight.numel() > LARGE else ERROR_ROWS)
     completion = max(1, min(rows, len(inputs.hidden)) // (groups * candidates))
@@ -149,7 +149,7 @@ def few_rows(inputs: Inputs, rows: int | None = None, groups: int = 2) -> Inputs
 
 
 def run(method: str, operation: str, inputs: Inputs, memory_budget: int | None = None) -> tuple[Tensor, Tensor]:
-    """One forward pass: the loss, and the detached log-probs it is made of, (N,) of tokens or (G, K) of sequences."""
+    """Run a forward pass. Return the loss and its detached log-probs: (N,) of tokens or (G, K) of sequences."""
     if operation == "logprobs":
         logps = peers.token_logps_of(method)(inputs.hidden, inputs.weight, inputs.targets)
         return (logps * inputs.coefficients).sum(), logps.detach()
@@ -169,10 +169,10 @@ def run(method: str, operation: str, inputs: Inputs, memory_budget: int | None =
 
 
 def errors(method: str, operation: str, work: str, inputs: Inputs, memory_budget: int | None = None) -> dict:
-    """Errors of a method on (few rows of) a problem against float64 of the same numbers.
+    """Measure the errors of a method on (few rows of) a problem against float64 of the same numbers.
 
-    loss, dH and dW: relative (of the Euclidean norm). logps: root mean square in nats, of tokens for `logprobs`; for
-    `group_loss` of sequences, divided by the square root of their length.
+    loss, dH and dW: relative (Euclidean norm). logps: root mean square in nats, over tokens for `logprobs`; over
+    sequences for `group_loss`, divided by the square root of their length.
     """
     inputs = inputs.require(work)
     loss, logps = run(method, operation, inputs, memory_budget)
@@ -197,10 +197,10 @@ def errors(method: str, operation: str, work: str, inputs: Inputs, memory_budget
         return found
     (c,) = torch.autograd.grad(exact_loss, exact)
     exact_hidden = torch.zeros_like(hidden)
-    squares = torch.zeros(2, dtype=torch.float64, device=hidden.device)  # of dW: difference and truth
+    squares = torch.zeros(2, dtype=torch.float64, device=hidden.device)  # for dW: difference and truth
     start = 0
     for w, z in zip(weights, logits, strict=True):
-        u = z.sub_(shift.unsqueeze(1)).exp_().mul_(-c.unsqueeze(1))  # ∂L/∂z, but for the targets
+        u = z.sub_(shift.unsqueeze(1)).exp_().mul_(-c.unsqueeze(1))  # ∂L/∂z, except at the targets
         inside = ((targets >= start) & (targets < start + len(w))).nonzero().squeeze(1)
         u[inside, targets[inside] - start] += c[inside]
         exact_hidden += u @ w.double()
@@ -216,7 +216,7 @@ def errors(method: str, operation: str, work: str, inputs: Inputs, memory_budget
 
 
 def prove(method: str, precision: str, found: dict[str, float]) -> None:
-    """Raises AssertionError when errors are those of another computation, not of rounding."""
+    """Raises AssertionError if errors are too large for rounding, so the method computes something else."""
     for name, error in found.items():
         limit = TOLERANCE[precision]
         assert error <= limit, f"{method} in {precision}: error {error:.1e} of {name}, more than {limit:.0e}"
@@ -228,7 +228,7 @@ def synchronize() -> None:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Measure the wall-clock seconds of one call."""
     synchronize()
     begun = time.perf_counter()
     call()
@@ -237,10 +237,11 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def all_seconds(call: Callable[[], object], clear: Callable[[], object]) -> tuple[list[float], float]:
-    """Times of calls until `SECONDS` would be passed or `CALLS` are made, at least one, and the peak memory in MB.
+    """Time calls until `SECONDS` would be passed or `CALLS` are made, at least one; return the times and the peak
+    memory in MB.
 
-    A first call compiles and warms up, and counts only if it takes longer than `LONG`. `clear` lets go of what a call
-    leaves behind, so that it is not taken for memory that was held before. On a GPU the times are as `bench` has them.
+    A first call compiles and warms up, and counts only if it takes longer than `LONG`. `clear` frees a call's results,
+    so that they do not count as memory held before. On a GPU `bench` measures the times.
     """
     if torch.cuda.is_available():
         call()
@@ -267,7 +268,7 @@ def bench(call: Callable[[], object]) -> list[float]:
 
 
 class Peak:
-    """The most memory above what was held when this was made, MB (1e6 bytes): resident, or PyTorch's count on CUDA."""
+    """The peak memory above the memory held at the start, MB (1e6 bytes): resident, or PyTorch's count on CUDA."""
 
     def __init__(self):
         if torch.cuda.is_available():
@@ -284,13 +285,13 @@ class Peak:
 
 
 def gradient_mb(problem: Problem, work: str) -> float:
-    """Bytes, in MB, that any method has to return: dH in the operands' dtype and dW in float32."""
+    """Return the MB that any method has to return: dH in the operands' dtype and dW in float32."""
     hidden = problem.tokens * problem.width * PRECISIONS[problem.precision].itemsize
     return {"forward": 0.0, "frozen": hidden / 1e6, "both": (hidden + problem.vocab * problem.width * 4) / 1e6}[work]
 
 
 class Floor:
-    """Rates of the three products of a head, of all measurements made so far: on `FLOOR_ROWS` rows, on a GPU on all."""
+    """Rates of a head's three products over all measurements so far: on `FLOOR_ROWS` rows, on a GPU on all rows."""
 
     def __init__(self, inputs: Inputs):
         self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
@@ -298,7 +299,7 @@ class Floor:
         self.times: dict[str, list[float]] = {name: [] for name in PRODUCTS["both"]}
 
     def measure(self, work: str) -> None:
-        """Times each product that `work` needs, several times where it is short."""
+        """Time each product that `work` needs, several times if it is short."""
         weight = self.weight
         if weight.is_cuda:  # a GPU multiplies ones faster than other numbers
             hidden, logits = self.hidden, self.hidden @ weight.T
@@ -325,12 +326,12 @@ class Floor:
         return {name: round(flops / min(times) / 1e9, 1) for name, times in self.times.items() if times}
 
     def seconds(self, tokens: int, work: str) -> float:
-        """Time of the products of a case at these rates."""
+        """Return the time of a case's products at these rates."""
         return sum(min(self.times[name]) for name in PRODUCTS[work]) * tokens / self.rows
 
 
 def copy_gbps() -> float:
-    """GB/s of a large copy, reads and writes counted: the machine's memory bandwidth."""
+    """Measure the GB/s of a large copy, reads and writes counted: the machine's memory bandwidth."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device())
     target = torch.ones_like(source)
 
@@ -342,7 +343,7 @@ def copy_gbps() -> float:
 
 
 def free_bytes() -> float:
-    """Memory that a case may take."""
+    """Return the memory that a case may take."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     try:

@@ -1,10 +1,10 @@
 """The training step in the styles that the suite `step` compares: the same batch, models and optimizer in each.
 
-A step is forward, backward and an SGD update of the policy (SGD, so that no optimizer hides what is compared), with
-the reference's forward where a style has it in its step. The loss is exo-pref (arXiv 2402.00856, eq. 16 for K = 2) with
-beta_pi = 0.1 and a target of 1 − 1e-3 on the best candidate. All of it is on the CPU.
+A step is forward, backward and an SGD update of the policy (SGD, so that no optimizer hides the differences), with
+the reference's forward if the style has it in its step. The loss is exo-pref (arXiv 2402.00856, eq. 16 for K = 2) with
+beta_pi = 0.1 and a target of 1 − 1e-3 on the best candidate. Everything runs on the CPU.
 
-    original          as the EXO repository describes its step: every row padded to 512 tokens, the logits of all
+    original          the step that the EXO repository describes: every row padded to 512 tokens, the logits of all
                       positions of policy and reference, divided by the temperature, log-softmax over all of them
     full-logits       the same without the padding
     full-logits-cached   the same without padding and without the reference: its log-probs are known
@@ -43,7 +43,7 @@ TEMPERATURE = 1.0
 PADDED_LENGTH = 512
 LEARNING_RATE = 1e-6
 SAMPLES = 4096  # gradient entries of each parameter that are compared
-STEPS = ((3.0, 3), (8.0, 2), (float("inf"), 1))  # a step of less than so many seconds is timed so often
+STEPS = ((3.0, 3), (8.0, 2), (float("inf"), 1))  # (seconds, count): a step of less than these seconds is timed so often
 SHORT = 8  # tokens of prompts and completions in the batch that warms up
 
 
@@ -56,37 +56,37 @@ class Task:
 
     @property
     def rows(self) -> list[list[int]]:
-        """G·K sequences, prompt and completion joined."""
+        """Return the G·K sequences, prompt and completion joined."""
         return [group.prompt + completion for group in self.groups for completion in group.completions]
 
     @property
     def completion_tokens(self) -> int:
-        """N, the tokens that a step learns from."""
+        """Return N, the tokens that a step learns from."""
         return sum(len(completion) for group in self.groups for completion in group.completions)
 
     def shortened(self, tokens: int = SHORT) -> Task:
-        """The same with prompts and completions of at most `tokens` tokens."""
+        """Return the task with prompts and completions cut to at most `tokens` tokens."""
         groups = [Group(g.prompt[:tokens], [ids[:tokens] for ids in g.completions]) for g in self.groups]
         return Task(groups, self.rewards)
 
 
 @dataclass
 class Gradient:
-    """What is kept of a gradient: its norm, and some entries of it, with what each stands for."""
+    """A summary of a gradient: its norm, and a sample of its entries with their weights."""
 
     norm: float
     entries: Tensor  # (E,) float64: up to SAMPLES of each parameter, seeded
-    weights: Tensor  # (E,) float64: the entries of the parameter over those that were drawn
+    weights: Tensor  # (E,) float64: a parameter's entries over its drawn entries
 
     def error(self, truth: Gradient) -> float:
-        """|self − truth| / |truth|, estimated on the entries."""
+        """Return |self − truth| / |truth|, estimated on the entries."""
         off = (self.weights * (self.entries - truth.entries).square()).sum()
         return (off / (truth.weights * truth.entries.square()).sum()).sqrt().item()
 
 
 @dataclass
 class Measured:
-    """What a style's run gave: loss and gradient of the first step, and the seconds of the timed ones."""
+    """The results of a style's run: loss and gradient of the first step, and the seconds of the timed steps."""
 
     loss: float
     gradient: Gradient
@@ -97,22 +97,22 @@ Forward = Callable[[], Tensor]  # () -> the loss of the task, with its graph
 
 
 def original(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
-    """Padded to 512, full logits, reference in the step."""
+    """Make the forward padded to 512, with full logits and the reference in the step."""
     return _full_logits(policy, task, reference=reference, padded_length=PADDED_LENGTH)
 
 
 def full_logits(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
-    """Unpadded, full logits, reference in the step."""
+    """Make the unpadded forward with full logits and the reference in the step."""
     return _full_logits(policy, task, reference=reference)
 
 
 def full_logits_cached(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
-    """Unpadded, full logits, reference log-probs computed beforehand."""
+    """Make the unpadded forward with full logits and reference log-probs computed beforehand."""
     return _full_logits(policy, task, ref_logps=_known_logps(reference, task))
 
 
 def exo_fast(policy: PreTrainedModel, reference: PreTrainedModel, task: Task, *, share_prompt: bool = True) -> Forward:
-    """Shared prompts, fused loss, reference log-probs computed beforehand."""
+    """Make the forward with shared prompts, fused loss and reference log-probs computed beforehand."""
     batch = _batch(task, share_prompt)
     with torch.no_grad():
         ref_logps = _module(reference).eval()(reference=True, **batch)[0]
@@ -121,12 +121,13 @@ def exo_fast(policy: PreTrainedModel, reference: PreTrainedModel, task: Task, *,
 
 
 def exo_fast_unshared(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
-    """A row for every candidate, fused loss, reference log-probs computed beforehand."""
+    """Make the forward with a row for every candidate, fused loss and reference log-probs computed beforehand."""
     return exo_fast(policy, reference, task, share_prompt=False)
 
 
 def exo_fast_unfused(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
-    """Shared prompts, full logits at the positions that predict, reference log-probs computed beforehand."""
+    """Make the forward with shared prompts, full logits at the positions that predict, and reference log-probs computed
+    beforehand."""
     batch = packed_batch(_batch(task, share_prompt=True))
     module, ref_logps = _module(policy).train(), _known_logps(reference, task)
     weight = read_head(policy).weight
@@ -141,7 +142,7 @@ def exo_fast_unfused(policy: PreTrainedModel, reference: PreTrainedModel, task: 
 
 
 def exo_fast_reference(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
-    """Shared prompts, fused loss, reference in the step."""
+    """Make the forward with shared prompts, fused loss and the reference in the step."""
     batch = _batch(task, share_prompt=True)
     module, ref_module = _module(policy).train(), _module(reference).eval()
 
@@ -208,7 +209,7 @@ def _full_logits(
 
 
 def exo_pref(log_ratios: Tensor, rewards: Tensor) -> Tensor:
-    """Mean over groups of KL(q‖p), for (G, K) log-ratios and rewards."""
+    """Return the mean over groups of KL(q‖p), for (G, K) log-ratios and rewards."""
     wide = torch.promote_types(log_ratios.dtype, torch.float32)
     target = torch.full_like(rewards, LABEL_SMOOTHING / (rewards.shape[1] - 1), dtype=wide)
     target.scatter_(1, rewards.argmax(1, keepdim=True), 1 - LABEL_SMOOTHING)
@@ -218,7 +219,7 @@ def exo_pref(log_ratios: Tensor, rewards: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _known_logps(reference: PreTrainedModel, task: Task) -> Tensor:
-    """(G, K) reference log-probs in float32 or wider, one sequence at a time so that the peak stays small."""
+    """Compute (G, K) reference log-probs in float32 or wider, one sequence at a time so that the peak stays small."""
     prompt = len(task.groups[0].prompt)
     sums = []
     for row in task.rows:
@@ -249,9 +250,9 @@ def _batch(task: Task, share_prompt: bool) -> dict[str, Tensor]:
 
 
 def run(forward: Forward, policy: nn.Module, steps: int | None = None) -> Measured:
-    """Timed steps of forward, backward and SGD; how many is in STEPS when it is not said.
+    """Time steps of forward, backward and SGD. STEPS decides how many if `steps` is None.
 
-    What is kept of the first step's gradient is taken from it off the clock.
+    The first step's gradient is sampled outside the timing.
     """
     optimizer = torch.optim.SGD(policy.parameters(), lr=LEARNING_RATE)
     seconds: list[float] = []
@@ -274,7 +275,8 @@ def _steps_for(seconds: list[float]) -> int:
 
 
 def gradient_of(model: nn.Module) -> Gradient:
-    """Norm and seeded sample of the gradients that `model` holds; the same entries for every copy of a model."""
+    """Return the norm and a seeded sample of the gradients that `model` holds; every copy of a model gives the same
+    entries."""
     generator = torch.Generator().manual_seed(0)
     squares, entries, weights = [], [], []
     for parameter in model.parameters():
@@ -298,10 +300,10 @@ def run_trl(
     *,
     before_training: Callable[[], None] = lambda: None,
 ) -> Measured:
-    """The same by TRL's DPOTrainer, which trains for one step an epoch.
+    """Time the same steps of TRL's DPOTrainer, which trains for one step an epoch.
 
     A step is timed from the trainer's step-begin to its step-end callback: forward, backward, update and schedule, no
-    data loading. The first one is not timed: it warms up.
+    data loading. The first step warms up and is not timed.
     """
     trainer = trl_trainer(style, policy, reference, tokenizer, task, 1 + steps, folder)
     before_training()
@@ -311,7 +313,8 @@ def run_trl(
 
 @contextmanager
 def without_deepspeed() -> Iterator[None]:
-    """For TRL's trainer in a process that has run on DeepSpeed: accelerate is still set to it, and TRL would follow."""
+    """Turn DeepSpeed off for TRL's trainer. In a process that has used it, accelerate is still set to DeepSpeed, and
+    TRL would follow."""
     from accelerate.state import AcceleratorState
 
     before = dict(os.environ)
@@ -334,10 +337,10 @@ def trl_trainer(
     epochs: int,
     folder: Path,
 ) -> Any:
-    """A DPOTrainer of this style on a data set of exactly this batch, which notes the `losses` and `seconds` of its
+    """Make a DPOTrainer of this style on a data set of exactly this batch. It records the `losses` and `seconds` of its
     steps and the first of its `gradients`.
 
-    `reference` None means the policy as it is, which is what TRL then precomputes log-probs with.
+    If `reference` is None, TRL precomputes log-probs with the policy as it is.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -388,8 +391,8 @@ def trl_trainer(
         optim="sgd",
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        max_grad_norm=0.0,  # clipping is in no other style's step
-        bf16=False,  # the models come in the precision that is measured
+        max_grad_norm=0.0,  # no other style clips in its step
+        bf16=False,  # the models already have the measured precision
         use_cpu=True,
         logging_strategy="no",
         save_strategy="no",

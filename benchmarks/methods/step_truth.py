@@ -1,8 +1,8 @@
-"""What a training step should give: its loss and gradient in float64, from the very weights that a style is given.
+"""The correct result of a training step: its loss and gradient in float64, from the same weights that a style gets.
 
-Written without anything that is measured: one sequence a row, attention as the model has it, full logits, autograd.
-transformers' models go through float32 in their norms, rotary angles and softmax whatever the dtype of the weights, so
-inside `true_float64` those are float64 too.
+It uses no code that is measured: one sequence a row, the model's own attention, full logits, autograd. transformers'
+models use float32 in their norms, rotary angles and softmax whatever the dtype of the weights, so inside
+`true_float64` these are float64 too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from exo_fast.benchmarks.methods.step_styles import TEMPERATURE, Gradient, Task,
 
 
 class true_float64(TorchFunctionMode):
-    """Within it, what asks for float32 gets float64."""
+    """Replace float32 by float64 inside the context."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.float:
@@ -29,7 +29,8 @@ class true_float64(TorchFunctionMode):
 
 
 def truth(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> tuple[float, Gradient]:
-    """Loss and gradient of the task for float64 models; raises TypeError for others. `policy` keeps its gradient."""
+    """Compute loss and gradient of the task for float64 models. `policy` keeps its gradient. Raises TypeError for other
+    dtypes."""
     for model in (policy, reference):
         if model.dtype != torch.float64:
             raise TypeError(f"weights are {model.dtype}: torch.float64 is needed")
@@ -37,7 +38,7 @@ def truth(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> tu
     with true_float64():
         with torch.no_grad():
             ref_logps = sequence_logps(reference, task)
-        # Row by row, so that the graph of one is held at a time: the loss sees a row by its log-prob alone.
+        # Row by row, so that only one row's graph is held at a time: the loss depends on a row only by its log-prob.
         with torch.no_grad():
             policy_logps = sequence_logps(policy, task)
         leaf = policy_logps.requires_grad_()
@@ -50,7 +51,7 @@ def truth(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> tu
 
 
 def sequence_logps(model: PreTrainedModel, task: Task) -> Tensor:
-    """(G, K) float64 log-probs of the completions."""
+    """Return (G, K) float64 log-probs of the completions."""
     prompt = len(task.groups[0].prompt)
     return torch.stack([_row_logp(model, row, prompt) for row in task.rows]).view_as(task.rewards)
 

@@ -1,1 +1,1 @@
-"""Checks that are not about speed: killed and damaged trainings, and equal results in any number of processes."""
+"""Checks of correctness: killed and damaged trainings, and equal results in any number of processes."""

@@ -42,19 +42,19 @@ EXAMPLES = """examples:
   python -m exo_fast.benchmarks.reliability.consistency --markdown docs/reliability.md  also rewrite its table
   python -m exo_fast.benchmarks.reliability.consistency --quick                  1 and 2 processes, ZeRO 0 and 3
 """
-LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # of a relative difference
+LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # for a relative difference
 PROCESSES, ACCUMULATIONS = (1, 2, 4), (1, 3)
 HEADS, TRAINED = ("tied", "untied"), ("full", "LoRA")
 SHARDINGS = ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True))  # (ZeRO stage, offloaded)
 GLOBAL_BATCH, GROUPS, HELD_OUT, CANDIDATES, STEPS = 12, 53, 7, 3, 5
-WORDS = 61  # of the vocabulary: no multiple of 4, so that ZeRO has to pad its shards
+WORDS = 61  # in the vocabulary: not a multiple of 4, so that ZeRO has to pad its shards
 MAX_GRAD_NORM = 1.7  # gradients are clipped in some of the steps
 WITHOUT_COMPILER = "DeepSpeed compiles its Adam for CPUs when it is first used: needs ninja and a C++ compiler"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to cut the training, or to store what it trains."""
+    """One way to cut the training, or to store its weights."""
 
     processes: int
     zero_stage: int
@@ -65,14 +65,14 @@ class Cell:
     precision: str = "fp32"
 
     def __str__(self) -> str:
-        """Its name, and its folder."""
+        """Return the cell's name, which is also its folder."""
         stage = f"zero{self.zero_stage}" + "-offloaded" * self.offload
         parts = (f"processes{self.processes}", stage, self.head, self.trained, f"accumulation{self.accumulation}")
         return "/".join([*parts, self.precision])
 
 
 def cells(quick: bool = False) -> list[Cell]:
-    """All of them, by number of processes; quick: the nine in which most can go wrong."""
+    """Return all cells, by number of processes; quick: the nine in which most can go wrong."""
     if quick:
         fp32 = [Cell(*cut, accumulation=a) for *cut, a in product((1, 2), (0, 3), ACCUMULATIONS)]
         return [*fp32, Cell(1, 0, precision="bf16")]
@@ -85,17 +85,17 @@ def cells(quick: bool = False) -> list[Cell]:
 
 
 def impossible(cell: Cell) -> str | None:
-    """Why a cell cannot be run on this machine, None when it can."""
+    """Return why a cell cannot run on this machine; None if it can."""
     if cell.offload and not (shutil.which("ninja") and shutil.which(os.environ.get("CXX", "c++"))):
         return WITHOUT_COMPILER
     return None
 
 
-# What is trained, on what, and how
+# Models, data and settings of the trainings
 
 
 def write_inputs(folder: Path) -> None:
-    """`folder/tied`, `folder/untied`: models with a tokenizer; `folder/data`: train.json, test.json."""
+    """Write `folder/tied` and `folder/untied`, models with a tokenizer, and `folder/data`: train.json, test.json."""
     from exo_fast.training.processes import announce_cpu
 
     announce_cpu()  # before transformers is imported
@@ -116,7 +116,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def save_model(folder: Path, *, tied: bool) -> None:
-    """A Llama of two layers whose weights bf16 holds exactly, so that both precisions start from one point."""
+    """Save a Llama of two layers whose weights are exact in bf16, so that both precisions start from one point."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
     from transformers.utils import logging
@@ -142,7 +142,8 @@ def save_model(folder: Path, *, tied: bool) -> None:
 
 
 def settings(folder: Path, head: str, trained: str, output: str, **changes: Any) -> dict[str, Any]:
-    """Fields of the AlignConfig of a training into `folder/output`: by default one process, float32, no DeepSpeed."""
+    """Return the fields of the AlignConfig of a training into `folder/output`: by default one process, float32, no
+    DeepSpeed."""
     return {
         "model_name_or_path": str(folder / head),
         "data": str(folder / "data"),
@@ -169,7 +170,8 @@ def settings(folder: Path, head: str, trained: str, output: str, **changes: Any)
 
 
 def answer_settings(folder: Path, head: str, trained: str) -> list[dict[str, Any]]:
-    """The training that others are held to, and the same with a learning rate of 0, which gives the start of all."""
+    """Return the training that others are compared with, and the same with a learning rate of 0, which gives the start
+    of all."""
     return [
         settings(folder, head, trained, f"answer/{head}/{trained}"),
         settings(folder, head, trained, f"start/{head}/{trained}", learning_rate=0.0),
@@ -177,7 +179,7 @@ def answer_settings(folder: Path, head: str, trained: str) -> list[dict[str, Any
 
 
 def cell_settings(folder: Path, cell: Cell) -> dict[str, Any]:
-    """The training of a cell, into `folder/str(cell)`."""
+    """Return the settings of a cell's training into `folder/str(cell)`."""
     return settings(
         folder,
         cell.head,
@@ -196,9 +198,9 @@ def cell_settings(folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def measure(chosen: Sequence[Cell], folder: Path, bar: Any) -> dict[str, Any]:
-    """Train all cells in `folder`, an empty one, and compare them. `bar` is tqdm's.
+    """Train all cells in `folder`, which is empty, and compare them. `bar` is tqdm's.
 
-    Raises RuntimeError when there is no answer to hold them to.
+    Raises RuntimeError if there is no answer to compare them with.
     """
     write_inputs(folder)
     models = list(dict.fromkeys((cell.head, cell.trained) for cell in chosen))
@@ -234,7 +236,7 @@ def measure(chosen: Sequence[Cell], folder: Path, bar: Any) -> dict[str, Any]:
 
 
 def train(training: dict[str, Any], processes: int, folder: Path) -> str:
-    """Run a training, the fields of an AlignConfig. Returns why it failed, "" if it did not."""
+    """Run a training, given as the fields of an AlignConfig. Return why it failed, "" if it did not."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(training))
     team = Team(["align", "--config", str(recipe)], folder / "log", processes)
@@ -246,11 +248,11 @@ def train(training: dict[str, Any], processes: int, folder: Path) -> str:
 
 
 def compare(folder: Path, cell: Cell) -> dict[str, Any]:
-    """How far the training of `cell` is from the answer.
+    """Return how far the training of `cell` is from the answer.
 
-    `parameters` is the largest ‖a − b‖ / ‖b‖ of a parameter tensor, with a found and b right, and `tensor` the one that
-    has it; `change` is the largest ‖a − b‖ / ‖b − start‖; `evaluation` the relative difference of the loss on held-out
-    data.
+    `parameters` is the largest ‖a − b‖ / ‖b‖ of a parameter tensor, where a is the cell's and b the answer's, and
+    `tensor` is its name; `change` is the largest ‖a − b‖ / ‖b − start‖; `evaluation` is the relative difference of the
+    loss on held-out data.
     """
     found, answer = folder / str(cell), folder / "answer" / cell.head / cell.trained
     summary, right_summary = (json.loads((place / "summary.json").read_text()) for place in (found, answer))
@@ -273,7 +275,7 @@ def compare(folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The tensors that a training saved (with LoRA, of its adapters), in float64."""
+    """Load the tensors that a training saved (with LoRA, only adapters) in float64."""
     from safetensors.torch import load_file
 
     adapter = folder / "adapter_model.safetensors"
@@ -282,7 +284,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def describe_answer(folder: Path, head: str, trained: str) -> dict[str, Any]:
-    """What the training did that others are held to: how far it moved parameters, and in how many steps it clipped."""
+    """Describe the answer's training: how far it moved parameters, and in how many steps it clipped."""
     place = folder / "answer" / head / trained
     right, start = load(place), load(folder / "start" / head / trained)
     history = json.loads((place / "trainer_state.json").read_text())["log_history"]
@@ -301,18 +303,18 @@ def describe_answer(folder: Path, head: str, trained: str) -> dict[str, Any]:
 
 
 def within_limits(row: dict[str, Any]) -> bool:
-    """Whether a row is as near to the answer as it has to be. One that was skipped says nothing against it."""
+    """Check whether a row is within its limits of the answer. A skipped row passes."""
     if "skipped" in row:
         return True
     limit = LIMITS[row["precision"]]
-    return "failed" not in row and row["parameters"] <= limit and row["evaluation"] <= limit  # no: of a NaN
+    return "failed" not in row and row["parameters"] <= limit and row["evaluation"] <= limit  # False for a NaN
 
 
-# What is shown
+# Output
 
 
 def text(results: dict[str, Any]) -> str:
-    """What was trained, the table, what failed or was skipped, and what it is from, as Markdown."""
+    """Format as Markdown: an explanation, the table, the cells that failed or were skipped, and the provenance."""
     kinds = ("failed", "skipped")
     troubles = [f"- {row['name']}: {kind}: {row[kind]}" for row in results["rows"] for kind in kinds if kind in row]
     parts = [explanation(results), table(results["rows"]), "\n".join(troubles), provenance(results)]
@@ -320,7 +322,7 @@ def text(results: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """A line for each number of processes and ZeRO stage, with the worst of its cells."""
+    """Make a table with a line for each number of processes and ZeRO stage, and its worst cells."""
     models = list(product(HEADS, TRAINED))
     lines = []
     for processes, sharding in dict.fromkeys(map(cut, rows)):
@@ -335,12 +337,12 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def cut(row: dict) -> tuple[str, str]:
-    """A row's number of processes and ZeRO stage, in words."""
+    """Describe a row's number of processes and ZeRO stage in words."""
     return str(row["processes"]), f"{row['zero_stage']}{', offloaded' * row['offload']}"
 
 
 def worst(rows: Sequence[dict], key: str) -> str:
-    """The largest of some rows, bold where one is past its limit; "–" of none."""
+    """Return the largest value of some rows, in bold if one exceeds its limit; "–" without rows."""
     if not rows or any("failed" in row for row in rows):
         return "**failed**" if rows else "–"
     if all("skipped" in row for row in rows):
@@ -351,7 +353,7 @@ def worst(rows: Sequence[dict], key: str) -> str:
 
 
 def explanation(results: dict[str, Any]) -> str:
-    """What was trained, and what the columns are."""
+    """Explain the trainings and the columns."""
     answers = results["answers"]
     parameters = [answer["parameters"] for answer in answers]
     moved = [share for answer in answers for share in answer["moved"]]
@@ -368,7 +370,7 @@ def explanation(results: dict[str, Any]) -> str:
 
 
 def provenance(results: dict[str, Any]) -> str:
-    """Command, date, commit, machine and versions in a line."""
+    """Return command, date, commit, machine and versions in one line."""
     versions = [f"{name} {results['versions'][name]}" for name in ("torch", "transformers", "deepspeed")]
     commit = [f"commit {results['commit']}"] if results["commit"] else []
     parts = [f"`{results['command']}`", results["date"][:10], *commit, runner.machine_line(results)]
@@ -376,7 +378,7 @@ def provenance(results: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -394,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(results: dict[str, Any], output: Path | None, page: Path | None) -> int:
-    """Print the results, and write them where that is wished; returns the exit status."""
+    """Print the results, write them to `output` and `page` if given, and return the exit status."""
     print(text(results))
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -60,21 +60,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "ZeRO 2, bf16, accumulation": {"zero_stage": 2, "bf16": True, "gradient_accumulation_steps": 4},
     "no DeepSpeed, with dropout": {"engine": "torch", **DROPOUT},
 }
-PLAIN = "ZeRO 2 with dropout"  # of the trainings that are damaged, or kept from their disk
-# Where a kill comes. Of the first two: calls of StageTrainer's methods that a process does not survive.
+PLAIN = "ZeRO 2 with dropout"  # the kind of the trainings that are damaged, or whose disk fails
+# The places of kills. For the first two: calls of StageTrainer's methods that a process does not survive.
 PLACES: dict[str, tuple[tuple[str, int], ...]] = {
     "evaluation": tuple(("prediction_step", call) for call in range(1, 5)),  # two to an evaluation
     "boundary": (("evaluate", 1), ("evaluate", 2), ("_run_epoch", 2), ("_finalize_training", 1)),
     "writing": (),
     "any": (),
 }
-TIMES = ("runtime", "per_second", "peak_memory_mb")  # how names in the log end that no two runs share
+TIMES = ("runtime", "per_second", "peak_memory_mb")  # endings of names in the log whose values differ in every run
 WATCH_SECONDS = 60
-PAGE = 4096  # bytes; files take whole ones
+PAGE = 4096  # bytes; files take whole pages
 
 
 class Broken(AssertionError):
-    """Something did not hold. The message says what."""
+    """A check failed. The message says which."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class Result:
     log: list[dict[str, Any]]
 
     def evaluated(self) -> list[int]:
-        """The steps at which it was evaluated."""
+        """Return the steps at which it was evaluated."""
         return [entry["step"] for entry in self.log if "eval_loss" in entry]
 
 
 def write_inputs(folder: Path) -> None:
-    """Models of `consistency`, with dropout in their attention (of the probabilities; off by default)."""
+    """Write the models of `consistency`, with dropout on their attention probabilities (off by default)."""
     folder.mkdir()
     consistency.write_inputs(folder)
     for head in consistency.HEADS:
@@ -99,7 +99,7 @@ def write_inputs(folder: Path) -> None:
 
 
 class Training:
-    """One training below `folder`, started as often as it takes."""
+    """One training below `folder`, which can be started several times."""
 
     def __init__(self, folder: Path, inputs: Path, kind: str, **changes: Any):
         self.folder, self.output = folder, folder / "run"
@@ -113,18 +113,18 @@ class Training:
             "num_train_epochs": EPOCHS,
             "save_strategy": "steps",
             "save_steps": SAVE_STEPS,
-            "logging_steps": 3,  # so that entries of the log are of steps before and after a kill
+            "logging_steps": 3,  # so that log entries cover steps before and after a kill
             **KINDS[kind],
             **changes,
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(options))
 
     def start(self, processes: int = PROCESSES, deaths: dict[int, tuple[str, int]] | None = None) -> Team:
-        """Start it. `deaths` are the calls that processes do not survive (see `Team`)."""
+        """Start the training. `deaths` are the calls that processes do not survive (see `Team`)."""
         return Team(["align", "--config", str(self.folder / "recipe.yaml")], self.folder / "log", processes, deaths)
 
     def finish(self, processes: int = PROCESSES) -> Team:
-        """Start it and wait for its end, which must be a good one."""
+        """Start the training and wait for its end, which must be a success."""
         team = self.start(processes)
         statuses = team.wait()
         if any(statuses):
@@ -132,20 +132,20 @@ class Training:
         return team
 
     def copy_to(self, other: Training) -> None:
-        """Make `other` a copy of this one as it was stopped, for its own recipe to continue."""
+        """Copy this stopped training to `other`, which continues it with its own recipe."""
         shutil.copytree(self.output, other.output, symlinks=True)
-        settings = other.output / "settings.json"  # names directories of this one
+        settings = other.output / "settings.json"  # it names directories of this training
         settings.write_text(settings.read_text().replace(str(self.folder), str(other.folder)))
 
     def result(self) -> Result:
-        """The weights and the log that it saved at its end."""
+        """Return the weights and the log that it saved at its end."""
         adapter = self.output / "adapter_model.safetensors"
         weights = load_file(adapter if adapter.exists() else self.output / "model.safetensors")
         entries = json.loads((self.output / "trainer_state.json").read_text())["log_history"]
         log = [
             {name: value for name, value in entry.items() if not name.endswith(TIMES)}
             for entry in entries
-            if "train_runtime" not in entry  # the last, which is of the last start
+            if "train_runtime" not in entry  # without the last entry, which covers only the last start
         ]
         return Result(weights, log)
 
@@ -188,21 +188,21 @@ def check_evaluated(found: Result, right: Result) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: where it came, and whether to all processes."""
+    """One kill: its place, and whether it hit all processes."""
 
     place: str
     all_processes: bool
 
 
 def undisturbed(folder: Path, inputs: Path, kind: str) -> tuple[Result, float]:
-    """The result of a training that nobody disturbed, and its seconds."""
+    """Run an undisturbed training; return its result and its seconds."""
     training, begun = Training(folder, inputs, kind), time.monotonic()
     training.finish()
     return training.result(), time.monotonic() - begun
 
 
 def kills(folder: Path, inputs: Path, kind: str, count: int, rng: random.Random, bar: Any) -> dict[str, Any]:
-    """Kill trainings of one kind `count` times in all; the row of the table."""
+    """Kill trainings of one kind `count` times in all; return the row of the table."""
     right, seconds = undisturbed(folder / "undisturbed", inputs, kind)
     done: list[Kill] = []
     trainings = 0
@@ -236,7 +236,7 @@ def kills(folder: Path, inputs: Path, kind: str, count: int, rng: random.Random,
 
 
 def _start_and_kill(training: Training, place: str, seconds: float, rng: random.Random) -> tuple[Team, Kill | None]:
-    """Start a training and kill it there; None when it ended before."""
+    """Start a training and kill it at `place`; return None if it ended before."""
     ranks = range(PROCESSES) if rng.random() < 0.7 else [rng.randrange(PROCESSES)]
     kill = Kill(place, len(ranks) == PROCESSES)
     if PLACES[place]:
@@ -260,7 +260,7 @@ def _start_and_kill(training: Training, place: str, seconds: float, rng: random.
 
 
 def _wait_for(team: Team, happened: Callable[[], bool], seconds: float = WATCH_SECONDS) -> bool:
-    """Whether it happened before the time was up or the processes had ended."""
+    """Wait; return whether it happened before the time was up or the processes had ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and team.alive():
         if happened():
@@ -270,7 +270,7 @@ def _wait_for(team: Team, happened: Callable[[], bool], seconds: float = WATCH_S
 
 
 def _check_resumed(said: str, before: Path | None) -> None:
-    """Raises Broken where a start did not continue from the newest checkpoint there was."""
+    """Raises Broken if a start did not continue from the newest checkpoint."""
     if before is not None and "continuing from" in said and f"continuing from {before}\n" not in said:
         raise Broken(f"{before.name} was there, and it said: {said.split('continuing from', 1)[1].splitlines()[0]}")
 
@@ -279,8 +279,8 @@ def _check_resumed(said: str, before: Path | None) -> None:
 
 
 def resized(folder: Path, inputs: Path, kind: str) -> dict[str, Any]:
-    """Trainings stopped half-way in two processes and continued by one and by four; the row of the table."""
-    same = {"lora_dropout": 0.0, "disable_dropout": True}  # other processes would draw other random numbers
+    """Stop trainings half-way in two processes and continue them in one and in four; return the row of the table."""
+    same = {"lora_dropout": 0.0, "disable_dropout": True}  # another number of processes would draw other random numbers
     training = Training(folder / "undisturbed", inputs, kind, **same)
     training.finish()
     right, row = training.result(), {"kind": kind.removesuffix(" with dropout").rstrip(",")}
@@ -309,14 +309,14 @@ def resized(folder: Path, inputs: Path, kind: str) -> dict[str, Any]:
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    """Turn one bit of a file around."""
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
 def cut(path: Path, rng: random.Random) -> None:
-    """Leave the first part of a file."""
+    """Cut a file to its first part."""
     with path.open("r+b") as file:
         file.truncate(rng.randrange(path.stat().st_size))
 
@@ -326,21 +326,21 @@ def remove(path: Path, rng: random.Random) -> None:
 
 
 def link(path: Path, rng: random.Random) -> None:
-    """Put the file elsewhere and a symbolic link in its place."""
+    """Move the file elsewhere and put a symbolic link in its place."""
     elsewhere = path.parent.parent.parent.parent / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
 
 
 class Payload:
-    """What a pickle makes of this runs a command."""
+    """An object whose pickle runs a command when it is loaded."""
 
     def __reduce__(self) -> tuple:
         return os.system, ("touch payload-has-run",)
 
 
 def poison(path: Path, rng: random.Random) -> None:
-    """Replace the file by a pickle that runs a command, and make the manifest say that this is right."""
+    """Replace the file by a pickle that runs a command, and update the manifest to match."""
     torch.save({"payload": Payload()}, path, pickle_module=pickle)
     folder = next(parent for parent in path.parents if (parent / checkpoints.MANIFEST).exists())
     manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
@@ -349,14 +349,14 @@ def poison(path: Path, rng: random.Random) -> None:
 
 
 def lead_outside(path: Path, rng: random.Random) -> None:
-    """Have the manifest name a file outside the checkpoint."""
+    """Make the manifest name a file outside the checkpoint."""
     manifest = json.loads(path.read_text())
     manifest["files"]["../../log"] = {"size": 0, "sha256": ""}
     path.write_text(json.dumps(manifest))
 
 
 def add(path: Path, rng: random.Random) -> None:
-    """A file that was not written with the others."""
+    """Add a file that was not written with the others."""
     path.with_name("more.pt").write_bytes(b"more")
 
 
@@ -388,7 +388,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, random.Random], None]]] = {
 
 
 def stopped_halfway(folder: Path, inputs: Path, kind: str, **changes: Any) -> Training:
-    """A training that was killed when it had three checkpoints."""
+    """Return a training that was killed when it had three checkpoints."""
     training = Training(folder, inputs, kind, **changes)
     team = training.start()
     if not _wait_for(team, lambda: len(checkpoints.numbered(training.output)) >= 3):
@@ -399,7 +399,7 @@ def stopped_halfway(folder: Path, inputs: Path, kind: str, **changes: Any) -> Tr
 
 
 def damage(template: Training, inputs: Path, name: str, right: Result, rng: random.Random) -> dict[str, Any]:
-    """Do one damage to a copy of a stopped training, start it, and see what becomes of it; the row of the table."""
+    """Do one damage to a copy of a stopped training, start it, and check the outcome; return the row of the table."""
     folder = template.folder.with_name("damaged")
     shutil.rmtree(folder, ignore_errors=True)
     training = Training(folder, inputs, PLAIN)
@@ -426,7 +426,7 @@ def damage(template: Training, inputs: Path, name: str, right: Result, rng: rand
 
 @contextmanager
 def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
-    """A file system of so many MB at `folder`. Raises OSError where this user may not mount one."""
+    """Mount a file system of so many MB at `folder`. Raises OSError if this user may not mount one."""
     folder.mkdir()
     options = f"size={int(megabytes * 1e6)}"
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
@@ -439,7 +439,8 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
 
 
 def full_disk(folder: Path, inputs: Path, right: Result, size_mb: float, *, while_writing: bool) -> dict[str, Any]:
-    """A training on a disk that has room for two and a half checkpoints, or fills up while the third is written."""
+    """Run a training on a disk that has room for two and a half checkpoints, or fills up while the third is
+    written."""
     name = "disk fills up while a checkpoint is written" if while_writing else "disk full before a checkpoint"
     room = 50 * size_mb if while_writing else 2.5 * size_mb
     with small_disk(folder, room) as disk:
@@ -471,7 +472,7 @@ def full_disk(folder: Path, inputs: Path, right: Result, size_mb: float, *, whil
 
 
 def _fill(path: Path) -> None:
-    with path.open("wb", buffering=0) as file:  # a buffer's rest would be written, and fail, when the file is closed
+    with path.open("wb", buffering=0) as file:  # else the rest of a buffer would be written, and fail, on close
         try:
             while True:
                 file.write(bytes(2**16))
@@ -480,7 +481,7 @@ def _fill(path: Path) -> None:
 
 
 def unwritable(folder: Path, inputs: Path) -> dict[str, Any]:
-    """An output directory on a file system that is mounted read-only."""
+    """Run a training whose output directory is on a file system mounted read-only."""
     with small_disk(folder, 1) as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         training = Training(folder.with_name("unwritable-training"), inputs, PLAIN, output_dir=str(disk / "run"))
@@ -492,7 +493,7 @@ def unwritable(folder: Path, inputs: Path) -> dict[str, Any]:
 
 
 def occupied(folder: Path, inputs: Path) -> dict[str, Any]:
-    """A second run to a directory that one writes to."""
+    """Start a second run into a directory that another run is writing to."""
     training = Training(folder, inputs, PLAIN, num_train_epochs=1000)
     first = training.start()
     _wait_for(first, lambda: training.newest() is not None)
@@ -506,7 +507,7 @@ def occupied(folder: Path, inputs: Path) -> dict[str, Any]:
 
 
 def asked_to_stop(folder: Path, inputs: Path, right: Result) -> dict[str, Any]:
-    """SIGTERM in the middle."""
+    """Send SIGTERM in the middle of a training."""
     training = Training(folder, inputs, PLAIN)
     team = training.start()
     _wait_for(team, lambda: training.newest() is not None)
@@ -532,13 +533,13 @@ def measure(
     kinds: Sequence[str] = tuple(KINDS),
     cases: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Rows of kills, continuations in another number of processes, and damages (by default all); a row that did not
-    hold has `broken`, why."""
+    """Return the rows of kills, continuations in another number of processes, and damages (by default all). A row that
+    failed has the reason in `broken`."""
     inputs = folder / "inputs"
     write_inputs(inputs)
     rng = random.Random(seed)
     killed, resizes, damages = [], [], []
-    right, _ = undisturbed(folder / "undisturbed", inputs, PLAIN)  # first: its seconds are those of imports, too
+    right, _ = undisturbed(folder / "undisturbed", inputs, PLAIN)  # this first run also takes the seconds of imports
     for index, kind in enumerate(kinds):
         share = count // len(kinds) + (index < count % len(kinds))
         place = folder / f"kills-{index}"

@@ -1,7 +1,7 @@
-"""`exo-fast` in groups of processes over gloo on this machine, forked from one that has imported all it needs.
+"""Run `exo-fast` in groups of processes over gloo on this machine, forked from one that has imported its packages.
 
-A process takes ten seconds to import what training needs, and a tiny model less than one to train. A process that is
-forked from one that has imported it starts at once, and is like any other to the kernel, to gloo and to SIGKILL.
+A process takes ten seconds to import the packages of training, and a tiny model less than one second to train. A
+process forked after the imports starts at once, and behaves like any other for the kernel, gloo and SIGKILL.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PRELOAD = [
     "peft",
 ]
 DIED = "killed at its call "
-LIMIT_SECONDS = 180  # of a run that is left alone, after which it is taken to hang
+LIMIT_SECONDS = 180  # an undisturbed run that takes longer is taken to hang
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Team:
-    """Starts one command in `processes` processes, and adds what they print to `log`.
+    """Starts one command in `processes` processes, and appends their output to `log`.
 
-    `deaths` name by rank a method of StageTrainer, and the number of its call that the process does not survive.
+    `deaths` give by rank a method of StageTrainer, and the number of its call that the process does not survive.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Team:
         deadline = time.monotonic() + seconds
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.02)
-            if any(member.exitcode for member in self.members):  # a launcher ends the others, too
+            if any(member.exitcode for member in self.members):  # like a launcher, end the others too
                 deadline = min(deadline, time.monotonic() + 3)
         self.kill()
         for member in self.members:
@@ -79,18 +79,18 @@ class Team:
         return [member.exitcode for member in self.members]
 
     def died(self) -> bool:
-        """Return whether a process has met its death."""
+        """Return whether a process has died by one of its `deaths`."""
         return DIED in self.said()
 
     def said(self) -> str:
-        """Return what the processes have printed."""
+        """Return the output of the processes."""
         with self.log.open("rb") as file:
             file.seek(self.begun)
             return file.read().decode(errors="replace")
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """Return the environment of each process: one thread, and what a launcher would set for two processes or more."""
+    """Return the environment of each process: one thread, and a launcher's variables for two processes or more."""
     common = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"OMP_NUM_THREADS": "1"}
     if processes == 1:
         return [common]
@@ -102,7 +102,7 @@ def environments(processes: int) -> list[dict[str, str]]:
 
 
 def _run(words: list[str], environment: dict[str, str], log: str, death: tuple[str, int] | None) -> None:
-    """Run the command in a forked process, and end the process before the interpreter is taken apart under gloo."""
+    """Run the command in a forked process, and end it before the interpreter shuts down under gloo."""
     os.environ.clear()
     os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:

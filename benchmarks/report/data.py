@@ -1,4 +1,4 @@
-"""The report of the suite `data`: rows a second, and where an epoch goes."""
+"""The report of the suite `data`: rows a second, and the stages of an epoch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exo_fast.benchmarks.suites.data import CANDIDATES, ROWS
 
 
 def table(results: dict) -> str:
-    """Rows read, tokenised and packed."""
+    """Make the table of rows read, tokenised and packed."""
     lines = [
         [
             row["part"],
@@ -31,7 +31,7 @@ def table(results: dict) -> str:
 
 
 def epoch_table(results: dict) -> str:
-    """The stages of every epoch, in seconds and shares; "" where none was profiled."""
+    """Make the table of every epoch's stages, in seconds and shares; "" if no epoch was profiled."""
     epochs = [row for row in results["rows"] if "stages" in row]
     if not epochs:
         return ""
@@ -63,7 +63,7 @@ def _seconds(stage: dict | None) -> str:
 
 
 def plot_epoch(results: dict, path: Path) -> None:
-    """Shares of the steps of every profiled plot_epoch, largest first."""
+    """Plot the stages' shares of the steps of every profiled epoch, largest first."""
     epochs = [row for row in results["rows"] if "stages" in row]
     names = [stage["stage"] for stage in epochs[0]["stages"] if stage["when"] == "every step"]
     title = "Where the steps of an epoch go: share of their time (dotted: 5%)"

@@ -1,6 +1,6 @@
 """The frame and the colours of plots: light, in the colours of Okabe and Ito, which colour-blind readers tell apart.
 
-Every plot is a function of one suite's results and the PNG to write. Its foot says what it is from.
+Every plot is a function of one suite's results and the PNG to write. Its foot gives its provenance.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIZE = 8
 def figure(
     path: Path, results: dict, title: str, shape: tuple[int, int], size: tuple[float, float], **options: Any
 ) -> Iterator[Any]:
-    """The panels of a new figure, (rows, columns); saved at the end with title and foot."""
+    """Make a new figure and give its panels (rows, columns); it is saved at the end with title and foot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,5 +43,5 @@ def figure(
 
 
 def colour_of(style: str) -> str:
-    """Blue for ours, grey for a peer."""
+    """Return blue for ours, grey for a peer."""
     return BLUE if style.startswith(OURS) else GREY

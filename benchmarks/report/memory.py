@@ -1,4 +1,4 @@
-"""The report of the suite `memory`: measured beside predicted."""
+"""The report of the suite `memory`: measurements beside predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from exo_fast.benchmarks.report.section import Section, paragraph
 
 
 def table(results: dict) -> str:
-    """Every step: measured, predicted, and its largest parts."""
+    """Make the table of every step: measured, predicted, and its largest parts."""
     lines = [
         [
             f"K = {row['candidates']}, {row['prompt']} + {row['completion']}, {row['sequences']} sequences",
@@ -41,7 +41,7 @@ def _largest(parts: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Measured peaks as bars, predictions as marks."""
+    """Plot measured peaks as bars, predictions as marks."""
     rows = [row for row in results["rows"] if "seconds" in row]
     with figure(
         path, results, "Peak memory of a step, 135M model: measured (bars) and predicted (marks)",

@@ -12,7 +12,7 @@ from exo_fast.benchmarks.report.section import Section, paragraph
 
 
 def claims(results: dict) -> str:
-    """Ours against the fastest peers, a line for each problem."""
+    """Compare ours with the fastest peers, a line for each problem."""
     lines = []
     for found in results["summary"]["comparisons"]:
         if "fastest" not in found:
@@ -34,7 +34,7 @@ def claims(results: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """Every measurement, a table for each head and dtype."""
+    """Show every measurement, a table for each head and dtype."""
     rates = {_head(floor): floor["gflops"] for floor in results.get("summary", {}).get("floors", [])}
     blocks = []
     for head, rows in grouped(results["rows"], _head):
@@ -65,7 +65,7 @@ def _line(row: dict, cce: dict | None, narrow: bool) -> list[str]:
 
 
 def problem_name(row: dict) -> str:
-    """What the operation was asked for in a row: "K = 4, N = 8,192, dH"."""
+    """Describe a row's problem: "K = 4, N = 8,192, dH"."""
     tokens = f"N = {row['tokens']:,}"
     if row["operation"] == "kernel":
         return f"{row['method']} alone, {row['tokens']:,} rows"
@@ -89,7 +89,7 @@ def plotted(row: dict) -> bool:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Time over that of the matrix products alone, every method of one problem of each head and dtype."""
+    """Plot the time over the time of the matrix products alone: every method on one problem of each head and dtype."""
     chosen = []
     for head, rows in grouped(results["rows"], lambda row: (row["width"], row["vocab"], row["precision"])):
         timed = [row for row in rows if plotted(row)]

@@ -32,7 +32,8 @@ SECTIONS = {**op.SECTIONS, **scaling.SECTIONS, **step.SECTIONS, **data.SECTIONS,
 
 
 def sections(results: dict[str, dict], images: str) -> dict[str, str]:
-    """{name of the section: its text}, of the suites that have results. `images`: where the page finds its plots."""
+    """Return {name of the section: its text} for the suites that have results. The page finds its plots in
+    `images`."""
     made = {}
     for name, section in SECTIONS.items():
         found = results.get(section.suite)
@@ -48,7 +49,7 @@ def _has_plot(section: Section, results: dict) -> bool:
 
 
 def draw(results: dict[str, dict], names: Iterable[str], folder: Path) -> list[Path]:
-    """The plots of these sections, as PNG."""
+    """Draw the plots of these sections as PNG."""
     drawn = []
     for name in names:
         section = SECTIONS[name]
@@ -64,7 +65,7 @@ def _png(name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files [benchmarks/results]")
     parser.add_argument("--page", type=Path, default=PAGE, help="page to write to [docs/performance.md]")
@@ -76,9 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path, page: Path, images: Path) -> list[Path]:
-    """Results of a folder → sections of a page (made when there is none) and plots. Returns what was written.
+    """Write the results of a folder as sections of a page (made if it does not exist) and plots. Return the files
+    written.
 
-    Plots that the results have nothing for are removed from the folder.
+    Plots without results are removed from the folder.
     """
     results = compare.read_results(folder)
     where = Path(os.path.relpath(images, page.parent)).as_posix()

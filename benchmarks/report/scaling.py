@@ -15,7 +15,7 @@ PEERS = {"full-logits": ORANGE, "cce": GREEN}
 
 
 def table(results: dict) -> str:
-    """The exponents of the curves, then their points."""
+    """Make the table of the curves' exponents, then of their points."""
     fits = [
         [
             fit["axis"],
@@ -49,7 +49,7 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Time and scratch over N, V and K, each with the exponent of its curve."""
+    """Plot time and scratch over N, V and K, each with the exponent of its curve."""
     sizes_of = {"N": ("tokens", "tokens N"), "V": ("vocab", "vocabulary V"), "K": ("candidates", "candidates K")}
     timed = [row for row in results["rows"] if "seconds" in row]
     axes = grouped(timed, lambda row: row["axis"])
@@ -81,7 +81,7 @@ def plot(results: dict, path: Path) -> None:
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log")
                 height = math.log(max(6.0, max(shown) / min(shown)))
-                names = 0.05 + 0.07 * len(grouped(points, _curve))  # share of the panel that they take, above
+                names = 0.05 + 0.07 * len(grouped(points, _curve))  # the share of the panel that the names take, above
                 height /= 0.95 - names
                 panel.set_ylim(min(shown) * math.exp(-0.05 * height), min(shown) * math.exp(0.95 * height))
                 panel.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
@@ -96,7 +96,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def _curve(row: dict) -> tuple:
-    """What tells the curves of an axis apart, of a fit or of a row."""
+    """Return the key, of a fit or of a row, that distinguishes the curves of an axis."""
     axis = row["axis"]
     return axis, row["method"], row["width"], None if axis == "V" else row["vocab"], row["precision"]
 

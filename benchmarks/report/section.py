@@ -9,16 +9,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Section:
-    """A table, and what belongs to it."""
+    """A table with its note and plot."""
 
     suite: str
     title: str
     note: str  # how to read it
-    make: Callable[[dict], str]  # results of the suite → the table; "" when they have nothing for it
+    make: Callable[[dict], str]  # results of the suite → the table; "" if they have no rows for it
     plot: Callable[[dict, Path], None] | None = None  # results of the suite, PNG to write
     plotted: Callable[[dict], bool] = lambda row: "seconds" in row  # the rows that the plot shows
 
 
 def paragraph(lines: str) -> str:
-    """The words of several lines as one."""
+    """Join the words of several lines into one."""
     return " ".join(lines.split())

@@ -1,4 +1,4 @@
-"""The report of the suite `step`: every style, what each part of ours gives, and their plots."""
+"""The report of the suite `step`: every style, the gain of each part of ours, and their plots."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from exo_fast.benchmarks.report.figure import BLUE, DARK, GREEN, GREY, ORANGE, f
 from exo_fast.benchmarks.report.section import Section, paragraph
 from exo_fast.benchmarks.suites.step import CENTRE, GRID, LENGTH
 
-EXTREMES = (max(GRID), min(GRID))  # of (K, tokens of the prompt): what the step gains most, and least
+EXTREMES = (max(GRID), min(GRID))  # (K, tokens of the prompt) with the largest gain of the step, and the smallest
 STYLES = {"original": (GREY, "original"), "full-logits": (ORANGE, "full logits"), OURS: (BLUE, "exo_fast")}
 
 
 def table(results: dict) -> str:
-    """Long and short prompts, then every case, a table for each dtype."""
+    """Show long and short prompts, then every case, a table for each dtype."""
     blocks = []
     for precision, rows in grouped(results["rows"], lambda row: row["precision"]):
         ours = {_problem(row): row for row in rows if row["style"] == OURS and "seconds" in row}
@@ -47,7 +47,7 @@ def table(results: dict) -> str:
 
 
 def _claims(results: dict) -> list[str]:
-    """Long and short prompts: what the step gains most and least, in a table; or nothing."""
+    """Make a table of the step's largest and smallest gain, with long and short prompts; empty if not measured."""
     ratios = results["summary"]["ratios"]
     lines = []
     for candidates, prompt in EXTREMES:
@@ -67,7 +67,7 @@ def _problem(row: dict) -> tuple:
 
 
 def ablation_table(results: dict) -> str:
-    """What each part of ours gives, from the original's step on; "" where the ladder is not whole."""
+    """Make the table of each part's gain, beginning with the original's step; "" if the ladder is not complete."""
     rungs, without = results["summary"]["ladder"], results["summary"]["without"]
     if not rungs:
         return ""
@@ -93,7 +93,7 @@ def plotted(row: dict) -> bool:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Completion tokens a second and peak memory over prompt : completion, a column for each K."""
+    """Plot completion tokens a second and peak memory over prompt : completion, a column for each K."""
     measured = grouped((row for row in results["rows"] if plotted(row)), lambda row: row["precision"])
     precision, rows = max(measured, key=lambda found: len(found[1]))
     by_k = sorted(grouped(rows, lambda row: row["candidates"]))
@@ -131,7 +131,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def plot_ablation(results: dict, path: Path) -> None:
-    """A waterfall from the original's step to ours."""
+    """Plot a waterfall from the original's step to ours."""
     rungs = results["summary"]["ladder"]
     candidates, prompt = CENTRE
     title = f"From the original's step to ours: K = {candidates}, {prompt} + {LENGTH - prompt} tokens, bf16"

@@ -1,1 +1,1 @@
-"""Recipes: several stages in order, each run once, each in a process of its own."""
+"""Recipes: several stages in order. Each runs once, in a process of its own."""

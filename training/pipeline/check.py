@@ -1,10 +1,10 @@
-"""Checks the options of all stages of a recipe: `python -m exo_fast.training.pipeline.check CLI_MODULE IN OUT`.
+"""Check the options of all stages of a recipe: `python -m exo_fast.training.pipeline.check CLI_MODULE IN OUT`.
 
-Its own process, because making a configuration loads the training libraries and changes the environment that
-the stages would inherit (a process group, the launcher's variables).
+It runs in its own process, because making a configuration loads the training libraries and changes the environment
+that the stages would inherit (a process group, the launcher's variables).
 
-Directories that earlier stages will make do not exist yet. While a stage is checked, such a path is replaced by
-an empty stand-in, so that a path that nobody will make is still found.
+Directories that earlier stages will make do not exist yet. While a stage is checked, an empty stand-in replaces such
+a path, so a path that no stage will make is still found.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from exo_fast.training.pipeline.recipe import SMOLLM2_TEXT, path_pattern
 
 
 def check(cli_module: str, stages: list[dict[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Judge `stages` (each with name, stage, options), of the stages that `cli_module` has.
+    """Check `stages` (each with name, stage, options) against the stages that `cli_module` has.
 
     Returns {"error": None or a message; "fields": the names of `defaults` that each stage has, by stage name;
-    "missing": by stage name, a message about data that is not there}.
+    "missing": messages about missing data, by stage name}.
     """
     table = importlib.import_module(cli_module).STAGES
     fields: dict[str, list[str]] = {}
@@ -73,7 +73,8 @@ def check(cli_module: str, stages: list[dict[str, Any]], defaults: Mapping[str, 
 
 
 def _missing_data(config: Any) -> str | None:
-    """What the stage would say, hours later, of data that is not there; None where it is (or its stand-in)."""
+    """Return the error that the stage would raise hours later for missing data; None if the data (or its stand-in)
+    is there."""
     for name in ("data", "eval_data"):
         value = getattr(config, name, None)
         try:
@@ -99,7 +100,7 @@ def _with_stand_ins(value: Any, stand_ins: Mapping[str, str]) -> Any:
 
 
 def _make(path: str) -> None:
-    """What stands below a stand-in: a file where the name has a suffix of data, else a directory."""
+    """Make a path below a stand-in: a file if its name has a suffix of data, else a directory."""
     place = Path(path)
     if place.suffix in (".json", ".jsonl", ".parquet"):
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """`exo-fast recipes`: the recipes that come with exo_fast, to look at and to copy.
 
-They are files beside the code; nothing reads them by name. What is run is the copy that its user can see and change.
+They are files beside the code; nothing reads them by name. Users run their own copy, which they can see and change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from exo_fast.training.errors import InputError, nearest
 from exo_fast.training.files import write_file
 from exo_fast.training.terminal import give_result
 
-FOLDER = Path(__file__).resolve().parents[2] / "recipes"  # in a checkout as in an installed package
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"  # in a checkout and in an installed package
 
 DESCRIPTION = "List, show or copy the recipes that come with exo_fast."
 EXAMPLES = """\
@@ -26,7 +26,7 @@ examples:
 
 
 def find_recipes() -> dict[str, str]:
-    """Names of the recipes, each with a line about it: the first of its file."""
+    """Return the first line of each recipe's file, by the recipe's name."""
     return {path.stem: _summary(path) for path in sorted(FOLDER.glob("*.yaml"))}
 
 
@@ -36,7 +36,7 @@ def _summary(path: Path) -> str:
 
 
 def read(name: str) -> str:
-    """The text of the recipe `name`. Raises InputError for a name that there is not, naming the nearest."""
+    """Return the text of the recipe `name`. Raises InputError for an unknown name, naming the nearest."""
     known = find_recipes()
     name = name.removesuffix(".yaml")
     if name not in known:
@@ -47,7 +47,7 @@ def read(name: str) -> str:
 def copy(name: str, destination: Path) -> Path:
     """Write the recipe `name` to `destination`, a file or an existing directory; returns the file's path.
 
-    Raises InputError where there is a file already.
+    Raises InputError if the file exists already.
     """
     text = read(name)
     path = destination / f"{name.removesuffix('.yaml')}.yaml" if destination.is_dir() else destination
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`list`, `show NAME` or `copy NAME [DESTINATION]`; returns 0."""
+    """Run `list`, `show NAME` or `copy NAME [DESTINATION]`; return 0."""
     options = parser().parse_args(argv)
     if options.action == "list":
         found = find_recipes()

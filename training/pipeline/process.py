@@ -16,11 +16,11 @@ from exo_fast.training.pipeline.recipe import PlannedStage
 from exo_fast.training.processes import end_with_parent
 
 CLI_MODULE = "exo_fast.training.cli"
-STOP_SECONDS = 30  # that an interrupted stage gets to end by itself
+STOP_SECONDS = 30  # the time an interrupted stage has to end by itself
 
 
 def stage_command(stage: PlannedStage, config: Path, cli_module: str = CLI_MODULE) -> list[str]:
-    """The command that runs the stage: Python itself, torchrun for several processes, or the recipe's launcher."""
+    """Return the command that runs the stage: Python, torchrun for several processes, or the recipe's launcher."""
     if stage.launcher is not None:
         start = [*stage.launcher, cli_module]
     elif stage.processes > 1:
@@ -32,9 +32,9 @@ def stage_command(stage: PlannedStage, config: Path, cli_module: str = CLI_MODUL
 
 
 def _run_process(command: list[str], log: Path, lock_fd: int) -> int:
-    """Run `command`, its output on the terminal and at the end of `log`; returns its exit status.
+    """Run `command` and return its exit status. Its output goes to the terminal and is appended to `log`.
 
-    On Ctrl-C or SIGTERM the command is stopped, too, and given time to end; then KeyboardInterrupt goes on.
+    Ctrl-C and SIGTERM also stop the command. It gets time to end; then KeyboardInterrupt is raised.
     """
     with log.open("ab") as file, _sigterm_as_interrupt():
         file.write(f"$ {shlex.join(command)}\n".encode())

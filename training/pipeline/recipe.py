@@ -1,11 +1,11 @@
 """A recipe for `exo-fast run`: from YAML to a list of stages with every value filled in.
 
-A recipe names variables, defaults that are given to every stage that has such a field, and stages in the order
-in which they run. `${name}` stands for a variable anywhere in a string; a string that is nothing else becomes
-the variable's value with its type. `for` makes one stage of every combination of some values.
+A recipe names variables, defaults for every stage that has such a field, and stages in the order in which they run.
+`${name}` is replaced by a variable anywhere in a string; a string that is nothing else becomes the variable's value
+with its type. `for` makes one stage for every combination of some values.
 
-Which stage needs which is read from the paths: a stage needs every earlier stage whose output_dir stands in
-its options. Nothing has to be declared twice, and nothing can be forgotten.
+Dependencies are read from the paths: a stage needs every earlier stage whose output_dir occurs in its options.
+Nothing has to be declared twice, and nothing can be forgotten.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SMOLLM2 = "smollm2"  # the predefined variable: it stays as it is here, and beco
 SMOLLM2_TEXT = "${smollm2}"
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-# Variables and loops can make a few lines grow without end; no recipe holds so much.
+# Variables and loops can make a few lines grow without end; no real recipe is as large as this.
 MAX_CHARACTERS, MAX_STAGES = 1_000_000, 10_000
 TRAINING = ("align", "classifier", "reward-model", "sft")
 
@@ -40,7 +40,7 @@ class PlannedStage:
     """One stage that will run: a recipe's entry for one combination of its `for` values."""
 
     name: str
-    stage: str  # of the command line: "sft", "align", …
+    stage: str  # its name on the command line: "sft", "align", …
     options: dict[str, Any]
     processes: int = 1
     launcher: list[str] | None = None
@@ -63,10 +63,10 @@ class Recipe:
 
 
 def read_recipe(path: Path, known_stages: Iterable[str], settings: Mapping[str, str] | None = None) -> Recipe:
-    """The stages of the recipe at `path`. `settings` replace values of its variables.
+    """Read the recipe at `path`. `settings` replace values of its variables.
 
-    Raises InputError, with the recipe's path and the stage's name, for what cannot be read, unknown keys, stages and
-    variables (naming the nearest), names that are used twice, and outputs that are shared or nested.
+    Raises InputError, with the recipe's path and the stage's name, for a file that cannot be read, unknown keys, stages
+    and variables (naming the nearest), names that are used twice, and outputs that are shared or nested.
     """
     try:
         return _recipe(path, yaml_file.load(yaml_file.read(path)), list(known_stages), settings or {})
@@ -76,8 +76,8 @@ def read_recipe(path: Path, known_stages: Iterable[str], settings: Mapping[str, 
 
 
 def _bounded(value: Any, where: str) -> Any:
-    """Return `value`. Raises InputError where it holds more than yaml_file.MAX_VALUES values, each as often as it is
-    named."""
+    """Return `value`. Raises InputError if it holds more than yaml_file.MAX_VALUES values, each counted as often as it
+    is named."""
     waiting, count = [value], 0
     while waiting:
         count += 1
@@ -118,7 +118,7 @@ def _variables(raw: Any, settings: Mapping[str, str]) -> dict[str, Any]:
         if name not in raw:
             raise InputError(f"--set {name}: no such variable{nearest(name, raw)}")
     found: dict[str, Any] = {SMOLLM2: SMOLLM2_TEXT}
-    for name, value in raw.items():  # each may use those above it
+    for name, value in raw.items():  # each may use the variables above it
         where = f"variable {name!r}"
         try:
             value = yaml_file.load(settings[name]) if name in settings else value
@@ -176,7 +176,7 @@ def _stage(entry: dict[str, Any], where: str, known_stages: list[str]) -> Planne
 
 
 def _check_outputs(stages: Sequence[PlannedStage], output: Path) -> None:
-    """No stage may write where another does, nor around the place where `run` keeps its records."""
+    """Check that no stage writes where another does, or around the place where `run` keeps its records."""
     seen: dict[Path, str] = {}
     names: set[str] = set()
     for stage in stages:
@@ -211,7 +211,8 @@ def _mapping(value: Any, what: str, known: Sequence[str] | None = None) -> dict[
 
 
 def fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
-    """`value` with every ${name} in its strings replaced, at any depth. Raises InputError for an unknown name."""
+    """Return `value` with every ${name} in its strings replaced, at any depth. Raises InputError for an unknown
+    name."""
     if isinstance(value, dict):
         return {key: fill(item, variables, where) for key, item in value.items()}
     if isinstance(value, list):
@@ -234,15 +235,15 @@ def fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
 
 
 def path_pattern(path: str) -> re.Pattern[str]:
-    """Finds `path`, relative or absolute, in a string as a whole or with something below it: after the start, = : or ,
-    and before the end or a separator."""
+    """Return a pattern that finds `path`, relative or absolute, or a path below it in a string: after the start, = : or
+    , and before the end or a separator."""
     plain = os.path.normpath(os.path.expanduser(path))
     spellings = "|".join(re.escape(spelling) for spelling in {plain, os.path.abspath(plain), path.rstrip("/")})
     return re.compile(rf"(?:(?<=[=:,\s])|^)(?:\./)?(?:{spellings})(?=[/,:\s]|$)")
 
 
 def strings(value: Any) -> Iterable[str]:
-    """All strings in a value of mappings and lists."""
+    """Find all strings in a value of mappings and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

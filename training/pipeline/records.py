@@ -1,4 +1,4 @@
-"""What a recipe's run remembers of each stage, so that a stage runs once."""
+"""The records that a recipe's run keeps of each stage, so that a stage runs once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from exo_fast.version import __version__
 
 @dataclass
 class Record:
-    """What is known of a stage that was started once."""
+    """The record of a stage that was started."""
 
     stage: str
     options: dict[str, Any]
     version: str
     needs: dict[str, str]  # the keys of the stages it reads from
-    key: str  # hash of all the above
+    key: str  # hash of all fields above
     done: bool
-    seconds: float  # of all attempts together
+    seconds: float  # all attempts together
     created: bool  # the output directory was not there, or empty, when the stage was first started
 
 
@@ -37,17 +37,17 @@ class Records:
 
     def __init__(self, recipe: Recipe):
         self.folder = recipe.output / ".run"
-        self.fresh: dict[str, Record] = {}  # as each stage's record would be if it were started now
+        self.fresh: dict[str, Record] = {}  # each stage's record if it were started now
         for stage in recipe.stages:
             needs = {name: self.fresh[name].key for name in stage.needs}
             identity = {"stage": stage.stage, "options": stage.options, "version": __version__, "needs": needs}
             if stage.stage in TRAINING and stage.processes > 1:
-                identity["options"] = {**stage.options, "processes": stage.processes}  # they make the global batch
+                identity["options"] = {**stage.options, "processes": stage.processes}  # they decide the global batch
             key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
             self.fresh[stage.name] = Record(**identity, key=key, done=False, seconds=0.0, created=False)
 
     def find(self, name: str) -> Record | None:
-        """The record of a stage that was started before; None where there is none."""
+        """Return the stage's record; None if the stage was never started."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             return None
@@ -59,17 +59,17 @@ class Records:
             ) from error
 
     def is_done(self, stage: PlannedStage) -> bool:
-        """Whether the stage's output is there; a done stage whose output was deleted is not done."""
+        """Check whether the stage is done and its output is still there."""
         record = self.find(stage.name)
         return record is not None and record.done and Path(stage.output_dir).expanduser().is_dir()
 
     def write(self, name: str, record: Record) -> None:
-        """Keep `record`, in one step."""
+        """Write `record` in one step."""
         content = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False) + "\n"
         files.write_file(self.folder, f"{name}.json", content.encode())
 
     def check(self, recipe: Recipe, anew: set[str]) -> None:
-        """Raises InputError for a done stage that would come out differently now, unless it is to be redone."""
+        """Raises InputError if a done stage would give another result now, unless it is in `anew`."""
         for stage in recipe.stages:
             record, fresh = self.find(stage.name), self.fresh[stage.name]
             if stage.name in anew or record is None or not record.done or record.key == fresh.key:
@@ -80,7 +80,7 @@ class Records:
             )
 
     def remove_output(self, stage: PlannedStage) -> None:
-        """Delete what an earlier run of the stage made, and the record of it."""
+        """Delete the stage's output and its record."""
         record, place = self.find(stage.name), Path(stage.output_dir).expanduser()
         if _has_content(place):
             print(f"removing {place}", flush=True)
@@ -89,7 +89,7 @@ class Records:
             (self.folder / f"{stage.name}.json").unlink()
 
     def check_removal(self, stage: PlannedStage) -> None:
-        """Raises InputError for an output directory that did not come into being under this recipe."""
+        """Raises InputError if this recipe did not create the output directory."""
         record, place = self.find(stage.name), Path(stage.output_dir).expanduser()
         if place.is_symlink():
             raise InputError(f"--redo {stage.name}: {place} is a link; remove it yourself.")
@@ -102,7 +102,7 @@ class Records:
 
     @contextmanager
     def lock(self) -> Iterator[int]:
-        """A lock that no two runs hold at once. Who inherits the descriptor it gives, as stages do, holds it too."""
+        """Hold a lock that only one run can hold. Processes that inherit its descriptor, as stages do, hold it too."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = files.acquire(self.folder / "lock")
         if file is None:
@@ -119,7 +119,7 @@ def _has_content(place: Path) -> bool:
 
 
 def _difference(record: Record, fresh: Record) -> str:
-    """Say in words what makes two records of one stage differ."""
+    """Describe the differences between two records of one stage."""
     if record.version != fresh.version:
         return f"by exo_fast {record.version}, and this is {fresh.version}"
     if record.stage != fresh.stage:

@@ -1,12 +1,12 @@
-"""`exo-fast run RECIPE`: the stages of a recipe in order, each in a process of its own, none of them twice.
+"""`exo-fast run RECIPE`: run the stages of a recipe in order, each once, in a process of its own.
 
-What `run` knows of a stage is in OUTPUT/.run: NAME.yaml is its configuration as it was given to the stage, NAME.log
-all that it printed, and NAME.json whether it is done, with which options and in how many seconds. A done stage is
-skipped as long as its options, the version of the package and the stages it reads from are the same; one that
-changed is an error, because replacing results is for the user to ask for (--redo). A stage that was stopped is
-started again by the same command, and continues by itself: every stage can.
+`run` keeps its records in OUTPUT/.run. For each stage, NAME.yaml is the configuration it was given, NAME.log all
+that it printed, and NAME.json says whether it is done, with which options and in how many seconds. A done stage is
+skipped as long as its options, the version of the package and the stages it reads from are the same. If one changed,
+that is an error, because only the user may ask to replace results (--redo). The same command restarts a stage that
+was stopped, and the stage continues: every stage can.
 
-Nothing is removed but output directories of the recipe's stages that `run` saw come into being.
+`run` removes only output directories of the recipe's stages, and only if it created them.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def run_recipe(
     cli_module: str = CLI_MODULE,
     finish: Callable[[Path], Any] | None = None,
 ) -> int:
-    """Run the stages of the recipe at `path` that are not done; returns the exit status.
+    """Run the stages of the recipe at `path` that are not done; return the exit status.
 
     `only` and `redo` are names of stages, with * and ? as wildcards; `settings` replace values of the recipe's
-    variables; `show` lists the stages and runs none. `finish` is called with the output directory when the stages are
-    done; what it returns becomes the command's result, instead of the summary. Raises InputError for a recipe that
-    cannot work, before anything is run or removed.
+    variables; `show` lists the stages and runs nothing. `finish` is called with the output directory when the stages
+    are done; its return value becomes the command's result, instead of the summary. Raises InputError for a recipe
+    that cannot work, before anything is run or removed.
     """
     recipe = read_recipe(path, _stage_names(cli_module), settings)
     chosen, anew = (_matching(recipe, patterns, option) for patterns, option in ((only, "--only"), (redo, "--redo")))
@@ -141,7 +141,7 @@ def run_recipe(
 
 
 def _stage_names(cli_module: str) -> list[str]:
-    """The stages that a recipe may name: those with a configuration class."""
+    """Return the stages that a recipe may name: all that have a configuration class."""
     import importlib
 
     return [name for name, stage in importlib.import_module(cli_module).STAGES.items() if stage.config]
@@ -160,15 +160,15 @@ def _matching(recipe: Recipe, patterns: Sequence[str], option: str) -> set[str]:
 
 def _with_dependents(recipe: Recipe, names: set[str]) -> set[str]:
     found = set(names)
-    for stage in recipe.stages:  # in order, so that what depends on a dependent is found too
+    for stage in recipe.stages:  # in order, so that dependents of dependents are found too
         if found.intersection(stage.needs):
             found.add(stage.name)
     return found
 
 
 def _check_options(recipe: Recipe, cli_module: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Which defaults each stage takes, and messages about data that is not there, by stage. Raises InputError for
-    options that a stage would refuse."""
+    """Return, by stage, the defaults that it takes and messages about missing data. Raises InputError for options that
+    a stage would refuse."""
     with tempfile.TemporaryDirectory(prefix="exo_fast_run_") as folder:
         question, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         stages = [{"name": s.name, "stage": s.stage, "options": s.options} for s in recipe.stages]
@@ -274,7 +274,7 @@ def _run_stages(
 def _write_report(output: Path) -> None:
     try:
         print(f"the report is {html.write_recipe(output)}", flush=True)
-    except Exception as error:  # of a page, when all the work is done
+    except Exception as error:  # the page failed, but all the work is done
         print(f"the report was not written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
@@ -310,7 +310,7 @@ def _row(stage: PlannedStage, record: Record, state: str) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], total: float) -> str:
-    """The seconds of each stage and of all, as aligned lines."""
+    """Format the seconds of each stage and their total as aligned lines."""
     lines = [[row["name"], row["seconds"], row["state"]] for row in rows]
     lines.append(["all stages", sum(row["seconds"] for row in rows), f"{total:.0f} s now"])
     return "\n" + tabulate(lines, ["stage", "seconds", ""], tablefmt="plain", floatfmt=".0f", disable_numparse=[0])

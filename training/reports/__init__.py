@@ -1,1 +1,1 @@
-"""Numbers of a run as pages: report.html, the model card, the evaluation, the upload."""
+"""Pages made from a run's numbers: report.html, the model card, the evaluation, the upload."""

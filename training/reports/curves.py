@@ -1,4 +1,4 @@
-"""What a trainer's log says, prepared for pages: curves of at most 240 points, and the first, best and last values."""
+"""A trainer's log, prepared for pages: curves of at most 240 points, and the first, best and last values."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MOST_POINTS = 240  # of a curve; of more, the extremes are kept
+MOST_POINTS = 240  # in a curve; a longer curve keeps its extremes
 DIGITS = 8  # of a value in a page
-# In the order of the page: what is logged, and what it is called there. Held-out values are called eval_….
+# The logged metrics in the order of the page, with their titles. Held-out values are called eval_….
 METRICS = {
     "loss": "loss",
     "rewards/margins": "implicit reward, chosen − rejected",
@@ -38,7 +38,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
-    """A number as a person reads it: `digits` digits, thousands apart, a minus sign."""
+    """Format a number for people: `digits` digits, separated thousands, a minus sign."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not math.isfinite(value):
@@ -53,8 +53,8 @@ def number(value: float | int | None, digits: int = 4) -> str:
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` (4 or more) of the points in their order: the first, the last, and of each stretch between its
-    lowest and its highest, so that no spike is lost."""
+    """Thin to at most `most` (4 or more) points in their order: the first, the last, and the lowest and highest of each
+    stretch between, so that no spike is lost."""
     if len(points) <= most:
         return list(points)
     inner, stretches = points[1:-1], (most - 2) // 2
@@ -67,13 +67,13 @@ def thin(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
 
 
 def points(history: History, name: str) -> list[tuple[float, float]]:
-    """(step, value) of each entry that has a value of this name."""
+    """Return (step, value) of each entry that has a value of this name."""
     return [(entry["step"], float(entry[name])) for entry in history if isinstance(entry.get(name), int | float)]
 
 
 def charts(history: History) -> list[dict[str, Any]]:
-    """A chart for each metric of the log: its title, how many values are not finite, how many points there were, and
-    its curves, each {"label", "points": [steps, values]}. Values that are not finite are left out."""
+    """Make a chart for each metric of the log: its title, how many values are not finite, how many points there were,
+    and its curves, each {"label", "points": [steps, values]}. Values that are not finite are left out."""
     found = []
     for name, title in _metrics_of(history).items():
         both = {"training": points(history, name), "held out": points(history, f"eval_{name}")}
@@ -92,7 +92,8 @@ def charts(history: History) -> list[dict[str, Any]]:
 
 
 def metric_rows(history: History) -> list[tuple[str, str, list[str]]]:
-    """(title, "held out" or "training", [first, best, its step, last]); training batches have no best value."""
+    """Return (title, "held out" or "training", [first, best, its step, last]) of each metric. Training batches have no
+    best value."""
     rows = []
     for prefix, where in (("eval_", "held out"), ("", "training")):
         for name, title in _metrics_of(history).items():
@@ -108,7 +109,7 @@ def metric_rows(history: History) -> list[tuple[str, str, list[str]]]:
 
 
 def _metrics_of(history: History) -> dict[str, str]:
-    """Names and titles of the metrics in the log: those of METRICS in its order, others after them."""
+    """Return names and titles of the metrics in the log: first the ones in METRICS, in its order, then others."""
     there = {
         name.removeprefix("eval_"): None
         for entry in history

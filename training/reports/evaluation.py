@@ -34,9 +34,9 @@ def write_report(
     seconds: Mapping[str, float],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write report.md, frontier.png and results.json into `folder`; returns what is in the last.
+    """Write report.md, frontier.png and results.json into `folder`; return the content of results.json.
 
-    `completions` are those of the reference, then of each measurement: (P, S) strings.
+    `completions` holds (P, S) strings of the reference, then of each measurement.
     """
     labels = list(dict.fromkeys(measurement.label for measurement in measurements))
     models = [describe(measurement, reference, seed=seed) for measurement in (reference, *measurements)]
@@ -101,8 +101,8 @@ def _examples(
     prompts: Sequence[str],
     completions: Sequence[Sequence[Sequence[str]]],
 ) -> list[tuple[str, list[tuple[str, str, float]]]]:
-    """The first prompts, each with (label, first completion, its reward) of the SFT model and of the last checkpoint of
-    each label's first run."""
+    """Return the first prompts, each with (label, first completion, its reward) of the SFT model and of the last
+    checkpoint of each label's first run."""
     shown = {reference.label: (reference, completions[0])}
     for measurement, texts in zip(measurements, completions[1:], strict=True):
         if measurement.seed == 0:

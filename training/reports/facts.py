@@ -1,5 +1,5 @@
-"""What a run tells of itself beside its metrics: how it was started and with what, the warnings it gave, and what the
-trained model makes of a few rows. report.html and the model card are made from it."""
+"""Facts of a run beside its metrics: its command line and data files, its warnings, and the trained model's numbers for
+a few rows. report.html and the model card are made from them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples.json"
 SAMPLE_ROWS = 4
-PROMPT_CHARACTERS, TEXT_CHARACTERS = 1000, 2000  # of a sample; more is cut, on the left and on the right
+PROMPT_CHARACTERS, TEXT_CHARACTERS = 1000, 2000  # of a sample; prompts are cut on the left, texts on the right
 MOST_WARNINGS = 50
 
 
 def command_line() -> str | None:
     """Return the words that started this process, as a shell takes them; None if that was not exo_fast's command line.
 
-    What follows an option called …token or …key is hidden.
+    The value of an option called …token or …key is hidden.
     """
     script, words = Path(sys.argv[0]), sys.argv[1:]
     if script.name == "exo-fast":
@@ -58,9 +58,9 @@ def _is_secret(option: str) -> bool:
 
 
 def data_files(sources: dict[str, Source]) -> dict[str, dict[str, Any]]:
-    """Of each split: its name, and of the files it is read from their number, bytes and sha256.
+    """Return each split's name, and the number, bytes and sha256 of the files it is read from.
 
-    The hash of a folder is that of its lines of name and hash, sorted. Raw files of the registry are not hashed.
+    A folder's hash is taken over its sorted lines of name and hash. Raw files of the registry are not hashed.
     """
     found = {}
     for split, source in sources.items():
@@ -80,17 +80,17 @@ def data_files(sources: dict[str, Source]) -> dict[str, dict[str, Any]]:
 class _Listener(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.messages: dict[str, int] = {}  # and how often each was given
+        self.messages: dict[str, int] = {}  # how often each was given
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if text in self.messages or len(self.messages) < MOST_WARNINGS:
             self.messages[text] = self.messages.get(text, 0) + 1
         if not self._is_shown(record) and logging.lastResort is not None:
-            logging.lastResort.handle(record)  # which Python asks only where there is no handler at all
+            logging.lastResort.handle(record)  # Python uses it only if there is no other handler
 
     def _is_shown(self, record: logging.LogRecord) -> bool:
-        """Whether another handler gets the record."""
+        """Check whether another handler gets the record."""
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None:
             if any(handler is not self for handler in logger.handlers):
@@ -101,7 +101,7 @@ class _Listener(logging.Handler):
 
 @contextmanager
 def heard_warnings() -> Iterator[dict[str, int]]:
-    """The warnings that exo_fast and transformers log inside the block, each with how often; they are shown as ever."""
+    """Count the warnings that exo_fast and transformers log inside the block. They are still shown as usual."""
     listener = _Listener()
     loggers = [logging.getLogger(name) for name in ("exo_fast", "transformers")]
     for one in loggers:
@@ -115,8 +115,8 @@ def heard_warnings() -> Iterator[dict[str, int]]:
 
 @torch.no_grad()
 def take_samples(trainer: StageTrainer) -> dict[str, Any]:
-    """The first rows of the held-out data (or of the training data) and the trained model's numbers for them; a
-    collective call, a row at a time.
+    """Return the first rows of the held-out data (or of the training data) and the trained model's numbers for them, a
+    row at a time. All processes must call it.
 
     {"split": …, "rows": [{"prompt": text, "texts": [{"text": …, "numbers": {name: number}}, …]}, …]}
     """
@@ -140,7 +140,7 @@ def take_samples(trainer: StageTrainer) -> dict[str, Any]:
 
 
 def write_samples(folder: Path, samples: dict[str, Any]) -> None:
-    """samples.json, in one step."""
+    """Write samples.json in one step."""
     files.write_file(folder, SAMPLES, (json.dumps(samples, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -1,15 +1,15 @@
-"""Reward against KL: what each policy gained for how far it went from the SFT model, and which loss gained more.
+"""Reward against KL: each policy's gain against its distance from the SFT model, and which loss gained more.
 
-Two losses trained alike end at different KLs, and a larger KL buys more reward from either. So they are compared
-where their KL is equal: each run's checkpoints, sorted by KL, are joined by straight lines from the SFT model (KL 0)
-on, the curves of one label are averaged over its seeds, and the difference of two labels is averaged over the KLs
-that the checkpoints of all their runs enclose. Straight lines, not a monotone fit: a policy that loses reward
-as it goes on is shown to.
+Two losses trained alike end at different KLs, and a larger KL buys more reward with either. So they are compared at
+equal KL. Each run's checkpoints, sorted by KL, are joined by straight lines that begin at the SFT model (KL 0). The
+curves of one label are averaged over its seeds, and the difference of two labels is averaged over the KLs that the
+checkpoints of all their runs enclose. The lines are straight, not a monotone fit, so a policy that loses reward as it
+goes on shows it.
 
-What is by chance: the prompts, which all policies share, and the seeds. Prompts are resampled (a bootstrap). Three
-seeds are too few to resample: their spread enters as a variance, and the interval is Student's with the degrees of
-freedom that these few leave (Welch and Satterthwaite). The bootstrap over prompts holds the noise of the sampled
-completions, which is part of the spread between seeds, too: it is counted once.
+Two things vary by chance: the prompts, which all policies share, and the seeds. Prompts are resampled (a bootstrap).
+Three seeds are too few to resample. Their spread enters as a variance, and the interval is Student's with the degrees
+of freedom that these few leave (Welch and Satterthwaite). The bootstrap over prompts includes the noise of the sampled
+completions, which is also part of the spread between seeds; it is counted once.
 """
 
 from __future__ import annotations
@@ -49,22 +49,23 @@ class Measurement:
 
     label: str
     seed: int  # which of the label's runs
-    step: int | None  # of its optimizer; None where that is not known
+    step: int | None  # of its optimizer; None if unknown
     rewards: np.ndarray  # (P, S)
     log_ratios: np.ndarray  # (P, S) log π(y|x) − log π_SFT(y|x) at the sampling temperature, nats per completion
     path: str = ""
 
     @property
     def kl(self) -> float:
-        """Mean log-ratio on the policy's own samples: an unbiased estimate of KL(π‖π_SFT)."""
+        """Return the mean log-ratio on the policy's own samples: an unbiased estimate of KL(π‖π_SFT)."""
         return float(self.log_ratios.mean())
 
 
 def win_rates(rewards: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """(P,) share of the pairs of a prompt's completions, from (P, S) twice, that the first wins; ties half.
+    """Return (P,): the share of the pairs of a prompt's completions, from two (P, S), that the first wins. Ties count
+    half.
 
-    Completions of one number are drawn from the same random numbers by all models, and are alike where the models
-    are: where there are several, pairs of one number are left out.
+    All models draw the completions with one number from the same random numbers, so these are alike if the models
+    are. With several completions, pairs with one number are left out.
     """
     first, second = rewards[:, :, None], reference[:, None, :]
     wins = (first > second) + 0.5 * (first == second)
@@ -73,7 +74,8 @@ def win_rates(rewards: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def describe(measurement: Measurement, reference: Measurement, *, seed: int = 0) -> dict:
-    """The numbers of one model: reward, its gain over the SFT model, KL and win rate, with intervals over prompts."""
+    """Return the numbers of one model: reward, its gain over the SFT model, KL and win rate, with intervals over
+    prompts."""
     reward, reward_error = mean_and_error(measurement.rewards)
     kl, kl_error = mean_and_error(measurement.log_ratios)
     before = reference.rewards.mean(axis=1)
@@ -101,18 +103,18 @@ def describe(measurement: Measurement, reference: Measurement, *, seed: int = 0)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two labels at equal KL."""
+    """The comparison of two labels at equal KL."""
 
     first: str
     second: str
     seeds: tuple[int, int]  # runs of each
-    kl_range: tuple[float, float] | None  # nats; None where the two share none
+    kl_range: tuple[float, float] | None  # nats; None if the two do not overlap
     difference: Interval | None  # of mean reward, first − second
     from_sft: bool  # whether the checkpoints do not overlap, so that lines from the SFT model are compared
 
     @property
     def verdict(self) -> str:
-        """What was found, in a sentence."""
+        """Describe the result in a sentence."""
         if self.difference is None:
             return f"{self.first} and {self.second} cannot be compared at equal KL here: they share no range of KL."
         low, high = self.difference.low, self.difference.high
@@ -136,7 +138,7 @@ class Comparison:
 
 
 def find_pairs(labels: Sequence[str]) -> list[tuple[str, str]]:
-    """The labels to compare: each that begins with exo with the one that has dpo in its place."""
+    """Pair the labels to compare: each that begins with exo, and the same label with dpo instead."""
     return [
         (label, other)
         for label in labels
@@ -154,10 +156,10 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
-    """The mean difference of reward, `first` − `second`, over the KLs that all runs of both reached.
+    """Return the mean difference of reward, `first` − `second`, over the KLs that all runs of both reached.
 
-    The range begins at the largest of the runs' smallest KLs and ends at the smallest of their largest. Where that is
-    empty it begins at 0, the SFT model.
+    The range begins at the largest of the runs' smallest KLs and ends at the smallest of their largest. If that range
+    is empty, it begins at 0, the SFT model.
     """
     runs = [_runs(measurements, label) for label in (first, second)]
     every = [run for label_runs in runs for run in label_runs]
@@ -188,7 +190,7 @@ def _runs(measurements: Sequence[Measurement], label: str) -> list[list[Measurem
 def _mean_level(
     run: Sequence[Measurement], weights: np.ndarray, *, reference: np.ndarray, grid: np.ndarray
 ) -> np.ndarray:
-    """(B,) a run's mean reward over the grid of KLs, for each resample: `weights` (B, P), `reference` (B,)."""
+    """Return (B,): a run's mean reward over the grid of KLs, for each resample. `weights` (B, P), `reference` (B,)."""
     kls = np.stack([np.zeros(len(weights)), *(weights @ m.log_ratios.mean(axis=1) for m in run)], axis=1)  # (B, C)
     rewards = np.stack([reference, *(weights @ m.rewards.mean(axis=1) for m in run)], axis=1)
     order = np.argsort(kls, axis=1, kind="stable")
@@ -198,13 +200,14 @@ def _mean_level(
 
 
 def _resamples(prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """(1 + B, P) weights of the prompts: each 1/P as measured, then B times as often as it was drawn."""
+    """Return (1 + B, P) weights of the prompts: 1/P each as measured, then B resamples by how often each was drawn."""
     even = np.full(prompts, 1 / prompts)
     return np.vstack([even, np.random.default_rng(seed).multinomial(prompts, even, size=resamples) / prompts])
 
 
 def _interval(levels: Sequence[np.ndarray], signs: Sequence[int], prompts: int, confidence: float) -> Interval:
-    """Sum of signs[i] · mean over the runs of levels[i], each (runs, 1 + B), over prompts and seeds."""
+    """Return the sum of signs[i] · mean over the runs of levels[i], each (runs, 1 + B), with its interval over prompts
+    and seeds."""
     sums = sum(sign * found.mean(axis=0) for sign, found in zip(signs, levels, strict=True))
     variance, freedom = _with_seeds(levels, float(sums[1:].var(ddof=1)), prompts)
     half = float(stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(variance))
@@ -213,10 +216,10 @@ def _interval(levels: Sequence[np.ndarray], signs: Sequence[int], prompts: int, 
 
 
 def _with_seeds(levels: Sequence[np.ndarray], prompt_variance: float, prompts: int) -> tuple[float, float]:
-    """Variance of a sum of means over prompts and seeds, and its degrees of freedom.
+    """Return the variance of a sum of means over prompts and seeds, and its degrees of freedom.
 
-    `levels` are (runs, 1 + B) for each label. Of a label's n runs, s²/n holds the seeds and the completions' noise;
-    the latter is in the variance over prompts as well, and is taken out of that. A label with one run has no s².
+    `levels` are (runs, 1 + B) for each label. For a label with n runs, s²/n includes the seeds and the completions'
+    noise. The variance over prompts includes that noise too, so it is subtracted there. A label with one run has no s².
     """
     shared, parts = prompt_variance, []
     for found in levels:
@@ -231,14 +234,14 @@ def _with_seeds(levels: Sequence[np.ndarray], prompt_variance: float, prompts: i
     if total <= 0:
         return prompt_variance, prompts - 1
     freedom = total**2 / (shared**2 / (prompts - 1) + sum(spread**2 / n for spread, n in parts))
-    return max(total, prompt_variance), freedom  # seeds that happen to agree make nothing surer than the prompts do
+    return max(total, prompt_variance), freedom  # seeds that agree by chance must not narrow the prompts' interval
 
 
 # The end of training
 
 
 def summarize_label(measurements: Sequence[Measurement], reference: Measurement, label: str, *, seed: int = 0) -> dict:
-    """The last checkpoints of a label's runs together: means over the runs, with intervals over prompts and seeds."""
+    """Summarise the last checkpoints of a label's runs: means over the runs, with intervals over prompts and seeds."""
     last = [run[-1] for run in _runs(measurements, label)]
     weights = _resamples(len(reference.rewards), RESAMPLES, seed)
     before = reference.rewards.mean(axis=1)
@@ -250,7 +253,7 @@ def summarize_label(measurements: Sequence[Measurement], reference: Measurement,
         ("kl", [m.log_ratios.mean(axis=1) for m in last], (0, np.inf)),
     ):
         interval = _interval([np.stack(values) @ weights.T], [1], len(before), 0.95)
-        limits = np.clip([interval.low, interval.high], *bounds)  # Student's interval knows nothing of them
+        limits = np.clip([interval.low, interval.high], *bounds)  # Student's interval ignores them
         found[name], found[f"{name}_interval"] = interval.value, limits.tolist()
     return found
 

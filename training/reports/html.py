@@ -1,7 +1,7 @@
-"""report.html: what a training, or a whole recipe, did, on one page that needs nothing but itself.
+"""report.html: the report of a training, or of a whole recipe, on one page that needs no other files.
 
 It is made from the files that a run leaves (summary.json, trainer_state.json, samples.json, an evaluation's
-results.json and frontier.png), so the same run gives the same page, and a page that was lost can be made again:
+results.json and frontier.png), so the same run gives the same page, and a lost page can be made again:
 
     python -m exo_fast.training.reports.html runs/align
 """
@@ -25,12 +25,12 @@ from exo_fast.training.reports.curves import METRICS, MOST_POINTS, History, char
 from exo_fast.training.reports.rendering import page, render
 
 NAME = "report.html"
-MAX_ROWS_BYTES = 4 * 2**20  # of a stage's rows, that are read for their first ones
+MAX_ROWS_BYTES = 4 * 2**20  # larger files of rows are not read for their first rows
 ROWS_SHOWN = 3
 
 
 def write(folder: Path) -> Path:
-    """Make report.html of the training in `folder`; returns its path. Raises OSError or ValueError where summary.json
+    """Make report.html of the training in `folder`; return its path. Raises OSError or ValueError if summary.json
     or trainer_state.json is missing or broken."""
     summary = _read(folder / "summary.json")
     name = summary["config"].get("run_name") or folder.absolute().name
@@ -39,8 +39,8 @@ def write(folder: Path) -> Path:
 
 
 def write_recipe(output: Path) -> Path:
-    """Make report.html of the recipe whose records are in `output`/.run; returns its path. Raises OSError or ValueError
-    where run.json is missing or broken. A stage whose files cannot be read says so in its place."""
+    """Make report.html of the recipe whose records are in `output`/.run; return its path. Raises OSError or ValueError
+    if run.json is missing or broken. If a stage's files cannot be read, its section says so."""
     run = _read(output / ".run" / "run.json")
     seconds = [[row["name"], row["stage"], number(round(row["seconds"], 1))] for row in run["stages"]]
     body = render(
@@ -57,7 +57,7 @@ def write_recipe(output: Path) -> Path:
 
 
 def training_section(folder: Path, page_folder: Path, level: int = 2) -> str:
-    """All that is known of the training in `folder`, for a page in `page_folder`, below headings of this level."""
+    """Make the section of the training in `folder`, for a page in `page_folder`, below headings of this level."""
     summary = _read(folder / "summary.json")
     history = _read(folder / "trainer_state.json")["log_history"]
     config, changed, splits = summary["config"], set(summary.get("changed", ())), summary.get("data", {})
@@ -102,7 +102,7 @@ def _date(stamp: str | None) -> str | None:
 
 
 def _warnings(summary: Mapping[str, Any]) -> dict[str, int]:
-    """The messages, each with how often it was given."""
+    """Return the messages, each with how often it was given."""
     messages = dict(summary.get("warnings") or {})
     if summary.get("steps_left_out"):
         messages[f"{summary['steps_left_out']} steps were left out: a loss or gradient was not finite."] = 1
@@ -110,7 +110,8 @@ def _warnings(summary: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _tiles(summary: Mapping[str, Any], history: History) -> list[tuple[str, str]]:
-    """The numbers to look at first, each with its label: held out where there is held-out data."""
+    """Return the numbers to look at first, each with its label. They are held-out numbers if there is held-out
+    data."""
     held_out = any("eval_loss" in entry for entry in history)
     prefix, where = ("eval_", "held out") if held_out else ("", "training")
     tiles = []
@@ -127,7 +128,7 @@ def _tiles(summary: Mapping[str, Any], history: History) -> list[tuple[str, str]
 
 
 def _settings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as a configuration has them."""
+    """Format names and values as in a configuration."""
     return [
         (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
         for name, value in values.items()
@@ -159,7 +160,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _links(folder: Path, page_folder: Path) -> list[tuple[str, str]]:
-    """(path from the page's folder, name) of the model, the files that describe it, and the checkpoints."""
+    """Return (path from the page's folder, name) of the model, the files that describe it, and the checkpoints."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
     checkpoints.sort(key=lambda path: (len(path.name), path.name))
     names = ("README.md", "summary.json", "trainer_state.json", "samples.json", "settings.json")
@@ -172,7 +173,7 @@ def _links(folder: Path, page_folder: Path) -> list[tuple[str, str]]:
 
 
 def _stage_section(output: Path, row: Mapping[str, Any]) -> str:
-    """What a stage left: a training's section, an evaluation's findings or its first rows, and its options."""
+    """Make a stage's section: a training's section, an evaluation's findings or the first rows, and its options."""
     try:
         folder = Path(row["output_dir"]).expanduser()
         is_training = (folder / "trainer_state.json").is_file() and (folder / "summary.json").is_file()
@@ -193,7 +194,7 @@ def _stage_section(output: Path, row: Mapping[str, Any]) -> str:
 
 
 def _evaluation(folder: Path, page_folder: Path) -> dict[str, Any]:
-    """The findings of `exo-fast evaluate` in `folder`: its sentences, its picture and its tables."""
+    """Return the findings of `exo-fast evaluate` in `folder`: its sentences, its picture and its tables."""
     results = _read(folder / "results.json")
     picture, report = folder / "frontier.png", folder / "report.md"
     return {
@@ -217,7 +218,7 @@ def _interval(numbers: Mapping[str, Any], name: str) -> str:
 
 
 def _first_rows(folder: Path) -> dict[str, Any] | None:
-    """The first rows that a stage wrote, where they are prompts with completions and the file is small."""
+    """Return the first rows that a stage wrote, if they are prompts with completions and the file is small."""
     for name in ("test.json", "train.json"):
         path = folder / name
         if not path.is_file() or path.stat().st_size > MAX_ROWS_BYTES:
@@ -243,7 +244,7 @@ def _read(path: Path) -> Any:
 
 
 def main(folders: Sequence[str]) -> int:
-    """Make the report of each folder, a training's or a recipe's output, anew."""
+    """Make the report of each folder again. A folder is the output of a training or of a recipe."""
     for folder in folders:
         make = write_recipe if Path(folder, ".run", "run.json").is_file() else write
         print(f"the report is {make(Path(folder))}")

@@ -1,8 +1,8 @@
-"""Where a run is reported to and published: what has to be there before it starts, and the upload at its end.
+"""Trackers and the Hub: checks before a run starts, and the upload at its end.
 
-What goes to the Hub is what from_pretrained reads (the policy or its adapters, and the tokenizer) and the model card.
-Nothing else of the output directory does: not the optimizer's state, not checkpoints, not logs, not report.html, which
-tells of the machine and its paths. An upload that fails loses nothing, because it comes last.
+Only the files that from_pretrained reads (the policy or its adapters, and the tokenizer) and the model card go to the
+Hub. Nothing else of the output directory does: not the optimizer's state, not checkpoints, not logs, not report.html,
+which shows the machine and its paths. An upload that fails loses nothing, because it comes last.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Packages of trackers that transformers calls otherwise.
+# Packages of trackers that have another name in transformers.
 PACKAGES = {"comet_ml": "comet-ml", "flyte": "flytekit", "azure_ml": "azureml-core"}
 STRATEGIES = ("end", "every_save")
-# What from_pretrained reads. A list of what to take, so that a file that nobody thought of stays here.
+# The files that from_pretrained reads. The list names what to upload, so that an unforeseen file stays here.
 PUBLISHED = (
     "README.md",
     "*.safetensors",
@@ -55,8 +55,8 @@ PUBLISHED = (
 
 
 def check_trackers(report_to: list[str]) -> None:
-    """Raises InputError for a tracker that transformers does not know, or whose package is not installed."""
-    # transformers lists flyte nowhere as available; its callback says if flytekit is missing.
+    """Raises InputError if transformers does not know a tracker, or its package is not installed."""
+    # transformers never lists flyte as available; its callback reports a missing flytekit.
     there = {"all", "none", "flyte", *get_available_reporting_integrations()}
     for name in report_to:
         if name not in there | INTEGRATION_TO_CALLBACK.keys():
@@ -68,15 +68,15 @@ def check_trackers(report_to: list[str]) -> None:
 
 
 def warn_of_logging_dir(report_to: list[str]) -> None:
-    """Say before work starts that TensorBoard's files have no place, where one outside the run's own was named."""
+    """Warn before work starts if the directory named for TensorBoard's files cannot be written."""
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR")
     if folder and "tensorboard" in report_to and (reason := why_not_writable(folder)) is not None:
         logger.warning(f"TENSORBOARD_LOGGING_DIR={folder!r}: cannot be written ({reason}); the run goes on without it")
 
 
 def keep_trackers_harmless(callbacks: Iterable[TrainerCallback]) -> None:
-    """Let a tracker that fails be a warning, after which it is told nothing more. (A tracker hears of the end of the
-    training before the model is saved.)"""
+    """Turn a tracker's failure into a warning, and do not call the tracker again. (Trackers are called at the end of
+    the training before the model is saved.)"""
     for callback in callbacks:
         if type(callback).__module__.startswith("transformers.integrations"):
             failed: list[Exception] = []
@@ -103,7 +103,7 @@ def _harmless(tell: Callable[..., Any], name: str, failed: list[Exception]) -> C
 
 
 def check_hub(config: TrainConfig) -> None:
-    """Raises InputError where `push_to_hub` is asked for and cannot work, as far as can be seen without the network."""
+    """Raises InputError if `push_to_hub` is set and cannot work, as far as can be seen without the network."""
     if not config.push_to_hub:
         return
     strategy = getattr(config.hub_strategy, "value", config.hub_strategy)
@@ -122,15 +122,15 @@ def check_hub(config: TrainConfig) -> None:
 
 
 def repo_name(config: TrainConfig) -> str:
-    """The repository that was asked for: hub_model_id, or the output directory's name under the token's owner."""
+    """Return the repository to use: hub_model_id, or the output directory's name under the token's owner."""
     return config.hub_model_id or Path(config.output_dir).absolute().name
 
 
 def create_repository(config: TrainConfig) -> str:
-    """Make the repository, if it is not there; returns its full name. Raises InputError where the Hub refuses."""
+    """Make the repository if it is not there; return its full name. Raises InputError if the Hub refuses."""
     try:
         url = _api(config).create_repo(repo_name(config), private=config.hub_private_repo, exist_ok=True)
-    except Exception as error:  # no network, a token without the right, a name of somebody else's
+    except Exception as error:  # no network, a token without the right, another owner's name
         raise InputError(
             f"push_to_hub=True: {repo_name(config)!r} cannot be made or reached: {one_line(error)}"
         ) from error
@@ -141,13 +141,13 @@ def create_repository(config: TrainConfig) -> str:
 
 
 def published_files(folder: Path) -> list[str]:
-    """Names of the files of `folder` that are published; none of those below its folders."""
+    """Return the names of the files in `folder` to publish; files in its subfolders are never published."""
     return sorted({path.name for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()})
 
 
 def push(config: TrainConfig, folder: Path, message: str) -> dict[str, Any]:
-    """Upload `published_files(folder)` in one commit; returns {"repository": …, "commit": …}. Raises what the Hub's
-    client raises."""
+    """Upload `published_files(folder)` in one commit; return {"repository": …, "commit": …}. Errors of the Hub's client
+    are passed on."""
     repository = create_repository(config)
     commit = _api(config).upload_folder(
         repo_id=repository,
@@ -160,7 +160,7 @@ def push(config: TrainConfig, folder: Path, message: str) -> dict[str, Any]:
 
 
 def is_done(config: TrainConfig, summary: dict[str, Any]) -> bool:
-    """Whether a finished run was uploaded to the repository that is asked for now."""
+    """Check whether a finished run was uploaded to the repository that `config` names."""
     there = summary.get("hub", {}).get("repository", "")
     return there == repo_name(config) or there.endswith(f"/{repo_name(config)}")
 
@@ -181,5 +181,5 @@ def _api(config: TrainConfig) -> HfApi:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without its line breaks."""
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,8 +1,8 @@
-"""README.md of a training's output directory: the model card that the Hub, and whoever is given the model, reads.
+"""README.md of a training's output directory: the model card, for the Hub and for everyone who gets the model.
 
-It is made from summary.json and trainer_state.json, says how the model was made and from which files, and claims only
-what is known: a base model that is a directory of this machine has no name on the Hub, and a licence is that of the
-base model's own card or none. Paths of this machine are given by their last part.
+It is made from summary.json and trainer_state.json, and says how the model was made and from which files. It claims
+only known facts: a base model in a local directory has no name on the Hub, and the licence comes from the base model's
+own card or is left out. Local paths are shortened to their last part.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CITATION = """\
   author={Ji, Haozhe and Lu, Cheng and Niu, Yilin and Ke, Pei and Wang, Hongning and Zhu, Jun and Tang, Jie and Huang, Minlie},
   booktitle={International Conference on Machine Learning},
   year={2024}
-}"""  # noqa: E501 - as the README has it
-# Data sets of the registry that are one of the Hub's.
+}"""  # noqa: E501 - the same as in the README
+# Data sets of the registry that are also on the Hub.
 HUB_DATASETS = {"hh": "Anthropic/hh-rlhf", "tldr": "openai/summarize_from_feedback", "imdb": "stanfordnlp/imdb"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -51,11 +51,11 @@ METHODS = {
     "one logit is the reward.",
     "classifier": "A binary classifier: the cross-entropy of σ(logit). The model's one logit is the log-odds.",
 }
-TASKS = {"align": "text-generation", "sft": "text-generation"}  # the others' is text-classification
+TASKS = {"align": "text-generation", "sft": "text-generation"}  # other stages: text-classification
 
 
 def write(folder: Path) -> Path:
-    """Make README.md of the training in `folder`; returns its path. Raises OSError or ValueError where summary.json or
+    """Make README.md of the training in `folder`; return its path. Raises OSError or ValueError if summary.json or
     trainer_state.json is missing or broken."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -64,7 +64,7 @@ def write(folder: Path) -> Path:
 
 
 def card(summary: Mapping[str, Any], history: History, name: str, *, adapter: bool) -> ModelCard:
-    """The card of the model `name`, with its metadata."""
+    """Return the card of the model `name`, with its metadata."""
     config, stage, processes = summary["config"], summary["stage"], summary.get("processes", 1)
     rows = metric_rows(history)
     held_out = [row for row in rows if row[1] == "held out"]
@@ -91,7 +91,7 @@ def card(summary: Mapping[str, Any], history: History, name: str, *, adapter: bo
 
 
 def metadata(summary: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
-    """What the Hub reads of a card: only what is known."""
+    """Return the metadata that the Hub reads from a card. Unknown entries are left out."""
     config, stage = summary["config"], summary["stage"]
     base, datasets = _base_on_hub(config["model_name_or_path"]), _hub_datasets(config)
     tags = ["exo_fast", stage, *([config["loss_type"]] if "loss_type" in config else [])]
@@ -113,7 +113,7 @@ def metadata(summary: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
 
 
 def method(config: Mapping[str, Any], stage: str) -> str:
-    """What was minimised, in words and symbols."""
+    """Return the objective in words and symbols."""
     if stage in METHODS:
         return METHODS[stage]
     family, _, kind = config["loss_type"].partition("-")
@@ -125,18 +125,18 @@ def method(config: Mapping[str, Any], stage: str) -> str:
 
 
 def _loaded_by(summary: Mapping[str, Any], name: str, *, adapter: bool) -> dict[str, str]:
-    """The package and the class that load the model, and where from."""
+    """Return the package and the class that load the model, and the place to load it from."""
     generates = TASKS.get(summary["stage"]) == "text-generation"
     auto_class = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
     place = (summary.get("hub") or {}).get("repository") or summary["config"].get("hub_model_id") or name
     package, auto_class = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", auto_class)
-    if not re.fullmatch(r"[\w./ -]+", place):  # what could end the code, or a string in it
+    if not re.fullmatch(r"[\w./ -]+", place):  # it could end the code block, or a string in it
         place = "path/to/the/model"
     return {"package": package, "auto_class": auto_class, "place": place}
 
 
 def _data(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Split, name, rows, bytes and sha256 of each split."""
+    """Return split, name, rows, bytes and sha256 of each split."""
     rows = []
     for split, counts in summary.get("data", {}).items():
         known = summary.get("data_files", {}).get(split, {})
@@ -146,14 +146,14 @@ def _data(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _recipe(summary: Mapping[str, Any]) -> str:
-    """The fields that were set, as YAML that the stage takes."""
+    """Return the fields that were set, as YAML that the stage takes."""
     config = summary["config"]
     left_out = ("hub_token", "resume_from_checkpoint", "disable_tqdm", "run_name")
     fields = {
         name: _portable(config[name]) for name in summary.get("changed", ()) if name in config and name not in left_out
     }
     if fields.get("report_to") == []:
-        fields["report_to"] = "none"  # as a recipe says it
+        fields["report_to"] = "none"  # as it is written in a recipe
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
 
 
@@ -166,7 +166,7 @@ def _versions(summary: Mapping[str, Any]) -> str:
 
 
 def _base_on_hub(name: str) -> str | None:
-    """The base model's name on the Hub; None for a directory."""
+    """Return the base model's name on the Hub; None for a directory."""
     return None if Path(name).exists() or not HUB_NAME.fullmatch(name) else name
 
 
@@ -177,7 +177,7 @@ def _hub_datasets(config: Mapping[str, Any]) -> list[str]:
 
 
 def _license(base: str) -> str | None:
-    """What the base model's own card says, where it lies beside the model."""
+    """Return the licence in the base model's own card, if the card is in the model's directory."""
     path = Path(base, NAME)
     if not path.is_file():
         return None
@@ -188,7 +188,7 @@ def _license(base: str) -> str | None:
 
 
 def _portable(value: Any) -> Any:
-    """A path of this machine by its last part; other values as they are."""
+    """Shorten a local path to its last part; return other values as they are."""
     if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
         return Path(value).name
     return value

@@ -1,8 +1,8 @@
 """The templates of reports, HTML and Markdown, and the shell of an HTML page.
 
-A page shows text of others: completions, paths, warnings. Jinja2 escapes all of it, and a Content-Security-Policy
-allows the page's own style and script by their hashes, pictures that are inside the page, and nothing else: no request,
-no frame, no other script, even where a template forgot to escape.
+A page shows text from elsewhere: completions, paths, warnings. Jinja2 escapes all of it. A Content-Security-Policy
+allows the page's own style and script by their hashes, pictures inside the page, and nothing else: no request, no
+frame, no other script, even if a template forgets to escape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TEMPLATES, UPLOT = HERE / "templates", HERE / "uplot"
 
 
 def plain(value: object) -> str:
-    """Any value as one line of text that Markdown and HTML cannot take for markup."""
+    """Return any value as one line of text that Markdown and HTML cannot take for markup."""
     text = " ".join(str(value).split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
     for mark in "|*_`[]#~":
         text = text.replace(mark, "\\" + mark)
@@ -31,13 +31,13 @@ def plain(value: object) -> str:
 
 
 def render(name: str, **values: Any) -> str:
-    """The template `name` with these values. Of HTML it is Markup, in which every value is escaped."""
+    """Render the template `name` with these values. An HTML template gives Markup, with every value escaped."""
     content = _environment().get_template(name).render(**values)
     return Markup(content) if name.endswith(".html.j2") else content
 
 
 def page(title: str, body: str) -> bytes:
-    """The whole HTML file; `body` is what `render` gave."""
+    """Return the whole HTML file; `body` is the output of `render`."""
     style = _text(UPLOT / "uPlot.min.css", TEMPLATES / "page.css")
     licence = _text(UPLOT / "LICENSE")
     script = f"/* uPlot:\n{licence}*/\n" + _text(UPLOT / "uPlot.iife.min.js", TEMPLATES / "page.js")
@@ -61,7 +61,7 @@ def _hash(content: str) -> str:
 
 
 def _beside(path: str) -> str:
-    """A link to a file or folder beside the page; never one with a scheme."""
+    """Return a link to a file or folder beside the page, never with a scheme."""
     return "./" + quote(path)
 
 

@@ -1,6 +1,6 @@
 """The numbers and plots that reports share.
 
-Prompts are the unit of chance: several completions of one prompt are averaged first, so intervals and standard
+Prompts are the unit of resampling: several completions of one prompt are averaged first, so intervals and standard
 errors are over prompts, and before and after are compared prompt by prompt (a paired bootstrap).
 """
 
@@ -40,11 +40,11 @@ def paired_bootstrap(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Interval:
-    """Mean of after − before, with the bias-corrected and accelerated bootstrap interval over prompts.
+    """Return the mean of after − before, with the bias-corrected and accelerated bootstrap interval over prompts.
 
     Resampling prompts resamples both of a prompt's values at once, which is the bootstrap of their differences.
 
-    Raises ValueError when the two are not of one length, or of fewer than two prompts.
+    Raises ValueError if the two differ in length, or have fewer than two prompts.
     """
     before, after = np.asarray(before, float), np.asarray(after, float)
     if before.shape != after.shape or before.ndim != 1 or len(before) < 2:
@@ -69,13 +69,13 @@ def paired_bootstrap(
 
 
 def mean_and_error(values: list[list[float]]) -> tuple[float, float]:
-    """Mean of (P, S) values and its standard error, the prompts being independent and a prompt's samples not."""
+    """Return the mean of (P, S) values and its standard error. Prompts are independent; a prompt's samples are not."""
     per_prompt = np.mean(values, axis=1)
     return float(per_prompt.mean()), float(stats.sem(per_prompt))
 
 
 def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure of panels side by side, with a light grid."""
+    """Make a figure of panels side by side, with a light grid."""
     # Not pyplot: it keeps global state and looks for a display.
     figure = Figure(figsize=(4.6 * columns, 3.6), layout="constrained", facecolor="white")
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
@@ -86,7 +86,7 @@ def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def plot_training(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Plot what a trainer logged (`log_history` of its trainer_state.json) into a PNG."""
+    """Plot a trainer's log (`log_history` of its trainer_state.json) into a PNG."""
     figure, axes = new_figure(3)
     panels = [
         ("loss", "loss"),

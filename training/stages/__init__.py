@@ -1,1 +1,1 @@
-"""One file a command: its configuration, then one function that reads from top to bottom."""
+"""One file for each command: its configuration, then one function that reads from top to bottom."""

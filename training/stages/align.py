@@ -222,7 +222,7 @@ examples:
 def align(config: AlignConfig) -> dict[str, Any]:
     """Align `config.model_name_or_path` on `config.data` and write everything to `config.output_dir`.
 
-    There: the model (or its LoRA adapter) as safetensors with its tokenizer, loadable by from_pretrained;
+    It writes the model (or its LoRA adapter) as safetensors with its tokenizer, loadable by from_pretrained;
     checkpoints; trainer_state.json; TensorBoard logs; summary.json; report.html and README.md, the model card. Returns
     the summary. Raises InputError, before any training, for data, models or directories that cannot work.
     """
@@ -257,7 +257,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         cache_hits = {}
         if config.ref_name_or_path not in (None, config.model_name_or_path):
             cache_hits = _fill_from_separate_reference(config, tokenizer, datasets)
-            gc.collect()  # of a model in reference cycles, which ZeRO-3 makes
+            gc.collect()  # ZeRO-3 keeps the model in reference cycles
         policy = add_lora(config, load_causal_lm(config, config.model_name_or_path), "CAUSAL_LM")
         trainer = AlignTrainer(make_module(config, policy), config, datasets, tokenizer)
         return train(
@@ -282,15 +282,15 @@ def read_data(
     tokenizer: PreTrainedTokenizerBase,
     left_out: dict[str, LeftOut] | None = None,
 ) -> dict[str, list[Example]]:
-    """The checked rows of each split; conversations become text through the tokenizer's chat template. Rows of too few
-    candidates are noted in `left_out`."""
+    """Read and check the rows of each split. Conversations become text through the tokenizer's chat template. Rows with
+    too few candidates are noted in `left_out`."""
     options = {"loss_type": config.loss_type, "num_contrastive": config.num_contrastive, "tokenizer": tokenizer}
     left_out = left_out or {}
     return {name: load_examples(source, left_out=left_out.get(name), **options) for name, source in sources.items()}
 
 
 def check_rewards(config: AlignConfig, datasets: dict[str, GroupDataset]) -> None:
-    """Raises InputError where rewards are too large to be divided by beta_r."""
+    """Raises InputError if rewards are too large to be divided by beta_r."""
     if config.loss_type.endswith("-rw"):
         largest = max(float(dataset.rewards.abs().max()) for dataset in datasets.values())
         if largest / config.beta_r > LARGEST:
@@ -301,7 +301,7 @@ def check_rewards(config: AlignConfig, datasets: dict[str, GroupDataset]) -> Non
 
 
 def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len: int) -> str:
-    """What will be trained on and what sharing prompts saves, as aligned lines."""
+    """Describe the training data and the savings of prompt sharing, as aligned lines."""
     counts = [dataset.counts for dataset in datasets.values()]
     lines = table(
         [
@@ -327,7 +327,8 @@ def data_table(datasets: dict[str, GroupDataset], max_seq_len: int, max_gen_len:
 
 
 def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:
-    """The module around `policy` whose forward is the configured loss; with sequence_parallel, a collective call."""
+    """Make the module around `policy` whose forward is the configured loss. With sequence_parallel, all processes must
+    call it."""
     plan = plan_mask(policy.config)
     if config.tiled_mlp:
         tile_mlps(policy, max_seq_len=config.max_seq_len)
@@ -338,7 +339,7 @@ def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:
         beta_pi=config.beta_pi,
         beta_r=config.beta_r,
         label_smoothing=config.label_smoothing,
-        ties="share",  # which ones may, the data was asked
+        ties="share",  # the data was already checked for ties that are not allowed
         temperature=config.temperature,
         memory_budget=config.memory_budget_bytes,
         backend=config.backend,
@@ -350,7 +351,8 @@ def make_module(config: AlignConfig, policy: nn.Module) -> AlignModule:
 def _fill_from_separate_reference(
     config: AlignConfig, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, GroupDataset]
 ) -> dict[str, bool]:
-    """Reference log-probs by another model than the policy's start; it is gone before the policy is loaded."""
+    """Compute reference log-probs with another model than the policy's start. It is freed before the policy is
+    loaded."""
     refuse_adapter(config.ref_name_or_path)
     sizes = [
         from_pretrained(AutoConfig, name, trust_remote_code=config.trust_remote_code).get_text_config().vocab_size
@@ -391,7 +393,8 @@ def _closing_lines(summary: dict[str, Any]) -> str:
 
 
 def apply(config: Any) -> dict[str, Any]:
-    """Set the fields of an AlignConfig that the preset is about and that are still None; returns which, and to what."""
+    """Set the fields of an AlignConfig that the preset covers and that are still None; return their names and
+    values."""
     wanted: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
@@ -410,12 +413,12 @@ def apply(config: Any) -> dict[str, Any]:
 
 
 def preset_line(chosen: dict[str, Any]) -> str:
-    """What the preset set, for the terminal."""
+    """Describe for the terminal which fields the preset set."""
     return "long_sequence: " + ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
 def check_models(config: AlignConfig) -> None:
-    """Raises InputError where rows of the policy or the reference cannot be spread over `config.sequence_parallel`
+    """Raises InputError if rows of the policy or the reference cannot be spread over `config.sequence_parallel`
     ranks. Reads the models' configurations, not their weights."""
     if config.sequence_parallel == 1:
         return
@@ -429,7 +432,7 @@ def check_models(config: AlignConfig) -> None:
 class AlignTrainer(StageTrainer):
     """Trains an AlignModule on a GroupDataset and reports the loss and metrics of exo_fast.metrics.
 
-    Data sets without reference log-probs get them from the policy, before its first step.
+    Data sets without reference log-probs get them from the policy before its first step.
     """
 
     def __init__(
@@ -444,7 +447,7 @@ class AlignTrainer(StageTrainer):
         super().__init__(module, config, datasets, tokenizer, GroupCollator(tokenizer.eos_token_id))
 
     def describe_rows(self, indices: list[int]) -> str:
-        """As the data's examples, each of which may give several groups."""
+        """Describe rows by the examples they come from, each of which may give several groups."""
         counts = self.train_dataset.counts
         each = max(1, counts.groups // counts.examples)
         examples = sorted({index // each for index in indices})

@@ -1,4 +1,4 @@
-"""The stage `exo-fast classifier`: the log-odds that a text is positive, from texts with labels.
+"""The stage `exo-fast classifier`: train a model of the log-odds that a text is positive on texts with labels.
 
 In the original this is the oracle of the IMDB experiments: its log-odds are the reward that models are judged by.
 """
@@ -18,7 +18,7 @@ from exo_fast.training.models.scorer_modules import ClassifierModule
 from exo_fast.training.options import option
 from exo_fast.training.stages.scorer_training import Kind, ScalarConfig, accuracy_with_interval, train_scalar
 
-# multi_label_classification is transformers' name for a binary cross-entropy of each logit; here there is one.
+# multi_label_classification is transformers' name for a binary cross-entropy of each logit; here there is one logit.
 CLASSIFIER = Kind(
     module=ClassifierModule,
     collator=RowCollator,
@@ -62,17 +62,17 @@ examples:
 
 
 def classifier(config: ClassifierConfig) -> dict[str, Any]:
-    """Train a classifier and write everything to `config.output_dir`; returns the summary.
+    """Train a classifier and write everything to `config.output_dir`; return the summary.
 
-    There: what `exo-fast reward-model` writes; `held_out` of summary.json has the accuracy with its 95% interval and
-    the mean log-odds of each class. Raises InputError, before any training, for data, models or directories that
-    cannot work.
+    It writes the same files as `exo-fast reward-model`; `held_out` of summary.json has the accuracy with its 95%
+    interval and the mean log-odds of each class. Raises InputError, before any training, for data, models or
+    directories that cannot work.
     """
     return train_scalar(config, CLASSIFIER, load=_load, to_row=_row, held_out=_held_out, closing=_closing)
 
 
 def _load(source: Source, *, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut) -> list[Text]:
-    texts = load_texts(source, tokenizer=tokenizer)  # of which none is left out
+    texts = load_texts(source, tokenizer=tokenizer)  # all rows are kept
     if len({text.label for text in texts}) == 1:
         raise InputError(f"{source}: all {len(texts)} rows have label {LABELS[texts[0].label]}; both are needed.")
     return texts

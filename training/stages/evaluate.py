@@ -1,12 +1,12 @@
-"""`exo-fast evaluate`: what policies gained over the SFT model, and how far they went from it to gain it.
+"""`exo-fast evaluate`: measure the gain of policies over the SFT model, and their distance from it.
 
 The SFT model and every checkpoint of every policy complete the same held-out prompts from the same random numbers.
-Each completion gets a reward (the scorer), a log-prob under the model that wrote it and one under the SFT model; the
-difference of the two is the log-ratio whose mean is KL(policy‖SFT). `frontier.py` makes the comparison of it.
+Each completion gets a reward (from the scorer), a log-prob under the model that wrote it and one under the SFT model.
+The difference of the two is the log-ratio; its mean is KL(policy‖SFT). `frontier.py` compares them.
 
-All of it is done by the stages `generate`, `logprobs` and `score`, each with a directory of its own below
-output_dir, so an evaluation that was killed continues, and one with a policy more keeps what it has. The SFT model
-and the scorer read the completions of all models in one go, so each is loaded once.
+The stages `generate`, `logprobs` and `score` do the work, each in its own directory below output_dir. So an
+evaluation that was killed continues, and adding a policy keeps the finished work. The SFT model and the scorer read
+the completions of all models in one go, so each is loaded once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VERSIONS = ("exo_fast", "torch", "transformers")
 
 @dataclass
 class EvaluateConfig(ScorerConfig):
-    """`exo-fast evaluate`: policies, what they are compared with, and who judges them."""
+    """The fields of `exo-fast evaluate`: policies, the model to compare them with, and the scorer."""
 
     policies: list[str] | None = field(
         default=None,
@@ -118,22 +118,22 @@ class Model:
     """A model to evaluate: one checkpoint of one run of a label, or the SFT model."""
 
     label: str
-    seed: int  # number of the run among those of its label
+    seed: int  # number of the run among its label's runs
     step: int | None
     path: str
     place: Path  # below output_dir
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Return the model's name for people."""
         return self.label if self.label == REFERENCE_LABEL else f"{self.label}, run {self.seed}, step {self.step}"
 
 
 def find_models(config: EvaluateConfig) -> list[Model]:
-    """The SFT model and then, run by run, the checkpoints of each policy, its final model last.
+    """Find the SFT model and then, run by run, the checkpoints of each policy, its final model last.
 
-    A final model that is the last checkpoint again is evaluated once. Raises InputError for a directory without models,
-    and for one that is named twice.
+    If the final model equals the last checkpoint, it is evaluated once. Raises InputError for a directory without
+    models, and for a directory that is named twice.
     """
     models = [Model(REFERENCE_LABEL, 0, 0, config.reference, Path("models", REFERENCE_LABEL))]
     runs: dict[str, int] = {}
@@ -163,7 +163,7 @@ def find_models(config: EvaluateConfig) -> list[Model]:
 
 
 def _checkpoints(folder: Path) -> list[tuple[int | None, Path]]:
-    """(step, directory) of every model of a run, in order of training."""
+    """Return (step, directory) of every model of a run, in order of training."""
     numbered = [
         (int(path.name.rpartition("-")[2]), path)
         for path in folder.glob("checkpoint-*")
@@ -178,7 +178,7 @@ def _checkpoints(folder: Path) -> list[tuple[int | None, Path]]:
 
 
 def _final_step(folder: Path) -> int | None:
-    """Steps after which the final model was saved; None where the run does not say."""
+    """Return the number of steps of the final model; None if the run does not record it."""
     state = folder / "trainer_state.json"
     if state.is_file() and _kept_the_best(folder):
         return json.loads(state.read_text(encoding="utf-8")).get("best_global_step")
@@ -205,10 +205,10 @@ def _name_of(path: Path, folder: Path) -> str:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate the policies of `config`; returns what is in output_dir/results.json.
+    """Evaluate the policies of `config`; return the content of output_dir/results.json.
 
-    Writes report.md, frontier.png and results.json, and what they are made from to models/ and together/. Raises
-    InputError for settings, data or models that cannot work.
+    Writes report.md, frontier.png and results.json, and their source data to models/ and together/. Raises InputError
+    for settings, data or models that cannot work.
     """
     for module in ("matplotlib", "scipy"):
         if importlib.util.find_spec(module) is None:
@@ -263,7 +263,7 @@ def _write_results(
     scored: list[dict[str, Any]],
     clock: _Clock,
 ) -> dict[str, Any]:
-    # Not above: they need matplotlib and scipy, which are asked for in words where they are missing.
+    # Imported here because they need matplotlib and scipy; a message asks for these if they are missing.
     from exo_fast.training.reports.evaluation import write_report
     from exo_fast.training.reports.frontier import Measurement
 
@@ -336,7 +336,7 @@ def _array(rows: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 class _Clock:
-    """Seconds by kind of work."""
+    """A clock of the seconds for each kind of work."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,18 +1,18 @@
-"""`exo-fast generate`, and sampling completions from a language model.
+"""`exo-fast generate`: sample completions from a language model.
 
-Every completion has a random stream of its own, keyed by (seed, prompt, candidate number): the same prompt
-gets the same uniform numbers wherever it stands in the list and whichever process samples it, so a resumed or
-re-sharded run repeats itself. One uniform number per token, turned into a token through the inverse of the
-cumulative distribution, is also what makes it fast: `torch.multinomial` draws one exponential per vocabulary
-entry, which took 30-40% of the sampling time of a 135M model on a CPU.
+Every completion has a random stream of its own, keyed by (seed, prompt, candidate number): the same prompt gets the
+same uniform numbers anywhere in the list and in any process, so a resumed or re-sharded run repeats itself. One uniform
+number per token, turned into a token through the inverse of the cumulative distribution, is also fast:
+`torch.multinomial` draws one exponential per vocabulary entry, which took 30-40% of the sampling time of a 135M model
+on a CPU.
 
 The model runs inside `transformers`' own `generate`: the draw is a logits processor that leaves a single
 finite score, which greedy decoding then picks.
 
 Only tokens that exist are drawn. A model's vocabulary may be larger than its tokenizer's (embeddings padded to a round
-number, ids left out), and an id without a token is no text: such ids are masked before everything else, so completions
-are drawn from the model's softmax renormalised over the others. (`exo-fast logprobs` gives log-probs under the model's
-own softmax, over all ids.)
+number, ids left out), and an id without a token has no text. Such ids are masked first, so completions are drawn from
+the model's softmax renormalised over the other ids. (`exo-fast logprobs` gives log-probs under the model's own softmax,
+over all ids.)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DEFAULT_RETURN_NUM = 4
 
 @dataclass
 class GenerateConfig(InferenceConfig):
-    """`exo-fast generate`: fields of every inference stage, and how to sample."""
+    """The fields of `exo-fast generate`: the fields of every inference stage, and how to sample."""
 
     model_name_or_path: str | None = option(None, "The model to sample from: a directory (a LoRA adapter's too) or a "
                                                   "Hub name.")  # fmt: skip
@@ -104,7 +104,7 @@ examples:
 
     @property
     def sampling(self) -> Sampling:
-        """The fields that say how to draw."""
+        """Return the fields that say how to draw."""
         return self._sampling(self.return_num)
 
     def _sampling(self, return_num: int) -> Sampling:
@@ -114,8 +114,8 @@ examples:
 def generate(config: GenerateConfig) -> dict[str, Any]:
     """Sample `config.return_num` completions of every prompt of `config.data`, each once, into `config.output_dir`.
 
-    Writes {"prompt", "completions", "completion_ids"} rows to train.json and test.json, and summary.json, which is
-    also returned. Raises InputError for settings, data or models that cannot work, before any sampling.
+    Writes {"prompt", "completions", "completion_ids"} rows to train.json and test.json, and summary.json. Returns the
+    summary. Raises InputError for settings, data or models that cannot work, before any sampling.
     """
     device = processes.start(on_cpu=config.use_cpu)
     tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
@@ -141,7 +141,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "prompts": {split: json_digest(texts) for split, texts in prompts.items()},
         **asdict(config.sampling),
         "max_seq_len": config.max_seq_len,
-        "engine": config.engine,  # as runs of earlier versions name it
+        "engine": config.engine,  # under the name that runs of earlier versions used
         **({"batches": "of one length"} if rules else {}),
         **config.numerics(),
     }
@@ -149,7 +149,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if (summary := run.finished([f"{split}.json" for split in prompts])) is not None:
         return summary
 
-    sampler = functools.cache(lambda: _make_sampler(config, tokenizer))  # nothing is loaded when nothing is left to do
+    sampler = functools.cache(lambda: _make_sampler(config, tokenizer))  # no model is loaded if no work is left
     files, counts = {}, {}
     for split, texts in prompts.items():
         ids = [row for row, _ in encoded[split]]

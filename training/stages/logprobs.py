@@ -1,10 +1,10 @@
 """`exo-fast logprobs`: log-probs of given completions under a model, through the fused head.
 
-No logits of the whole vocabulary are kept, and a prompt is run once for its completions where the model can share it.
-The token ids that were drawn are scored where the data has them, so that with the settings of `exo-fast generate` the
-result is the log-prob under the distribution that they were drawn from: the model's own softmax, over its whole
-vocabulary. (Where that has ids without a token, `exo-fast generate` never draws them, and what it draws from is that
-softmax renormalised over the others.)
+No logits of the whole vocabulary are kept, and a prompt is run once for all its completions if the model can share it.
+If the data has the token ids that were drawn, these are scored. So with the settings of `exo-fast generate` the result
+is the log-prob under the distribution that they were drawn from: the model's own softmax, over its whole vocabulary.
+(If the vocabulary has ids without a token, `exo-fast generate` never draws them; it draws from that softmax
+renormalised over the other ids.)
 """
 
 import functools
@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class LogprobsConfig(InferenceConfig):
-    """`exo-fast logprobs`: fields of every inference stage, the model, and how to cut."""
+    """The fields of `exo-fast logprobs`: the fields of every inference stage, the model, and how to cut."""
 
     model_name_or_path: str | None = option(
         None, "The model to score with: a directory (a LoRA adapter's too) or a Hub name."
@@ -116,7 +116,7 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
     if (summary := run.finished([f"{split}.json" for split in rows])) is not None:
         return summary
 
-    @functools.cache  # loaded with the first batch: not at all when nothing is left to do
+    @functools.cache  # loaded with the first batch, so not at all if no work is left
     def model() -> tuple[nn.Module, bool]:
         loaded = load_model(config, config.model_name_or_path)
         share_prompt = can_share_prompts(loaded, groups)
@@ -150,8 +150,8 @@ def logprobs(config: LogprobsConfig) -> dict[str, Any]:
 def _split_logprobs(
     config: LogprobsConfig, model: Any, run: ResumableRun, split: str, groups: list[Group]
 ) -> list[list[float]]:
-    """The log-probs of each group's completions."""
-    # Groups of many completions are cut up, and each part has its prompt.
+    """Return the log-probs of each group's completions."""
+    # Groups with many completions are split, and each part has the prompt.
     together = min(MAX_TOGETHER, config.batch_size)
     parts = [
         (index, group.some(range(first, min(first + together, len(group.completions)))))
@@ -168,7 +168,7 @@ def _split_logprobs(
             values = sequence_log_probs(
                 loaded, batch, temperature=config.temperature, batch_size=len(batch), share_prompt=share_prompt
             )
-        # The shortest decimals that are these float32 numbers, not these as doubles.
+        # Write the shortest decimals that give these float32 numbers, not the longer ones of the doubles.
         return [[float(str(value)) for value in row] for row in values]
 
     values = run.compute(

@@ -1,8 +1,8 @@
-"""The stage `exo-fast pref-to-rw`: preferences as candidates with rewards: their scores, where they have some, or 1 for
-the chosen and 0 for the rejected.
+"""The stage `exo-fast pref-to-rw`: turn preferences into candidates with rewards. The rewards are the preferences'
+scores if they have scores, else 1 for the chosen and 0 for the rejected.
 
-So that losses on rewards (exo-rw, dpo-rw) can be trained on preferences, as in the original. `exo-fast align` reads
-preferences itself, too, with the same rewards; this writes them down.
+With it, losses on rewards (exo-rw, dpo-rw) can be trained on preferences, as in the original. `exo-fast align` also
+reads preferences itself, with the same rewards; this stage writes them to files.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from exo_fast.training.options import check_model_name, need_value, option
 
 @dataclass
 class PrefToRwConfig:
-    """What to read and where to write. Raises InputError for a value that cannot work."""
+    """The fields of `exo-fast pref-to-rw`: input and output. Raises InputError for a value that cannot work."""
 
     data: str | None = option(
         None,
@@ -46,7 +46,7 @@ examples:
 
 
 def pref_to_rw(config: PrefToRwConfig) -> dict[str, Any]:
-    """Write each split's preferences as candidates with rewards, and return the summary with how many there are."""
+    """Write each split's preferences as candidates with rewards; return the summary, which counts them."""
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     files, splits = {}, {}
     for split, source in find_splits(config.data, config.split).items():

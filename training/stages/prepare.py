@@ -1,7 +1,7 @@
-"""The stage `exo-fast prepare`: a published data set's raw files, turned once into the rows that stages exchange.
+"""The stage `exo-fast prepare`: turn a published data set's raw files once into the rows that stages exchange.
 
-Any stage can read "NAME/KIND:PATH" itself. Preparing is for what should not depend on the stage that reads it: prompts
-cut by the tokens of one tokenizer, a smaller sample, a look at the rows.
+Any stage can read "NAME/KIND:PATH" itself. Prepare data if the rows should not depend on the stage that reads them:
+prompts cut by the tokens of one tokenizer, a smaller sample, a look at the rows.
 """
 
 import random
@@ -19,7 +19,7 @@ from exo_fast.training.options import check_model_name, need_value, option
 
 @dataclass
 class PrepareConfig:
-    """What to read, how to cut it, and where to. Raises InputError for a value that cannot work."""
+    """The fields of `exo-fast prepare`: input, cuts and output. Raises InputError for a value that cannot work."""
 
     data: str | None = option(
         None,
@@ -71,8 +71,8 @@ examples:
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Write the rows of each split of `config.data`, and return the summary: for each split its rows, and how many
-    were left out for which reason. Raises InputError for raw files that are missing or malformed."""
+    """Write the rows of each split of `config.data`; return the summary: for each split its rows, and how many were
+    left out for which reason. Raises InputError for raw files that are missing or malformed."""
     options = {name: getattr(config, name) for name in ("prefix_tokens", "prompt_words")}
     dataset = open_dataset(
         *split_name(config.data),

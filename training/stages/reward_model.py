@@ -1,4 +1,4 @@
-"""The stage `exo-fast reward-model`: a number for a completion, from pairs of which one was preferred.
+"""The stage `exo-fast reward-model`: train a model that scores completions on pairs of which one was preferred.
 
 The reward of a text is one logit at its last token before EOS, and the loss is Bradley and Terry's, as in the original.
 """
@@ -57,9 +57,9 @@ examples:
 
 
 def reward_model(config: RewardModelConfig) -> dict[str, Any]:
-    """Train a reward model and write everything to `config.output_dir`; returns the summary.
+    """Train a reward model and write everything to `config.output_dir`; return the summary.
 
-    There: the model as safetensors (with LoRA, merged) and its tokenizer, loadable by
+    It writes the model as safetensors (with LoRA, merged) and its tokenizer, loadable by
     AutoModelForSequenceClassification; checkpoints; trainer_state.json; TensorBoard logs; summary.json, whose
     `held_out` has the accuracy with its 95% interval. Raises InputError, before any training, for data, models or
     directories that cannot work.

@@ -1,8 +1,8 @@
 """`exo-fast score`: rewards for completions, by a reward model, a classifier or a Python function.
 
-What the original spreads over two inference scripts is one scorer here (`load_scorer`), a function from prompts and
-completions to numbers, and three things to do with the numbers: label rows with them, make preferences of the best and
-the worst, or report their mean and spread. `exo-fast evaluate` uses the same scorers.
+The original has two inference scripts for this. Here there is one scorer (`load_scorer`), a function from prompts and
+completions to numbers, and three uses of the numbers: label rows with them, make preferences of the best and the
+worst, or report their mean and spread. `exo-fast evaluate` uses the same scorers.
 """
 
 import math
@@ -27,13 +27,13 @@ from exo_fast.training.models.digests import json_digest
 from exo_fast.training.options import option
 
 logger = logging.get_logger(__name__)
-EXTRAS = ("completion_ids", "completion_spans")  # of each completion, beside its text
+EXTRAS = ("completion_ids", "completion_spans")  # kept for each completion, beside its text
 
 
 def statistics(rewards: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
-    """Of the rewards of each prompt's completions: how many there are, and
+    """Return statistics of the rewards of each prompt's completions: how many there are, and
 
-    `mean`, over prompts of the mean over completions; `standard_error` of that, over prompts (None for one prompt);
+    `mean`, over prompts of the mean over completions; its `standard_error` over prompts (None for one prompt);
     `within_prompt_std`, the mean over prompts of the standard deviation over completions (divided by their number).
     """
     means = np.array([np.mean(row) for row in rewards])
@@ -51,7 +51,7 @@ def statistics(rewards: Sequence[Sequence[float]]) -> dict[str, float | int | No
 
 @dataclass
 class ScoreConfig(ScorerConfig):
-    """`exo-fast score`: a scorer, and what to do with its rewards."""
+    """The fields of `exo-fast score`: a scorer, and how to use its rewards."""
 
     mode: Literal["label", "label-pref", "eval"] = option(
         "label", "label: write rewards; label-pref: write the best and the worst; eval: rewards, mean and spread."
@@ -129,7 +129,7 @@ def _row(example: Example) -> dict[str, Any]:
 def _score_split(
     config: ScoreConfig, scorer: Scorer, run: ResumableRun, split: str, rows: list[dict[str, Any]]
 ) -> list[list[float]]:
-    """The rewards of each row's completions."""
+    """Return the rewards of each row's completions."""
     prompts = [row["prompt"] for row in rows for _ in row["completions"]]
     completions = [text for row in rows for text in row["completions"]]
     batches = plan_batches(scorer.lengths(prompts, completions), [1] * len(prompts), config.batch_size)
@@ -161,9 +161,9 @@ def _need_two_each(examples: dict[str, list[Example]]) -> None:
 
 
 def _preferences(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """The first of the best and the first of the worst, of each row where they differ, with the ids that were drawn.
+    """Pair the first best and the first worst completion of each row, if they differ, with the ids that were drawn.
 
-    Empty completions are passed over: a reward model has nothing to read in them, and training refuses them.
+    Empty completions are skipped: a reward model has nothing to read in them, and training refuses them.
     """
     found = []
     for row in rows:
@@ -188,7 +188,7 @@ def _holds_pairs(source: Source, tokenizer: PreTrainedTokenizerBase | None) -> b
 
 
 def _agreement(rewards: list[list[float]]) -> dict[str, float]:
-    """How often the scorer ranks chosen above rejected, and how often it gives both one reward."""
+    """Return how often the scorer ranks chosen above rejected, and how often it gives both the same reward."""
     chosen, rejected = np.array(rewards).T
     return {"accuracy": float((chosen > rejected).mean()), "ties": float((chosen == rejected).mean())}
 

@@ -1,4 +1,4 @@
-"""What `exo-fast reward-model` and `exo-fast classifier` have in common, from the data to the saved model."""
+"""The common part of `exo-fast reward-model` and `exo-fast classifier`, from the data to the saved model."""
 
 import math
 import tempfile
@@ -57,22 +57,22 @@ class ScalarConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class Kind:
-    """In what the two stages differ."""
+    """The differences between the two stages."""
 
     module: type[TrainedModule]
     collator: type[RowCollator]
-    row: str  # what a row of data is called
-    label: str  # what the logit is called in the model's config
+    row: str  # the name of a row of data
+    label: str  # the logit's name in the model's config
     problem_type: str  # transformers' name for how the logit is trained; its pipelines follow it
 
 
 class ScalarTrainer(StageTrainer):
-    """Saves a whole model at the end, also where adapters were trained: a scalar model is there to be loaded."""
+    """Saves a whole model at the end, even if adapters were trained, because a scalar model is made to be loaded."""
 
     saves_whole_model = True
 
     def __init__(self, *args: Any, load: Callable[[], nn.Module], **kwargs: Any):
-        self._load = load  # the model as it was before it got adapters
+        self._load = load  # loads the model as it was before it got adapters
         self.layout: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
@@ -96,7 +96,7 @@ class ScalarTrainer(StageTrainer):
             self._merge_adapter(Path(output_dir or self.args.output_dir))
 
     def _merge_adapter(self, directory: Path) -> None:
-        unset_hf_deepspeed_config()  # with ZeRO-3 all processes would have to load together, into shards
+        unset_hf_deepspeed_config()  # else, with ZeRO-3, all processes would have to load together, into shards
         try:
             merged = merge_adapter(self._load(), str(directory))
             with tempfile.TemporaryDirectory(dir=directory, prefix=".merged-") as folder:
@@ -124,10 +124,10 @@ def train_scalar(
     held_out: Callable[[dict[str, float], RowDataset], dict[str, Any]],
     closing: Callable[[dict[str, Any]], str],
 ) -> dict[str, Any]:
-    """Train `config.model_name_or_path` on the examples that `load(source, tokenizer=…)` gives; returns the summary.
+    """Train `config.model_name_or_path` on the examples that `load(source, tokenizer=…)` returns; return the summary.
 
-    `to_row` gives an example's texts and label. `held_out` turns the metrics of the model that is saved (without
-    "eval_") into `summary["held_out"]`, and `closing` that into the last line.
+    `to_row` returns an example's texts and label. `held_out` turns the metrics of the saved model (without "eval_")
+    into `summary["held_out"]`, and `closing` turns that into the last line.
     """
     checkpoint, finished = resume_or_start(config)
     if finished is not None:
@@ -192,13 +192,13 @@ def train_scalar(
 
 
 def accuracy_with_interval(metrics: dict[str, float], data: RowDataset) -> dict[str, Any]:
-    """`accuracy`, its 95% interval and the number of rows it is over, as entries of a summary."""
+    """Return `accuracy`, its 95% interval and the number of rows it is over, as entries of a summary."""
     accuracy, n = metrics["accuracy"], len(data)
     return {"accuracy": accuracy, "accuracy_95": wilson_interval(accuracy * n, n), "n": n}
 
 
 def wilson_interval(successes: float, trials: int) -> list[float]:
-    """[low, high] of the 95% Wilson score interval of a proportion; ties may count as half a success."""
+    """Return [low, high] of the 95% Wilson score interval of a proportion; ties may count as half a success."""
     z = 1.959963984540054
     p = successes / trials
     centre = p + z * z / (2 * trials)

@@ -64,8 +64,8 @@ class SftTrainer(StageTrainer):
 
 
 def sft(config: SftConfig) -> dict[str, Any]:
-    """Fine-tune `config.model_name_or_path` on `config.data`; writes to `config.output_dir` and returns what `align`
-    does. Raises InputError, before any training, for data, models or directories that cannot work."""
+    """Fine-tune `config.model_name_or_path` on `config.data`. Writes and returns the same as `align`. Raises
+    InputError, before any training, for data, models or directories that cannot work."""
     checkpoint, finished = resume_or_start(config)
     if finished is not None:
         return finished
@@ -92,7 +92,7 @@ def sft(config: SftConfig) -> dict[str, Any]:
 
 
 def data_table(datasets: dict[str, GroupDataset], config: SftConfig) -> str:
-    """What will be trained on, as aligned lines."""
+    """Describe the training data as aligned lines."""
     counts = [dataset.counts for dataset in datasets.values()]
     lines = table(
         [

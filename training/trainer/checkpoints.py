@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are either whole or not there.
 
-A checkpoint is written aside, in `.unfinished/` below the output directory; every file is forced to disk and hashed
-(each process takes a share of them), `manifest.json` with sizes and sha256 comes last, and then the folder is renamed
-to `checkpoint-N`, in one step. So a kill at any moment leaves the checkpoints before untouched, and what a disk or a
-person does to one later is found before anything of it is loaded: `newest` goes back to the last one that is whole.
+A checkpoint is written to `.unfinished/` below the output directory. Every file is forced to disk and hashed (each
+process takes a share of them), `manifest.json` with sizes and sha256 comes last, and then the folder is renamed to
+`checkpoint-N` in one step. So a kill at any moment leaves earlier checkpoints untouched. Later damage, by a disk or a
+person, is found before anything is loaded: `newest` goes back to the last checkpoint that is whole.
 
-DeepSpeed writes and reads pickles. A pickle can run code, and whoever can change it can change the manifest, so what
-the pickles of a checkpoint would import is held to a list of names that training states consist of (`PICKLED`).
+DeepSpeed writes and reads pickles. A pickle can run code, and whoever can change it can change the manifest. So the
+pickles of a checkpoint may import only the names that training states consist of (`PICKLED`).
 """
 
 import json
@@ -29,9 +29,9 @@ logger = logging.get_logger(__name__)
 FORMAT = 1
 UNFINISHED, MANIFEST = ".unfinished", "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-MANIFEST_LIMIT = 64 * 2**20  # bytes: of a million files, more than any checkpoint has
+MANIFEST_LIMIT = 64 * 2**20  # bytes: enough for a million files, more than any checkpoint has
 PICKLES = (".pt", ".pth", ".bin")
-# What DeepSpeed's and transformers' training states hold beside tensors and plain values; all are inert.
+# Training states of DeepSpeed and transformers hold these beside tensors and plain values; all are inert.
 PICKLED = frozenset(
     {
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -47,7 +47,7 @@ PICKLED = frozenset(
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run must know of a checkpoint to continue from it."""
+    """The facts that a run needs to continue from a checkpoint."""
 
     step: int
     processes: int
@@ -58,7 +58,7 @@ class Facts:
 
 
 class Damaged(ValueError):
-    """A checkpoint that is not what was written. The message says which file and how."""
+    """A checkpoint was changed after it was written. The message says which file and how."""
 
 
 class Unwritable(OSError):
@@ -70,7 +70,7 @@ class Unwritable(OSError):
 
 @contextmanager
 def unfinished(output_dir: Path, name: str) -> Iterator[Path]:
-    """A folder below `output_dir` to write `name` in; what is left of it when the block ends is removed."""
+    """Give a folder below `output_dir` to write `name` in. If it is still there when the block ends, it is removed."""
     folder = output_dir / UNFINISHED
     if processes.index() == 0:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -84,8 +84,8 @@ def unfinished(output_dir: Path, name: str) -> Iterator[Path]:
 
 
 def publish(written: Path, target: Path, facts: Facts) -> None:
-    """Force `written` to disk, add its manifest, and make it `target`; a collective call. Raises Unwritable, in every
-    process."""
+    """Force `written` to disk, add its manifest, and rename it to `target`. All processes must call it. Raises
+    Unwritable, in every process."""
     processes.wait()  # until all have written
     entries = _shared(_files(written), lambda name: _entry(written / name))
     problem = None
@@ -104,14 +104,14 @@ def _finish(written: Path, target: Path, manifest: dict) -> None:
     force_to_disk(path)
     for folder in {written, *((written / name).parent for name in manifest["files"])}:
         force_to_disk(folder)
-    if target.exists():  # a damaged one, which the run went back from
+    if target.exists():  # damaged: the run continued from an earlier one
         _discard(target)
     written.rename(target)
     force_to_disk(target.parent)
 
 
 def rotate(output_dir: Path, keep: int | None, spare: str | None) -> None:
-    """Remove all but the `keep` newest checkpoints and the one at `spare`; nothing where `keep` is None or 0."""
+    """Remove all but the `keep` newest checkpoints and the one at `spare`. Removes nothing if `keep` is None or 0."""
     if not keep:
         return
     for path in numbered(output_dir)[keep:]:
@@ -120,14 +120,15 @@ def rotate(output_dir: Path, keep: int | None, spare: str | None) -> None:
 
 
 def remove_unscheduled(output_dir: Path, but: Path | None = None) -> None:
-    """Remove the checkpoints that a stop alone has written, except `but`: a run that nobody stopped leaves none."""
+    """Remove the checkpoints that were written only because of a stop, except `but`: an undisturbed run has no such
+    checkpoints."""
     for path in numbered(output_dir):
         if path != but and not is_scheduled(path):
             _discard(path)
 
 
 def _discard(path: Path) -> None:
-    """Out of sight first, in one step, so that a kill leaves no half of a checkpoint."""
+    """Remove a checkpoint. It is first moved away in one step, so that a kill leaves no half of it."""
     out_of_sight = path.parent / UNFINISHED / f"removed-{path.name}"
     shutil.rmtree(out_of_sight, ignore_errors=True)
     out_of_sight.parent.mkdir(exist_ok=True)
@@ -139,19 +140,19 @@ def _discard(path: Path) -> None:
 
 
 def numbered(output_dir: Path) -> list[Path]:
-    """The folders called checkpoint-N, highest N first."""
+    """Find the folders called checkpoint-N, highest N first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def size(path: Path) -> int:
-    """Bytes of a checkpoint's files."""
+    """Return the bytes of a checkpoint's files."""
     return sum((path / name).stat().st_size for name in _files(path))
 
 
 def newest(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole and can be continued from; a warning for each that is passed over on the way.
-    A collective call."""
+    """Return the newest checkpoint that is whole and can be continued from, and warn of each that is passed over. All
+    processes must call it."""
     for path in numbered(output_dir):
         try:
             if read(path).resumable:
@@ -165,7 +166,7 @@ def newest(output_dir: Path) -> Path | None:
 
 
 def read(path: Path) -> Facts:
-    """The facts of a checkpoint that is what was written; a collective call. Raises Damaged, in every process."""
+    """Check a checkpoint's files and return its facts. All processes must call it. Raises Damaged, in every process."""
     manifest = _manifest(path)
     entries = manifest["files"]
     found = _files(path)
@@ -181,12 +182,12 @@ def read(path: Path) -> Facts:
 
 
 def facts(path: Path) -> Facts:
-    """The facts of a checkpoint, by its manifest alone. Raises Damaged."""
+    """Return the facts in a checkpoint's manifest, without checking its files. Raises Damaged."""
     return _facts(_manifest(path))
 
 
 def is_scheduled(path: Path) -> bool:
-    """Whether an undisturbed run writes this checkpoint, too: all but those whose manifest says otherwise."""
+    """Check whether an undisturbed run writes this checkpoint too. It does, unless the manifest says otherwise."""
     try:
         return facts(path).scheduled
     except Damaged:
@@ -227,14 +228,14 @@ def _is_entry(entry: object) -> bool:
 
 
 def _files(folder: Path) -> list[str]:
-    """Relative names of everything below `folder` that is no folder, but the manifest."""
+    """Return the relative names of all files below `folder` except the manifest."""
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) != MANIFEST)
 
 
 def _shared(names: list[str], work: Callable[[str], object]) -> dict:
-    """`work` of each name, every process doing some and all getting the whole; a collective call. Raises Unwritable, in
-    every process, where `work` raises OSError in one."""
+    """Return `work` of each name. Each process does a share, and all get every result. All processes must call it.
+    Raises Unwritable, in every process, if `work` raises OSError in one."""
     done, problem = {}, None
     try:
         for name in names[processes.index() :: processes.count()]:
@@ -271,5 +272,6 @@ def _fault(path: Path, entry: dict) -> str | None:
 
 
 def foreign_names(path: Path) -> set[str]:
-    """What loading a file of torch.save would import, beyond PICKLED and what torch takes for safe; loads nothing."""
+    """Return the names that loading a file of torch.save would import, except PICKLED and the names that torch takes
+    for safe. Loads nothing."""
     return set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))) - PICKLED

@@ -1,8 +1,8 @@
-"""The configurations of the training stages: transformers.TrainingArguments, and what is added to it.
+"""The configurations of the training stages: transformers.TrainingArguments and more fields.
 
-Defaults are those of the original EXO repository where it has one (cosine schedule without warm-up, Adam betas
-(0.9, 0.95), one epoch, gradient clipping 1.0, ZeRO stage 2; a learning rate of 1e-5, and of 1e-6 in alignment) and of
-transformers elsewhere. Everything is checked when the object is made, so a wrong value costs no model load.
+Defaults come from the original EXO repository if it has one (cosine schedule without warm-up, Adam betas
+(0.9, 0.95), one epoch, gradient clipping 1.0, ZeRO stage 2; a learning rate of 1e-5, and of 1e-6 in alignment), else
+from transformers. Everything is checked when the object is made, so a wrong value costs no model load.
 """
 
 import copy
@@ -27,10 +27,10 @@ from exo_fast.training.trainer.deepspeed import deepspeed_config, default_zero_s
 from exo_fast.validate import LARGEST, LEAST
 
 MOST_EPOCHS = 10**6
-# Fields of alignment whose default a preset may replace: None until it is known whether one does.
+# Fields of alignment whose default a preset may replace: None until the presets are applied.
 AFTER_PRESETS = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "tiled_mlp": False}
 
-# Fields of transformers.TrainingArguments that mean nothing here, or something wrong, and what is right instead.
+# Fields of transformers.TrainingArguments that have no meaning or a wrong one here, and what to use instead.
 REFUSED = {
     "label_smoothing_factor": "that is transformers' smoothing over the vocabulary; label_smoothing of `exo-fast "
     "align` smooths targets.",
@@ -66,7 +66,7 @@ REFUSED = {
     "hub_always_push": "an upload is waited for.",
     "do_predict": "`exo-fast generate`, `logprobs` and `score` run a trained model.",
 }
-# Optimizers of transformers that work in another way than by a step on gradients.
+# Optimizers of transformers that do not work by a step on gradients.
 REFUSED_OPTIMIZERS = {
     "lomo": "changes weights in the backward pass, before it is known whether gradients are finite",
     "adalomo": "changes weights in the backward pass, before it is known whether gradients are finite",
@@ -241,40 +241,40 @@ class TrainConfig(TrainingArguments):
                     self.zero_stage, offload=self.offload, on_accelerator=not self.use_cpu
                 )
         else:
-            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what an earlier run in this process left behind
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by an earlier run in this process
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
         try:
             super().__post_init__()
-        except Exception as error:  # transformers, accelerate and DeepSpeed each have their own, and few name the field
+        except Exception as error:  # transformers, accelerate and DeepSpeed raise many types, and few name the field
             text = str(error) or type(error).__name__
             raise InputError(text + self._suspects(given, text)) from error
         self._check_optimizer()
 
     model_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path",)
-    best_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # of a stage's evaluation
+    best_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # metrics of a stage's evaluation
 
     @property
     def stage(self) -> str:
-        """The stage's name on the command line."""
+        """Return the stage's name on the command line."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__.removesuffix("Config")).lower()
 
     @property
     def data_parallel_size(self) -> int:
-        """How many processes are given batches of their own."""
+        """Return the number of processes that get batches of their own."""
         return self.world_size // getattr(self, "sequence_parallel", 1)
 
     @property
     def global_batch(self) -> int:
-        """How many rows an optimizer step is of."""
+        """Return the number of rows of an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which of them this is; the processes of one sequence-parallel group have the same."""
+        """Return this process's data-parallel rank. The processes of one sequence-parallel group share it."""
         return self.process_index // getattr(self, "sequence_parallel", 1)
 
     def _suspects(self, given: dict[str, Any], text: str) -> str:
-        """The fields whose values an error may be about, for one that names none of them."""
+        """Return text that names the fields an error may be about; empty if the error names one."""
         changed = {name: given[name] for name in self.changed}
         if any(name in text for name in changed):
             return ""
@@ -286,7 +286,7 @@ class TrainConfig(TrainingArguments):
             raise InputError(f"{name}={getattr(self, name)!r}: {fix}")
 
     def _check_optimizer(self) -> None:
-        """Raises InputError where the optimizer or the schedule cannot be made, by making both for one number."""
+        """Make the optimizer and the schedule for one number. Raises InputError if that fails."""
         from transformers import Trainer, get_scheduler
 
         self.optim = optim = getattr(self.optim, "value", self.optim)
@@ -300,7 +300,7 @@ class TrainConfig(TrainingArguments):
             plain.optim_args = None
             same = not self.optim_args or options == Trainer.get_optimizer_cls_and_kwargs(plain, torch.nn.Module())[1]
             made = None if takes_modules else kind([torch.nn.Parameter(torch.zeros(1))], **options)
-        except Exception as error:  # each optimizer and each package that is missing has its own
+        except Exception as error:  # optimizers and missing packages raise many types
             given = "" if self.optim_args is None else f", optim_args={self.optim_args!r}"
             raise InputError(f"optim={optim!r}{given}: {str(error) or type(error).__name__}") from error
         self._need(not self.optim_args or not same, "optim_args", f"optim {optim} takes none of them.")
@@ -417,7 +417,7 @@ class TrainConfig(TrainingArguments):
 
 @dataclass
 class CausalConfig(TrainConfig):
-    """What stages that train a causal LM on completions, through the fused head, have in common."""
+    """The fields of all stages that train a causal LM on completions through the fused head."""
 
     max_seq_len: int = option(512, "Longest prompt plus completion, in tokens; prompts are cut on the left to fit.")
     max_gen_len: int = option(256, "Longest completion, in tokens with EOS; cut on the right.")
@@ -439,7 +439,7 @@ class CausalConfig(TrainConfig):
 
     @property
     def memory_budget_bytes(self) -> int | None:
-        """`memory_budget` in bytes; None where it is unset."""
+        """Return `memory_budget` in bytes; None if it is unset."""
         return None if self.memory_budget is None else parse_size(self.memory_budget)
 
     def _check_fields(self) -> None:
@@ -462,6 +462,6 @@ def default_of(field: Field) -> Any:
 
 
 def _is_default(value: Any, field: Field) -> bool:
-    """Check whether a field is at its default; transformers has several words for off."""
+    """Check whether a field has its default; transformers has several words for off."""
     default = default_of(field)
     return value == default or all(one is None or one is False or one in ("", "no", []) for one in (value, default))

@@ -1,7 +1,7 @@
-"""Find out whether an output directory holds a run to continue, a finished one, or another one's results.
+"""Find out whether an output directory holds a run to continue, a finished run, or another run's results.
 
-The same command given again finishes what was interrupted: the settings that decide the result are kept in the output
-directory, so that continuing a run is not confused with overwriting another one.
+Giving the same command again finishes an interrupted run. The output directory keeps the settings that decide the
+result, so that continuing a run is not confused with overwriting another one.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from exo_fast.training.trainer.config import TrainConfig, default_of
 from exo_fast.training.trainer.finishing import finish
 
 SETTINGS = "settings.json"
-# Fields that say where, how fast or how loud a run is, and not what it gives.
+# Fields that decide where, how fast or how loud a run is, and not its result.
 INCIDENTAL = {"output_dir", "resume_from_checkpoint", "reference_cache_dir", "use_cpu", "local_rank", "report_to"}
 INCIDENTAL |= {
     "disable_tqdm",
@@ -33,19 +33,20 @@ INCIDENTAL |= {
     "run_name",
     "non_finite",
     "save_total_limit",
-    "long_sequence",  # the fields it sets are settings themselves
+    "long_sequence",  # it sets other fields, and they are settings themselves
     "tiled_mlp",
 }
-# In whose place the settings have their product, the global batch: how it is cut decides nothing.
+# The settings hold the product of these instead, the global batch: how it is cut does not change the result.
 CUT = {"per_device_train_batch_size", "gradient_accumulation_steps", "sequence_parallel"}
 INCIDENTAL_PREFIXES = ("hub_", "push_to_hub", "dataloader_", "logging_", "trackio_")
-DECISIVE = {"dataloader_drop_last"}  # for all that
+DECISIVE = {"dataloader_drop_last"}  # despite its prefix
 
 
 def resume_or_start(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
-    """Seed everything, and say what `config.output_dir` holds: (checkpoint to continue from, finished summary).
+    """Seed everything and return what `config.output_dir` holds: (checkpoint to continue from, finished summary).
 
-    Both None: start anew. Raises InputError, before any work, for a directory that another run's results are in.
+    If both are None, the run starts anew. Raises InputError, before any work, if the directory holds another run's
+    results.
     """
     set_seed(config.seed)
     output = Path(config.output_dir)
@@ -60,7 +61,7 @@ def resume_or_start(config: TrainConfig) -> tuple[str | None, dict[str, Any] | N
             print(f"continuing from {checkpoint}", flush=True)
         if config.push_to_hub and summary is None:
             hub.create_repository(config)
-    processes.wait()  # before the first process writes what the others look for
+    processes.wait()  # before rank 0 writes files that the others look for
     if summary is not None:
         finish(config, summary, anew=False)
         files.unlock_directory(output)
@@ -89,7 +90,7 @@ def _found(config: TrainConfig) -> tuple[str | None, dict[str, Any] | None]:
         return None, None
     if wish == "same" and (output / SETTINGS).is_file():
         now = settings_of(config)
-        # What an earlier version had no field for is as it was then: at its default.
+        # An earlier version behaved as the defaults of fields that it did not have.
         unknown = {field.name: default_of(field) for field in fields(config) if field.init and field.name in now}
         changed = differences({**unknown, **json.loads((output / SETTINGS).read_text())}, now)
         if not changed:
@@ -116,7 +117,7 @@ def _as_text(path: Path | None) -> str | None:
 
 
 def _check_named(checkpoint: str) -> None:
-    """Raises InputError for a checkpoint that the user named and that cannot be continued from."""
+    """Raises InputError if the run cannot continue from the checkpoint that the user named."""
     fix = "name a whole checkpoint-N directory, or use true or auto."
     if not Path(checkpoint).is_dir():
         raise InputError(f"resume_from_checkpoint={checkpoint!r}: no such directory; {fix}")
@@ -129,17 +130,17 @@ def _check_named(checkpoint: str) -> None:
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """The fields that decide a run's result, as JSON would give them back."""
+    """Return the fields that decide a run's result, with values as JSON gives them back."""
     values = {
         name: value
         for name, value in config.to_dict().items()
         if name in DECISIVE or not (name in INCIDENTAL | CUT or name.startswith(INCIDENTAL_PREFIXES))
     }
-    for name in ("data", "eval_data"):  # one file, by whatever path
+    for name in ("data", "eval_data"):  # one form for all paths to a file
         if values[name] is not None and Path(values[name]).expanduser().exists():
             values[name] = str(Path(values[name]).expanduser().resolve())
     if config.engine == "torch":
-        values["zero_stage"] = None  # whose default follows the number of processes
+        values["zero_stage"] = None  # its default depends on the number of processes
     values["global batch"] = config.global_batch
     for name in ("data", "eval_data", *config.model_fields):
         values[f"files of {name}"] = _files_digest(values[name])
@@ -147,9 +148,9 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def _files_digest(path: str | None) -> str | None:
-    """A hash over names, sizes and times of a file or of the files of a directory; None for what is not here.
+    """Hash the names, sizes and times of a file or of a directory's files; None if the path is not on this machine.
 
-    Not over their content, which for a model is read in minutes: it is to notice an input that was made anew.
+    The content is not hashed: reading a model takes minutes, and the aim is to notice an input that was made anew.
     """
     if path is None or not (place := Path(path).expanduser()).exists():
         return None

@@ -1,8 +1,8 @@
 """DeepSpeed's configuration and its surroundings.
 
-The JSON that DeepSpeed wants is derived from a few fields, with "auto" where transformers fills in its own
-arguments; a JSON file of the user's replaces it whole. DeepSpeed also wants a launcher: started without one
-it looks for MPI, so a single process is given the environment that a launcher would have set.
+DeepSpeed's JSON is derived from a few fields, with "auto" where transformers fills in its own arguments. A JSON file
+from the user replaces all of it. DeepSpeed also expects a launcher: started without one it looks for MPI, so a single
+process gets the environment that a launcher would have set.
 """
 
 import os
@@ -12,17 +12,17 @@ CPU_BUCKET = 50_000_000  # gradients reduced at once: DeepSpeed's 500 million ar
 
 
 def default_zero_stage(*, on_cpu: bool, bf16: bool, offload: bool) -> int:
-    """2, and 0 for a single process on CPU in float32.
+    """Return 0 for a single process on CPU in float32, else 2.
 
-    ZeRO shards nothing there, and copies every gradient into a bucket and on into its partition, and every weight
-    back. (In bf16 stage 0 would keep float32 gradients that stage 2 does not.)
+    With one process there is nothing to shard, and ZeRO would copy every gradient into a bucket and on into its
+    partition, and every weight back. (In bf16 stage 0 would keep float32 gradients that stage 2 does not.)
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     return 0 if alone and on_cpu and not bf16 and not offload else 2
 
 
 def deepspeed_config(zero_stage: int, *, offload: bool, on_accelerator: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for `zero_stage` 0–3.
+    """Return DeepSpeed's configuration for `zero_stage` 0–3.
 
     `offload` keeps the optimizer's state (and with stage 3 the parameters) in CPU memory, as the original's
     `--offload` does, and its Adam step runs there.
@@ -59,23 +59,23 @@ def deepspeed_config(zero_stage: int, *, offload: bool, on_accelerator: bool) ->
 def start_on_cpu() -> None:
     """Start DeepSpeed's communication on CPU: gloo, and nothing to compile.
 
-    The Trainer starts it for accelerators only, and then ZeRO-3 shards a model while it loads without knowing
-    of the other processes. DeepSpeed would also compile its own shared-memory all-reduce: half a minute the
-    first time, even for one process that has nobody to talk to, and an error on a machine without ninja or a
+    The Trainer starts it only for accelerators. Without it ZeRO-3 shards a model while it loads without knowing
+    of the other processes. DeepSpeed would also compile its own shared-memory all-reduce. That takes half a minute
+    the first time, even for a single process, which does not need it, and fails on a machine without ninja or a
     compiler.
     """
     import deepspeed
     import deepspeed.ops
 
-    # A dict that DeepSpeed fills by running the compiler when it is first looked at, for this one question.
+    # DeepSpeed fills this dict by running the compiler when it is first read, only to answer this question.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
 
 
 def pickle_plainly() -> None:
-    """Have DeepSpeed's enum of ZeRO stages pickled as a value, as Python does from 3.11.4 on.
+    """Pickle DeepSpeed's enum of ZeRO stages as a value, as Python does from 3.11.4 on.
 
-    Before, enums were pickled as a call of `getattr`, which no one reading a checkpoint should have to allow.
+    Older Pythons pickle enums as a call of `getattr`, which readers of a checkpoint should not have to allow.
     """
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -83,10 +83,10 @@ def pickle_plainly() -> None:
 
 
 def undo_first_step(optimizer: Any) -> None:
-    """Take back the step that DeepSpeed's optimizer of stage 0 in bf16 makes on gradients of zero as it is created.
+    """Undo the step that DeepSpeed's optimizer of stage 0 in bf16 makes on zero gradients when it is created.
 
-    It leaves Adam's count at 1, so that the first real step would move weights 0.73 times as far as it should, and has
-    weights decayed once already. Of other optimizers nothing is changed.
+    That step leaves Adam's count at 1, so the first real step would move weights 0.73 times as far as it should. It
+    also decays the weights once. Other optimizers are not changed.
     """
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 

@@ -1,8 +1,8 @@
-"""Continuing on another number of processes than a checkpoint was written by.
+"""Continue on another number of processes than wrote the checkpoint.
 
-ZeRO 1 to 3 write the optimizer in as many shards as there are processes. DeepSpeed's universal checkpoint puts them
-together by parameter, and every number of processes can take its share of that. It is made aside, once, when a run
-continues so; ZeRO 0 and plain PyTorch have the whole state in one file and need none of it.
+ZeRO 1 to 3 write the optimizer in as many shards as there are processes. DeepSpeed's universal checkpoint joins them
+by parameter, and any number of processes can take its shares of it. It is made once, in a temporary place, when a run
+continues this way. ZeRO 0 and plain PyTorch have the whole state in one file and do not need it.
 """
 
 import shutil
@@ -24,9 +24,9 @@ logger = logging.get_logger(__name__)
 
 
 def load(engine: Any, checkpoint: Path, *, strict: bool) -> None:
-    """Load a DeepSpeed checkpoint into `engine`, by however many processes it was written; a collective call.
+    """Load a DeepSpeed checkpoint, written by any number of processes, into `engine`. All processes must call it.
 
-    `strict`: whether it must have every weight of the model, which one of adapters alone has not.
+    `strict`: whether the checkpoint must have every weight of the model. A checkpoint of adapters alone does not.
     """
     saved_by = checkpoints.facts(checkpoint).processes
     if saved_by == processes.count() or not engine.zero_optimization():
@@ -52,13 +52,14 @@ def load(engine: Any, checkpoint: Path, *, strict: bool) -> None:
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """Of a parameter group what the run's settings decide: all but the parameters and the scheduled learning rate."""
+    """Return a parameter group's options from the run's settings: all but the parameters and the scheduled learning
+    rate."""
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def _repair(optimizer: torch.optim.Optimizer, options: list[dict[str, Any]]) -> None:
-    """Undo what ZeRO 3 loads wrong: the first group's weight decay for every group, and one counter of steps for all,
-    which each group would then count up."""
+    """Undo two loading errors of ZeRO 3: every group gets the first group's weight decay, and all share one counter of
+    steps, which each group would then count up."""
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
     for state in optimizer.state.values():
@@ -67,7 +68,7 @@ def _repair(optimizer: torch.optim.Optimizer, options: list[dict[str, Any]]) -> 
 
 
 def _convert(checkpoint: Path, universal: Path) -> str | None:
-    """Write the universal checkpoint to `universal`; returns what went wrong."""
+    """Write the universal checkpoint to `universal`; return an error's text, if there was one."""
     from deepspeed.checkpoint import ds_to_universal
 
     tag = (checkpoint / "latest").read_text().strip()
@@ -79,7 +80,7 @@ def _convert(checkpoint: Path, universal: Path) -> str | None:
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # what Megatron's checkpoints say of pipelines, and ours need not
+        inject_missing_state=True,  # fill in the pipeline state of Megatron's checkpoints, which ours lack
     )
     said = StringIO()
     try:

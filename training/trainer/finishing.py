@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 def try_or_warn(what: str, value: Callable[[], Any]) -> Any:
-    """Return `value()`; None, after a warning, where it fails: the model is saved already."""
+    """Return `value()`; None, after a warning, if it fails: the model is saved already."""
     try:
         return value()
     except Exception as error:
@@ -27,11 +27,11 @@ def try_or_warn(what: str, value: Callable[[], Any]) -> Any:
 
 
 def finish(config: TrainConfig, summary: dict[str, Any], *, anew: bool) -> None:
-    """Leave README.md (the model card), report.html and the scheduled checkpoints in the output directory of a finished
-    run, and publish what is to be published; a collective call.
+    """Write README.md (the model card) and report.html of a finished run, remove checkpoints that are not scheduled,
+    and publish the model if asked to. All processes must call it.
 
-    Pages that are there are replaced when the run was made `anew`, and else left alone: people edit cards. A page that
-    cannot be made is a warning. Raises RunError, in every process, for an upload that failed.
+    Existing pages are replaced if the run was made `anew`, else left alone: people edit cards. If a page cannot be
+    made, that is a warning. Raises RunError, in every process, if an upload failed.
     """
     problem = None
     if config.process_index == 0:
@@ -57,7 +57,7 @@ def _write_pages(output: Path, anew: bool) -> None:
 
 
 def _publish(config: TrainConfig, summary: dict[str, Any]) -> str | None:
-    """Upload the model, and note it in the summary; returns what went wrong."""
+    """Upload the model and note it in the summary; return an error's text, if there was one."""
     output = Path(config.output_dir)
     try:
         summary["hub"] = hub.push(config, output, f"{config.stage}: the model after {summary['steps']} steps")

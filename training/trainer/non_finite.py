@@ -1,6 +1,6 @@
-"""Losses and gradients that are not finite: kept from the weights, and traced to the rows they came from.
+"""Keep losses and gradients that are not finite from the weights, and trace them to their rows.
 
-DeepSpeed's ZeRO optimizers leave out a step whose gradient norm is not finite and say so (`overflow`; in bf16 with
+DeepSpeed's ZeRO optimizers skip a step whose gradient norm is not finite and report it (`overflow`; in bf16 with
 check_grad_overflow, which exo_fast.training.trainer.deepspeed sets). `GradientGuard` does the same for a plain torch
 optimizer (ZeRO 0 in float32, and engine=torch).
 """
@@ -17,17 +17,18 @@ from torch import Tensor
 
 FOLDER = "non-finite"
 SHOWN = 8  # rows that a message names
-MOST_SKIPPED = 10  # steps left out one after another: then the weights themselves must be the cause
+MOST_SKIPPED = 10  # consecutive skipped steps: after more, the weights themselves must be the cause
 
 
 class GradientGuard:
-    """Before each step of an optimizer: without gradients, and so without a step, where their norm is not finite."""
+    """A check before each step of an optimizer. If the gradients' norm is not finite, they are dropped, which skips the
+    step."""
 
     def __init__(self) -> None:
         self.overflow = False
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look at the gradients before every step of `optimizer` from now on."""
+        """Check the gradients before every step of `optimizer` from now on."""
         optimizer.register_step_pre_hook(self._before)
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -41,14 +42,14 @@ class GradientGuard:
 
 @dataclass
 class MicroBatch:
-    """What a forward of this step was given, and what it gave."""
+    """The inputs and outputs of one forward of this step."""
 
     inputs: dict[str, Any]
     loss: Tensor  # ()
     metrics: Tensor  # (R, M)
 
     def bad_rows(self) -> list[int]:
-        """The `index` of rows with a metric that is not finite; of all rows where only the loss is not."""
+        """Return the `index` of rows with a metric that is not finite; of all rows if only the loss is not finite."""
         bad = ~torch.isfinite(self.metrics).all(dim=1)
         if not bad.any() and not torch.isfinite(self.loss):
             bad = torch.ones_like(bad)
@@ -60,8 +61,8 @@ class MicroBatch:
 
 
 def save(step_batches: list[MicroBatch], folder: Path, process: int) -> None:
-    """This process's micro-batches of a step as `process-P-micro-M.safetensors`, their losses and rows as JSON beside
-    them."""
+    """Write this process's micro-batches of a step as `process-P-micro-M.safetensors`, and their losses and rows as
+    JSON beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, batch in enumerate(step_batches):
         place = folder / f"process-{process}-micro-{number}"
@@ -80,6 +81,6 @@ def _is_array(value: Any) -> bool:
 
 
 def format_rows(rows: list[int]) -> str:
-    """Return the numbers of the first rows, for a message."""
+    """Return the numbers of the first rows as text for a message."""
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return ", ".join(map(str, rows[:SHOWN])) + more

@@ -1,10 +1,9 @@
-"""Reference log-probs: computed once before training, kept on disk, shared by every run that starts alike.
+"""Reference log-probs: computed once before training, kept on disk, shared by all runs with the same start.
 
-The reference never changes, so running it in every step (as the original does) is work done for nothing. They
-are computed through the same forward as training, in the same precision, so that the log-ratio of an
-untrained policy is zero and not the difference of two roundings. The cache's key is a hash over content: the
-weights, the token ids (which hold data, tokenizer, template and lengths at once), the temperature and the
-precision.
+The reference never changes, so running it in every step (as the original does) is wasted work. They are computed
+through the same forward as training, in the same precision, so that the log-ratio of an untrained policy is zero and
+not the difference of two roundings. The cache's key is a hash over content: the weights, the token ids (which cover
+data, tokenizer, template and lengths at once), the temperature and the precision.
 """
 
 from __future__ import annotations
@@ -36,11 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1  # raised when what is stored, or how it is computed, changes
+FORMAT = 1  # increased when the stored data, or their computation, change
 
 
 def cache_key(dataset: GroupDataset, model: str, **settings: Any) -> str:
-    """SHA-256 of the data set's token ids, a model digest, and the JSON-able settings that change the numbers."""
+    """Return the SHA-256 of the data set's token ids, a model digest, and the JSON-able settings that change the
+    numbers."""
     digest = hashlib.sha256(json.dumps([FORMAT, model, settings], sort_keys=True).encode())
     for ids in (
         dataset.prompt_ids,
@@ -56,11 +56,11 @@ def cache_key(dataset: GroupDataset, model: str, **settings: Any) -> str:
 
 
 def load(directory: str | Path, key: str, shape: tuple[int, int]) -> Tensor | None:
-    """The cached (G, K) float32 log-probs, or None where there are none, or none of this shape."""
+    """Return the cached (G, K) float32 log-probs, or None if the cache has no entry of this shape."""
     try:
         with safe_open(_path(directory, key), framework="pt") as file:
             logps = file.get_tensor("reference_logps")
-    except (OSError, RuntimeError, SafetensorError):  # RuntimeError: nobody knows where ~ is
+    except (OSError, RuntimeError, SafetensorError):  # RuntimeError: ~ cannot be resolved
         return None
     return logps if logps.shape == shape and bool(torch.isfinite(logps).all()) else None
 
@@ -90,11 +90,11 @@ def fill_reference_logps(
     datasets: dict[str, GroupDataset],
     collate: GroupCollator,
 ) -> dict[str, bool]:
-    """Set `ref_logps` of each data set, from the cache or by running `module`; returns which came from the
+    """Set `ref_logps` of each data set, from the cache or by running `module`; return which came from the
     cache.
 
-    `name_or_path` is the model that `module` (with its adapters off) holds. The first process alone reads and
-    writes the cache, so no shared file system is needed.
+    `name_or_path` is the model that `module` (with its adapters off) holds. Only rank 0 reads and writes the
+    cache, so no shared file system is needed.
     """
     main, device = config.process_index == 0, config.device
     if main and datasets and (reason := why_not_writable(config.reference_cache_dir)) is not None:
@@ -113,7 +113,7 @@ def fill_reference_logps(
                 matmul_precision=config.matmul_precision,
                 attention=module.config._attn_implementation,
                 share_prompt=collate.share_prompt,
-                # Before there were these, such numbers depended on the batches that they were computed in.
+                # Earlier versions did not have these, and their numbers depended on how they were batched.
                 **({"by_length": [asdict(rule) for rule in collate.by_length]} if collate.by_length else {}),
             )
             logps = load(config.reference_cache_dir, key, tuple(dataset.rewards.shape))
@@ -174,12 +174,12 @@ def compute(
     description: str = "reference log-probs",
     progress: bool = True,
 ) -> Tensor:
-    """(G, K) float32 on the CPU, the same on every process.
+    """Return (G, K) float32 on the CPU, the same on every process.
 
     `sequence_logps` maps a batch to (groups of the batch, K). Groups are sorted by length, so that rows are
-    full, and dealt out to the processes; each makes the same number of calls (ZeRO-3 gathers parameters in
-    every one), some perhaps on a batch that another process has too. `process_index` and `num_processes` count
-    data-parallel ones, each of which is `copies` processes that are given the same batches.
+    full, and dealt out to the processes. Each process makes the same number of calls (ZeRO-3 gathers parameters
+    in every call), some perhaps on a batch that another process has too. `process_index` and `num_processes`
+    count data-parallel processes, each of which is `copies` processes that get the same batches.
     """
     order = np.argsort(-dataset.lengths(), kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -33,8 +33,8 @@ def train(
 ) -> dict[str, Any]:
     """Train (from `checkpoint`), save, evaluate, and write summary.json and the pages; return the summary.
 
-    `about()` gives the stage's own entries of the summary, and `closing(summary)` a line or more for the terminal.
-    All processes must call it. Raises Stopped after a SIGTERM, when a checkpoint is saved, and RunError where training
+    `about()` returns the stage's own entries of the summary, and `closing(summary)` a line or more for the terminal.
+    All processes must call it. Raises Stopped after a SIGTERM, once a checkpoint is saved, and RunError if training
     cannot go on.
     """
     seconds = take_steps(trainer, config, checkpoint)
@@ -58,7 +58,8 @@ def take_steps(trainer: StageTrainer, config: TrainConfig, checkpoint: str | Non
 
 
 def save_and_evaluate(trainer: StageTrainer, config: TrainConfig) -> None:
-    """Save the model, and evaluate it unless the last evaluation was of it (load_best_model_at_end saves another)."""
+    """Save the model. Evaluate it unless the last evaluation was of this model (load_best_model_at_end saves another
+    one)."""
     trainer.save_model()
     if trainer.eval_dataset is not None and (config.load_best_model_at_end or not trainer.is_evaluated()):
         trainer.evaluate()
@@ -67,8 +68,8 @@ def save_and_evaluate(trainer: StageTrainer, config: TrainConfig) -> None:
 
 @contextmanager
 def training_scope(config: TrainConfig) -> Iterator[None]:
-    """The precision of products and DeepSpeed's global configuration, for this run and no later one; at its end the
-    output directory is given back."""
+    """Set the precision of products and DeepSpeed's global configuration for this run only; release the output
+    directory at its end."""
     precision = matmul_precision(config.matmul_precision, config.device.type)
     try:
         with precision, _deepspeed_scope(config), facts.heard_warnings() as config.warnings:
@@ -79,7 +80,7 @@ def training_scope(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def _deepspeed_scope(config: TrainConfig) -> Iterator[None]:
-    """transformers' global DeepSpeed configuration (ZeRO-3 loads weights in shards), for this run and no later one."""
+    """Set transformers' global DeepSpeed configuration (ZeRO-3 loads weights in shards) for this run only."""
     if config.engine == "deepspeed":
         set_hf_deepspeed_config(config.hf_deepspeed_config)
         pickle_plainly()
@@ -88,7 +89,7 @@ def _deepspeed_scope(config: TrainConfig) -> Iterator[None]:
     else:
         unset_hf_deepspeed_config()
     with warnings.catch_warnings():
-        # Names that torch and transformers changed and DeepSpeed and PEFT still use, in every step.
+        # DeepSpeed and PEFT use names that torch and transformers have changed, in every step.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
         try:

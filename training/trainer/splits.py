@@ -1,4 +1,4 @@
-"""The data of a training: find the splits, tokenise them, and check that the model can take them."""
+"""Find the splits of a training's data, tokenise them, and check that the model can take them."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from exo_fast.training.trainer.config import CausalConfig, TrainConfig
 
 
 def find_training_splits(config: TrainConfig) -> dict[str, Source]:
-    """Return the data to train on and, where there is any, to evaluate on: {"train": …, "eval": …}.
+    """Return the data to train on and, if there is any, to evaluate on: {"train": …, "eval": …}.
 
-    Without any, `config` evaluates nothing. Raises InputError where there is nothing to train on.
+    Without evaluation data, `config` is set to evaluate nothing. Raises InputError if there is nothing to train on.
     """
     sources = {"train": find_source(config.data, "train")}
     if sources["train"] is None:
@@ -59,8 +59,8 @@ def tokenize_splits(
     left_out: dict[str, LeftOut] | None = None,
     **judged: Any,
 ) -> dict[str, GroupDataset]:
-    """The rows of each split as tokenised groups (`data.groups.tokenize`, which takes `judged`). Raises InputError
-    where the model cannot take them."""
+    """Return the rows of each split as tokenised groups (`data.groups.tokenize`, which takes `judged`). Raises
+    InputError if the model cannot take them."""
     datasets = {
         name: tokenize(
             rows,
@@ -86,7 +86,7 @@ def tokenize_splits(
 
 
 def check_batches(config: TrainConfig, rows: int) -> None:
-    """Raises InputError where dataloader_drop_last leaves none of the training data's rows."""
+    """Raises InputError if dataloader_drop_last would drop all rows of the training data."""
     if config.dataloader_drop_last and rows < config.global_batch:
         parts = (
             (config.per_device_train_batch_size, "per_device_train_batch_size"),

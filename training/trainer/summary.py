@@ -1,4 +1,4 @@
-"""summary.json of a training: its entries, and the lines that stages print of it."""
+"""summary.json of a training: its entries, and the lines that stages print from it."""
 
 import datetime
 import json
@@ -22,18 +22,18 @@ VERSIONS = ("exo_fast", "torch", "transformers", "accelerate", "deepspeed", "pef
 
 
 def losses_line(summary: dict[str, Any], name: str) -> str:
-    """ "train: loss 1.2 -> 0.9" of one split of a summary."""
+    """Return "train: loss 1.2 -> 0.9" for one split of a summary."""
     entries, key = summary["metrics"][name], "eval_loss" if name == "eval" else "loss"
     return f"{name}: loss {entries['first'][key]:.4f} -> {entries['last'][key]:.4f}"
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean loss per token in nats; infinite where that overflows."""
+    """Return exp of a mean loss per token in nats; infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def _first_and_last(history: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The first and last entries of the log that hold training metrics, and evaluation metrics."""
+    """Return the first and last entries of the log with training metrics, and with evaluation metrics."""
     found = {}
     for name, key in (("train", "loss"), ("eval", "eval_loss")):
         entries = [entry for entry in history if key in entry]
@@ -43,7 +43,7 @@ def _first_and_last(history: list[dict[str, Any]]) -> dict[str, dict[str, dict[s
 
 
 def summarize(trainer: StageTrainer, config: TrainConfig, of_stage: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of summary.json, `of_stage` among them. All processes must call it."""
+    """Return the entries of summary.json, including `of_stage`. All processes must call it."""
     summary = {
         "stage": config.stage,
         "config": config.to_dict(),
@@ -61,7 +61,7 @@ def summarize(trainer: StageTrainer, config: TrainConfig, of_stage: dict[str, An
         "command": facts.command_line(),
         "warnings": config.warnings,
     }
-    samples = try_or_warn("samples", lambda: facts.take_samples(trainer))  # a collective call
+    samples = try_or_warn("samples", lambda: facts.take_samples(trainer))  # all processes must call it
     if config.process_index == 0:
         ran = machine.describe()
         summary |= {"machine": ran["machine"], "commit": ran["commit"]}
@@ -72,7 +72,7 @@ def summarize(trainer: StageTrainer, config: TrainConfig, of_stage: dict[str, An
 
 
 def write_summary(config: TrainConfig, summary: dict[str, Any], closing: Callable[[dict[str, Any]], str]) -> None:
-    """Write summary.json, which says that the run is finished, and print where the model is; rank 0 does."""
+    """Write summary.json, which marks the run as finished, and print where the model is. Only rank 0 does."""
     if config.process_index != 0:
         return
     content = json.dumps(summary, indent=2, default=str) + "\n"

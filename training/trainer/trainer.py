@@ -5,19 +5,19 @@ What differs from the Trainer's own loop, and why:
   checkpoints carry the model's plain names.
 - The loss is a mean over the rows (groups, pairs, tokens: what the batch's `weights` count) of the *global*
   batch: each micro-batch is weighted by its share of all micro-batches and processes, so that it does not
-  matter how the batch was cut. What each process runs is said in exo_fast.training.data.sampler.
+  matter how the batch was cut. exo_fast.training.data.sampler describes which rows each process runs.
 - Losses and metrics are sums and weights until they are logged: a log's means are over its rows, not over its steps.
-- A checkpoint is whole or not there (exo_fast.training.trainer.checkpoints). SIGTERM saves one and ends the run; a
-  loss or gradient that is not finite ends it before the weights see it, or has its step left out
+- A checkpoint is whole or not there (exo_fast.training.trainer.checkpoints). SIGTERM saves one and ends the run. A
+  loss or gradient that is not finite ends the run before it reaches the weights, or its step is skipped
   (exo_fast.training.trainer.non_finite).
-- Training continues on another number of processes, with the same global batch: DeepSpeed's optimizer shards are then
-  converted by its universal checkpoints.
-- A checkpoint also holds the sums of the log entry that is under way, and a run that continues makes up what was due at
-  the checkpoint's step and came after it was written (`take_up`). Nothing but training steps draws from the global
-  random states, so what is evaluated, or not, changes no bit of the weights.
-- In alignment, once the engine stands and before it loads a checkpoint, the policy is still the reference:
-  there the prompt-sharing layout is checked and reference log-probs are computed, through the forward
-  (ZeRO-3, autocast, precision) of training.
+- Training continues on another number of processes, with the same global batch: DeepSpeed's universal checkpoints
+  then convert its optimizer shards.
+- A checkpoint also holds the sums of the unfinished log entry. A run that continues makes up for the work that was
+  due at the checkpoint's step after it was written (`take_up`). Only training steps draw from the global random
+  states, so evaluations do not change a bit of the weights.
+- In alignment, after the engine is created and before it loads a checkpoint, the policy is still the reference.
+  Then the prompt-sharing layout is checked and reference log-probs are computed, through the forward (ZeRO-3,
+  autocast, precision) of training.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ from exo_fast.training.trainer.deepspeed import undo_first_step
 from exo_fast.training.trainer.watch import RunWatch
 
 logger = logging.get_logger(__name__)
-INTERVAL = "interval_{}.json"  # in a checkpoint, of each process: its sums since the last entry of the log
+INTERVAL = "interval_{}.json"  # in a checkpoint, one for each process: its sums since the last log entry
 
 
 class StageTrainer(Trainer):
@@ -67,7 +67,7 @@ class StageTrainer(Trainer):
     Batches carry `index` (R,) and `weights` (R,) float32 of their R rows and `num_tokens` () long.
     """
 
-    saves_whole_model = False  # at the end, also where adapters were trained
+    saves_whole_model = False  # at the end, even if adapters were trained
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class StageTrainer(Trainer):
         self._before_resume = True
         self._continued_from: Path | None = None
         self._checkpoint: tuple[int, Path] | None = None  # the last one written or read, after its step
-        self._writing_to: str | None = None  # in place of the output directory, while a checkpoint is written
+        self._writing_to: str | None = None  # replaces the output directory while a checkpoint is written
         use_cache = getattr(module.config, "use_cache", None)
         saving.check_can_be_saved(module.model, tokenizer)
         super().__init__(
@@ -94,10 +94,10 @@ class StageTrainer(Trainer):
             compute_metrics=self._average,
         )
         if use_cache is not None:
-            module.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
+            module.config.use_cache = use_cache  # the Trainer turns it off, and would save it like that
         # num_items_in_batch (weights, see below) reaches compute_loss, and the loss it returns is already normalised.
         self.model_accepts_loss_kwargs = True
-        self.step_batches: list[non_finite.MicroBatch] = []  # of the optimizer step that is under way
+        self.step_batches: list[non_finite.MicroBatch] = []  # of the current optimizer step
         self._last_step: tuple[Any, float | None] = (None, None)  # its gradient norm and learning rate
         self._guard = non_finite.GradientGuard()
         hub.keep_trackers_harmless(self.callback_handler.callbacks)
@@ -121,7 +121,7 @@ class StageTrainer(Trainer):
         return self._loader(self.train_dataset, sampler)
 
     def _epoch_order(self) -> list[int]:
-        """The rows of the epoch that begins."""
+        """Return the rows of the epoch that begins, in order."""
         rows, epoch = len(self.train_dataset), int(self.state.epoch)
         if self.args.train_sampling_strategy == "sequential":
             return list(range(rows))
@@ -140,8 +140,8 @@ class StageTrainer(Trainer):
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Dataset, sampler: GlobalBatches | EvaluationBatches) -> DataLoader:
-        """Not prepared by accelerate, which would divide the batches over the processes once more; with a generator of
-        its own for the seed that PyTorch draws for workers, in every iteration and whether there are workers or not."""
+        """Make a loader without accelerate, which would divide the batches over the processes once more. Its own
+        generator gives the seed that PyTorch draws for workers in every iteration, even without workers."""
         return DataLoader(
             CountedRows(dataset),
             batch_sampler=sampler,
@@ -166,7 +166,7 @@ class StageTrainer(Trainer):
 
     @property
     def _copies(self) -> int:
-        """Processes that run one micro-batch together, each a part of its tokens."""
+        """Return the number of processes that share a micro-batch, each running a part of its tokens."""
         return self.args.world_size // self.args.data_parallel_size
 
     def compute_loss(
@@ -176,7 +176,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """This micro-batch's share of the mean over the global batch's rows, times the data-parallel processes.
+        """Return this micro-batch's share of the mean over the global batch's rows, times the data-parallel processes.
 
         (Engines average gradients over processes, and the Trainer averages logged losses over them.)
         """
@@ -192,12 +192,12 @@ class StageTrainer(Trainer):
         return loss * (weights.sum() * self.args.data_parallel_size / num_items_in_batch)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self._step_start = time.perf_counter()  # the first thing of an optimizer step
+        self._step_start = time.perf_counter()  # an optimizer step begins with this call
         self.step_batches = []
         return super().get_batch_samples(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if self._step_start is not None:  # the first thing after one (but also called at the end of an epoch)
+        if self._step_start is not None:  # the first call after a step (also called at the end of an epoch)
             self._interval_seconds += time.perf_counter() - self._step_start
             self._step_start = None
             self._last_step = grad_norm, kwargs["learning_rate"]
@@ -207,7 +207,7 @@ class StageTrainer(Trainer):
         if "loss" in logs and not self._interval_is_empty:
             averages = self._interval_averages()
             if self.args.logging_nan_inf_filter and not math.isfinite(averages["loss"]):
-                del averages["loss"]  # the Trainer's, of those that are finite, stays
+                del averages["loss"]  # keep the Trainer's, a mean of the finite losses
             logs = {**logs, **averages}
         super().log(logs, start_time)
 
@@ -220,7 +220,7 @@ class StageTrainer(Trainer):
         self._step_start: float | None = None
 
     def _interval_averages(self) -> dict[str, float]:
-        """Averages over all rows of all processes since the last call; a collective call."""
+        """Average over all rows of all processes since the last call. All processes must call it."""
         totals = torch.stack([self._interval_weight.double(), self._interval_tokens.double()])
         sums = self.accelerator.reduce(torch.cat([self._interval_numbers.double(), totals]))
         largest = self.accelerator.gather(
@@ -237,7 +237,8 @@ class StageTrainer(Trainer):
         }
 
     def throughput(self) -> dict[str, float | None]:
-        """`tokens_per_second` and `peak_memory_mb` (exo_fast.metrics) of the whole run; a collective call."""
+        """Return `tokens_per_second` and `peak_memory_mb` (exo_fast.metrics) of the whole run. All processes must call
+        it."""
         if not self._interval_is_empty:
             self._interval_averages()
         peak = self.accelerator.gather(torch.tensor([peak_memory_mb()], device=self.args.device)).max().item()
@@ -251,7 +252,7 @@ class StageTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """No batch mean: weight, loss and metrics of each row, so that the average is over rows."""
+        """Return weight, loss and metrics of each row, not a batch mean, so that the average is over rows."""
         inputs = self._prepare_inputs(inputs)
         counted = inputs.pop("counted")
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -260,7 +261,7 @@ class StageTrainer(Trainer):
         return None, torch.cat([columns, metrics.float()], dim=-1), inputs["index"]
 
     def _average(self, predictions: EvalPrediction) -> dict[str, float]:
-        """(R, 2 + M) rows of weight, loss and metrics -> the weighted means."""
+        """Return the weighted means of (R, 2 + M) rows of weight, loss and metrics."""
         weights, *columns = predictions.predictions.astype("float64").T
         names = ("loss", *self.model.metric_names)
         means = [(weights * column).sum() / weights.sum() for column in columns]
@@ -273,10 +274,10 @@ class StageTrainer(Trainer):
     ) -> tuple[nn.Module, Any]:
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.is_deepspeed_enabled and self.args.world_size == 1 and not self.deepspeed.zero_optimization():
-            # Nobody to share gradients with, and DeepSpeed would copy them all into one bucket and back in every step.
+            # One process has no gradients to share, but DeepSpeed would copy them into a bucket and back in every step.
             self.deepspeed.enable_backward_allreduce = False
         optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else self.optimizer.optimizer
-        if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO's are not, and look for themselves
+        if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO's are not: they check gradients themselves
             self._guard.watch(optimizer)
         elif self.is_deepspeed_enabled:
             undo_first_step(optimizer)
@@ -295,20 +296,20 @@ class StageTrainer(Trainer):
         return model, train_dataloader
 
     def _before_start(self) -> None:
-        """What a stage computes with the engine that stands and the model as it was given; here nothing."""
+        """Compute what a stage needs from the model as it was given, with the engine ready. Here: nothing."""
 
     # Continuing
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
     ) -> tuple[int, int]:
-        """As the Trainer's, which would make one more step where the last was within an epoch and is made."""
+        """Do the same as the Trainer, which would take one step too many if the last step, inside an epoch, is done."""
         trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
 
     def take_up(self) -> None:
-        """Take up the log where the checkpoint has left it, and make up what an undisturbed run does after writing that
-        checkpoint and before its next step: an entry of the log, an evaluation. A collective call."""
+        """Continue the log from the checkpoint, and do what an undisturbed run does between writing that checkpoint
+        and its next step: an entry of the log, an evaluation. All processes must call it."""
         if self._continued_from is None:
             return
         self._restore_interval(self._continued_from)
@@ -322,7 +323,7 @@ class StageTrainer(Trainer):
             self._determine_best_metric(self._evaluate(None, None), None)
 
     def _due(self) -> TrainerControl:
-        """What an undisturbed run does after this step, by transformers' own flow of control."""
+        """Ask transformers' own flow of control what an undisturbed run does after this step."""
         due, flow = TrainerControl(), DefaultFlowCallback()
         flow.on_step_end(self.args, self.state, due)
         if due.should_training_stop or self.state.epoch == int(self.state.epoch):
@@ -330,24 +331,24 @@ class StageTrainer(Trainer):
         return due
 
     def _is_scheduled(self) -> bool:
-        """Whether an undisturbed run writes a checkpoint after this step; with save_strategy=best it may."""
+        """Check whether an undisturbed run writes a checkpoint after this step; with save_strategy=best it may."""
         due = self._due()
         return due.should_save or (self.args.save_strategy == SaveStrategy.BEST and due.should_evaluate)
 
     def is_evaluated(self) -> bool:
-        """Whether the log has an evaluation after this step."""
+        """Check whether the log has an evaluation after this step."""
         return any("eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict:
         if skip_scheduler and self._continued_from is not None:
-            return {}  # eval_on_start: of the run's start, which is in the log
+            return {}  # eval_on_start: the log has the evaluation of the run's start
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self._checkpoint is not None:
             step, path = self._checkpoint
-            # Written before it was evaluated.
+            # This checkpoint was written before it was evaluated.
             if self.state.best_global_step == step and checkpoints.is_scheduled(path):
                 self.state.best_model_checkpoint = str(path)
         return is_best
@@ -370,9 +371,10 @@ class StageTrainer(Trainer):
         Path(output_dir, INTERVAL.format(self.args.process_index)).write_text(json.dumps(interval) + "\n")
 
     def _restore_interval(self, checkpoint: Path) -> None:
-        """Add the sums of the checkpoint's processes to those of as many, or other, processes; a collective call."""
+        """Add the sums of the checkpoint's processes to the sums of the present ones, which may be more or fewer. All
+        processes must call it."""
         files = [checkpoint / INTERVAL.format(index) for index in range(checkpoints.facts(checkpoint).processes)]
-        if not files[0].exists():  # a checkpoint of exo_fast 0.2 or older: the next entry is of fewer steps
+        if not files[0].exists():  # a checkpoint of exo_fast 0.2 or older: the next entry covers fewer steps
             return
         parts = [json.loads(file.read_text()) for file in files]
         processes, copies = self.args.world_size, self._copies / parts[0]["copies"]
@@ -392,18 +394,18 @@ class StageTrainer(Trainer):
     # During the run
 
     def left_out_step(self) -> bool:
-        """Whether the optimizer left the last step out, because gradients were not finite; the same everywhere."""
+        """Check whether the optimizer skipped the last step because gradients were not finite. All processes agree."""
         optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else None
         return bool(getattr(optimizer, "overflow", False)) or self._guard.overflow
 
     def describe_rows(self, indices: list[int]) -> str:
-        """Rows of the training data, for a message."""
+        """Describe rows of the training data, for a message."""
         return f"rows {non_finite.format_rows(indices)} of the training data (counted from 0)"
 
     # Saving and resuming the model inside the module
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, written aside and published whole (exo_fast.training.trainer.checkpoints)."""
+        """Save as the Trainer does, but write aside and publish in one step (exo_fast.training.trainer.checkpoints)."""
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self._check_space(output)
         try:
@@ -441,7 +443,7 @@ class StageTrainer(Trainer):
         return self._writing_to or super()._get_output_dir(trial)
 
     def check_room(self) -> None:
-        """Raises RunError, in every process, where the model that training will end with has no room."""
+        """Raises RunError, in every process, if the disk has no room for the final model."""
         output = Path(self.args.output_dir)
         total, trained = self._bytes()
         needed = total if self.saves_whole_model or not self.model.is_peft else trained
@@ -453,7 +455,8 @@ class StageTrainer(Trainer):
             )
 
     def _check_space(self, output: Path) -> None:
-        """Raises RunError, in every process and before anything is written, where a checkpoint has no room."""
+        """Raises RunError, in every process and before anything is written, if the disk has no room for a
+        checkpoint."""
         before = checkpoints.numbered(output)
         needed = checkpoints.size(before[0]) if before else self._estimated_bytes()
         free = shutil.disk_usage(output).free
@@ -462,13 +465,14 @@ class StageTrainer(Trainer):
             raise RunError(self._unwritten(output, f"checkpoint-{self.state.global_step}", problem))
 
     def _estimated_bytes(self) -> int:
-        """Of a checkpoint: the model, and for what is trained float32 weights and two moments."""
+        """Estimate the bytes of a checkpoint: the model, and float32 weights and two moments of the trained
+        parameters."""
         total, _ = self._bytes()
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
         return (0 if self.model.is_peft else total) + 12 * trained
 
     def _bytes(self) -> tuple[int, int]:
-        """Of all weights, and of those that are trained."""
+        """Return the bytes of all weights, and of the trained weights."""
         total = trained = 0
         for parameter in self.model.parameters():
             size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
@@ -491,13 +495,13 @@ class StageTrainer(Trainer):
             state_dict = self.deepspeed._zero3_consolidated_16bit_state_dict(
                 exclude_frozen_parameters=self.model.is_peft
             )
-        if output_dir is None:  # the end of the run: files that others read are replaced in one step each
+        if output_dir is None:  # the end of the run: replace each file that others read in one step
             self._save_at_the_end(Path(self.args.output_dir), state_dict)
         else:
             self._save(output_dir, state_dict)
 
     def _save_at_the_end(self, output: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Raises RunError, in every process, where the weights have no room."""
+        """Save the final weights. Raises RunError, in every process, if the disk has no room."""
         problem = None
         with checkpoints.unfinished(output, "model") as folder:
             try:
@@ -510,13 +514,13 @@ class StageTrainer(Trainer):
         if (problem := processes.from_first(problem)) is not None:
             raise RunError(self._unwritten(output, "the trained model", problem))
 
-    # exo_fast.training.reports.hub uploads, and less than the Trainer would: no optimizer states, no logs.
+    # exo_fast.training.reports.hub uploads less than the Trainer would: no optimizer states, no logs.
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Nothing: `resume_or_start` has made the repository."""
+        """Do nothing: `resume_or_start` has made the repository."""
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: it would upload what is still being written."""
+        """Do nothing: the Trainer would upload files that are still being written."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -546,7 +550,8 @@ class StageTrainer(Trainer):
 
     @contextlib.contextmanager
     def _inner_model(self) -> Iterator[None]:
-        """The Trainer's code with the model in the module's place, so that it finds one of its own or PEFT's."""
+        """Run the Trainer's code with the model in the module's place, so that it finds a model of transformers or
+        PEFT."""
         module = self.model
         self.model = module.model
         try:

@@ -1,6 +1,6 @@
-"""What a training run looks at after every step: whether it was asked to stop, and whether its numbers are finite.
+"""Check after every step whether the run was asked to stop, and whether its numbers are finite.
 
-The processes of a run must agree on both, or those that go on would wait for ever for those that do not: one small
+The processes of a run must agree on both, or some would go on and wait for ever for the others. That takes one small
 all-reduce a step.
 """
 
@@ -28,8 +28,8 @@ logger = logging.get_logger(__name__)
 
 
 class RunWatch(TrainerCallback):
-    """Ends the run after a SIGTERM, with a checkpoint, and where a loss or gradient is not finite (with non_finite=skip
-    the run goes on without the step). What a SIGTERM leaves out, the run that continues makes up, before it starts."""
+    """Ends the run after a SIGTERM, with a checkpoint, and if a loss or gradient is not finite (with non_finite=skip
+    the run goes on without the step). The run that continues first makes up for the work that a SIGTERM left out."""
 
     def __init__(self, trainer: StageTrainer):
         self.trainer = trainer
@@ -38,9 +38,9 @@ class RunWatch(TrainerCallback):
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM ends the run after the step that is under way; before the first step, at once."""
+        """Handle SIGTERM: it ends the run after the current step, or at once before the first step."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the main thread's
+            yield  # only the main thread can handle signals
             return
         before = signal.signal(signal.SIGTERM, self._ask)
         try:
@@ -78,12 +78,12 @@ class RunWatch(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if self.stopping:  # it has been saved, and there may be little time
+        if self.stopping:  # the checkpoint is saved, and there may be little time
             control.should_save = control.should_evaluate = control.should_log = False
         return control
 
     def _not_finite(self, step: int, lost: bool) -> None:
-        """Save the step's batches; go on without the step where the user asked for it, else raise RunError."""
+        """Save the step's batches. Go on without the step if the user asked for it, else raise RunError."""
         trainer, left_out = self.trainer, self.trainer.left_out_step()
         folder = Path(trainer.args.output_dir, non_finite.FOLDER, f"step-{step}")
         non_finite.save(trainer.step_batches, folder, trainer.args.process_index)
