@@ -42,6 +42,7 @@ test: $(VENV)/.ready
 	$(BIN)/pytest -n 2 --dist worksteal
 
 faults: $(VENV)/.ready
+	$(BIN)/pytest -m long
 	$(BIN)/python -m exo_fast.benchmarks.reliability.faults --markdown docs/reliability.md
 
 # 800 cases of each property make 30,000 and more in all, new ones every time.

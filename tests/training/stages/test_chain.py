@@ -172,6 +172,7 @@ def test_every_stage_on_two_processes(tmp_path: Path, tiny_llama: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_eight_stages_it_ends_with_the_same_files(undisturbed: Path, tmp_path: Path, tiny_llama: str) -> None:
     directory = prepare_directory(tmp_path, tiny_llama)
     output = directory / "out"
