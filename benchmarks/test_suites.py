@@ -1,7 +1,7 @@
 """`pytest benchmarks --benchmark-only`: the quick cases of the suites under pytest-benchmark, in one process.
 
     pytest benchmarks --benchmark-only -k op               the operation, in minutes
-    pytest benchmarks --benchmark-only -m gpu              what runs on a GPU
+    pytest benchmarks --benchmark-only -m gpu              the cases on a GPU
     pytest benchmarks --benchmark-only --benchmark-save=a  to compare runs: --benchmark-compare
 
 Each case first proves that its result is right (`trial` of the suite), then it is timed. `extra_info` has its errors,
