@@ -1,11 +1,11 @@
 """`pytest benchmarks --benchmark-only`: the quick cases of the suites under pytest-benchmark, in one process.
 
     pytest benchmarks --benchmark-only -k op               the operation, in minutes
-    pytest benchmarks --benchmark-only -m gpu              what runs on a GPU
+    pytest benchmarks --benchmark-only -m gpu              the cases on a GPU
     pytest benchmarks --benchmark-only --benchmark-save=a  to compare runs: --benchmark-compare
 
-Each case first shows that it computes what it should (`trial` of the suite), then it is timed. `extra_info` has its
-errors, and its share of the floor where there is one. `exo-fast bench` runs all cases, each in a process of its own.
+Each case first proves that its result is right (`trial` of the suite), then it is timed. `extra_info` has its errors,
+and its share of the floor if there is one. `exo-fast bench` runs all cases, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from exo_fast.benchmarks.methods import problems
 from exo_fast.benchmarks.suites import scaling
 
 ROUNDS = 3
-ROWS: dict[scaling.Case, dict] = {}  # of `scaling`, for its exponents
+ROWS: dict[scaling.Case, dict] = {}  # rows of `scaling`, for its exponents
 
 
 def cases() -> list[Any]:
-    """Every quick case of a suite that has trials, as pytest's parameters."""
+    """Return every quick case of a suite that has trials, as pytest's parameters."""
     found = []
     for suite in map(load, SUITES):
         on_gpu = suite.NAME in ("op", "scaling") and problems.device() == "cuda"
@@ -39,13 +39,13 @@ def cases() -> list[Any]:
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all cases, as the suites' contract has it."""
+    """One folder for all cases, as the suites' contract requires."""
     return tmp_path_factory.mktemp("suites")
 
 
 @functools.cache
 def prepare(suite: ModuleType) -> None:
-    """Fetch what the cases of a suite need, once."""
+    """Fetch the inputs of a suite's cases, once."""
     if hasattr(suite, "prepare"):
         suite.prepare()
 
@@ -69,7 +69,7 @@ def test_case(suite: ModuleType, case: Any, benchmark: Any, workdir: Path) -> No
 
 
 def test_scaling_exponents() -> None:
-    """Time in proportion to the tokens, memory constant; wider than in the full suite, for these runs are short."""
+    """Check that time grows with the tokens and memory does not; the limits are wide because these runs are short."""
     if len(ROWS) < len(scaling.cases(quick=True)):
         pytest.skip("not every case of scaling was timed")
     for fit in scaling.summary(list(ROWS.values()))["fits"]:

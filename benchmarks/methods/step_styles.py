@@ -93,7 +93,7 @@ class Measured:
     seconds: list[float]
 
 
-Forward = Callable[[], Tensor]  # () -> the loss of the task, with its graph
+Forward = Callable[[], Tensor]  # () -> the task's loss, with its graph
 
 
 def original(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:

@@ -1,16 +1,16 @@
-"""What each kernel and each schedule must do on a GPU, and how long that should take: arithmetic, nothing measured.
+"""The work of each kernel and each schedule on a GPU, and its predicted time: arithmetic, nothing is measured.
 
 A `Launch` is one kernel or one library product: its flops, its bytes of device memory, its bytes between L2 and the
-multiprocessors, its exponentials. Four ceilings of the board bound its time from below (`floor`); `predict` applies
-shares of the peaks that were published for like kernels (`BOARDS`). A `Schedule` is a list of launches for one forward
-and backward pass of the group loss. Block sizes come from the kernels themselves.
+multiprocessors, its exponentials. Four ceilings of the board bound its time from below (`floor`). `predict` applies
+shares of the peaks that were published for similar kernels (`BOARDS`). A `Schedule` is a list of launches for one
+forward and backward pass of the group loss. Block sizes come from the kernels themselves.
 
 The model of memory:
 - A library product reads each operand and writes its result once; `dW +=` reads and writes a float32 (V, D).
 - `linear_logsumexp`: every program reads BLOCK_N + BLOCK_V rows of D for a tile, through L2. GROUP row blocks walk the
-  vocabulary side by side, so W comes from memory once for each GROUP·BLOCK_N rows, and H once (the rows that are in
-  flight, at most 17 MB, stay in L2).
-- Elementwise kernels stream: what they read and write goes through device memory.
+  vocabulary side by side, so W comes from memory once for each GROUP·BLOCK_N rows, and H once (the rows in flight,
+  at most 17 MB, stay in L2).
+- Elementwise kernels stream: their reads and writes go through device memory.
 
 The model of a tile: products on the tensor cores, then an epilogue of one exponential and EPILOGUE other float32
 instructions a logit. Two programs on a multiprocessor hide each other's epilogue and pipeline fill; alone, a program
@@ -29,8 +29,8 @@ from exo_fast.kernels.targets import TARGETS, Target
 
 MIB = 2**20
 EPILOGUE = 8  # float32 instructions a logit beside the exponential: scale, mask, shift, sum, maximum or conversion
-LIBRARY_FILL = 64  # columns of the reduction that a library product loses to filling its pipeline
-LAUNCH = 5e-6  # seconds: no launch is predicted to take less
+LIBRARY_FILL = 64  # columns of the reduction that a library product loses while its pipeline fills
+LAUNCH = 5e-6  # seconds: the shortest predicted launch
 CANDIDATES, COMPLETION = 4, 64  # the groups of benchmarks/suites/op.py
 
 
@@ -53,7 +53,7 @@ TOKENS = (2048, 8192, 32768)
 
 @dataclass(frozen=True)
 class Board:
-    """What bounds a launch beside the peaks of `Target`, and the shares of them that are assumed to be reached."""
+    """The bounds of a launch beside the peaks of `Target`, and the assumed shares of the peaks."""
 
     target: Target
     memory: float  # bytes of device memory
@@ -73,12 +73,12 @@ class Board:
 
     @property
     def clocks(self) -> float:
-        """Clocks a second of all multiprocessors together, at the clock of the data sheet's peak."""
+        """Return the clocks a second of all multiprocessors together, at the clock of the data sheet's peak."""
         return self.target.flops / self.flops_per_clock
 
     @property
     def exponentials(self) -> float:
-        """Exponentials a second."""
+        """Return the exponentials a second."""
         return self.clocks * self.exponentials_per_clock
 
 
@@ -93,7 +93,7 @@ BOARDS = (
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel or library product. Bytes are of device memory unless they are `cached`."""
+    """One kernel or library product. Bytes are device memory unless they are `cached`."""
 
     name: str
     kind: str  # "library" or "triton" product, or "stream"
@@ -106,7 +106,7 @@ class Launch:
     busy: float = 1.0  # share of the multiprocessors at work
     alone: bool = False  # one program on a multiprocessor: its epilogue is not hidden
     logits: float = 0.0  # bytes of `read` and `written` that are logits, U or their gradient
-    passes: int = 1  # dependent launches that it stands for
+    passes: int = 1  # dependent launches that it represents
     count: int = 1  # times it is launched in a schedule
 
     @property
@@ -115,7 +115,7 @@ class Launch:
 
 
 def ceilings(launch: Launch, board: Board) -> dict[str, float]:
-    """Seconds that each resource needs at its peak."""
+    """Return the seconds that each resource needs at its peak."""
     return {
         "products": launch.flops / board.target.flops,
         "memory": launch.bytes / board.target.bandwidth,
@@ -125,14 +125,14 @@ def ceilings(launch: Launch, board: Board) -> dict[str, float]:
 
 
 def floor(launch: Launch, board: Board) -> tuple[float, str]:
-    """(seconds that no implementation of these flops and bytes goes below, the ceiling that binds)."""
+    """Return (the least seconds of any implementation of these flops and bytes, the ceiling that binds)."""
     found = ceilings(launch, board)
     bound = max(found, key=found.__getitem__)
     return found[bound], bound
 
 
 def predict(launch: Launch, board: Board) -> float:
-    """Seconds at the board's assumed shares of its peaks."""
+    """Return the seconds at the board's assumed shares of its peaks."""
     needed = ceilings(launch, board)
     needed["memory"] /= board.stream
     needed["L2"] /= launch.busy
@@ -150,55 +150,56 @@ def predict(launch: Launch, board: Board) -> float:
 
 
 def product(name: str, m: int, n: int, depth: int, read: float, written: float, logits: float = 0.0) -> Launch:
-    """A library product (m, depth) · (depth, n)."""
+    """Return the launch of a library product (m, depth) · (depth, n)."""
     fill = depth / (depth + LIBRARY_FILL)
     return Launch(name, "library", 2 * m * n * depth, read, written, fill=fill, logits=logits)
 
 
 def logits_product(head: Head, n: int) -> Launch:
-    """float32 logits from bf16 operands."""
+    """Return the product that makes float32 logits from bf16 operands."""
     z = 4 * n * head.vocab
     return product("product, logits", n, head.vocab, head.width, 2 * (n + head.vocab) * head.width, z, z)
 
 
 def hidden_product(head: Head, n: int) -> Launch:
-    """dH of n rows from U or ∂L/∂z in bf16; float32 result."""
+    """Return the product for dH of n rows from U or ∂L/∂z in bf16; float32 result."""
     u = 2 * n * head.vocab
     return product("product, dH", n, head.width, head.vocab, u + 2 * head.vocab * head.width, 4 * n * head.width, u)
 
 
 def weight_product(head: Head, n: int, first: bool) -> Launch:
-    """dW += of n rows into float32; the first chunk only writes."""
+    """Return the product for dW += of n rows into float32; the first chunk only writes."""
     u, dw = 2 * n * head.vocab, 4 * head.vocab * head.width
     read = u + 2 * n * head.width + (0 if first else dw)
     return product("product, dW", head.vocab, head.width, n, read, dw, u)
 
 
 def stream(name: str, read: float, written: float, exponentials: float = 0.0, logits: float | None = None) -> Launch:
-    """An elementwise kernel."""
+    """Return the launch of an elementwise kernel."""
     moved = read + written if logits is None else logits
     return Launch(name, "stream", 0.0, read, written, exponentials=exponentials, logits=moved)
 
 
 def default_config(board: Board, width: int) -> Config:
-    """The configuration `linear_logsumexp` is launched with."""
+    """Return the launch configuration of `linear_logsumexp`."""
     return linear_logsumexp.config(board.target, "bf16", width)
 
 
 def programs_at_once(board: Board, config: Config) -> int:
-    """Programs of `linear_logsumexp` that share a multiprocessor: as certified, else as their operand tiles fit."""
+    """Return how many programs of `linear_logsumexp` share a multiprocessor: the certified number, else as many as
+    their operand tiles allow."""
     fit = max(1, board.target.shared_memory_sm // linear_logsumexp.shared_memory(config, board.target, 2))
     return dict(board.resident).get(str(config), fit)
 
 
 def splits(board: Board, n: int, vocab: int, config: Config) -> int:
-    """Ranges of the vocabulary, so that about WAVES programs come to each multiprocessor."""
+    """Return the number of ranges of the vocabulary, so that each multiprocessor gets about WAVES programs."""
     wanted = linear_logsumexp.WAVES * board.target.multiprocessors // math.ceil(n / config.constants["BLOCK_N"])
     return min(max(1, wanted), math.ceil(vocab / config.constants["BLOCK_V"]))
 
 
 def linear_logsumexp_launch(board: Board, head: Head, n: int, store: bool) -> Launch:
-    """Log-probs of n rows; with `store` also U in bf16."""
+    """Return the launch for the log-probs of n rows; with `store` also U in bf16."""
     config = default_config(board, head.width)
     rows, columns, depth = (config.constants[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D"))
     walks = math.ceil(n / (linear_logsumexp.GROUP * rows))
@@ -225,18 +226,18 @@ def linear_logsumexp_launch(board: Board, head: Head, n: int, store: bool) -> La
 
 
 def pilot_launch(head: Head, n: int) -> Launch:
-    """The target's own logit of each row, the shift that U is formed with."""
+    """Return the launch for each row's target logit, the shift that U is formed with."""
     return stream("target_shift", 4 * n * head.width + 8 * n, 4 * n, logits=0.0)
 
 
 def gather_launch(head: Head, n: int) -> Launch:
-    """Row statistics and target logits of float32 logits."""
+    """Return the launch for row statistics and target logits from float32 logits."""
     z = 4 * n * head.vocab
     return stream("logsumexp_gather", z + 8 * n, 12 * n, n * head.vocab, z)
 
 
 def gradient_launch(board: Board, head: Head, n: int, itemsize: int = 2) -> Launch:
-    """float32 logits to ∂L/∂z, written in `itemsize` bytes."""
+    """Return the launch from float32 logits to ∂L/∂z, written in `itemsize` bytes."""
     config = logits_to_grad.configs(board.target, "fp32")[0]
     z, u = 4 * n * head.vocab, itemsize * n * head.vocab
     statistics = 20 * n * math.ceil(head.vocab / config.constants["BLOCK"])
@@ -244,33 +245,35 @@ def gradient_launch(board: Board, head: Head, n: int, itemsize: int = 2) -> Laun
 
 
 def group_loss_launch(n: int) -> Launch:
-    """Losses and coefficients of the groups."""
+    """Return the launch for losses and coefficients of the groups."""
     sequences = max(1, n // COMPLETION)
     return stream("group_loss", 4 * n + 16 * sequences, 4 * n + 8 * sequences, logits=0.0)
 
 
 def narrow_hidden(head: Head, n: int) -> Launch:
-    """dH of n rows from float32 to bf16, times a factor a row."""
+    """Return the launch that casts dH of n rows from float32 to bf16, times a factor a row."""
     return stream("narrow dH", 4 * n * head.width, 2 * n * head.width, logits=0.0)
 
 
 def scale_rows(head: Head, n: int) -> Launch:
-    """c·scale/s on H, and what rounding took off at the target put back into dH and dW: a dozen passes over (n, D)."""
+    """Return the launch for c·scale/s on H and for restoring the target's rounding loss in dH and dW: a dozen passes
+    over (n, D)."""
     return replace(stream("scale rows", 40 * n * head.width, 32 * n * head.width, logits=0.0), passes=12)
 
 
 def restore_targets(head: Head, n: int) -> Launch:
-    """What rounding took off ∂L/∂z at the target put back into dH and dW."""
+    """Return the launch that restores in dH and dW the rounding loss of ∂L/∂z at the target."""
     return replace(stream("restore targets", 22 * n * head.width, 18 * n * head.width, logits=0.0), passes=6)
 
 
 def flagged_launches() -> Launch:
-    """Rows whose shift was too small, made again: two launches and their merges that find nothing to do."""
+    """Return the launch that recomputes rows whose shift was too small: two kernels and their merges, which find no
+    such rows."""
     return replace(stream("flagged rows", 0, 0), passes=4)
 
 
 def cast_weight(head: Head) -> Launch:
-    """dW from float32 to the head's dtype."""
+    """Return the launch that casts dW from float32 to the head's dtype."""
     return stream("cast dW", 4 * head.vocab * head.width, 2 * head.vocab * head.width, logits=0.0)
 
 
@@ -283,7 +286,7 @@ class Schedule:
 
     name: str
     launches: tuple[Launch, ...]
-    scratch: float  # bytes of the vocabulary's size held at once, beside dW and its float32 sums
+    scratch: float  # bytes of vocabulary-sized buffers held at once, beside dW and its float32 sums
     chunks: int = 1
 
     @property
@@ -296,11 +299,11 @@ class Schedule:
 
     @property
     def logits(self) -> float:
-        """Bytes of logits, U and gradients of logits that cross device memory."""
+        """Return the bytes of logits, U and gradients of logits that cross device memory."""
         return sum(launch.logits * launch.count for launch in self.launches)
 
     def resident(self, head: Head) -> float:
-        """Bytes of the scratch, the head, its gradient and the float32 sums of it."""
+        """Return the bytes of the scratch, the head, its gradient and the gradient's float32 sums."""
         return self.scratch + 8 * head.vocab * head.width
 
     def seconds(self, board: Board) -> float:
@@ -308,17 +311,17 @@ class Schedule:
 
 
 def kept_row(head: Head) -> int:
-    """Bytes of the memory budget for a row of U in bf16, its float32 dH and its scaled H."""
+    """Return the bytes of the memory budget for a row of U in bf16, its float32 dH and its scaled H."""
     return 2 * head.vocab + 6 * head.width
 
 
 def chunked_row(head: Head) -> int:
-    """Bytes of the memory budget for a row of float32 logits, their bf16 gradient and dH."""
+    """Return the bytes of the memory budget for a row of float32 logits, their bf16 gradient and dH."""
     return 6 * head.vocab + 6 * head.width
 
 
 def rows_of_budget(budget: int, row: int, tokens: int) -> tuple[int, int]:
-    """(chunks, rows of each) when a row needs `row` bytes of the memory budget."""
+    """Return (chunks, rows of each) if a row needs `row` bytes of the memory budget."""
     if budget < row:
         raise ValueError(f"a budget of {budget} bytes holds no row of {row}: give a larger --budget")
     chunks = math.ceil(tokens / (budget // row))
@@ -326,9 +329,10 @@ def rows_of_budget(budget: int, row: int, tokens: int) -> tuple[int, int]:
 
 
 def full_logits(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
-    """The original: bf16 logits of everything, made float32, log_softmax, gather, and autograd back through them.
+    """Return the original's schedule: all bf16 logits, cast to float32, log_softmax, gather, and autograd back through
+    them.
 
-    Held in the backward pass: log-probs, their gradient and that of the logits, 12 bytes a logit.
+    The backward pass holds log-probs, their gradient and the logits' gradient, 12 bytes a logit.
     """
     v, d, z = head.vocab, head.width, tokens * head.vocab
     operands = 2 * (tokens + v) * d
@@ -349,7 +353,8 @@ def full_logits(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
 def in_chunks(
     name: str, head: Head, tokens: int, budget: int, row: int, forward: Callable[[int], list[Launch]]
 ) -> Schedule:
-    """`forward` makes U or ∂L/∂z in bf16 of a chunk; then both products, and dW to bf16 at the end."""
+    """Return a schedule in chunks: `forward` makes U or ∂L/∂z of a chunk in bf16, then come both products, and dW to
+    bf16 at the end."""
     chunks, n = rows_of_budget(budget, row, tokens)
     every = [replace(launch, count=chunks) for launch in (*forward(n), hidden_product(head, n), narrow_hidden(head, n))]
     sums = [weight_product(head, n, first=True), replace(weight_product(head, n, first=False), count=chunks - 1)]
@@ -357,7 +362,8 @@ def in_chunks(
 
 
 def chunked(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
-    """float32 logits by the library, read twice, turned into a bf16 gradient: 6 bytes a logit held, 6·N·D·V flops."""
+    """Return the schedule with float32 logits by the library, read twice and turned into a bf16 gradient: 6 bytes a
+    logit held, 6·N·D·V flops."""
 
     def forward(n: int) -> list[Launch]:
         return [
@@ -372,7 +378,7 @@ def chunked(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
 
 
 def kept(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
-    """`linear_logsumexp` leaves U in bf16: 2 bytes a logit held, 6·N·D·V flops."""
+    """Return the schedule in which `linear_logsumexp` leaves U in bf16: 2 bytes a logit held, 6·N·D·V flops."""
 
     def forward(n: int) -> list[Launch]:
         return [
@@ -387,7 +393,8 @@ def kept(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
 
 
 def recomputed(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
-    """`linear_logprobs`, any loss on log-probs: log-probs first, U again in backward. 8·N·D·V flops."""
+    """Return the schedule of `linear_logprobs` and any loss on log-probs: log-probs first, U again in backward.
+    8·N·D·V flops."""
 
     def forward(n: int) -> list[Launch]:
         return [linear_logsumexp_launch(board, head, n, store=True), scale_rows(head, n)]
@@ -398,7 +405,8 @@ def recomputed(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
 
 
 def backward_launches(board: Board, head: Head, n: int) -> list[Launch]:
-    """dH and dW with no scratch of the vocabulary's size: 4·N·D·V flops a launch, one program on a multiprocessor."""
+    """Return the launches for dH and dW without vocabulary-sized scratch: 4·N·D·V flops each, one program on a
+    multiprocessor."""
     config = linear_logprobs_backward.config(board.target, "bf16")
     block, across, depth = (config.constants[name] for name in ("BLOCK_OWN", "BLOCK_OTHER", "BLOCK_D"))
     launches = []
@@ -427,18 +435,19 @@ def backward_launches(board: Board, head: Head, n: int) -> list[Launch]:
 
 
 def full(length: int, block: int) -> float:
-    """Share of the blocks that lies inside the matrix."""
+    """Return the share of the blocks that lies inside the matrix."""
     return length / (math.ceil(length / block) * block)
 
 
 def busy(programs: int, board: Board) -> float:
-    """Share of the multiprocessors at work, over all waves of programs."""
+    """Return the share of the multiprocessors at work, over all waves of programs."""
     count = board.target.multiprocessors
     return programs / (math.ceil(programs / count) * count)
 
 
 def fused(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
-    """No budget for logits: log-probs, then dH and dW from recomputed tiles. 10·N·D·V flops, no byte of logits."""
+    """Return the schedule without a budget for logits: log-probs, then dH and dW from recomputed tiles. 10·N·D·V flops,
+    no byte of logits."""
     launches = (
         linear_logsumexp_launch(board, head, tokens, store=False),
         group_loss_launch(tokens),
@@ -455,7 +464,7 @@ SCHEDULES = (full_logits, chunked, kept, recomputed, fused)
 
 
 def launches(board: Board, head: Head, tokens: int) -> list[Launch]:
-    """Every kernel and product of the schedules once, on all tokens."""
+    """Return every kernel and product of the schedules once, on all tokens."""
     return [
         linear_logsumexp_launch(board, head, tokens, store=False),
         linear_logsumexp_launch(board, head, tokens, store=True),
@@ -470,7 +479,8 @@ def launches(board: Board, head: Head, tokens: int) -> list[Launch]:
 
 
 def stream_traffic(board: Board, budget: int) -> list[dict]:
-    """Bytes a logit that the memory-bound kernels move, and the least that any implementation must: the worst head.
+    """Return the bytes a logit that the memory-bound kernels move, and the least of any implementation, for the worst
+    head.
 
     The least is each logit read once, each gradient written once, targets, statistics and coefficients once a row.
     """
@@ -491,7 +501,7 @@ def stream_traffic(board: Board, budget: int) -> list[dict]:
             moved = (read + written) * logits + 20 * n
             if written:
                 moved += 20 * n * (math.ceil(head.vocab / config.constants["BLOCK"]) - 1)
-            if bias:  # the partial sums of the row blocks, written and read, and their sum
+            if bias:  # the partial sums of the row blocks, written and read, and their total
                 moved += 8 * head.vocab * logits_to_grad.row_blocks(n, config) + 4 * head.vocab
             row = {"kernel": kernel, "what": what, "moved": moved / logits, "least": least / logits}
             if worst is None or row["least"] / row["moved"] < worst["least"] / worst["moved"]:

@@ -10,7 +10,7 @@ COLOURS = {"full logits": GREY, "chunked": SKY, "kept": GREEN, "two-pass": ORANG
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Time of every schedule over that of its 6·N·D·V flops at the peak, a panel for each board."""
+    """Plot the time of every schedule over the time of its 6·N·D·V flops at the peak, a panel for each board."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,7 +18,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
     boards = list(rows[0]["boards"])
     models = list(dict.fromkeys(row["model"] for row in rows))
-    end = 6.0  # longer bars are cut, their number is not
+    end = 6.0  # longer bars are cut but keep their number
     figure, panels = pyplot.subplots(1, len(boards), figsize=(12, 4.4), sharex=True, sharey=True, layout="constrained")
     for panel, board in zip(panels, boards, strict=True):
         for row in rows:

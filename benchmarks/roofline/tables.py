@@ -32,14 +32,14 @@ EXAMPLES = """examples:
   make roofline                                  as the first, and the tables of the docs
 """
 BUDGETS = (256, 512, 1024, 2048, 4096)  # MiB
-DEFAULT_BUDGET = 1024  # MiB, what the triton backend takes when nothing is asked for
+DEFAULT_BUDGET = 1024  # MiB, the default of the triton backend
 TABLE_TOKENS = 8192
 WIDTHS = range(256, 16385, 256)
 LETTER = {"products": "P", "memory": "M", "L2": "C", "exponentials": "E"}
 
 
 def kernel_rows(boards: tuple[model.Board, ...], tokens: int) -> Iterator[dict]:
-    """Every launch on all of `tokens` rows at once, with its time on each board."""
+    """Return every launch on all `tokens` rows at once, with its time on each board."""
     for head in model.HEADS:
         of_board = [model.launches(board, head, tokens) for board in boards]
         for launches in zip(*of_board, strict=True):
@@ -67,7 +67,7 @@ def kernel_rows(boards: tuple[model.Board, ...], tokens: int) -> Iterator[dict]:
 
 
 def schedule_rows(boards: tuple[model.Board, ...], tokens: int, budget: int) -> Iterator[dict]:
-    """Forward and backward of the group loss, by every schedule."""
+    """Return forward and backward of the group loss for every schedule."""
     for head in model.HEADS:
         work = tokens * head.width * head.vocab
         for make in model.SCHEDULES:
@@ -95,7 +95,7 @@ def schedule_rows(boards: tuple[model.Board, ...], tokens: int, budget: int) -> 
 
 
 def even_share(board: model.Board, head: model.Head, tokens: int, budget: int) -> float | None:
-    """The Triton share of peak at which `kept` takes as long as `chunked`; None when it is above 1."""
+    """Return the Triton share of peak at which `kept` takes as long as `chunked`; None if it is above 1."""
     goal = model.chunked(board, head, tokens, budget).seconds(board)
 
     def slower(share: float) -> bool:
@@ -112,7 +112,7 @@ def even_share(board: model.Board, head: model.Head, tokens: int, budget: int) -
 
 
 def widest(board: model.Board, tokens: int, budget: int) -> int:
-    """The largest hidden size, in steps of 256, up to which `kept` is no slower than `chunked` (V of Llama-3)."""
+    """Return the largest hidden size, in steps of 256, at which `kept` is no slower than `chunked` (V of Llama-3)."""
     best = 0
     for width in WIDTHS:
         if advantage(board, replace(model.HEADS[0], width=width), tokens, budget) < 1:
@@ -122,8 +122,8 @@ def widest(board: model.Board, tokens: int, budget: int) -> int:
 
 
 def fused_against_chunks(board: model.Board, head: model.Head, tokens: int) -> dict:
-    """From how many rows of a chunk on, in powers of two, `kept` is no slower than `fused`, which needs no chunk; and
-    how many times slower `fused` is than chunks of 192 rows."""
+    """Return the rows of a chunk, a power of two, from which `kept` is no slower than `fused`, which needs no chunk;
+    and how many times slower `fused` is than chunks of 192 rows."""
 
     def kept(rows: int) -> float:
         return model.kept(board, head, tokens, rows * model.kept_row(head)).seconds(board)
@@ -134,13 +134,13 @@ def fused_against_chunks(board: model.Board, head: model.Head, tokens: int) -> d
 
 
 def advantage(board: model.Board, head: model.Head, tokens: int, budget: int) -> float:
-    """How many times faster `kept` is than `chunked`."""
+    """Return how many times faster `kept` is than `chunked`."""
     chunked, kept = (make(board, head, tokens, budget) for make in (model.chunked, model.kept))
     return chunked.seconds(board) / kept.seconds(board)
 
 
 def choice_rows(boards: tuple[model.Board, ...], tokens: int, budget: int) -> Iterator[dict]:
-    """`kept` against `chunked` on each board: how much faster, and from which Triton share on."""
+    """Compare `kept` with `chunked` on each board: how much faster it is, and from which Triton share on."""
     for board in boards:
         row = {"board": board.name, "triton": board.triton, "library": board.library, "heads": {}}
         for head in model.HEADS:
@@ -154,7 +154,7 @@ def choice_rows(boards: tuple[model.Board, ...], tokens: int, budget: int) -> It
 
 
 def budget_rows(board: model.Board, tokens: int) -> Iterator[dict]:
-    """What the memory budget does to `kept` and `chunked`: chunks, and the traffic of dW's float32 sums."""
+    """Return the effect of the memory budget on `kept` and `chunked`: chunks, and the traffic of dW's float32 sums."""
     for head in model.HEADS:
         for budget in BUDGETS:
             row = {"board": board.name, "model": head.model, "tokens": tokens, "budget_mib": budget}
@@ -170,7 +170,7 @@ def budget_rows(board: model.Board, tokens: int) -> Iterator[dict]:
 
 
 def published_rows(boards: tuple[model.Board, ...]) -> list[dict]:
-    """What the model says of three times that others measured and published."""
+    """Return the model's predictions for three times that others measured and published."""
     a100, h100 = boards[:2]
     gemma, qwen = model.Head("Gemma-2-2B", 2304, 256000), model.Head("Qwen3.5", 2048, 248320)
     cce = model.linear_logsumexp_launch(a100, gemma, 8192, store=False)
@@ -193,7 +193,7 @@ def published_rows(boards: tuple[model.Board, ...]) -> list[dict]:
 
 
 def resources(certification: Path, earlier: Path) -> tuple[list[dict], str]:
-    """(registers, shared memory and occupancy of the bf16 configurations in use, where they come from)."""
+    """Return (registers, shared memory and occupancy of the bf16 configurations in use, their source)."""
     if certification.exists():
         rows = json.loads(certification.read_text())["rows"]
         boards = {board.target.name: board for board in model.BOARDS}
@@ -221,7 +221,7 @@ def resources(certification: Path, earlier: Path) -> tuple[list[dict], str]:
 
 
 def _used(row: dict, board: model.Board) -> bool:
-    """Whether a launch of the tables has this configuration; `linear_logsumexp` has one for narrow heads too."""
+    """Check whether a launch of the tables has this configuration; `linear_logsumexp` has one for narrow heads too."""
     if row["kernel"] != "linear_logsumexp":
         return row["default"]
     used = {str(model.default_config(board, head.width)) for head in model.HEADS}
@@ -229,7 +229,7 @@ def _used(row: dict, board: model.Board) -> bool:
 
 
 def boards_of(found: list[dict], **shares: float | None) -> tuple[model.Board, ...]:
-    """The boards, with the programs that certification found to share a multiprocessor and the `shares` given."""
+    """Return the boards, with the number of programs on a multiprocessor from certification and the `shares` given."""
     given = {name: value for name, value in shares.items() if value}
     boards = []
     for board in model.BOARDS:
@@ -243,7 +243,7 @@ def boards_of(found: list[dict], **shares: float | None) -> tuple[model.Board, .
 
 
 def collect(boards: tuple[model.Board, ...], budget: int, found: list[dict]) -> dict:
-    """Everything the tables are made of, as JSON can hold it."""
+    """Collect all data of the tables as values that JSON can hold."""
     scratch = budget * model.MIB
     return {
         "predictions": "Nothing here was measured.",
@@ -273,7 +273,7 @@ def collect(boards: tuple[model.Board, ...], budget: int, found: list[dict]) -> 
 
 
 def tables(results: dict, tokens: int = TABLE_TOKENS) -> dict[str, str]:
-    """All tables of `results`, those of kernels and schedules for `tokens` rows."""
+    """Return all tables of `results`; the tables of kernels and schedules are for `tokens` rows."""
     kernels = [row for row in results["kernels"] if row["tokens"] == tokens]
     schedules = [row for row in results["schedules"] if row["tokens"] == tokens]
     made = {
@@ -420,7 +420,7 @@ def _fused(rows: list[dict]) -> str:
 
 
 def _ratio(faster: dict, tokens: int) -> float:
-    return faster[tokens] if tokens in faster else faster[str(tokens)]  # keys become text in JSON
+    return faster[tokens] if tokens in faster else faster[str(tokens)]  # JSON turns keys into text
 
 
 def _budgets(rows: list[dict]) -> str:
@@ -453,7 +453,7 @@ def _streams(rows: list[dict]) -> str:
 
 
 def _resources(rows: list[dict]) -> str:
-    """The worst of the variants of a kernel, for each board and dtype of the schedules."""
+    """Return the worst variant of a kernel, for each board and dtype of the schedules."""
     lines = []
     for key in dict.fromkeys((row["kernel"], row["board"], row["config"]) for row in rows):
         group = [row for row in rows if (row["kernel"], row["board"], row["config"]) == key]
@@ -472,7 +472,7 @@ def _resources(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -511,7 +511,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def share(text: str) -> float:
-    """A share of a peak from the command line, above 0 and at most 1."""
+    """Parse a share of a peak from the command line, above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share of a peak: give a number above 0 and at most 1")

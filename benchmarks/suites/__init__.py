@@ -1,1 +1,1 @@
-"""The suites of `exo-fast bench`: what is measured."""
+"""The suites of `exo-fast bench`: the cases and their measurements."""

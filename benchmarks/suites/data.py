@@ -1,16 +1,16 @@
-"""Data and what surrounds the model: rows read, tokenised and packed a second, and where an epoch goes.
+"""Suite `data`, the work around the model: rows read, tokenised and packed a second, and the stages of an epoch.
 
     exo-fast bench data
     exo-fast bench data --only epoch
 
-read, tokenise and pack are of rows of movie reviews, K = 4 candidates each; what they are compared with is the least
-that the same rows need: their JSON parsed, their texts given to the tokenizer in one call, and their ids made into one
-tensor. An epoch is a run of `exo-fast align` on DeepSpeed, from its configuration to the saved model (epoch_profile
-says how its stages are told apart):
+read, tokenise and pack work on rows of movie reviews, K = 4 candidates each. They are compared with the least work on
+the same rows: parse their JSON, give their texts to the tokenizer in one call, and make their ids into one tensor. An
+epoch is a run of `exo-fast align` on DeepSpeed, from its configuration to the saved model (epoch_profile describes how
+its stages are separated):
 
     epoch/demo    the demo's: 135M model, products in bf16, 8 groups of a short prompt and 4 × 24 tokens in a step
-    epoch/long    the same model and 8 groups of 192 + 4 × 64 tokens in a step, where the model has more to do
-    epoch/tiny    a model of two layers and 1,000 words, which takes next to nothing: what is left is the overhead
+    epoch/long    the same model and 8 groups of 192 + 4 × 64 tokens in a step, which is more work for the model
+    epoch/tiny    a model of two layers and 1,000 words, which takes almost no time: the rest is the overhead
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 NAME = "data"
 CANDIDATES, BATCH = 4, 8
-ROWS = 2000  # of read, tokenise and pack
+ROWS = 2000  # for read, tokenise and pack
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is trained on: `steps` of BATCH groups, cut to so many tokens."""
+    """The training data of an epoch: `steps` of BATCH groups, cut to so many tokens."""
 
     model: str  # "demo" or "tiny"
     steps: int
@@ -57,7 +57,7 @@ EPOCHS = {"demo": Epoch("demo", 10, 8, 24), "long": Epoch("demo", 4, 192, 64), "
 
 @dataclass(frozen=True)
 class Case:
-    """read, tokenise, pack, or an epoch of EPOCHS."""
+    """A case: read, tokenise, pack, or an epoch of EPOCHS."""
 
     part: str
 
@@ -66,13 +66,13 @@ class Case:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """All of them; quick: without the epochs of the demo model."""
+    """Return all cases; quick: without the epochs of the demo model."""
     epochs = ["tiny"] if quick else EPOCHS
     return [Case("read"), Case("tokenise"), Case("pack"), *(Case(f"epoch/{name}") for name in epochs)]
 
 
 def impossible(case: Case) -> str | None:
-    """Epochs need DeepSpeed."""
+    """Return why a case cannot run: epochs need DeepSpeed."""
     if case.part.startswith("epoch") and machine.version("deepspeed") is None:
         return "DeepSpeed is not installed: pip install deepspeed"
     return None
@@ -99,8 +99,8 @@ def measure(case: Case, workdir: Path) -> dict:
 
 
 def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
-    """As the contract of the suites has it: of rows, whose batches are shown to hold the tokens of their texts, or of
-    an epoch, whose stages are shown to add up to the whole.
+    """Make the contract's trial. For rows, prove that the batches hold the tokens of their texts; for an epoch, that
+    its stages add up to the whole.
     """
     model, tokenizer, words = _demo()
     if not case.part.startswith("epoch/"):
@@ -118,7 +118,7 @@ def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
 
 
 def _demo() -> tuple[Path, PreTrainedTokenizerBase, list[str]]:
-    """The demo model, its tokenizer, and the words of the reviews."""
+    """Return the demo model, its tokenizer, and the words of the reviews."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -131,14 +131,14 @@ def _demo() -> tuple[Path, PreTrainedTokenizerBase, list[str]]:
 
 
 def _quiet(_: str) -> None:
-    """In place of print: `prepare` has said it."""
+    """Replace print: `prepare` has already printed the message."""
 
 
 # Rows
 
 
 def write_rows(path: Path, words: list[str], rows: int, prompt_words: int, completion_words: int) -> None:
-    """`rows` prompts with CANDIDATES candidates and their rewards as JSON lines, out of words laid end to end."""
+    """Write `rows` prompts with CANDIDATES candidates and their rewards as JSON lines, made of consecutive words."""
     supply = itertools.cycle(words)
 
     def text(count: int) -> str:
@@ -153,7 +153,7 @@ def write_rows(path: Path, words: list[str], rows: int, prompt_words: int, compl
 
 
 class Rows:
-    """ROWS rows and what is done with them."""
+    """ROWS rows and the work on them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, words: list[str], folder: Path):
         from exo_fast.training.data.groups import GroupCollator
@@ -165,7 +165,7 @@ class Rows:
         self.collate = GroupCollator(tokenizer.eos_token_id)
 
     def work(self, part: str) -> tuple[Callable, Callable]:
-        """What `part` does, and the least that it could."""
+        """Return the function of `part`, and the function that does the least work."""
         return {
             "read": (self.read, self.parse),
             "tokenise": (self.tokenise, self.encode),
@@ -173,35 +173,35 @@ class Rows:
         }[part]
 
     def read(self) -> list:
-        """The rows, checked."""
+        """Read and check the rows."""
         from exo_fast.training.data.examples import load_examples
         from exo_fast.training.data.sources import find_source
 
         return load_examples(find_source(str(self.path), "train"), loss_type="exo-rw", num_contrastive=None)
 
     def parse(self) -> list:
-        """The rows as JSON has them."""
+        """Parse the rows' JSON only."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def tokenise(self) -> GroupDataset:
-        """The examples as groups of ids."""
+        """Turn the examples into groups of ids."""
         from exo_fast.training.data.groups import tokenize
 
         limits = {"max_seq_len": 512, "max_gen_len": 256}
         return tokenize(self.examples, self.tokenizer, num_contrastive=None, progress=False, **limits)
 
     def encode(self) -> list[list[int]]:
-        """All texts by one call of the tokenizer."""
+        """Tokenise all texts by one call of the tokenizer."""
         from exo_fast.data.tokens import RowTokenizer
 
         return RowTokenizer(self.tokenizer).encode([text for e in self.examples for text in (e.prompt, *e.completions)])
 
     def pack(self) -> list[dict]:
-        """The groups as batches of BATCH."""
+        """Pack the groups into batches of BATCH."""
         return [self.collate([self.dataset[i] for i in range(at, at + BATCH)]) for at in range(0, ROWS, BATCH)]
 
     def prove(self) -> None:
-        """Raise AssertionError where a batch does not hold the tokens of its groups, or these not the words."""
+        """Raise AssertionError if a batch does not hold the tokens of its groups, or the groups not the words."""
         groups = [self.dataset.group(i) for i in range(BATCH)]
         expected = [ids for group in groups for candidate in group.completions for ids in candidate]
         assert self.pack()[0]["targets"].tolist() == expected
@@ -209,14 +209,14 @@ class Rows:
         assert text.split() == self.examples[0].completions[0].split()
 
     def to_tensors(self) -> list:
-        """All ids as two tensors."""
+        """Make all ids into two tensors."""
         import torch
 
         return [torch.from_numpy(ids).long() for ids in (self.dataset.prompt_ids, self.dataset.completion_ids)]
 
 
 def measure_rows(part: str, tokenizer: PreTrainedTokenizerBase, words: list[str], workdir: Path) -> dict:
-    """Seconds of ROWS rows, and of the least that they need."""
+    """Measure the seconds of ROWS rows, and of the least work on them."""
     rows = Rows(tokenizer, words, workdir)
     work, least = rows.work(part)
     seconds, floor = timed(work), timed(least)
@@ -230,7 +230,7 @@ def measure_rows(part: str, tokenizer: PreTrainedTokenizerBase, words: list[str]
 
 
 def timed(function: Callable) -> list[float]:
-    """Seconds of REPEATS calls."""
+    """Measure the seconds of REPEATS calls."""
     seconds = []
     for _ in range(REPEATS):
         begun = time.perf_counter()
@@ -243,14 +243,14 @@ def timed(function: Callable) -> list[float]:
 
 
 def measure_epoch(name: str, model: Path, words: list[str], workdir: Path) -> dict:
-    """The stages of a run, with their shares of the steps or of the run."""
+    """Measure the stages of a run, with their shares of the steps or of the run."""
     from exo_fast.benchmarks.methods import epoch_profile
 
     epoch = EPOCHS[name]
     if epoch.model == "tiny":
         model = save_tiny_model(words, workdir / "tiny")
     data = workdir / f"{name}.jsonl"
-    # A word is a token or more: rows are cut to the lengths that are wanted.
+    # A word is a token or more: rows are cut to the requested lengths.
     write_rows(data, words, epoch.steps * BATCH, epoch.prompt, epoch.completion)
     stages = epoch_profile.profile(align_config(epoch, model, data, workdir / f"run-{name}"))
     loop = sum(stage.seconds for stage in stages if stage.when == epoch_profile.STEP)
@@ -282,7 +282,8 @@ def _table(stages: list[Stage], steps: int, loop: float, total: float) -> Iterat
 
 
 def align_config(epoch: Epoch, model: Path, data: Path, output: Path) -> AlignConfig:
-    """One epoch as `exo-fast align` runs it, with the demo's loss and precision, and nothing kept from other runs."""
+    """Return the configuration of one epoch of `exo-fast align`, with the demo's loss and precision, and nothing kept
+    from other runs."""
     from exo_fast.training.stages.align import AlignConfig
 
     return AlignConfig(
@@ -302,7 +303,7 @@ def align_config(epoch: Epoch, model: Path, data: Path, output: Path) -> AlignCo
 
 
 def save_tiny_model(words: list[str], folder: Path) -> Path:
-    """A Llama of two layers of width 64, and a tokenizer of the 1,000 commonest of `words`."""
+    """Save a Llama of two layers of width 64, and a tokenizer of the 1,000 most common `words`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
@@ -326,7 +327,7 @@ def save_tiny_model(words: list[str], folder: Path) -> Path:
 
 
 def summary(rows: list[dict]) -> dict:
-    """{"over_5_percent": {epoch of the demo model: {stage that is none of MODEL: its share of the steps}}}."""
+    """Return {"over_5_percent": {epoch of the demo model: {stage not in MODEL: its share of the steps}}}."""
     from exo_fast.benchmarks.methods.epoch_profile import MODEL
 
     return {

@@ -31,7 +31,8 @@ COLUMNS = ["run", "processes", "tokens of the row", "whole run, s", "step, s", "
 
 
 def write_group(tokenizer: PreTrainedTokenizerBase, path: Path, candidates: int, completion: int) -> None:
-    """One row of data: `candidates` completions of `completion` random tokens, and a prompt that is cut to fit."""
+    """Write one row of data: `candidates` completions of `completion` random tokens, and a prompt that is cut to
+    fit."""
     rng = random.Random(0)
     ids = [rng.choices(PLAIN_IDS, k=completion) for _ in range(candidates)]
     row = {
@@ -45,7 +46,7 @@ def write_group(tokenizer: PreTrainedTokenizerBase, path: Path, candidates: int,
 
 
 def command(model: Path, data: Path, output: Path, *, prompt: int, completion: int, parts: int) -> list[str]:
-    """The command line of a run."""
+    """Return the command line of a run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(parts)] if parts > 1 else []
     fields = {
         "model_name_or_path": model,
@@ -68,7 +69,7 @@ def command(model: Path, data: Path, output: Path, *, prompt: int, completion: i
 
 
 def measure(words: Sequence[str], output: Path, *, parts: int, row: int) -> list[str]:
-    """Run it and read its summary: the cells of COLUMNS."""
+    """Run the command and read its summary; return the cells of COLUMNS."""
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parts)), **os.environ}
     subprocess.run(words, check=True, env=environment)
     summary = json.loads((output / "summary.json").read_text())
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/long"), help="[%(default)s]")
     options = parser.parse_args(argv)
     model = downloads.get_model(downloads.cache_dir())
-    output = options.output_dir / time.strftime("%Y%m%d-%H%M%S")  # a run that is finished would not be run again
+    output = options.output_dir / time.strftime("%Y%m%d-%H%M%S")  # a finished run would not run again
     write_group(AutoTokenizer.from_pretrained(model), output / "train.json", options.candidates, options.completion)
     row = options.prompt + options.candidates * options.completion
     rows = []

@@ -1,4 +1,4 @@
-"""Suite `memory`: real steps of a 135M model, each in a process of its own, beside what `exo-fast memory` predicts."""
+"""Suite `memory`: real steps of a 135M model, each in its own process, beside the predictions of `exo-fast memory`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """A step of the 135M model: `sequences` of prompt and completion, AdamW where it says so, else SGD."""
+    """A step of the 135M model: `sequences` of prompt and completion, with AdamW if set, else SGD."""
 
     method: str
     precision: str  # fp32 or bf16, of weights and activations
@@ -34,7 +34,7 @@ class Case:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """With us and without, over K, precision, length, checkpointing and optimizer."""
+    """Return cases with and without exo_fast, over K, precision, length, checkpointing and optimizer."""
     first = [Case(method, "bf16", 4, 192, 64) for method in ("full-logits", "exo_fast")]
     if quick:
         return first
@@ -51,7 +51,7 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def impossible(case: Case) -> str | None:
-    """Why a case cannot be measured here, None when it can."""
+    """Return why a case cannot be measured here; None if it can."""
     if not Path("/proc/self/clear_refs").exists():
         return "peaks of resident memory are read from /proc, which only Linux has"
     if case.method == "trl":
@@ -63,7 +63,8 @@ def impossible(case: Case) -> str | None:
 
 
 def measure(case: Case, workdir: Path) -> dict:
-    """Peak resident memory of the last of STEPS steps, above that of a process that has run a small model's step."""
+    """Measure the peak resident memory of the last of STEPS steps, above the memory of a process that has run a small
+    model's step."""
     import torch
 
     from exo_fast.benchmarks.harness import process_memory
@@ -90,7 +91,7 @@ def measure(case: Case, workdir: Path) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """The largest and the mean relative error of the predictions."""
+    """Return the largest and the mean relative error of the predictions."""
     errors = [row["errors"]["prediction"] for row in rows if "errors" in row]
     if not errors:
         return {}
@@ -98,7 +99,7 @@ def summary(rows: list[dict]) -> dict:
 
 
 def demo_config(layers: int = 30, vocabulary: int = VOCABULARY) -> Any:
-    """The shape of SmolLM2-135M: its weights' values take no part in what is measured."""
+    """Return the configuration of SmolLM2-135M. The values of its weights do not matter for memory."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -114,7 +115,7 @@ def demo_config(layers: int = 30, vocabulary: int = VOCABULARY) -> Any:
 
 
 def setting_of(case: Case) -> Any:
-    """The `memory_model.Setting` of a case."""
+    """Return the `memory_model.Setting` of a case."""
     import torch
 
     from exo_fast.training.memory.estimate import Setting
@@ -133,8 +134,8 @@ def setting_of(case: Case) -> Any:
 
 
 def _prepare(case: Case, config: Any, workdir: Path) -> Callable[[], float]:
-    """A function that runs one step (of TRL: a training of STEPS) of a model with random weights, and returns the
-    seconds of its last step.
+    """Return a function that runs one step (for TRL: a training of STEPS) of a model with random weights, and returns
+    the seconds of its last step.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -178,7 +179,7 @@ def _prepare(case: Case, config: Any, workdir: Path) -> Callable[[], float]:
 
 
 def _tokenizer() -> Any:
-    """TRL asks for one; nothing is tokenised."""
+    """Make a tokenizer, because TRL requires one; nothing is tokenised."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -5,18 +5,19 @@
 
 A case is a method on a problem (`problems`): a head of a real model, a dtype, N rows in groups of K completions of 64
 tokens, and the work: forward only, with a frozen head (dH), or both gradients. `exo_fast` in a case of per-token
-log-probs is `linear_logprobs`, in a case of the group loss `linear_group_loss`. The cases of two completions of
-thousands of tokens are groups whose rows do not fit the memory budget together.
+log-probs is `linear_logprobs`, in a case of the group loss `linear_group_loss`. In the cases of two completions of
+thousands of tokens, a group's rows do not fit the memory budget together.
 
 Each row has the time and, from the same process, the errors against float64 and the floor, the time of the products
-alone (`baseline_seconds`). `share` is floor over time. `peak_mb` is the most memory above what was held before the
-call; `scratch_mb` is that less what any method has to return, dH and a float32 dW.
+alone (`baseline_seconds`). `share` is floor over time. `peak_mb` is the peak memory above the memory held before the
+call; `scratch_mb` is `peak_mb` less the results of any method, dH and a float32 dW.
 
-On a GPU the cases are others (`gpu_cases`): every method that exo_fast is compared with there, at more rows; and the
-kernels that are bound by memory alone (operation `kernel`), whose floor is a copy of the bytes that they must move.
+On a GPU the cases are different (`gpu_cases`): every method that exo_fast is compared with there, at more rows; and
+the memory-bound kernels alone (operation `kernel`), whose floor is a copy of the bytes that they must move.
 
-Which cases on a CPU, and why not all: every method where it matters most (8,192 rows of SmolLM2's head, pairs, for
-Liger takes nothing else), and the strongest on the rest. Full logits of larger problems take tens of gigabytes.
+A CPU does not run all cases. It runs every method on the most important problem (8,192 rows of SmolLM2's head, in
+pairs, because Liger takes only pairs), and the strongest on the rest. Full logits of larger problems take tens of
+gigabytes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ HEADS = {  # D, V
 }
 COMPLETION = 64
 OURS = "exo_fast"
-STRONG = (OURS, "cce", "full-logits")  # for the problems that not every method is timed on, the strongest first
+STRONG = (OURS, "cce", "full-logits")  # for problems on which not every method is timed, the strongest first
 ALL = (
     OURS, "cce", "cce-fp32", "liger-compiled", "liger", "checkpoint", "full-logits-compiled", "full-logits",
     "full-logits-fp32", "trl", "original",
@@ -45,9 +46,9 @@ ALL = (
 GPU_ALL = tuple(method for method in peers.METHODS if method != "cce-fp32")  # on a GPU its operands are bf16
 GPU_QUICK = (OURS, "exo_fast-chunked", "exo_fast-two-pass", "cce", "liger", "full-logits", "full-logits-compiled")
 GPU_TOKENS, KERNEL_ROWS = (8192, 2048, 32768), 2048
-PEER_ROWS = 256  # whose errors are measured where the method takes one way, however many rows there are
-FULL_LOGITS_TOO = ("trl", "original")  # in fp32 they are full-logits with other words: timed in bf16, where they round
-# Copies of the (N, V) logits, in float32, that a method holds at its peak.
+PEER_ROWS = 256  # rows for the errors of a method that takes the same path for any number of rows
+FULL_LOGITS_TOO = ("trl", "original")  # in fp32 they equal full-logits, so they are timed in bf16, where they round
+# Float32 copies of the (N, V) logits that a method holds at its peak.
 COPIES = {
     "full-logits-compiled": 2.0,
     "cce": 1.2,
@@ -65,7 +66,7 @@ COPIES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table."""
+    """A row of the table."""
 
     method: str
     operation: str  # group_loss, logprobs, or kernel: the method is a kernel alone, `tokens` the rows of its chunk
@@ -89,7 +90,7 @@ class Case:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Every case, methods of the same problem one after another."""
+    """Return every case, methods of the same problem one after another."""
     if problems.device() == "cuda":
         return gpu_cases(quick)
     found: list[Case] = []
@@ -132,7 +133,7 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def gpu_cases(quick: bool = False) -> list[Case]:
-    """The cases on a GPU; quick: the heads of Qwen and Llama, many rows and few, in some minutes."""
+    """Return the cases on a GPU; quick: the heads of Qwen and Llama, many rows and few, in some minutes."""
 
     from exo_fast.benchmarks.methods.kernels import KERNELS  # needs Triton
 
@@ -155,7 +156,7 @@ def gpu_cases(quick: bool = False) -> list[Case]:
 
 
 def impossible(case: Case) -> str | None:
-    """Why a case cannot run on this machine, None when it can."""
+    """Return why a case cannot run on this machine; None if it can."""
     if case.operation == "kernel":
         return None if problems.device() == "cuda" else "Triton compiles for a GPU only"
     if why := peers.unavailable(case.method, case.precision, problems.device()):
@@ -173,10 +174,10 @@ def impossible(case: Case) -> str | None:
 
 
 def few_errors(case: Case, inputs: problems.Inputs) -> dict[str, float]:
-    """Errors against float64 on few rows of the case's inputs.
+    """Measure the errors against float64 on few rows of the case's inputs.
 
-    Ours takes another way for few rows than for many, so its rows are many. A group too long for the memory budget is
-    one there too: the budget is cut to what U of half its rows takes.
+    Ours takes another path for few rows than for many, so it gets many. If a group is too long for the memory budget,
+    it must be too long here too: the budget is cut to the size of U for half its rows.
     """
     long = case.completion != COMPLETION
     rows = None if case.method.startswith(OURS) else PEER_ROWS
@@ -205,7 +206,7 @@ def step(case: Case, inputs: problems.Inputs) -> tuple[Callable[[], None], Calla
 
 
 def proven(case: Case) -> tuple[problems.Inputs, dict[str, float]]:
-    """The inputs of a case and its errors. Raises AssertionError for errors of another computation."""
+    """Return the inputs of a case and its errors. Raises AssertionError if the errors are too large for rounding."""
     inputs = problems.make(case.problem, problems.device())
     with peers.settings(case.method, case.precision, problems.device()):
         found = few_errors(case, inputs)
@@ -214,7 +215,7 @@ def proven(case: Case) -> tuple[problems.Inputs, dict[str, float]]:
 
 
 def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
-    """As the contract of the suites has it: the work of a case, once its errors, floor and memory are known."""
+    """Make the contract's trial: return the work of a case, after measuring its errors, floor and memory."""
     if case.operation == "kernel":
         call, row = _kernel(case)
         return lambda: (call(), problems.synchronize()), row
@@ -233,7 +234,7 @@ def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
 
 
 def measure(case: Case, workdir: Path) -> dict:
-    """Errors, times, floor and memory of one case in this process."""
+    """Measure errors, times, floor and memory of one case in this process."""
     if case.operation == "kernel":
         call, row = _kernel(case)
         return {**row, **_times(*problems.all_seconds(call, lambda: None), row["baseline_seconds"])}
@@ -252,7 +253,7 @@ def measure(case: Case, workdir: Path) -> dict:
 
 
 def _times(times: list[float], peak_mb: float, baseline: float) -> dict:
-    """The times of a row, to 0.1 ms on a CPU and to 0.1 µs on a GPU, and its peak of memory."""
+    """Return the times of a row, to 0.1 ms on a CPU and to 0.1 µs on a GPU, and its peak memory."""
     digits, seconds = 7 if problems.device() == "cuda" else 4, statistics.median(times)
     return {
         "seconds": round(seconds, digits),
@@ -264,7 +265,7 @@ def _times(times: list[float], peak_mb: float, baseline: float) -> dict:
 
 
 def _kernel(case: Case) -> tuple[Callable[[], object], dict]:
-    """The launch of a kernel alone, and its row but for the times. Raises AssertionError as `kernels.prove`."""
+    """Return the launch of a kernel alone, and its row without times. Raises AssertionError like `kernels.prove`."""
     from exo_fast.benchmarks.methods import kernels
 
     found = kernels.prove(case.method, case.precision, problems.device())
@@ -275,7 +276,7 @@ def _kernel(case: Case) -> tuple[Callable[[], object], dict]:
 
 
 def extras(workdir: Path) -> dict:
-    """What the run's rows are read beside."""
+    """Return facts of the run that its rows are read with."""
     return {"copy_gbps": problems.copy_gbps(), "loss": problems.LOSS, "floor_rows": problems.FLOOR_ROWS}
 
 
@@ -283,10 +284,11 @@ PROBLEM = ("operation", "width", "vocab", "precision", "candidates", "completion
 
 
 def summary(rows: list[dict]) -> dict:
-    """Product rates of each head and dtype (medians over the cases), and ours against the fastest peer by problem.
+    """Return product rates of each head and dtype (medians over the cases), and ours against the fastest peer by
+    problem.
 
-    `over_fastest` is our time over that of the fastest peer, `over_equal` over the fastest whose logits are float32
-    too. Both compare shares of the floor that each process measured, so that a drift of the machine's speed cancels.
+    `over_fastest` is our time over the fastest peer's time, `over_equal` over the fastest peer with float32 logits.
+    Both compare shares of the floor that each process measured, so that a drift of the machine's speed cancels.
     """
     timed = [row for row in rows if "seconds" in row]
     rates: dict[tuple, list[dict]] = {}
@@ -311,7 +313,7 @@ def summary(rows: list[dict]) -> dict:
 
 
 def problem_of(row: dict) -> tuple:
-    """What rows that may be compared have in common."""
+    """Return the key that rows must share to be compared."""
     return tuple(row[name] for name in PROBLEM)
 
 

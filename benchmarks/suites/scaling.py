@@ -1,11 +1,11 @@
-"""How time and memory grow: the operation against the number of tokens N, the vocabulary V and the candidates K.
+"""Growth of time and memory: the operation against the number of tokens N, the vocabulary V and the candidates K.
 
     exo-fast bench scaling
     exo-fast bench scaling --only scaling/N/exo_fast
 
-One size grows and the others stay. Peers are there for the picture of their memory, up to where it ends. The summary
-fits time = a·x^b and scratch = c·x^d by least squares of the logarithms: for N, b should be 1 and d 0 (memory that does
-not grow with the tokens), for K both 0, for V b is 1 and the memory grows to its budget and no further.
+One size grows and the others stay. Peers show the growth of their memory, up to the machine's limit. The summary fits
+time = a·x^b and scratch = c·x^d by least squares of the logarithms. For N, b should be 1 and d 0 (memory does not grow
+with the tokens). For K both should be 0. For V b is 1 and the memory grows only to its budget.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENS = tuple(2**i for i in range(11, 18))  # 2,048 to 131,072
 VOCABS = tuple(2**i for i in range(15, 19))  # 32,768 to 262,144
 CANDIDATES = (2, 4, 8, 16)
 PEER_TOKENS = {"full-logits": 8192, "cce": 32768}
-MIN_SCRATCH = 1.0  # MB: less than this is the noise of counting pages
+MIN_SCRATCH = 1.0  # MB: smaller values are noise of counting pages
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def op(self) -> op.Case:
-        """The same as a case of the operation."""
+        """Return this case as a case of the suite `op`."""
         return op.Case(
             self.method, "group_loss", self.width, self.vocab, self.precision, self.candidates, op.COMPLETION,
             self.tokens, "both",
@@ -59,7 +59,7 @@ class Case:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Curve by curve."""
+    """Return the cases, curve by curve."""
     if quick:
         return [Case("N", op.OURS, *SMALL, "fp32", 2, n) for n in TOKENS[:4]]
     found = []
@@ -74,17 +74,17 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def impossible(case: Case) -> str | None:
-    """Why a case cannot run on this machine, None when it can."""
+    """Return why a case cannot run on this machine; None if it can."""
     return op.impossible(case.op)
 
 
 def measure(case: Case, workdir: Path) -> dict:
-    """As in `op`."""
+    """Measure the case like `op`."""
     return op.measure(case.op, workdir)
 
 
 def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
-    """As in `op`."""
+    """Make the trial like `op`."""
     return op.trial(case.op, workdir)
 
 
@@ -93,18 +93,18 @@ def extras(workdir: Path) -> dict:
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
-    """b of value = a·size^b, by least squares of the logarithms."""
+    """Return b of value = a·size^b, by least squares of the logarithms."""
     xs, ys = [math.log(size) for size in sizes], [math.log(value) for value in values]
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
     return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
 def summary(rows: list[dict]) -> dict:
-    """Exponents of each curve of two points and more.
+    """Return the exponents of each curve of two points or more.
 
-    `time` is of the seconds, `time_over_floor` of the seconds over those of the products alone, measured in the same
-    process (0 when the time grows as the products do), which takes out a machine whose speed drifts; `memory` of the
-    scratch.
+    `time` is the exponent of the seconds, `memory` of the scratch. `time_over_floor` is the exponent of the seconds
+    over the seconds of the products alone (0 if the time grows like the products). Both are measured in the same
+    process, so a drift of the machine's speed cancels.
     """
     curves: dict[tuple, list[dict]] = {}
     for row in rows:

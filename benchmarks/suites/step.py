@@ -3,20 +3,20 @@
     exo-fast bench step
     exo-fast bench step --only exo_fast/bf16/K4
 
-The demo model (135M) and 8 sequences of 256 tokens from movie reviews: in groups of K = 2, 4 or 8 candidates, with
-prompts of 205, 192, 128 or 51 tokens and completions of the rest, in
+The demo model (135M) trains on 8 sequences of 256 tokens from movie reviews: in groups of K = 2, 4 or 8 candidates,
+with prompts of 205, 192, 128 or 51 tokens and the rest as completion, in
 
     fp32        float32 throughout
     fp32+bf16   float32 weights, matrix products in bf16 with float32 sums (torch.backends.mkldnn.matmul)
     bf16        bf16 weights and activations
 
 The policy is the demo model with 1% of noise on its weights, so that log-ratios are not zero; the reference is the
-demo model. A case gives the median time of its steps after a short batch that warms up (`step_styles` says what each
-style does), completion tokens a second, the peak of its resident memory above what it was with the models loaded, and
-the errors of the first step's loss and gradient against float64 of the same weights (`step_truth`).
+demo model. A case gives the median time of its steps after a short batch that warms up (`step_styles` describes each
+style), completion tokens a second, its peak resident memory above the memory with the models loaded, and the errors of
+the first step's loss and gradient against float64 of the same weights (`step_truth`).
 
-What each part of ours gives is told in both orders, because gains overlap: `LADDER` adds one part after another to the
-original's step, and `WITHOUT` takes one part out of ours.
+The gain of each part of ours is measured in two ways, because gains overlap: `LADDER` adds one part after another to
+the original's step, and `WITHOUT` removes one part from ours.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ NAME = "step"
 SEQUENCES, LENGTH = 8, 256
 NOISE = 0.01
 EXACT = 1e-10  # the relative error in float64 of a style that computes the same
-TRL_STEPS = 1  # and one that warms up
+TRL_STEPS = 1  # besides one that warms up
 CENTRE = (4, 128)  # K, tokens of the prompt
 GRID = ((2, 128), (2, 51), CENTRE, (8, 205), (8, 51))
-LADDER = (  # (style, what it has that the one before has not)
+LADDER = (  # (style, the part it adds to the style before)
     ("original", ""),
     ("full-logits", "no padding"),
     ("full-logits-cached", "cached reference"),
@@ -59,7 +59,7 @@ WITHOUT = {
     "fused head": "exo_fast-unfused",
     "cached reference": "exo_fast-reference",
 }
-# Who is compared with whom, wherever both were measured: (the other, ours).
+# The comparisons, if both were measured: (the other, ours).
 COMPARISONS = (
     ("original", "exo_fast"),
     ("original", "exo_fast-reference"),
@@ -75,7 +75,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A style, and the problem that it is given."""
+    """A style and its problem."""
 
     style: str
     precision: str
@@ -88,12 +88,12 @@ class Case:
 
     @property
     def problem(self) -> str:
-        """What cases that are compared have in common."""
+        """Return the key that cases must share to be compared."""
         return f"{self.precision}/K{self.candidates}/{self.prompt}+{self.completion}"
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Cases of the same problem one after another, which then share the float64 run."""
+    """Return the cases, with cases of the same problem one after another, because they share the float64 run."""
     both = ("full-logits", "exo_fast")
     plan: list[tuple[str, int, int, tuple[str, ...]]] = []  # precision, K, prompt, styles
     corners = [(8, 205), (2, 51)]
@@ -118,14 +118,14 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def impossible(case: Case) -> str | None:
-    """TRL's styles need TRL."""
+    """Return why a case cannot run: TRL's styles need TRL."""
     if case.style.startswith("trl") and machine.version("trl") is None:
         return "TRL is not installed: pip install trl"
     return None
 
 
 def baseline(case: Case) -> str:
-    """Full logits without padding, the reference in the step."""
+    """Return the yardstick: full logits without padding, with the reference in the step."""
     return f"step/full-logits/{case.problem}"
 
 
@@ -175,9 +175,9 @@ def measure(case: Case, workdir: Path) -> dict:
 
 
 def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
-    """As the contract of the suites has it, of a style that is not TRL's.
+    """Make the contract's trial of a style that is not TRL's.
 
-    In float64 the style's loss and gradient are those of one sequence a row with full logits.
+    In float64 the style must give the same loss and gradient as one sequence a row with full logits.
     """
     from transformers import AutoTokenizer
 
@@ -201,11 +201,11 @@ def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
 
 
 def _run(case: Case, policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> tuple[Measured, float]:
-    """What the style gave, and its peak above the loaded models in MB."""
+    """Run the style; return its results and its peak above the loaded models in MB."""
     from exo_fast.benchmarks.methods import step_styles
 
     add_noise(policy)
-    # The original pads a short batch to what it pads a long one to.
+    # The original pads a short batch to the same length as a long one.
     warm_up = step_styles.STYLES["full-logits" if case.style == "original" else case.style]
     warm_up(policy, reference, task.shortened())().backward()
     policy.zero_grad(set_to_none=True)
@@ -230,7 +230,7 @@ def _run_trl(
     loaded = []
 
     def before_training() -> None:
-        # Only now: the log-probs that TRL computes beforehand are those of the model it was given.
+        # Only now, because TRL computes its log-probs beforehand with the model it was given.
         add_noise(policy)
         loaded.append(process_memory.resident_mb())
         process_memory.reset_peak()
@@ -245,14 +245,14 @@ def _run_trl(
 
 
 def _quiet(_: str) -> None:
-    """In place of print: `prepare` has said it."""
+    """Replace print: `prepare` has already printed the message."""
 
 
-# What it is given
+# The inputs of a case
 
 
 def load_model(path: Path, precision: str) -> PreTrainedModel:
-    """The demo model in the dtype of the weights that `precision` means."""
+    """Load the demo model with weights in the dtype of `precision`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -273,7 +273,7 @@ def add_noise(model: PreTrainedModel, relative: float = NOISE) -> None:
 
 
 def read_tokens(tokenizer: PreTrainedTokenizerBase, workdir: Path) -> list[int]:
-    """Reviews laid end to end, as many tokens as the longest problem has; kept in `workdir`."""
+    """Read reviews laid end to end, as many tokens as the longest problem needs; kept in `workdir`."""
     from exo_fast.training import downloads
 
     path = workdir / "step-tokens.json"
@@ -290,7 +290,7 @@ def read_tokens(tokenizer: PreTrainedTokenizerBase, workdir: Path) -> list[int]:
 
 
 def make_task(tokens: list[int], case: Case) -> Task:
-    """Groups of real tokens, cut out of `tokens` one after another: first all prompts, then all completions."""
+    """Make groups of real tokens, cut from `tokens` one after another: first all prompts, then all completions."""
     import torch
 
     from exo_fast.benchmarks.methods.step_styles import Task
@@ -309,7 +309,7 @@ def make_task(tokens: list[int], case: Case) -> Task:
 
 
 def read_truth(case: Case, path: Path, task: Task, workdir: Path) -> tuple[float, Gradient]:
-    """Loss and gradient in float64, of all cases with this problem's tokens and weights; kept in `workdir`."""
+    """Return loss and gradient in float64 for all cases with this problem's tokens and weights; kept in `workdir`."""
     import torch
 
     from exo_fast.benchmarks.methods import step_truth
@@ -329,23 +329,24 @@ def read_truth(case: Case, path: Path, task: Task, workdir: Path) -> tuple[float
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end: a run that was stopped leaves no half of a file."""
+    """Give a path to write to and rename it to `path` at the end, so that a stopped run leaves no half-written file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     yield unfinished
     unfinished.replace(path)
 
 
-# What follows from the rows
+# Results derived from the rows
 
 
 def summary(rows: list[dict]) -> dict:
-    """Ratios of time and memory, and what each part of ours gives at the centre of the grid."""
+    """Return the ratios of time and memory, and the gain of each part of ours at the centre of the grid."""
     measured = [row for row in rows if "seconds" in row]
     return {"ratios": ratios(measured), "ladder": ladder(measured), "without": without(measured)}
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-    """{other, ours, problem, time, memory} for each of COMPARISONS and problem that has both: other over ours."""
+    """Return {other, ours, problem, time, memory}, other over ours, for each of COMPARISONS and each problem with
+    both."""
     at = _by_problem(rows)
     return [
         {
@@ -362,7 +363,8 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 
 def ladder(rows: list[dict]) -> list[dict]:
-    """{style, part, seconds, peak_mb, gain} from the original's step to ours: gain, the seconds before over after."""
+    """Return {style, part, seconds, peak_mb, gain} from the original's step to ours. The gain is seconds before over
+    after."""
     found = _by_problem(rows).get(_centre(), {})
     rungs = [(found[style], part) for style, part in LADDER if style in found]
     if len(rungs) < len(LADDER):
@@ -381,7 +383,7 @@ def ladder(rows: list[dict]) -> list[dict]:
 
 
 def without(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """{part: {"time": …, "memory": …}}: our step without that part over our step."""
+    """Return {part: {"time": …, "memory": …}}: our step without the part over our step."""
     found = _by_problem(rows).get(_centre(), {})
     return {
         part: {

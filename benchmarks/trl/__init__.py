@@ -1,1 +1,1 @@
-"""TRL's own tests and a DPO training of TRL, with exo_fast put in."""
+"""TRL's own tests and a DPO training of TRL, both run with exo_fast."""

@@ -55,7 +55,7 @@ RESULTS = Path("benchmarks/results/trl_drop_in.json")
 
 
 def make_pairs(tokenizer: Any, n: int) -> list[dict[str, str]]:
-    """Prompts and completions of exactly so many tokens, cut out of the demo's reviews, as texts."""
+    """Make prompts and completions of exactly the fixed numbers of tokens, as texts cut from the demo's reviews."""
     from exo_fast.training import downloads
 
     reviews = downloads.get_reviews(downloads.cache_dir(), lambda *_, **__: None)
@@ -75,7 +75,7 @@ def make_pairs(tokenizer: Any, n: int) -> list[dict[str, str]]:
 
 
 def run(case: str, steps: int, pairs: int) -> dict[str, Any]:
-    """One case, in this process."""
+    """Run one case in this process."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -112,7 +112,7 @@ def run(case: str, steps: int, pairs: int) -> dict[str, Any]:
             seconds.append(time.perf_counter() - self.begun)
 
     policy, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2))
-    for model in (policy, reference):  # weights lie in the file until they are read
+    for model in (policy, reference):  # weights stay in the file until they are read
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     loaded = process_memory.resident_mb()
@@ -133,7 +133,7 @@ def run(case: str, steps: int, pairs: int) -> dict[str, Any]:
             disable_tqdm=True,
             **options,
         )
-        # With its log-probs precomputed, no trainer keeps a reference: then the policy's own, before it is trained, do.
+        # With precomputed log-probs no trainer keeps a reference: the log-probs of the untrained policy are used.
         kept = None if arguments.precompute_ref_log_probs is not False else reference
         if kept is None:
             del reference
@@ -155,7 +155,7 @@ def run(case: str, steps: int, pairs: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The results beside those of TRL itself."""
+    """Make the table of the results beside TRL's own."""
     base = next(row for row in rows if row["case"] == "TRL")
     lines = []
     for row in rows:
@@ -176,7 +176,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def provenance(results: dict[str, Any]) -> str:
-    """Command, date, commit, machine and versions in a line."""
+    """Return command, date, commit, machine and versions in one line."""
     versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("torch", "transformers", "trl"))
     commit = [f"commit {results['commit']}"] if results["commit"] else []
     return " · ".join(
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--markdown", type=Path, metavar="PAGE", help="rewrite its table, between markers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures are kept [%(default)s]")
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)  # a case, in this process
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)  # run this case in this process
     options = parser.parse_args(argv)
     if options.one:
         print(json.dumps(run(options.one, options.steps, options.pairs)))

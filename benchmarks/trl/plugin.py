@@ -1,8 +1,8 @@
-"""The pytest plugin under which `trl_suite` runs TRL's tests: another trainer, local stand-ins, and a record.
+"""The pytest plugin with which `trl_suite` runs TRL's tests: another trainer, local stand-ins, and a record.
 
-It comes in before a test module is imported, so that `from trl import DPOTrainer` and `from datasets import
-load_dataset` in it give what is put here; nothing of the tests is changed. `trl` is the installed one: it is imported
-here, before pytest puts the checkout, which has a `trl` too, at the head of the path.
+It is loaded before a test module is imported, so that `from trl import DPOTrainer` and `from datasets import
+load_dataset` in it give the plugin's replacements; the tests are not changed. `trl` is the installed one: it is
+imported here, before pytest puts the checkout, which has a `trl` too, at the head of the path.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def put_trainer(name: str) -> None:
-    """What `trl.DPOTrainer` and `trl.DPOConfig` are from here on."""
-    importlib.import_module("trl.trainer.dpo_trainer")  # trl gives its classes lazily, and would replace what is put
+    """Replace `trl.DPOTrainer` and `trl.DPOConfig` by the classes of the trainer `name`."""
+    importlib.import_module("trl.trainer.dpo_trainer")  # else trl's lazy import would undo the replacement
     if name != "trl":
         from exo_fast.integrations import trl as integration
     if name == "patched":
@@ -54,7 +54,7 @@ def put_trainer(name: str) -> None:
 
 
 def bridge_versions(utilities: Path) -> None:
-    """Give `trl.import_utils` the questions for optional packages that the tests of an older TRL import from it."""
+    """Give `trl.import_utils` the checks for optional packages that the tests of an older TRL import from it."""
     asked = ast.walk(ast.parse(utilities.read_text()))
     imports = [node for node in asked if isinstance(node, ast.ImportFrom) and node.module == "trl.import_utils"]
     module = importlib.import_module("trl.import_utils")
@@ -65,7 +65,7 @@ def bridge_versions(utilities: Path) -> None:
 
 
 def serve_datasets(home: Path) -> None:
-    """`datasets.load_dataset` reads the stand-ins by the names of the data sets on the hub."""
+    """Make `datasets.load_dataset` read the stand-ins under the names of the data sets on the hub."""
     import datasets
 
     load: Callable[..., Any] = datasets.load_dataset
@@ -91,8 +91,8 @@ class Record:
         self.start = 0.0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Skip what loads a model that has no stand-in; Liger's tests come last, because it patches transformers for
-        the rest of the process, with kernels that do not run everywhere."""
+        """Skip tests that load a model without a stand-in. Run Liger's tests last, because Liger patches transformers
+        for the rest of the process, with kernels that do not run everywhere."""
         items.sort(key=lambda item: "liger" in item.name)
         for item in items:
             used = [name for name in self.missing if names(item, f"{ORGANIZATION}/{name}")]
@@ -107,7 +107,7 @@ class Record:
 
         def noted(trainer: Trainer, *args: Any, **options: Any) -> Any:
             loss = step(trainer, *args, **options)
-            if not trainer.state.global_step:  # later ones: rates of 0.1 and bf16 make of a rounding another training
+            if not trainer.state.global_step:  # in later steps, rates of 0.1 and bf16 amplify rounding too much
                 gradients = [p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]
                 self.first_steps.append([loss.item(), torch.stack(gradients).norm().item()])
             return loss
@@ -134,14 +134,14 @@ class Record:
 
 
 def names(item: pytest.Item, hub_name: str) -> bool:
-    """Whether a test has the name in its code or its parameters."""
+    """Check whether a test has the name in its code or its parameters."""
     assert isinstance(item, pytest.Function)
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     return hub_name in (*item.function.__code__.co_consts, *parameters)
 
 
 def reason(report: pytest.TestReport) -> str:
-    """In a line: the exception of a failure, or why a test was skipped."""
+    """Return in one line the exception of a failure, or why a test was skipped."""
     if report.outcome == "passed":
         return ""
     if isinstance(report.longrepr, tuple):

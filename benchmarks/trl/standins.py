@@ -1,11 +1,11 @@
-"""Local stand-ins for what TRL's tests load from the hub, made by the scripts of TRL that made the originals.
+"""Local stand-ins for the data sets and models that TRL's tests load from the hub, made by TRL's own scripts.
 
-The data sets are the originals: `scripts/generate_zen_dataset.py` and its neighbours, with the upload replaced by
-parquet files. The models have the originals' architectures (`scripts/generate_tiny_models`), with random weights as
-there, and a tokenizer trained on the checkout's own text in place of the hub's; whatever counts its vocabulary becomes
-smaller with it. Models are laid down as a hub cache, so that `transformers` finds them by their names when offline.
+The data sets are the originals: `scripts/generate_zen_dataset.py` and its neighbours write them, with the upload
+replaced by parquet files. The models have the originals' architectures (`scripts/generate_tiny_models`), also with
+random weights. Their tokenizer is trained on the checkout's own text, so everything that counts its vocabulary is
+smaller than on the hub. Models are stored as a hub cache, so that `transformers` finds them by name when offline.
 
-    python -m exo_fast.benchmarks.trl.standins CHECKOUT HOME    HOME is the HF_HOME of whoever loads them
+    python -m exo_fast.benchmarks.trl.standins CHECKOUT HOME    HOME is the HF_HOME of the process that loads them
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from types import ModuleType
 from typing import Any
 
 ORGANIZATION = "trl-internal-testing"
-REVISION = "0" * 40  # of every model: a hub cache names its snapshots by commit
+REVISION = "0" * 40  # for every model: a hub cache names its snapshots by commit
 INDEX = "standins.json"  # in HOME: {"models": [names], "missing": {name: why}}
 VOCABULARY = 2048
 TEMPLATES = {"tiny-GptOssForCausalLM": ("gptoss.jinja", "<|return|>")}  # chat template and end of a turn
-TEMPLATE = ("qwen2_5.jinja", "<|im_end|>")  # of all others
+TEMPLATE = ("qwen2_5.jinja", "<|im_end|>")  # for all others
 PADDING = "<|endoftext|>"
 SIZES = {"tiny-Olmo3ForCausalLM": 100_278}  # its script names the padding token by number; unused tokens fill up
 WITHOUT_PROCESSOR = "its image processor comes from the hub"
 
 
 def build(checkout: Path, home: Path, wanted: str) -> None:
-    """Make all that is named in the text `wanted` below `home`. What cannot be made stands in the index, with why."""
+    """Make all stand-ins named in the text `wanted` below `home`. The index lists the failed ones with the reason."""
     sys.path.insert(0, str(checkout / "scripts"))
     names = sorted(set(re.findall(rf"{ORGANIZATION}/([\w.-]+)", wanted)))
     scripts = model_scripts(checkout)
@@ -51,12 +51,12 @@ def build(checkout: Path, home: Path, wanted: str) -> None:
 
 
 def datasets_folder(home: Path, name: str, config: str) -> Path:
-    """Where the splits of a configuration lie, as `<split>.parquet`."""
+    """Return the folder of a configuration's splits, `<split>.parquet`."""
     return home / "standins" / name / config
 
 
 def model_scripts(checkout: Path) -> dict[str, str]:
-    """{name of a model on the hub: module below scripts/ that makes it}, of the causal language models."""
+    """Return {name of a model on the hub: module below scripts/ that makes it} for the causal language models."""
     found = {}
     folder = checkout / "scripts" / "generate_tiny_models" / "for_causal_lm"
     for script in folder.glob("*_causal_lm*.py"):
@@ -77,7 +77,7 @@ def _generator(name: str) -> str:
 
 
 def _save_datasets(name: str, home: Path) -> None:
-    """Every configuration of a data set. Images are drawn at random by the script: from one seed here."""
+    """Save every configuration of a data set. The script draws images at random; here the seed is fixed."""
     import numpy
     from datasets import DatasetDict
 
@@ -97,7 +97,7 @@ def _save_datasets(name: str, home: Path) -> None:
 
 
 def _save_model(name: str, module: str, checkout: Path, home: Path) -> None:
-    """Run the script of a model with a local tokenizer, and its upload replaced by a snapshot in the hub cache."""
+    """Run the script of a model with a local tokenizer, and write a snapshot to the hub cache, not an upload."""
     import transformers
 
     tokenizer = make_tokenizer(checkout, *TEMPLATES.get(name, TEMPLATE), size=SIZES.get(name, 0))
@@ -125,9 +125,9 @@ def _replace(module: ModuleType, function: Callable, *names: str) -> None:
 
 
 def make_tokenizer(checkout: Path, template: str, end: str, size: int = 0) -> Any:
-    """Byte-level BPE of VOCABULARY tokens, trained on the texts of the data sets, with a chat template of TRL's.
+    """Train a byte-level BPE of VOCABULARY tokens on the texts of the data sets, with a chat template from TRL.
 
-    `size`: fill the vocabulary up to so many tokens.
+    `size`: fill the vocabulary up to this many tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

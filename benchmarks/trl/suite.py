@@ -33,18 +33,18 @@ from exo_fast.training.errors import InputError
 
 TRAINERS = ("trl", "patched", "class", "ours")
 TITLES = {"trl": "TRL itself", "patched": "`patch_trl()`", "class": "`ExoDPOTrainer`", "ours": "and `ExoDPOConfig`"}
-SAME_LOSS = ("patched", "class")  # as the control, so that first steps can be compared
+SAME_LOSS = ("patched", "class")  # the control's loss, so that first steps can be compared
 TESTS = Path("tests", "test_dpo_trainer.py")
 SCRIPTS = Path("scripts", "generate_tiny_models")
 OUTPUT = machine.REPOSITORY / "benchmarks" / "results" / "trl_suite.json"
 LABEL = "trl_suite"  # in a page: <!-- trl_suite: summary -->, <!-- trl_suite: tests -->
-EXPLAINED = {  # what a reason means that does not say so itself
+EXPLAINED = {  # the meaning of a reason that does not explain itself
     r"\d+ active drivers": "the kernels of Liger need a GPU",
     r"DID NOT RAISE": "this TRL does not raise here any more",
     r"assert 'ref' not in": "with this PEFT, TRL makes the reference adapter that the test says it cannot",
     r"KeyError: 'chosen'": "this TRL takes metrics here, and comes as far as the test's data, which has no pairs",
 }
-INTENDED = {  # a reason of ours, and why it is meant
+INTENDED = {  # a reason of ours, and why it is intended
     r"are not for loss_type": "an option of TRL's losses of pairs; the default of `ExoDPOConfig`, `exo-pref`, has none",
 }
 EXAMPLES = """examples:
@@ -55,9 +55,9 @@ EXAMPLES = """examples:
 
 
 def run(checkout: Path, trainers: Sequence[str], only: str | None = None) -> dict[str, Any]:
-    """Run the tests with each of the trainers. {"checkout": what it is, "rows": a row for each test and trainer}.
+    """Run the tests with each trainer. Return {"checkout": its version, "rows": a row for each test and trainer}.
 
-    Raises InputError where the folder is no checkout of TRL, or its tests cannot be collected.
+    Raises InputError if the folder is not a checkout of TRL, or its tests cannot be collected.
     """
     for part in (TESTS, SCRIPTS):
         if not (checkout / part).exists():
@@ -95,31 +95,31 @@ def run(checkout: Path, trainers: Sequence[str], only: str | None = None) -> dic
 
 
 def describe_checkout(checkout: Path) -> str:
-    """Version and commit: "1.10.0.dev0 (f2cd577)"."""
+    """Return version and commit: "1.10.0.dev0 (f2cd577)"."""
     version = (checkout / "VERSION").read_text().strip() if (checkout / "VERSION").exists() else "unknown version"
     command = ["git", "-C", str(checkout), "rev-parse", "--short=7", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True) if (checkout / ".git").exists() else None
     return f"{version} ({found.stdout.strip()})" if found and not found.returncode else version
 
 
-# What came of it
+# Results
 
 
 def lost(results: dict[str, Any], trainer: str) -> list[dict[str, Any]]:
-    """Rows of what a trainer does not pass and TRL itself does."""
+    """Return the rows of tests that TRL itself passes and a trainer does not."""
     passed = {row["test"] for row in results["rows"] if row["trainer"] == "trl" and row["outcome"] == "passed"}
     own = (row for row in results["rows"] if row["trainer"] == trainer)
     return [row for row in own if row["test"] in passed and row["outcome"] != "passed"]
 
 
 def intended(why: str) -> str | None:
-    """Why a trainer of ours is meant to fail for this reason; None where it is not."""
+    """Return why a trainer of ours should fail for this reason; None if it should not."""
     return next((meant for pattern, meant in INTENDED.items() if re.search(pattern, why)), None)
 
 
 def differences(results: dict[str, Any], trainer: str) -> tuple[float, float] | None:
-    """Of the first step of every training that a test does, beside TRL itself: the largest relative difference of the
-    loss, and of the norm of the gradient. None where none was done by both."""
+    """Return the largest relative differences from TRL of the loss and of the gradient's norm, over the first steps of
+    all trainings in the tests. None if no training ran with both."""
     steps = {(row["trainer"], row["test"]): row["first_steps"] for row in results["rows"]}
     found = [
         [abs(mine - theirs) / abs(theirs) for mine, theirs in zip(ours, control, strict=True)]
@@ -144,7 +144,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def tests_table(results: dict[str, Any]) -> str:
-    """A line for each test function: of its cases that were run, how many pass, and why the others do not."""
+    """Make a table with a line for each test function: how many of its cases pass, and why the others do not."""
     lines = []
     for name, rows in grouped(results["rows"], lambda row: row["test"].split("[")[0]):
         cells = [_passed([row for row in rows if row["trainer"] == trainer]) for trainer in results["trainers"]]
@@ -159,7 +159,7 @@ def _passed(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def reasons(rows: Sequence[dict[str, Any]], trainers: Sequence[str]) -> list[str]:
-    """Why cases of a test do not pass, each reason once, after the trainers that have it unless all do."""
+    """Explain why cases of a test do not pass: each reason once, after the trainers that have it unless all do."""
     whose: dict[str, list[str]] = {}
     for row in rows:
         if row["outcome"] != "passed":
@@ -170,7 +170,7 @@ def reasons(rows: Sequence[dict[str, Any]], trainers: Sequence[str]) -> list[str
 
 
 def explain(why: str) -> str:
-    """A reason as a reader understands it, in a cell of a table."""
+    """Explain a reason to the reader, in a cell of a table."""
     known = {**EXPLAINED, **INTENDED}
     text = next((meaning for pattern, meaning in known.items() if re.search(pattern, why)), why)
     return " ".join(text.replace("|", "\\|").split())
@@ -205,7 +205,7 @@ def main(argv: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    command = "python -m exo_fast.benchmarks.trl.suite --trl_checkout trl"  # without paths of this machine
+    command = "python -m exo_fast.benchmarks.trl.suite --trl_checkout trl"  # without local paths
     results = {**machine.describe(), "command": command, "suite": "trl_suite", **found}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     runner.write(options.output, results)

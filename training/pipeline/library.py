@@ -45,7 +45,7 @@ def read(name: str) -> str:
 
 
 def copy(name: str, destination: Path) -> Path:
-    """Write the recipe `name` to `destination`, a file or an existing directory; returns the file's path.
+    """Write the recipe `name` to `destination`, a file or an existing directory; return the file's path.
 
     Raises InputError if the file exists already.
     """

@@ -112,7 +112,7 @@ TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class TrainConfig(TrainingArguments):
-    """All of transformers.TrainingArguments, with other defaults for some, and the fields of all training stages.
+    """The fields of transformers.TrainingArguments, some with other defaults, and the fields of all training stages.
 
     Raises InputError for a value that cannot work, naming it and the fix.
     """

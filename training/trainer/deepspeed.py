@@ -12,7 +12,7 @@ CPU_BUCKET = 50_000_000  # gradients reduced at once: DeepSpeed's 500 million ar
 
 
 def default_zero_stage(*, on_cpu: bool, bf16: bool, offload: bool) -> int:
-    """Return 0 for a single process on CPU in float32, else 2.
+    """Return 0 for a single process on CPU in float32 without offloading, else 2.
 
     With one process there is nothing to shard, and ZeRO would copy every gradient into a bucket and on into its
     partition, and every weight back. (In bf16 stage 0 would keep float32 gradients that stage 2 does not.)

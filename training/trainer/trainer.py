@@ -1,6 +1,6 @@
 """transformers.Trainer for modules whose forward is their loss: `StageTrainer`, and `AlignTrainer` for groups.
 
-What differs from the Trainer's own loop, and why:
+Differences from the Trainer's own loop, with their reasons:
 - The model is a `TrainedModule`; saving and resuming reach through it to the model inside, so that
   checkpoints carry the model's plain names.
 - The loss is a mean over the rows (groups, pairs, tokens: what the batch's `weights` count) of the *global*
@@ -73,7 +73,7 @@ class StageTrainer(Trainer):
         self,
         module: TrainedModule,
         config: TrainConfig,
-        datasets: dict[str, Dataset],  # "train", and "eval" where there is held-out data
+        datasets: dict[str, Dataset],  # "train", and "eval" if there is held-out data
         tokenizer: PreTrainedTokenizerBase,
         collate: Callable[[list[Any]], dict[str, Any]],
     ):
@@ -296,7 +296,7 @@ class StageTrainer(Trainer):
         return model, train_dataloader
 
     def _before_start(self) -> None:
-        """Compute what a stage needs from the model as it was given, with the engine ready. Here: nothing."""
+        """Compute a stage's numbers from the model as it was given, once the engine is ready. Here: nothing."""
 
     # Continuing
 
@@ -417,7 +417,7 @@ class StageTrainer(Trainer):
                     self._writing_to = None
                 best = self.state.best_global_step and output / f"checkpoint-{self.state.best_global_step}"
                 if best and (best.name == name or (best.exists() and checkpoints.is_scheduled(best))):
-                    self.state.best_model_checkpoint = str(best)  # not where it was just written
+                    self.state.best_model_checkpoint = str(best)  # not the path it was just written to
                 if self.args.should_save:
                     self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
                 facts = checkpoints.Facts(
