@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: pages that lie outside docs/, and links to files that are not pages.
+"""Hooks for mkdocs: pages that lie outside docs/, and links to files that are not pages.
 
 CONTRIBUTING.md and CHANGELOG.md stay where hosting sites look for them, the examples' README beside the examples, and
 all are pages of the site as well. A link from a page to a recipe or to code leads nowhere in a built site, so its text

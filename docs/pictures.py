@@ -112,7 +112,7 @@ def boundaries(packed: Packed) -> list[int]:
 
 
 def colour_of(kind: int) -> str:
-    """Of a token by its candidate id: −1 padding, 0 prompt, 1… candidates."""
+    """The colour of a token by its candidate id: −1 padding, 0 prompt, 1… candidates."""
     return PADDING if kind < 0 else PROMPT if kind == 0 else CANDIDATES[kind - 1]
 
 
@@ -120,7 +120,7 @@ def colour_of(kind: int) -> str:
 
 
 def schedules() -> dict[str, list[tuple[str, float, dict[str, float]]]]:
-    """What vocabulary-sized memory each schedule holds when, in MB: (phase, its share of the width, parts).
+    """Return the vocabulary-sized memory of each schedule over time, in MB: (phase, its share of the width, parts).
 
     From the shapes alone. Full logits: in bf16, their float32 copy, the log-softmax, which is kept, and in the backward
     pass two gradients of its size, of `gather` and of the log-softmax; dW in bf16. Ours: the scratch that the memory

@@ -1,4 +1,4 @@
-"""What the examples share: arguments, a model small enough for a laptop, and a few rated sentences."""
+"""Parts that the examples share: arguments, a model small enough for a laptop, and a few rated sentences."""
 
 import argparse
 

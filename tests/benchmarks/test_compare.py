@@ -1,4 +1,4 @@
-"""What `--compare` calls worse, better, broken and missing, and from which ratio."""
+"""Verdicts of `--compare` (worse, better, broken, missing), and the ratios they begin at."""
 
 import json
 import math

@@ -20,7 +20,7 @@ REFUSED = Cell(1, 0, accumulation=13)  # a batch of 12 groups cannot be cut into
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command finds in the cells of --quick, and in one that fails before them."""
+    """Findings of the command in the cells of --quick, and in one that fails before them."""
     with tqdm(disable=True) as bar:
         found = consistency.measure([REFUSED, *consistency.cells(quick=True)], tmp_path_factory.mktemp("cells"), bar)
     return {**machine.describe(), "suite": "consistency", "quick": True, **found}

@@ -18,7 +18,7 @@ SPEED = {"exo_fast": 1.0, "cce": 1.25, "full-logits": 2.0, "original": 9.0}
 
 
 def results(suite, measured, quick: bool = False) -> dict:
-    """What a run of all cases of a suite writes, with made-up measurements."""
+    """The result file of a run of all cases of a suite, with made-up measurements."""
     rows = [{"name": str(case), **asdict(case), **measured(case)} for case in suite.cases(quick)]
     return {**machine.describe(), "suite": suite.NAME, "quick": quick, "rows": rows, "summary": suite.summary(rows)}
 

@@ -367,7 +367,7 @@ def check_pip(words: list[str]) -> None:
 
 
 def declared_extras() -> set[str]:
-    """Those of setup.py, which an installation made before they were added does not know yet."""
+    """The extras of setup.py, which an older installation does not know yet."""
     text = (ROOT / "setup.py").read_text()
     return set(re.findall(r'^\s+"(\w+)":', text[text.index("extras_require") :], flags=re.M))
 

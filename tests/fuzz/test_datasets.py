@@ -74,7 +74,7 @@ TOKENIZERS = st.sampled_from([None, TOKENIZER, TOKENIZER])
 
 
 def tokenise(rows: list[Any], place: Path) -> None:
-    """What has been read can be tokenised, or is refused by its place."""
+    """Rows that were read can be tokenised, or are refused with their place."""
     if not isinstance(rows[0], Example):
         return
     if {len(row.rewards) for row in rows} == {len(row.completions) for row in rows} == {len(rows[0].completions)}:

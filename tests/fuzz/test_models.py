@@ -31,7 +31,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Payload:
-    """What a pickle of this does when it is read: it makes a file."""
+    """An object whose pickle makes a file when it is read."""
 
     def __init__(self, marker: Path):
         self.marker = marker

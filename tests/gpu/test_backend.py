@@ -64,7 +64,7 @@ HEADS = {
 
 
 class Problem(NamedTuple):
-    """What the public functions take."""
+    """The arguments of the public functions."""
 
     hidden: Tensor
     weight: Tensor

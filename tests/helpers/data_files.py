@@ -46,7 +46,7 @@ def check_place(text: str) -> None:
 
 
 def load(place: Path, path: Path | str, loader: Callable[..., list[Any]], tokenizer: Any, split: str = "train") -> Any:
-    """What `loader` makes of `path`, checked; REFUSED as it should be, None for a split that is not there."""
+    """Return the rows that `loader` reads from `path`, checked; REFUSED if rightly so, None for a missing split."""
 
     def call() -> list[Any] | None:
         source = find_source(path, split)

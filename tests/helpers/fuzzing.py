@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how many cases, what counts as well refused, and the tally that is printed at the end.
+"""Helpers of the fuzz tests: how many cases, what counts as well refused, and the tally that is printed at the end.
 
 A case either gives a result, which the test then judges, or the one error that is documented, whose text names what
 was wrong. `make test` runs a few cases of each property, always the same; EXO_FAST_FUZZ=1500 runs so many of each,
@@ -36,7 +36,7 @@ def fuzzed(cases: int) -> settings:
 
 
 def judge(call: Callable[[], Any], error: type[Exception], names: Iterable[str]) -> Any:
-    """What `call` returns, or REFUSED where it raises `error` with a text that has one of `names`."""
+    """Return the result of `call`, or REFUSED if it raises `error` with a text that has one of `names`."""
     tally = TALLY[os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]]
     tally[0] += 1
     start = time.monotonic()

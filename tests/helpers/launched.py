@@ -1,4 +1,4 @@
-"""What the Triton backend launches that certification has not compiled: prints one line for each, and a count.
+"""Find launches of the Triton backend that certification has not compiled: print a line for each, and a count.
 
 Run in a process of its own, without TRITON_INTERPRET: nothing is launched, but Triton types and hints the arguments of
 every launch as it would on the targets named on the command line.
@@ -27,7 +27,7 @@ Arguments = dict[str, tuple]  # name -> its type and whether it is a multiple of
 
 @functools.cache
 def binder_of(kernel: Any, target: Target) -> Callable:
-    """What Triton's launcher types and hints arguments with."""
+    """Return the types and hints that Triton's launcher gives arguments."""
     return create_function_from_signature(kernel.signature, kernel.params, make_backend(target.gpu))
 
 

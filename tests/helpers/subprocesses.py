@@ -52,7 +52,7 @@ def kill_halfway(script: Path, output_dir: Path, *, processes: int = 1) -> None:
 
 
 def stored_bytes(output_dir: Path) -> int:
-    """What finished batches take up."""
+    """Return the size of finished batches."""
     return sum(path.stat().st_size for path in output_dir.glob(".partial/*.jsonl"))
 
 

@@ -25,7 +25,7 @@ def prepared(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **o
 
 
 def test_a_tie_beside_a_contradiction(tokenizer: PreTrainedTokenizerFast) -> None:
-    """What one option keeps, the other still judges."""
+    """A group that one option keeps is still judged by the other."""
     rows = [ROW, {**ROW, "completions": ["was good", "was good", "was bad"], "rewards": [1.0, 0.0, 1.0]}]
     with pytest.raises(ValueError, match=r"row 1: field `rewards`.*different candidates share the highest reward"):
         prepared(tokenizer, rows, duplicates="keep")

@@ -354,7 +354,7 @@ def test_candidates(tmp_path: Path, tiny_llama: str, loss_type: str, precomputed
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("name", ["mamba", "llama", "float32 head"])
 def test_hidden_states_of_another_dtype_than_the_head(name: str, cast: bool) -> None:
-    """Of float32 in a bf16 Mamba, and of bf16 below a head that is kept in float32: as the model's lm_head multiplies
+    """Compare float32 states in a bf16 Mamba, and bf16 states below a float32 head: as the model's lm_head multiplies
     them, or all in float32 where TRL asks for that."""
     from trl.trainer.utils import add_fused_lm_head
 

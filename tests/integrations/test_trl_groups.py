@@ -341,7 +341,7 @@ def test_noise_on_embeddings_goes_by_rows_that_are_not_shared(tmp_path: Path, ti
 
 
 def test_the_reference_has_no_dropout(tmp_path: Path, tiny_llama: str) -> None:
-    """That of adapters is the policy without them, which in a step is in training mode."""
+    """The reference of an adapter is the policy without it, which is in training mode in a step."""
     policy = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     policy.config.attention_dropout = 0.5
     for layer in policy.model.layers:

@@ -44,7 +44,7 @@ def test_facts():
 
 
 def test_options_are_what_the_losses_take(input_ids: Tensor):
-    """Of every fact, and with a temperature."""
+    """Keyword arguments of every fact, and with a temperature."""
     for family in ("cohere", "gemma2", "phi"):
         model = families.tiny_model(family)
         head = read_head(model)

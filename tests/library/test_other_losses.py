@@ -32,7 +32,7 @@ LIBRARIES = [
 
 @functools.cache
 def cases(family: str) -> list[Case]:
-    """Of a family, made once: each of TRL's builds a trainer."""
+    """The cases of a family, made once: each of TRL's builds a trainer."""
     return list(FAMILIES[family][1](FUNCTIONS))
 
 

@@ -206,7 +206,7 @@ def test_what_was_not_asked_for_is_none(outputs: tuple[str, ...], backend: str) 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 4097])
 def test_rounded_operands_against_float64(vocab: int, dtype: torch.dtype, backend: str) -> None:
-    """Of the same operands: logits leave the product in float32."""
+    """Compare for the same operands: logits leave the product in float32."""
     made = problem(5, vocab=vocab, width=24, dtype=dtype, ignored=4, **HEADS["all"])
     exact = in_float64(made)
     logps, got = linear_logprobs_with_statistics(**made, backend=backend)
@@ -234,7 +234,7 @@ def test_gradients_of_rounded_operands(frozen_head: bool, dtype: torch.dtype, ba
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("budget", [1, 1500, 4000])
 def test_small_budgets(budget: int, backend: str) -> None:
-    """Of one row of logits, and of some."""
+    """Compare for one row of logits, and for several."""
     made = problem(9, vocab=131, dtype=BF16, ignored=4, **HEADS["all"])
     logps, got = linear_logprobs_with_statistics(**made, memory_budget=budget, backend=backend)
     exact = in_float64(made)

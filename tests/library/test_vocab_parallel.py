@@ -330,7 +330,7 @@ def on_models(folder: Path) -> dict[str, Any]:
 
 
 def compared(split: Any, whole: Any, runner: Any) -> dict[str, Any]:
-    """Of `split`, whose backward `runner` may own, the relative differences from `whole`, by name."""
+    """Return the relative differences of `split`, whose backward `runner` may own, from `whole`, by name."""
     from exo_fast.head import final_hidden, read_head
 
     g = torch.Generator().manual_seed(1)
@@ -363,7 +363,7 @@ def compared(split: Any, whole: Any, runner: Any) -> dict[str, Any]:
 
 
 def found_by(what: str, world: int, folder: Path) -> list[dict[str, Any]]:
-    """What each of `world` processes found."""
+    """Return the findings of each of `world` processes."""
     environment = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # DeepSpeed wants them set; nobody listens
     ranks = [
@@ -467,7 +467,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_are_those_of_all_ranks(name: str, ranks: list[dict[str, Any]]) -> None:
-    """Of all: a rank that alone said no would leave the others waiting."""
+    """All ranks refuse: a rank that refused alone would leave the others waiting."""
     for rank in ranks:
         assert re.search(ERRORS[name], rank["errors"][name])
 

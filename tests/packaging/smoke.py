@@ -108,7 +108,7 @@ def source_of(name: str) -> Path:
 
 
 def module_files() -> set[str]:
-    """What the wheel must hold, by its names there: every module, recipe, marker and template of the repository."""
+    """Return the names of the wheel's files: every module, recipe, marker and template of the repository."""
     found = set()
     for installed, folder in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
@@ -140,7 +140,7 @@ def check_wheel(wheel: Path) -> None:
 
 
 def check_metadata(text: str) -> None:
-    """What an index shows. Its long description stands alone, so a link to a file of the repository would be dead."""
+    """Check the page of a package index, which has no files beside it: a link to one would be dead."""
     about = email.message_from_string(text)
     need(about["License-Expression"] == "Apache-2.0", about["License-Expression"])
     need(about["Description-Content-Type"] == "text/markdown", about["Description-Content-Type"])

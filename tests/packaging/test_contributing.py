@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and CHANGELOG.md name is there: every path, make target and name of code."""
+"""Check that everything CONTRIBUTING.md and CHANGELOG.md name exists: every path, make target and name of code."""
 
 import re
 

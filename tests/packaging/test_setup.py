@@ -12,7 +12,7 @@ from tree import ROOT
 
 @pytest.fixture(scope="module")
 def options() -> dict[str, Any]:
-    """What setup.py gives to setuptools."""
+    """The arguments that setup.py gives to setuptools."""
     setuptools = pytest.importorskip("setuptools", reason="setuptools is not installed: pip install setuptools")
     given: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -183,7 +183,7 @@ def test_all_ignored() -> None:
     not torch.cpu._is_amx_tile_supported(), reason="without AMX float32 attention takes float32 products all the same"
 )
 def test_certain_tokens_have_log_prob_zero_and_no_gradient() -> None:
-    """Of weights that bf16 does not hold, in float32 with bf16 products: W[y] is rounded as the mean is."""
+    """Weights that bf16 does not hold, in float32 with bf16 products: W[y] is rounded as the mean is."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(400, 32, generator=g).requires_grad_()
     hidden = (weight.detach()[:64] * 8).requires_grad_()

@@ -191,7 +191,7 @@ def test_a_turn_that_is_written_otherwise_when_others_follow() -> None:
 
 
 def test_an_answer_that_the_template_does_not_write() -> None:
-    """Of a call by a template without tools, and of text by one that reads parts, no word would be learned."""
+    """A template without tools would drop a call, and one that reads parts would drop text: no word is learned."""
     call = {"type": "function", "function": {"name": "tool", "arguments": {}}}
     calls = pair([chats.say("", tool_calls=[call])], chats.say("x"))
     with pytest.raises(BadField, match=r"field `chosen`.*writes nothing of what the assistant says"):

@@ -1,4 +1,4 @@
-"""What is read, and what is said of what cannot be used."""
+"""Reading rows, and the messages about rows that cannot be used."""
 
 import gzip
 import json

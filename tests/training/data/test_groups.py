@@ -197,7 +197,7 @@ def test_ties_for_the_best(run: Any) -> None:
 
 
 def test_a_tie_beside_a_contradiction(run: Any) -> None:
-    """What one option keeps, the other still judges."""
+    """A group that one option keeps is still judged by the other."""
     rows = [
         Example(Place("f.json", 0, 1), "the", ["good", "good", "bad"], [1.0, 0.0, 1.0]),
         Example(Place("f.json", 1, 2), "the", ["good", "bad", "long"], [1.0, 0.0, 0.5]),

@@ -134,7 +134,7 @@ def test_training_evaluates_what_the_merged_adapter_gives(
 
 @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
 def test_a_tied_head_is_read_as_the_adapted_model_uses_it(tiny_llama: str, target: str) -> None:
-    """Of an adapter on the embedding PEFT's forward sees nothing in the head, in value and in gradient."""
+    """PEFT's forward does not see an adapter on the embedding in the head, in value and in gradient."""
     torch.manual_seed(0)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(r=4, target_modules=[target]))
     noisy(adapted)

@@ -54,7 +54,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Of the relative error of gradients, and of log-probs in nats."""
+        """The limits of the relative error of gradients, and of log-probs in nats."""
         return {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 0.1}[self.dtype]
 
 
@@ -225,7 +225,7 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def settle(case: Case, **options: Any) -> dict[str, Any]:
-    """What `settle_layout` says of a module in parts, or the error it raises."""
+    """Return the report of `settle_layout` on a module in parts, or the error it raises."""
     module = in_parts(case, make_module(case, make_model(case)))
     collate = GroupCollator(0)
     try:
@@ -235,7 +235,7 @@ def settle(case: Case, **options: Any) -> dict[str, Any]:
 
 
 def check_families() -> dict[str, Any]:
-    """Of every family of `families.py`: a token's error (nats) where its rows are run in parts, or why they are not."""
+    """Return a token's error (nats) for every family of `families.py` run in parts, or the reason of its refusal."""
     dataset = make_dataset(Case(2))
     groups = [dataset.group(index) for index in range(len(dataset))]
     found = {}

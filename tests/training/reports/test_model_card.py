@@ -36,7 +36,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def summary() -> dict[str, Any]:
-    """Of an alignment, as far as a card reads it."""
+    """The summary of an alignment, as far as a card reads it."""
     return {
         "stage": "align",
         "config": {

@@ -1,4 +1,4 @@
-"""What templates make of the text of others: in HTML and in Markdown it stays text."""
+"""Text of others in templates: it stays text in HTML and in Markdown."""
 
 from html.parser import HTMLParser
 

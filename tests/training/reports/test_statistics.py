@@ -1,4 +1,4 @@
-"""What reports compute and draw, on known data."""
+"""The numbers and plots of reports, on known data."""
 
 import dataclasses
 from pathlib import Path

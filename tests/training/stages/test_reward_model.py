@@ -68,7 +68,7 @@ def settings(tiny_llama: str, tmp_path: Path) -> Settings:
 
 
 def rewards(model: nn.Module, directory: str, pairs: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
-    """Of the chosen and of the rejected, each text alone through the plain tokenizer and the plain forward."""
+    """Rewards of the chosen and the rejected text, each alone through the plain tokenizer and the plain forward."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
 
     def reward(text: str) -> Tensor:

@@ -96,7 +96,7 @@ def test_a_tracker_that_is_not_there_is_said_before_work_starts(settings: Settin
 
 
 class FakeHub(ThreadingHTTPServer):
-    """What huggingface_hub says to a Hub when it makes a repository and commits files to it, kept; a refusal of commits
+    """The requests of huggingface_hub to make a repository and commit files to it, kept; a refusal of commits
     while `broken`."""
 
     def __init__(self) -> None:
