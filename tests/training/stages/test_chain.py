@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import environment, run
 from safetensors.torch import load_file
+from subprocesses import environment, run
 from tiny_models import make_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
