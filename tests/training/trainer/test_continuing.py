@@ -20,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_models import make_rows
+from tree import ROOT
 
 from exo_fast.layout import SharingReport
 from exo_fast.training.errors import Stopped
@@ -448,3 +449,16 @@ def test_two_processes_make_an_evaluation_up_together(options: Settings, tmp_pat
     assert "stopped by SIGTERM after step 4 of 8" in start(found, deaths=both, end=signal.SIGTERM)
     assert "checkpoint-4\n" in start(found)
     assert_same(found, right)
+
+
+def test_a_run_that_an_earlier_version_began_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/data/begun` is a run of 0.2.0 (before the folders of training/) that was killed after its checkpoint at
+    step 4 of 8, with its recipe, settings and manifest."""
+    shutil.copytree(ROOT / "tests" / "data" / "begun", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    said = forked.run("align", "--config", "align.yaml", "--resume_from_checkpoint", "auto")
+    assert "continuing from run/checkpoint-4\n" in said
+    forked.run("align", "--config", "align.yaml", "--output_dir", "whole")
+    continued, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    for name, tensor in whole.items():  # another processor adds in another order
+        torch.testing.assert_close(continued[name], tensor, atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
