@@ -34,7 +34,7 @@ def linear_logprobs_backward(
     other,  # (n_other, D): the other one
     bias,  # (V,)
     targets,  # (N,) int64; −1 has no gradient
-    stats,  # rows shift, sum (and target) of (3, ·) float32, `stride_stats` apart
+    stats,  # rows shift, sum, target of (3, ·) float32, `stride_stats` apart
     coefficients,  # (N,) float32, c = ∂L/∂(log-prob)
     grad,  # (n_own, D) float32, zeros at the start
     grad_bias,  # (V,) float32, written with BIAS_GRAD
@@ -73,11 +73,12 @@ def linear_logprobs_backward(
             real = (columns < width)[None, :]
             x = tl.load(other + rows[:, None] * stride_other + columns[None, :], mask=real, other=0.0)
             part = tl.dot(g, x, input_precision=PRECISION)
-            held = grad + mine.to(tl.int64)[:, None] * width + columns[None, :]
-            part += tl.load(held, mask=inside[:, None] & real, other=0.0)
-            tl.store(held, part, mask=inside[:, None] & real)
-        # The next tile reads values that other threads of this program have just written.
-        tl.debug_barrier()
+            # In one dimension, so that a thread adds to the values that it stored itself: nothing orders a store to
+            # memory before another thread's load. In two, compilers load in one layout and store in the product's.
+            held = tl.reshape(grad + mine.to(tl.int64)[:, None] * width + columns[None, :], (BLOCK_OWN * BLOCK_D,))
+            wanted = tl.reshape(inside[:, None] & real, (BLOCK_OWN * BLOCK_D,))
+            part = tl.reshape(part, (BLOCK_OWN * BLOCK_D,)) + tl.load(held, mask=wanted, other=0.0)
+            tl.store(held, part, mask=wanted)
     if BIAS_GRAD:
         tl.store(grad_bias + mine, sums, mask=inside)
 
@@ -93,9 +94,12 @@ def gradient(
     c = tl.load(coefficients + row, mask=real & (target >= 0), other=0.0)
     shift = tl.load(stats + row, mask=real, other=0.0)
     total = tl.load(stats + stride_stats + row, mask=real, other=1.0)
+    picked = tl.load(stats + 2 * stride_stats + row, mask=real, other=0.0)
     if HAS_BIAS:
         a += tl.load(bias + column, mask=column < vocab, other=0.0).to(tl.float32)
-    z = finish(a, scale, softcap, HAS_SOFTCAP)
+    # The target's logit is the one that the sum holds: where its probability is near 1, the difference from 1 counts,
+    # and this product may round otherwise.
+    z = tl.where(column == target, picked, finish(a, scale, softcap, HAS_SOFTCAP))
     # No probability passes 1: this also bounds rows past the edge, whose statistics are meaningless.
     p = tl.exp(tl.minimum(z - shift - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL))
     g = (c * scale) * (tl.where(column == target, 1.0, 0.0) - p)

@@ -432,13 +432,15 @@ def logprobs_backward(
     grad: Tensor,  # (N,) upstream gradient of the log-probs
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
-    sliced: bool = False,
+    own: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW.
 
-    `sliced`: the head is a slice of the vocabulary, the statistics cover all of it, a target may be
-    `rows.ELSEWHERE`, and dH is this slice's share, in the accumulator dtype (`exo_fast.vocab_parallel`).
+    `own`: the head is a slice of the vocabulary, and these are the statistics (3, N) of it alone; `stats` cover all of
+    it, a target may be `rows.ELSEWHERE`, and dH is this slice's share, in the accumulator dtype
+    (`exo_fast.vocab_parallel`).
     """
+    sliced = own is not None
     if not sliced and head_attention.applies(len(hidden), hidden, head):
         return head_attention.logprobs_backward(hidden, head, targets, stats, grad, need, memory_budget)
     kept = kept_rows(targets)
