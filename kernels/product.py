@@ -22,6 +22,7 @@ from exo_fast.kernels.launch import TYPES, Config, Variant
 from exo_fast.kernels.targets import Target
 
 GROUP = 8  # row blocks that share a walk over the columns
+UNALIGNED = Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 32}, num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -87,8 +88,10 @@ def grid(n: int, m: int, config: Config) -> tuple[int]:
     return (triton.cdiv(n, config.constants["BLOCK_N"]) * triton.cdiv(m, config.constants["BLOCK_M"]),)
 
 
-def config(target: Target) -> Config:
-    """Return the one configuration of a target: a fallback is not tuned."""
+def config(target: Target, aligned: bool = True) -> Config:
+    """Return the one configuration of a target: a fallback is not tuned. Narrow loads leave registers for less."""
+    if not aligned:
+        return UNALIGNED
     n, m, k, warps, stages = _CONFIGS[target.name]
     return Config({"BLOCK_N": n, "BLOCK_M": m, "BLOCK_K": k}, warps, stages)
 
@@ -102,7 +105,7 @@ def configs(target: Target, dtype: str) -> list[Config]:
 _CONFIGS = {
     "sm_80": (128, 128, 64, 8, 3),
     "sm_90": (128, 128, 64, 8, 3),
-    "sm_100": (128, 128, 64, 4, 3),
+    "sm_100": (128, 128, 64, 8, 3),
     "sm_120": (128, 128, 32, 8, 3),
     "gfx942": (128, 128, 64, 8, 2),
     "gfx1100": (128, 64, 32, 8, 2),
@@ -128,6 +131,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             },
             aligned=("a", "b", "out", "stride_a", "stride_b", "stride_out") if aligned else (),
             products=True,
+            config=None if aligned else UNALIGNED,
         )
         for name, strided_a, strided_b, add in (
             ("logits", False, False, False),

@@ -85,7 +85,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> Tensor:
     b, stride_b, strided_b, room_b = _lines(b.T)
     stride_out = out.stride(0) if n > 1 else 16
     aligned = room_a and room_b and out.data_ptr() % 16 == 0 and stride_out % 16 == 0
-    config = kernel.config(of_device(out.device))
+    config = kernel.config(of_device(out.device), aligned)
     launch(
         kernel.product, kernel.grid(n, m, config), config,
         a=a, b=b, out=out, n=n, m=m, k=k, stride_a=stride_a, stride_b=stride_b, stride_out=stride_out,

@@ -1,12 +1,14 @@
 """Log-probs with token statistics on a GPU: numbers against float64, bits, graphs, and every configuration."""
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from exo_fast import reference
+from exo_fast.precision import true_float32
 from exo_fast.statistics import OUTPUTS, linear_logprobs_with_statistics
 
 GPU = torch.cuda.is_available()
@@ -17,8 +19,9 @@ HEADS: dict[str, dict[str, Any]] = {"plain": {}, "bias": {"bias": True}, "all": 
 
 
 @pytest.fixture(autouse=True)
-def float32_products_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def float32_products_of_float32() -> Iterator[None]:
+    with true_float32():
+        yield
 
 
 def problem(precision: str, *, n: int = 300, width: int = 576, vocab: int = 50257, bias: bool = False, **head) -> dict:
