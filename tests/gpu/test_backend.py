@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tensor_cores import drift, logprob_limit
 from torch import Tensor
 
 from exo_fast import reference
@@ -30,7 +31,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA or RO
 DEVICE = torch.device("cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GRADIENT = {"bf16": 3e-3, "fp16": 3e-3, "fp32": 1e-5}  # relative error in the Frobenius norm
-LOGPROB_RMS = 1e-5
 MIB = 2**20
 KERNELS = ("linear_logsumexp", "logsumexp_gather", "logits_to_grad", "linear_logprobs_backward")
 
@@ -154,10 +154,11 @@ def assert_gradients(got: tuple[Tensor, ...], want: tuple[Tensor, ...], precisio
         assert relative(a, b) <= max(GRADIENT[precision], 1.5 * stored), name
 
 
-def assert_step(got: tuple[Tensor, ...], want: tuple[Tensor, ...], precision: str) -> None:
-    """A step against the same in float64."""
-    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-6, atol=1e-4)
+def assert_step(got: tuple[Tensor, ...], want: tuple[Tensor, ...], precision: str, tokens: int = 0) -> None:
+    """A step against the same in float64. The drift of a log-prob adds up over the `tokens` of the longest sequence."""
+    drifted = 0.0 if precision == "fp32" else tokens * drift(got[2].shape[1])
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-4, atol=1e-4 + drifted)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-6, atol=1e-4 + drifted)
     assert_gradients(got[2:], want[2:], precision)
 
 
@@ -165,7 +166,7 @@ def assert_logprobs(made: Problem, precision: str, **options) -> None:
     """Log-probs and their gradients for a random upstream against float64."""
     exact = made.exact()
     want, got = exact.logprobs(backend="reference"), made.logprobs(**options)
-    assert rms(got, want.detach()) <= LOGPROB_RMS
+    assert rms(got, want.detach()) <= logprob_limit(made.hidden.shape[1], precision)
     upstream = torch.randn_like(want)
     gradients = torch.autograd.grad(got, made.parameters, upstream.float())
     assert_gradients(gradients, torch.autograd.grad(want, exact.parameters, upstream), precision)
@@ -192,7 +193,9 @@ def test_logprobs_against_float64(shape: str, head: str, precision: str) -> None
     made = problem(SHAPES[shape], precision, **HEADS[head])
     assert_logprobs(made, precision)
     with torch.no_grad():
-        assert rms(made.logprobs(), made.exact().logprobs(backend="reference")) <= LOGPROB_RMS
+        assert rms(made.logprobs(), made.exact().logprobs(backend="reference")) <= logprob_limit(
+            SHAPES[shape].width, precision
+        )
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -215,7 +218,8 @@ def test_ignored_rows_have_no_log_prob_and_no_gradient(precision: str) -> None:
 def test_group_loss_against_float64(shape: str, head: str, precision: str, boundaries: str) -> None:
     made = problem(SHAPES[shape], precision, **HEADS[head])
     want = made.exact().step(backend="reference")
-    assert_step((made.on_host() if boundaries == "host" else made).step(), want, precision)
+    got = (made.on_host() if boundaries == "host" else made).step()
+    assert_step(got, want, precision, max(SHAPES[shape].lengths))
 
 
 @pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
@@ -534,7 +538,7 @@ def test_offsets_past_two_billion(precision: str) -> None:
     (want_gradient,) = torch.autograd.grad(want.sum(), exact)
 
     logps = linear_logprobs(hidden, weight, targets, backend="triton", memory_budget=budget)
-    assert rms(logps[last], want.detach()) <= LOGPROB_RMS
+    assert rms(logps[last], want.detach()) <= logprob_limit(width, precision)
     dh, _ = torch.autograd.grad(logps.sum(), (hidden, weight))
     assert_gradients((dh[last],), (want_gradient,), precision)
 
