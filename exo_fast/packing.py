@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +164,7 @@ def in_one_row(packed: Packed, multiple: int) -> Packed:
     count = packed.input_ids.numel()
     more = max(2 * multiple, -(-count // multiple) * multiple) - count
     fill = {"input_ids": 0, "position_ids": 0, "group_ids": -1, "candidate_ids": -1}
-    row = {
+    row: dict[str, Any] = {
         name: torch.nn.functional.pad(getattr(packed, name).reshape(1, -1), (0, more), value=value)
         for name, value in fill.items()
     }

@@ -2,7 +2,8 @@
 
     forward only   `linear_logsumexp`: the product, its exponentials and sums in one kernel; logits never reach memory.
     kept           bf16 training. The same kernel also writes U = E − s·1[v = y] (`backends/torch.py`) as it leaves the
-                   registers, 2 bytes a logit; dH = −(c·scale/s)(U W) and dW = −Uᵀ((c·scale/s) H) are the library's.
+                   registers, 2 bytes a logit; dH = −(c·scale/s)(U W) and dW = −Uᵀ((c·scale/s) H) are the library's
+                   (`products.py`).
     chunked        float32 and float16. The library makes float32 logits of a chunk of rows; `logsumexp_gather` reads
                    them once, `logits_to_grad` turns them into ∂L/∂z in place.
     fused          when the memory budget holds no chunk: `linear_logprobs_backward`, nothing of the size of V.

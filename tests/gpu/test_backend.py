@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
+import likely_tokens
 import pytest
 import torch
 from tensor_cores import drift, logprob_limit
 from torch import Tensor
 
 from exo_fast import reference
+from exo_fast.backends import products
 from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import TARGETS, of_device
@@ -292,6 +294,36 @@ def test_logits_of_ten_thousand(precision: str) -> None:
     assert all(bool(t.isfinite().all()) for t in made.step())
 
 
+@pytest.mark.parametrize("largest", likely_tokens.LOGITS)
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("precision", [*DTYPES, "bf16-chunked"])
+def test_likely_tokens(
+    precision: str, budget: int | None, largest: float, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes, of which the second may take its logits from another product than the first took its sums."""
+    if precision == "bf16-chunked":
+        monkeypatch.setattr(backend, "KEPT", ())
+    dtype = DTYPES[precision.removesuffix("-chunked")]
+    hidden, weight, targets = (t.to(DEVICE) for t in likely_tokens.problem(dtype, largest))
+    targets = torch.where(likely_tokens.likely_rows(targets, hidden, weight), targets, -100)
+    upstream = torch.linspace(0.5, 2, len(targets), device=DEVICE) * (targets >= 0)
+    made = [t.requires_grad_() for t in (hidden, weight)]
+    logps = linear_logprobs(*made, targets, memory_budget=budget, backend="triton")
+    want = likely_tokens.exact(hidden.detach(), weight.detach(), targets.clamp(min=0), upstream)
+    for got, exact in zip(torch.autograd.grad(logps, made, upstream), want, strict=True):
+        assert relative(got, exact) <= likely_tokens.limit(dtype, largest)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_without_the_librarys_products(precision: str, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a build whose library does not multiply half precision into float32, and inside the same budget."""
+    monkeypatch.setattr(products, "library_products", lambda device, dtype: products.NONE)
+    made = problem(BUDGETED, precision, bias=True, softcap=20.0)
+    assert_step(made.on_host().step(memory_budget=BUDGETS[budget]), made.exact().step(backend="reference"), precision)
+    assert_logprobs(made, precision, memory_budget=BUDGETS[budget])
+
+
 def test_auto_is_triton_but_for_float64() -> None:
     made = problem(SHAPES["odd"])
     assert_bits(made.step(backend="auto"), made.step())
@@ -505,8 +537,13 @@ def added_by(work) -> int:
 
 @pytest.mark.parametrize("boundaries", ["host", "device"])
 @pytest.mark.parametrize("budget", [None, 128 * MIB], ids=["default", "128MiB"])
-@pytest.mark.parametrize("precision", DTYPES)
-def test_peak_memory_is_the_budget_and_the_gradients(precision: str, budget: int | None, boundaries: str) -> None:
+@pytest.mark.parametrize("precision", [*DTYPES, "bf16-own-products", "fp16-own-products"])
+def test_peak_memory_is_the_budget_and_the_gradients(
+    precision: str, budget: int | None, boundaries: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if precision.endswith("-own-products"):
+        monkeypatch.setattr(products, "library_products", lambda device, dtype: products.NONE)
+    precision = precision.removesuffix("-own-products")
     made = problem(Shape((1500, 700, 1000, 896), 2, 512, 65536), precision)
     made = made.on_host() if boundaries == "host" else made
     size, rows, head = made.hidden.element_size(), made.hidden.numel(), made.weight.numel()
