@@ -6,12 +6,10 @@ asked by numbers, once for a device and a dtype, with a product that half precis
 wrong, the kernel `kernels/product.py` multiplies: the same numbers, and no scratch.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-
-from exo_fast.kernels import product as kernel
-from exo_fast.kernels.launch import launch
-from exo_fast.kernels.targets import of_device
 
 NONE: frozenset[str] = frozenset()
 _answers: dict[tuple[torch.device, torch.dtype], frozenset[str]] = {}  # the library's products that are right
@@ -38,10 +36,12 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def library_products(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
-    """Return which of "mm" and "addmm" of this build give float32 results of `dtype` on `device`.
+    """Return which of "mm" and "addmm" of this build give float32 results of `dtype` on `device`, where a GPU is.
 
     The answer needs the host to wait, so nothing is asked while a CUDA graph is captured: the kernel is right anyway.
     """
+    if device.type == "cpu":
+        return NONE
     key = (device, dtype)
     if key not in _answers:
         if torch.cuda.is_current_stream_capturing():
@@ -53,14 +53,15 @@ def library_products(device: torch.device, dtype: torch.dtype) -> frozenset[str]
 def _ask(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
     """Multiply small matrices whose product needs more digits than half precision has, and look at the numbers."""
     size, small = 16, 2.0**-6
-    whole = torch.arange(1.0, size + 1)
-    left, right = (torch.full((size, size), small) for _ in range(2))
+    host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of the process
+    whole = torch.arange(1, size + 1, **host)
+    left, right = (torch.full((size, size), small, **host) for _ in range(2))
     left[:, 0], right[0] = whole, whole
     exact = torch.outer(whole, whole) + (size - 1) * small**2
     a, b = left.to(device, dtype), right.to(device, dtype)
     found = []
     for name, want in (("mm", exact), ("addmm", exact + 0.5)):
-        out = torch.full((size, size), 0.5, device=device)
+        out = torch.full((size, size), 0.5, dtype=torch.float32, device=device)
         try:
             got = _mm(a, b, out) if name == "mm" else _addmm(out, a, b)
         except (RuntimeError, TypeError, AttributeError):  # refused, or not in this version of torch
@@ -80,6 +81,11 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> Tensor:
     """Compute out = a b, or out += a b, by the kernel; a (n, k) and b (k, m) bf16 or float16, out (n, m) float32."""
+    # Imported here, because the torch backend, which asks this module too, must work without Triton.
+    from exo_fast.kernels import product as kernel
+    from exo_fast.kernels.launch import launch
+    from exo_fast.kernels.targets import of_device
+
     (n, k), m = a.shape, b.shape[1]
     a, stride_a, strided_a, room_a = _lines(a)
     b, stride_b, strided_b, room_b = _lines(b.T)

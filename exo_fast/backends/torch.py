@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from exo_fast.backends import head_attention, scratch_budget
+from exo_fast.backends.products import library_products
 from exo_fast.backends.rows import Rows, group_units, kept_chunks, kept_rows, row_chunks
 from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
@@ -92,8 +93,9 @@ class LogitBlocks:
         self.head, self.plan = head, plan
         self.acc = accumulator(like)
         self.scratch = torch.empty(plan.block_rows * plan.block, dtype=self.acc, device=like.device)
-        self.cast = like.dtype != self.acc and like.device.type == "cpu"
-        self.out_dtype = like.dtype != self.acc and like.device.type != "cpu"
+        narrow = like.dtype != self.acc
+        self.out_dtype = narrow and "mm" in library_products(like.device, like.dtype)
+        self.cast = narrow and not self.out_dtype
         self.wide_weight = (
             head.weight.new_empty(plan.block, head.weight.shape[1], dtype=self.acc) if self.cast else None
         )

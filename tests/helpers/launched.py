@@ -17,6 +17,8 @@ from triton.runtime.jit import create_function_from_signature
 from exo_fast.backends import products
 from exo_fast.backends import triton as backend
 from exo_fast.head import Head
+from exo_fast.kernels import launch as kernel_launch
+from exo_fast.kernels import targets as kernel_targets
 from exo_fast.kernels.certification import certify
 from exo_fast.kernels.certification.ahead_of_time import source_of
 from exo_fast.kernels.launch import Config
@@ -58,8 +60,8 @@ def launched(target: Target) -> Iterator[tuple[str, Arguments]]:
     """Every launch of every schedule, for heads with and without bias and softcap whose width is a multiple of 16, and
     numbers of rows and tokens that are and are not."""
     made = []
-    backend.of_device = products.of_device = lambda device: target
-    backend.launch = products.launch = lambda kernel, grid, config, **given: made.append(
+    backend.of_device = kernel_targets.of_device = lambda device: target
+    backend.launch = kernel_launch.launch = lambda kernel, grid, config, **given: made.append(
         (kernel.__name__, arguments(kernel, target, config, given))
     )
     matmul, add_matmul = products.matmul, products.add_matmul

@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 
 from exo_fast import reference
 from exo_fast.backends import interpreted, products
+from exo_fast.backends import torch as chunked
 from exo_fast.backends import triton as backend
+from exo_fast.head import Head
 from exo_fast.logprobs import linear_logprobs
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -44,8 +46,13 @@ def test_the_library_is_asked_by_numbers(
     monkeypatch: pytest.MonkeyPatch, mm: Callable[..., Tensor], right: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(products, "_mm", lambda a, b, out: mm(a, b, torch.float32, out))
-    found = products._ask(CPU, dtype)
-    assert ("mm" in found) is right
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            found = products._ask(CPU, dtype)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert ("mm" in found) is right
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -75,6 +82,16 @@ def test_nothing_is_asked_twice_or_in_a_capture(monkeypatch: pytest.MonkeyPatch)
         assert products.library_products(device, BF16) == {"mm"}
     assert products.library_products(device, FP16) == {"mm"}
     assert asked == [(device, BF16), (device, FP16)]
+
+
+@pytest.mark.parametrize("answer", [products.NONE, frozenset({"mm"})], ids=["no", "yes"])
+def test_the_torch_backend_asks_too(monkeypatch: pytest.MonkeyPatch, answer: frozenset[str]) -> None:
+    """It widens a block of the head where the library has no such product, as on a CPU."""
+    monkeypatch.setattr(chunked, "library_products", lambda device, dtype: answer)
+    hidden, weight = (torch.empty(rows, 8, dtype=BF16, device="meta") for rows in (4, 64))
+    blocks = chunked.LogitBlocks(Head(weight), chunked.Plan.of(4, hidden, Head(weight), None), hidden)
+    assert blocks.out_dtype == bool(answer)
+    assert (blocks.wide_weight is None) == bool(answer)
 
 
 def operands(form: str, n: int, m: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
