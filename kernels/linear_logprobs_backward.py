@@ -5,7 +5,7 @@
 One kernel, launched twice with the operands exchanged: a program owns BLOCK_OWN rows of one operand (of H for dH, of W
 for dW) and walks all rows of the other. A tile of logits is recomputed on the tensor cores, becomes g in registers, and
 is multiplied with the other operand's rows at once. The owned rows of the gradient are float32, live in L2 between two
-tiles, and only their own program touches them: no atomics, one order, the same bits every run.
+tiles, and only one thread touches each of them: no atomics, one order, the same bits every run.
 
 Why two launches: dH adds over the vocabulary and dW over the rows, so one launch would need locks (two runs would then
 differ) or a partial dH for every vocabulary block. Making logits twice costs 2·N·D·V flops more instead, and with the

@@ -101,13 +101,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> Tensor:
 
 
 def _lines(matrix: Tensor) -> tuple[Tensor, int, bool, bool]:
-    """Return a matrix (lines, k) whose rows or columns are contiguous, the stride of the other dimension, whether its
-    columns are the contiguous ones, and whether all of it is aligned, with room to read whole 16 lines (`product`)."""
-    if 1 not in matrix.stride():
-        matrix = matrix.contiguous()
+    """Return a matrix (lines, k) whose rows or columns are contiguous, the stride of the other dimension (16 if it has
+    one entry, so that any will do), whether the columns are the contiguous ones, and whether all of it is aligned, with
+    room to read whole 16 lines (`product`)."""
     number, depth = matrix.shape
-    strided = matrix.stride(1) != 1 and depth > 1
-    stride = matrix.stride(1) if strided else matrix.stride(0) if number > 1 else 16
+    along, across = matrix.stride(1) == 1 or depth == 1, matrix.stride(0) == 1 or number == 1
+    if not along and not across:
+        matrix, along = matrix.contiguous(), True
+    strided = not along or (depth == 1 and across and number > 1)
+    others = depth if strided else number
+    stride = matrix.stride(int(strided)) if others > 1 else 16
     aligned = matrix.data_ptr() % 16 == 0 and stride % 16 == 0
     if strided and aligned:
         last = matrix.storage_offset() + (depth - 1) * stride + -(-number // 16) * 16

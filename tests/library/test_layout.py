@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from exo_fast.head import Head
 from exo_fast.layout import Group, MaskPlan, Packed, check_sharing, from_padded, model_inputs, pack, plan_mask
 from exo_fast.masks import KNOWN_SHARING
+from exo_fast.packing import in_one_row
 
 PLAIN = MaskPlan("llama", share=True)
 
@@ -224,6 +225,22 @@ def test_dense_mask_is_the_definition(window: int | None, dtype: torch.dtype):
         assert ((mask[b, 0] == 0) == torch.tensor(expected)).all()
     assert set(mask.unique().tolist()) == {0.0, torch.finfo(dtype).min}
     assert (mask == 0).any(-1).all(), "a row without any entry would be NaN after softmax"
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_rows_end_to_end(share: bool):
+    packed = pack(MIXED, row_length=MIXED_ROW if share else None, share_prompt=share)
+    for multiple in (8, 128, 384):
+        row = in_one_row(packed, multiple)
+        length = row.input_ids.shape[1]
+        assert len(row.input_ids) == 1
+        assert length % multiple == 0
+        assert length == max(2 * multiple, -(-packed.input_ids.numel() // multiple) * multiple)
+        for name in ("input_ids", "position_ids", "group_ids", "candidate_ids"):
+            assert torch.equal(getattr(row, name)[0, : packed.input_ids.numel()], getattr(packed, name).flatten())
+        assert (row.group_ids[0, packed.input_ids.numel() :] == -1).all()
+        assert row.source is packed.source
+        assert torch.equal(in_one_row(row, multiple).input_ids, row.input_ids)
 
 
 @pytest.mark.parametrize("window", [None, 4])
