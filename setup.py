@@ -92,6 +92,7 @@ setup(
     packages=[package for name, folder in FOLDERS.items() for package in packages_of(name, folder)],
     package_data={
         "exo_fast": ["py.typed"],
+        "exo_fast.kernels.tuned": ["*.json"],
         "exo_fast.recipes": ["*.yaml"],
         "exo_fast.training.reports": ["templates/*", "uplot/*"],
     },

@@ -407,7 +407,7 @@ def recomputed(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
 def backward_launches(board: Board, head: Head, n: int) -> list[Launch]:
     """Return the launches for dH and dW without vocabulary-sized scratch: 4·N·D·V flops each, one program on a
     multiprocessor."""
-    config = linear_logprobs_backward.config(board.target, "bf16")
+    config = linear_logprobs_backward.config(board.target, "bf16", head.width)
     block, across, depth = (config.constants[name] for name in ("BLOCK_OWN", "BLOCK_OTHER", "BLOCK_D"))
     launches = []
     for name, own, other in (("dH", n, head.vocab), ("dW", head.vocab, n)):

@@ -196,7 +196,7 @@ def product_statistics(
 
     if rows.target.descriptors and not descriptors:
         return run(linear_kernel.POINTERS)
-    static = linear_kernel.config(rows.target, rows.dtype, rows.width)
+    static = linear_kernel.config(rows.target, rows.dtype, rows.width, store)
     return run(rows.config(linear_kernel, static, None if flagged else run))
 
 
@@ -428,7 +428,7 @@ def fused_gradients(
         "scale": rows.head.scale, "softcap": rows.softcap,
         "PRECISION": linear_kernel.precision(rows.target, rows.dtype), **rows.flags,
     }  # fmt: skip
-    config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype))
+    config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype, rows.width))
     block, residual, y = config.constants["BLOCK_OWN"], rows.residual(coefficients), rows.places
     if into.hidden is not None:
         total = rows.floats(rows.n, rows.width).zero_()

@@ -136,7 +136,7 @@ def test_claims_of_the_docs() -> None:
     for board, share in ((h100, 0.61), (b200, 0.54)):  # what L2 lets 128 × 128 tiles reach
         narrow = model.ceilings(model.linear_logsumexp_launch(board, model.HEADS[1], 8192, store=False), board)
         assert narrow["products"] / narrow["L2"] == pytest.approx(share, abs=0.01)
-    block = model.linear_logprobs_backward.config(h100.target, "bf16").constants["BLOCK_OWN"]
+    block = model.linear_logprobs_backward.config(h100.target, "bf16", 4096).constants["BLOCK_OWN"]
     assert 8192 / block == 64
     for head in model.HEADS:
         assert all(

@@ -47,6 +47,7 @@ def test_files_that_are_no_modules_go_along(options: dict[str, Any]) -> None:
     }
     reports = ROOT / "training" / "reports"
     needed = {*(ROOT / "recipes").glob("*.yaml"), ROOT / "exo_fast" / "py.typed"}
+    needed |= {*(ROOT / "kernels" / "tuned").glob("*.json")}
     needed |= {*(reports / "templates").iterdir(), *(reports / "uplot").iterdir()}
     others = {
         path.resolve()
