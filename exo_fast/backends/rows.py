@@ -8,10 +8,12 @@ Rows = slice | Tensor  # some of the N rows: a range of them, or their indices
 ELSEWHERE = 2**31 - 1  # a target in another slice of the vocabulary: no column's number, in the kernels' int32 too
 
 
-def row_chunks(start: int, stop: int, size: int) -> list[slice]:
-    """Split [start, stop) into pieces of nearly equal length, at most `size` each."""
-    pieces = -(-(stop - start) // size)
-    bounds = [start + (stop - start) * i // pieces for i in range(pieces + 1)] if pieces else []
+def row_chunks(start: int, stop: int, size: int, multiple: int = 1) -> list[slice]:
+    """Split [start, stop) into pieces of nearly equal length, at most `size` each. All but the last have a `multiple`
+    of rows; `size` must be one too, if there are two pieces or more."""
+    n = stop - start
+    pieces = -(-n // size)
+    bounds = [start + -(-(n * i // pieces) // multiple) * multiple for i in range(pieces)] + [stop] if pieces else []
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 

@@ -124,7 +124,7 @@ def table(target: str) -> Table | None:
     own = os.environ.get(OWN_TABLES)
     if own and not Path(own).is_dir():
         raise ValueError(f"{OWN_TABLES}={own} is no folder: give one that holds <target>.json, or unset it")
-    for folder in [Path(own)] * bool(own) + [FOLDER]:
+    for folder in (Path(own), FOLDER) if own else (FOLDER,):
         path = folder / f"{target}.json"
         if path.exists():
             found = read_table(path)
