@@ -63,6 +63,7 @@ DEV = [
     "mypy>=1.15",
     "types-PyYAML>=6.0",
     "build>=1.2",
+    "nvidia-matmul-heuristics==0.1.0.27; platform_system == 'Linux'",  # other versions, other predictions
 ]
 
 setup(

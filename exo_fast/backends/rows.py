@@ -5,6 +5,7 @@ import itertools
 from torch import Tensor
 
 Rows = slice | Tensor  # some of the N rows: a range of them, or their indices
+TILE = 128  # rows of a chunk on a GPU come in multiples of it: a partly filled tile costs as much as a full one
 ELSEWHERE = 2**31 - 1  # a target in another slice of the vocabulary: no column's number, in the kernels' int32 too
 
 
@@ -15,6 +16,11 @@ def row_chunks(start: int, stop: int, size: int, multiple: int = 1) -> list[slic
     pieces = -(-n // size)
     bounds = [start + -(-(n * i // pieces) // multiple) * multiple for i in range(pieces)] + [stop] if pieces else []
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def whole_tiles(fit: int, n: int) -> int:
+    """Return the rows of a chunk of n rows if the budget holds `fit`: all, or whole tiles, unless not one is full."""
+    return n if fit >= n else fit - fit % TILE if fit >= TILE else fit
 
 
 def kept_rows(targets: Tensor) -> Tensor | None:

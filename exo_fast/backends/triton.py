@@ -37,7 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from exo_fast.backends import interpreted, scratch_budget
 from exo_fast.backends.products import add_matmul, matmul
-from exo_fast.backends.torch import group_units, row_chunks
+from exo_fast.backends.rows import TILE, group_units, row_chunks, whole_tiles
 from exo_fast.head import Head
 from exo_fast.kernels import group_loss as group_loss_kernel
 from exo_fast.kernels import linear_logprobs_backward as fused_kernel
@@ -55,7 +55,6 @@ if interpreted():
 
     repair()
 
-TILE = 128  # rows of a chunk come in multiples of it: a partly filled tile costs as much as a full one
 MIN_ROWS = 64  # with fewer rows than this in the budget the fused kernels are predicted to be faster
 SCHEDULE: str | None = None  # set by a test or a benchmark, in place of the table's: "kept", "chunked" or "fused"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -418,11 +417,6 @@ def chunk_rows(
             budget //= 2
     fit = whole_tiles(budget // kind.row_bytes(rows), rows.n)
     return fit if fit >= min(MIN_ROWS if fewest is None else fewest, rows.n) else 0
-
-
-def whole_tiles(fit: int, n: int) -> int:
-    """Return the rows of a chunk of n rows if the budget holds `fit`: all, or whole tiles, unless not one is full."""
-    return n if fit >= n else fit - fit % TILE if fit >= TILE else fit
 
 
 def chunks(start: int, stop: int, size: int) -> list[slice]:

@@ -172,3 +172,21 @@ def test_every_shipped_row_is_in_its_space_and_fits(path: Path) -> None:
         if kernel is linear_logsumexp:
             size = 4 if row.dtype == "fp32" else 2
             assert linear_logsumexp.shared_memory(row.config, target, size) <= target.shared_memory
+
+
+def test_tables_are_shipped_for_the_targets_that_a_model_knows() -> None:
+    assert {path.stem for path in shipped()} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+def test_choices_on_both_sides_of_a_boundary() -> None:
+    """Predicted tables. One that a card measured has other boundaries: give it these of its own."""
+    small, large = (128, 128, 64, 32), (128, 256, 64, 64)
+    for dtype, store in (("bf16", False), ("bf16", True), ("fp16", False)):
+        for width, want in ((1, small), (724, small), (725, large), (4096, large)):
+            config = linear_logsumexp.config(SM_90, dtype, width, store)
+            assert tuple(config.constants.values()) == want
+    for target, last in (("sm_80", 5792), ("sm_100", 2896), ("gfx942", 5792)):
+        found = [tuned.table(target).schedule("bf16", width) for width in (1, last, last + 1, 10**5)]
+        assert found == ["kept", "kept", "chunked", "chunked"]
+    assert tuned.table("sm_90").schedule("bf16", 10**5) == "kept"
+    assert tuned.table("sm_90").schedule("fp32", 4096) is None
