@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             offload=options.offload,
             processes=options.processes,
             device=device,
-            memory_budget=parse_size(options.memory_budget) if options.memory_budget else default_budget(device, memory),
+            memory_budget=parse_size(options.memory_budget)
+            if options.memory_budget
+            else default_budget(device, memory),
         )
         found = [memory_model.estimate(config, replace(setting, method=name)) for name in memory_model.METHODS]
     except ValueError as error:
@@ -109,7 +111,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool) -> Any:
 
 
 def default_budget(device: str, memory: int) -> int | None:
-    """Return the scratch that the kernels take of a GPU with so much memory; None on the CPU, whose default is fixed."""
+    """Return the scratch that the kernels take of a GPU with so much memory; None on the CPU: its own default."""
     if device == "cpu":
         return None
     from exo_fast.kernels.tuned import SCRATCH
