@@ -67,6 +67,7 @@ bench-op bench-step: bench-%: $(VENV)/.ready
 	$(BIN)/exo-fast bench $* --output_dir benchmarks/results $(CONTINUE)
 
 roofline: $(VENV)/.ready
+	$(BIN)/python -m exo_fast.benchmarks.roofline.predict
 	$(BIN)/python -m exo_fast.benchmarks.roofline.tables --markdown docs/gpu-analysis.md docs/performance.md
 
 # The layers of imports are checked on the installed tree, which has the folders beside exo_fast/ inside it.

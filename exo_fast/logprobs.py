@@ -92,8 +92,8 @@ def linear_logprobs(
         scale: factor on the logits: the model's own logit scale divided by the sampling temperature.
         softcap: c of c·tanh(a/c), or None.
         ignore_index: rows with this target get log-prob 0, no gradient, and no work.
-        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU); less costs time,
-            never correctness.
+        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU; on a GPU a power of two up to a
+            sixteenth of its memory, at most 4 GiB); less costs time, never correctness.
         backend: reference (full logits), torch (chunked), triton (fused kernels), or auto: triton on a GPU (torch for
             float64), torch elsewhere.
         process_group: the torch.distributed group whose ranks hold the head, a slice of the vocabulary each, in the

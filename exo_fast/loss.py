@@ -103,7 +103,7 @@ def linear_group_loss(
         ref_logps, rewards: (G, K) float; see `group_loss`, also for loss_type, beta_pi, beta_r, label_smoothing
             and ties.
         bias: (V,) or None. scale, softcap: see `exo_fast.logprobs.linear_logprobs`.
-        memory_budget: bytes of vocabulary-sized scratch (default 640 MiB on the CPU, 1 GiB on a GPU). If a group does
+        memory_budget: bytes of vocabulary-sized scratch : see `exo_fast.logprobs.linear_logprobs`. If a group does
             not fit, its remaining rows are recomputed; less memory costs time, never correctness.
         backend: see `exo_fast.logprobs.linear_logprobs`.
         process_group: see there. The ranks of a head in slices of the vocabulary get the same loss and policy_logps,

@@ -186,6 +186,7 @@ def test_command_prints_json_for_a_directory(config_file: Path, capsys: pytest.C
     assert [e["setting"]["method"] for e in found["estimates"]] == ["full-logits", "trl", "exo_fast"]
     assert all(e["total"] == sum(e["parts"].values()) for e in found["estimates"])
     assert found["estimates"][2]["rows"] == [1, 68]
+    assert found["estimates"][2]["setting"]["memory_budget"] == 2**25  # a sixteenth of the card is 62.5 MB
 
 
 def test_command_says_what_is_wrong(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

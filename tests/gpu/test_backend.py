@@ -21,6 +21,7 @@ from torch import Tensor
 from exo_fast import reference
 from exo_fast.backends import products
 from exo_fast.closed_form import losses_and_coefficients
+from exo_fast.kernels import tuned
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import TARGETS, of_device
 from exo_fast.logprobs import linear_logprobs
@@ -238,7 +239,7 @@ def test_every_budget_and_schedule(
     precision: str, budget: str, boundaries: str, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if precision == "bf16-chunked":
-        monkeypatch.setattr(backend, "KEPT", ())
+        monkeypatch.setattr(backend, "SCHEDULE", "chunked")
     precision = precision.removesuffix("-chunked")
     made = problem(BUDGETED, precision, bias=True, softcap=20.0)
     want = made.exact().step(backend="reference")
@@ -302,7 +303,7 @@ def test_likely_tokens(
 ) -> None:
     """Two passes, of which the second may take its logits from another product than the first took its sums."""
     if precision == "bf16-chunked":
-        monkeypatch.setattr(backend, "KEPT", ())
+        monkeypatch.setattr(backend, "SCHEDULE", "chunked")
     dtype = DTYPES[precision.removesuffix("-chunked")]
     hidden, weight, targets = (t.to(DEVICE) for t in likely_tokens.problem(dtype, largest))
     targets = torch.where(likely_tokens.likely_rows(targets, hidden, weight), targets, -100)
@@ -371,13 +372,12 @@ def test_every_configuration(
     monkeypatch.setattr(backend, "launch", launch)
     exact = made.exact()
     want = exact.step(backend="reference")
-    schedules = ((backend.KEPT, None), ((), None), (backend.KEPT, 1))
-    for kept, budget in schedules:
-        monkeypatch.setattr(backend, "KEPT", kept)
-        assert_step(made.step(memory_budget=budget), want, precision)
-        assert_logprobs(made, precision, memory_budget=budget)
+    for schedule in ("kept", "chunked", "fused"):
+        monkeypatch.setattr(backend, "SCHEDULE", schedule)
+        assert_step(made.step(), want, precision)
+        assert_logprobs(made, precision)
         frozen = made._replace(weight=made.weight.detach(), bias=made.bias.detach())
-        (dh,) = torch.autograd.grad(frozen.logprobs(memory_budget=budget).sum(), frozen.hidden)
+        (dh,) = torch.autograd.grad(frozen.logprobs().sum(), frozen.hidden)
         (want_dh,) = torch.autograd.grad(exact.logprobs(backend="reference").sum(), exact.hidden)
         assert_gradients((dh,), (want_dh,), precision)
     assert (kernel, config) in launched
@@ -549,7 +549,8 @@ def test_peak_memory_is_the_budget_and_the_gradients(
     size, rows, head = made.hidden.element_size(), made.hidden.numel(), made.weight.numel()
     # dW in float32 and, while it is rounded, in the head's dtype; dH, and products of (N, D) in float32 on the way
     gradients = (4 + size) * head + (size + 3 * 4) * rows
-    allowed = (budget or 1024 * MIB) + gradients + 16 * MIB
+    default = tuned.SCRATCH.budget(torch.cuda.get_device_properties(DEVICE).total_memory)
+    allowed = (budget or default) + gradients + 16 * MIB
     assert added_by(lambda: made.step(memory_budget=budget)) <= allowed
     two_pass = added_by(lambda: torch.autograd.grad(made.logprobs(memory_budget=budget).sum(), made.parameters))
     assert two_pass <= allowed
