@@ -16,6 +16,7 @@ numbers.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -27,13 +28,12 @@ import torch
 from torch import Tensor
 
 from exo_fast.backends.attention import SharedPromptMask, spans, worthwhile
+from exo_fast.packing import Packed, in_one_row
 from exo_fast.positions import LengthRules, check_classes, length_rules, packed_lengths, rope_hint
 from exo_fast.validate import readable
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-    from exo_fast.packing import Packed
 
 # fmt: off
 # Every layer sees all earlier tokens.
@@ -60,6 +60,8 @@ _UNKNOWN_MIXER = re.compile(
 )
 
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that read a ready-made mask
+FLEX_BLOCK = 128  # tokens of a block of FlexAttention
+NO_WINDOW = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,18 @@ def model_inputs(
     Unshared rows are ordinary right-padded ones: input_ids and a 2-D attention_mask (B, T). Rows with
     shared prompts come with position_ids (B, T) and the plan's mask: (B, 1, T, T) of `dtype`, the model's
     compute dtype, 0 where a token is seen and the lowest finite value where not, or a BlockMask when
-    `attn_implementation` is "flex_attention", or a dict of either by layer type. For "sdpa" on CPU the mask
+    `attn_implementation` is "flex_attention", or a dict of either by layer type. With a BlockMask the rows lie end to
+    end in one, (1, T') with T' a multiple of 128: it skips what groups do not see of each other, and is compiled for
+    any T' at once. `packed.source` counts through either form. For "sdpa" on CPU the mask
     may be a `exo_fast.backends.attention.SharedPromptMask`, which makes its values only on demand.
     If the plan says that length matters, `text_lengths` (B, T) comes too, for `final_hidden` alone.
 
     Raises ValueError for shared rows when the plan refuses sharing or the attention implementation reads no
     such mask, and when candidates share a prompt that the model gives different positions.
     """
+    flex = packed.share_prompt and plan.share and attn_implementation == "flex_attention"
+    if flex:
+        packed = in_one_row(packed, FLEX_BLOCK)
     input_ids = packed.input_ids.to(device, non_blocking=True)
     lengths: dict[str, Any] = {}
     if plan.by_length:
@@ -231,9 +238,9 @@ def model_inputs(
     longest = int(position_ids.max()) + 1 if in_parts else 0
 
     def mask(window: int | None) -> Tensor | BlockMask:
+        if flex:
+            return _block_mask(segments, window)
         mask_mod = sees(*segments, window)
-        if attn_implementation == "flex_attention":
-            return _block_mask(mask_mod, input_ids.shape, input_ids.device)
         dense = partial(additive_mask, mask_mod, input_ids.shape, dtype, input_ids.device)
         if rows is None or (window is not None and window < longest):
             return dense()
@@ -251,7 +258,7 @@ def sees(
     group_ids: Tensor,  # (B, T) int, -1 for padding
     candidate_ids: Tensor,  # (B, T) int, 0 for prompt tokens, -1 for padding
     position_ids: Tensor,  # (B, T) int
-    window: int | None = None,
+    window: int | Tensor | None = None,
 ) -> Callable[[Any, Any, Any, Any], Tensor]:
     """Return `mask_mod(b, h, q, kv)`: whether the token at index q of row b sees the one at index kv.
 
@@ -284,10 +291,28 @@ def additive_mask(
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _block_mask(mask_mod: Callable[[Any, Any, Any, Any], Tensor], shape: torch.Size, device: torch.device) -> BlockMask:
+def _block_mask(segments: tuple[Tensor, Tensor, Tensor], window: int | None) -> BlockMask:
+    """Return the mask of one row (1, T) for FlexAttention.
+
+    The window is a tensor, and there is one if no layer has a window: another number, or another mask, would be another
+    program to compile, and after eight of these FlexAttention runs with all scores in memory.
+    """
+    group_ids, candidate_ids, position_ids = segments
+    limit = torch.tensor(NO_WINDOW if window is None else window, device=group_ids.device)
+    seen = sees(group_ids, candidate_ids, position_ids, limit)
+
+    def mask_mod(b: Any, h: Any, q: Any, kv: Any) -> Tensor:
+        # Padding lies between the groups of several rows: if it saw itself as a text does, no block would be empty.
+        return seen(b, h, q, kv) & ((group_ids[b, q] >= 0) | (q == kv))
+
+    (_, length), device = group_ids.shape, group_ids.device
+    return block_mask_maker(device.type == "cuda")(mask_mod, 1, None, length, length, device)
+
+
+@functools.cache
+def block_mask_maker(compiled: bool) -> Callable[..., BlockMask]:
+    """Return torch's `create_block_mask`. Compiled, once for all lengths, it never stores the (T, T) values; on CPU
+    compiling costs more than they do."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # Compiled, the (T, T) values are never stored; on CPU compiling costs more than they do.
-    return create_block_mask(
-        mask_mod, shape[0], None, shape[1], shape[1], device=device, _compile=device.type == "cuda"
-    )
+    return torch.compile(create_block_mask, dynamic=True) if compiled else create_block_mask

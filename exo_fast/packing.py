@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,6 +156,19 @@ def pack(
         cu_seqlens=_boundaries(torch.bincount(segment_of[counts], minlength=len(segments))[candidate > 0]),
         share_prompt=share_prompt,
     )
+
+
+def in_one_row(packed: Packed, multiple: int) -> Packed:
+    """Return the rows laid end to end as one, (1, B·T) padded to at least two times `multiple` and to one of it.
+    `source` counts through the rows anyway, and stays."""
+    count = packed.input_ids.numel()
+    more = max(2 * multiple, -(-count // multiple) * multiple) - count
+    fill = {"input_ids": 0, "position_ids": 0, "group_ids": -1, "candidate_ids": -1}
+    row: dict[str, Any] = {
+        name: torch.nn.functional.pad(getattr(packed, name).reshape(1, -1), (0, more), value=value)
+        for name, value in fill.items()
+    }
+    return replace(packed, **row)
 
 
 def _marks(group: Group) -> Iterator[bool]:

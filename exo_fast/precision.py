@@ -1,7 +1,11 @@
 """The precision of float32 products: a setting of the whole process, changed for a block and restored.
 
-torch has one for each library: oneDNN's for the CPU and cuBLAS's for CUDA. Values are torch's: "ieee", "tf32" (CUDA)
-and "bf16" (CPU); the rounded ones round the operands and sum in float32.
+Values are torch's: "ieee", "tf32" (CUDA) and "bf16" (CPU); the rounded ones round the operands and sum in float32.
+
+torch has two interfaces: `set_float32_matmul_precision`, which every version has, and since 2.9 `fp32_precision` of
+each library. After a value was set by the second alone, the first one's getters raise, and torch.compile,
+FlexAttention and other people's code call them. So a block is set by the first one, which sets the values of the second
+too, and these are put back one by one.
 """
 
 import threading
@@ -29,7 +33,7 @@ def matmul_precision(precision: str, device_type: str = "cpu") -> Iterator[None]
 @contextmanager
 def true_float32() -> Iterator[None]:
     """Multiply float32 matrices in float32 within the block, for comparisons that bf16 or TF32 would blur."""
-    with _set("ieee", "cpu", "cuda"):
+    with _set("ieee", "cuda"):
         yield
 
 
@@ -64,15 +68,23 @@ def fp32_precision() -> str:
         return _users_setting if _inside else _setting("cpu").fp32_precision
 
 
+_WORDS = {("ieee", "cpu"): "highest", ("ieee", "cuda"): "highest", ("tf32", "cuda"): "high", ("bf16", "cpu"): "medium"}
+
+
 @contextmanager
-def _set(precision: str, *device_types: str) -> Iterator[None]:
-    settings = [_setting(device_type) for device_type in device_types]
+def _set(precision: str, device_type: str) -> Iterator[None]:
+    settings = [_setting(kind) for kind in ("cpu", "cuda")]
     before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = precision
+    try:
+        word = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user has set `fp32_precision` alone
+        word = None
+    torch.set_float32_matmul_precision(_WORDS[precision, device_type])
     try:
         yield
     finally:
+        if word is not None:
+            torch.set_float32_matmul_precision(word)
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
 

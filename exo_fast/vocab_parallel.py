@@ -187,8 +187,8 @@ class _LinearLogprobs(torch.autograd.Function):
         softcap: float | None, memory_budget: int | None, backend: str, group: dist.ProcessGroup,
     ) -> Tensor:  # fmt: skip
         head = Head(weight, bias, scale, softcap)
-        stats = _statistics(hidden, head, targets, memory_budget, backend, group)
-        ctx.save_for_backward(hidden, weight, bias, targets, stats)
+        stats, own = _statistics(hidden, head, targets, memory_budget, backend, group)
+        ctx.save_for_backward(hidden, weight, bias, targets, stats, own)
         ctx.options = (scale, softcap, memory_budget, backend, group)
         ctx.set_materialize_grads(False)
         shift, total, target = stats
@@ -200,10 +200,10 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 9
-        hidden, weight, bias, targets, stats = ctx.saved_tensors
+        hidden, weight, bias, targets, stats, own = ctx.saved_tensors
         scale, softcap, memory_budget, backend, group = ctx.options
         need, head = ctx.needs_input_grad[:3], Head(weight, bias, scale, softcap)
-        gradients = _gradients(hidden, head, targets, stats, grad.contiguous(), need, memory_budget, backend)
+        gradients = _gradients(hidden, head, targets, stats, own, grad.contiguous(), need, memory_budget, backend)
         if need[0]:
             dist.all_reduce(gradients[0], group=group)
         rounded = [None if g is None else g.to(p.dtype) for g, p in zip(gradients, (hidden, weight, bias), strict=True)]
@@ -212,8 +212,9 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _statistics(
     hidden: Tensor, head: Head, targets: Tensor, memory_budget: int | None, backend: str, group: dist.ProcessGroup
-) -> Tensor:
-    """Return (3, N) of the whole vocabulary, in the backends' order: shift, Σ exp(z − shift), target logit."""
+) -> tuple[Tensor, Tensor]:
+    """Return (3, N) of the whole vocabulary and of this slice, in the backends' order: shift, Σ exp(z − shift), target
+    logit."""
     if len(head.weight):
         with torch.autocast(hidden.device.type, enabled=False):
             _, own, _ = implementation(backend).logprobs_forward(hidden, head, targets, memory_budget, False)
@@ -222,18 +223,18 @@ def _statistics(
         own[0] = torch.finfo(own.dtype).min
     shifts, sums, target = gathered(own, group).unbind(1)
     shift = shifts.amax(0)
-    return torch.stack([shift, (sums * (shifts - shift).exp()).sum(0), target.sum(0)])
+    return torch.stack([shift, (sums * (shifts - shift).exp()).sum(0), target.sum(0)]), own
 
 
 def _gradients(
-    hidden: Tensor, head: Head, targets: Tensor, stats: Tensor, grad: Tensor, need: tuple[bool, bool, bool],
-    memory_budget: int | None, backend: str,
+    hidden: Tensor, head: Head, targets: Tensor, stats: Tensor, own: Tensor, grad: Tensor,
+    need: tuple[bool, bool, bool], memory_budget: int | None, backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return this slice's share of dH, and its dW and db, in the dtype of the statistics."""
     if len(head.weight):
         with torch.autocast(hidden.device.type, enabled=False):
             return implementation(backend).logprobs_backward(
-                hidden, head, targets, stats, grad, need, memory_budget, sliced=True
+                hidden, head, targets, stats, grad, need, memory_budget, own
             )
     parameters = (hidden, head.weight, head.bias)
     grad_hidden, grad_weight, grad_bias = (

@@ -38,3 +38,9 @@ class Variant:
     products: bool = False  # must use tensor cores
     descriptors: bool = False  # must load through tensor descriptors
     config: Config | None = None  # launched with this one alone, outside the tuning space
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    """Launch a kernel once, with the block sizes of `config` that it takes."""
+    constants = {name: value for name, value in config.constants.items() if name in kernel.arg_names}
+    kernel[grid](**arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)

@@ -5,7 +5,7 @@
 One kernel, launched twice with the operands exchanged: a program owns BLOCK_OWN rows of one operand (of H for dH, of W
 for dW) and walks all rows of the other. A tile of logits is recomputed on the tensor cores, becomes g in registers, and
 is multiplied with the other operand's rows at once. The owned rows of the gradient are float32, live in L2 between two
-tiles, and only their own program touches them: no atomics, one order, the same bits every run.
+tiles, and only one thread touches each of them: no atomics, one order, the same bits every run.
 
 Why two launches: dH adds over the vocabulary and dW over the rows, so one launch would need locks (two runs would then
 differ) or a partial dH for every vocabulary block. Making logits twice costs 2·N·D·V flops more instead, and with the
@@ -34,7 +34,7 @@ def linear_logprobs_backward(
     other,  # (n_other, D): the other one
     bias,  # (V,)
     targets,  # (N,) int64; −1 has no gradient
-    stats,  # rows shift, sum (and target) of (3, ·) float32, `stride_stats` apart
+    stats,  # rows shift, sum, target of (3, ·) float32, `stride_stats` apart
     coefficients,  # (N,) float32, c = ∂L/∂(log-prob)
     grad,  # (n_own, D) float32, zeros at the start
     grad_bias,  # (V,) float32, written with BIAS_GRAD
@@ -73,11 +73,12 @@ def linear_logprobs_backward(
             real = (columns < width)[None, :]
             x = tl.load(other + rows[:, None] * stride_other + columns[None, :], mask=real, other=0.0)
             part = tl.dot(g, x, input_precision=PRECISION)
-            held = grad + mine.to(tl.int64)[:, None] * width + columns[None, :]
-            part += tl.load(held, mask=inside[:, None] & real, other=0.0)
-            tl.store(held, part, mask=inside[:, None] & real)
-        # The next tile reads values that other threads of this program have just written.
-        tl.debug_barrier()
+            # In one dimension, so that a thread adds to the values that it stored itself: nothing orders a store to
+            # memory before another thread's load. In two, compilers load in one layout and store in the product's.
+            held = tl.reshape(grad + mine.to(tl.int64)[:, None] * width + columns[None, :], (BLOCK_OWN * BLOCK_D,))
+            wanted = tl.reshape(inside[:, None] & real, (BLOCK_OWN * BLOCK_D,))
+            part = tl.reshape(part, (BLOCK_OWN * BLOCK_D,)) + tl.load(held, mask=wanted, other=0.0)
+            tl.store(held, part, mask=wanted)
     if BIAS_GRAD:
         tl.store(grad_bias + mine, sums, mask=inside)
 
@@ -93,9 +94,12 @@ def gradient(
     c = tl.load(coefficients + row, mask=real & (target >= 0), other=0.0)
     shift = tl.load(stats + row, mask=real, other=0.0)
     total = tl.load(stats + stride_stats + row, mask=real, other=1.0)
+    picked = tl.load(stats + 2 * stride_stats + row, mask=real, other=0.0)
     if HAS_BIAS:
         a += tl.load(bias + column, mask=column < vocab, other=0.0).to(tl.float32)
-    z = finish(a, scale, softcap, HAS_SOFTCAP)
+    # The target's logit is the one that the sum holds: where its probability is near 1, the difference from 1 counts,
+    # and this product may round otherwise.
+    z = tl.where(column == target, picked, finish(a, scale, softcap, HAS_SOFTCAP))
     # No probability passes 1: this also bounds rows past the edge, whose statistics are meaningless.
     p = tl.exp(tl.minimum(z - shift - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL))
     g = (c * scale) * (tl.where(column == target, 1.0, 0.0) - p)
@@ -128,9 +132,9 @@ _HALF = {
     "gfx1100": [(64, 64, 32, 8, 2), (32, 64, 32, 4, 2)],
 }
 _FLOAT32 = {
-    "sm_80": [(64, 32, 32, 8, 2), (32, 32, 32, 4, 2)],
+    "sm_80": [(64, 32, 32, 8, 2), (32, 32, 16, 4, 2)],
     "sm_90": [(64, 64, 32, 8, 2), (64, 32, 32, 4, 2)],
-    "sm_100": [(64, 32, 32, 8, 2), (64, 32, 16, 4, 2)],
+    "sm_100": [(64, 32, 32, 8, 2), (64, 32, 32, 4, 2)],
     "sm_120": [(64, 32, 32, 8, 2), (32, 32, 32, 4, 2)],
     "gfx942": [(64, 64, 32, 8, 2), (64, 32, 32, 4, 2)],
     "gfx1100": [(32, 32, 16, 4, 1), (64, 32, 16, 8, 1)],

@@ -140,7 +140,8 @@ def linear_logsumexp(
     total = tl.zeros((BLOCK_N,), tl.float32)
     picked = tl.zeros((BLOCK_N,), tl.float32)
     if STORE:
-        top = tl.load(shift + rows, mask=inside, other=0.0)
+        # U of a row without a target is 0, whatever its shift: one that lies far below the row would make it infinite.
+        top = tl.where(target >= 0, tl.load(shift + rows, mask=inside, other=0.0), -FLOOR)
     else:
         top = tl.full((BLOCK_N,), FLOOR, tl.float32)
 
@@ -226,6 +227,8 @@ def merge(
     else:
         target = tl.load(targets + rows, mask=inside, other=-1)
         real = inside & (target >= 0)
+        if STORE:
+            total = tl.where(target >= 0, total, 1.0)
         tl.store(stats + rows, top, mask=inside)
         tl.store(stats + stride_stats + rows, total, mask=inside)
         tl.store(stats + 2 * stride_stats + rows, picked, mask=inside)

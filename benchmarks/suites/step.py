@@ -142,24 +142,23 @@ def prepare() -> None:
 
 def measure(case: Case, workdir: Path) -> dict:
     """Run one case in this process."""
-    import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from exo_fast.benchmarks.methods import step_styles
+    from exo_fast.precision import matmul_precision
     from exo_fast.training import downloads
 
     logging.disable_progress_bar()
     path = downloads.get_model(downloads.cache_dir(), _quiet)
     tokenizer = AutoTokenizer.from_pretrained(path)
     task = make_task(read_tokens(tokenizer, workdir), case)
-    products = "bf16" if case.precision == "fp32+bf16" else torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = products
     policy, reference = (load_model(path, case.precision) for _ in range(2))
-    if case.style in step_styles.TRL_STYLES:
-        measured, peak = _run_trl(case, policy, reference, tokenizer, task)
-    else:
-        measured, peak = _run(case, policy, reference, task)
+    with matmul_precision("bf16" if case.precision == "fp32+bf16" else "ieee"):
+        if case.style in step_styles.TRL_STYLES:
+            measured, peak = _run_trl(case, policy, reference, tokenizer, task)
+        else:
+            measured, peak = _run(case, policy, reference, task)
     del policy, reference
     loss, gradient = read_truth(case, path, task, workdir)
     seconds = statistics.median(measured.seconds)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from exo_fast.backends import head_attention, scratch_budget
+from exo_fast.backends.products import library_products
 from exo_fast.backends.rows import Rows, group_units, kept_chunks, kept_rows, row_chunks
 from exo_fast.closed_form import losses_and_coefficients
 from exo_fast.head import Head
@@ -92,8 +93,9 @@ class LogitBlocks:
         self.head, self.plan = head, plan
         self.acc = accumulator(like)
         self.scratch = torch.empty(plan.block_rows * plan.block, dtype=self.acc, device=like.device)
-        self.cast = like.dtype != self.acc and like.device.type == "cpu"
-        self.out_dtype = like.dtype != self.acc and like.device.type != "cpu"
+        narrow = like.dtype != self.acc
+        self.out_dtype = narrow and "mm" in library_products(like.device, like.dtype)
+        self.cast = narrow and not self.out_dtype
         self.wide_weight = (
             head.weight.new_empty(plan.block, head.weight.shape[1], dtype=self.acc) if self.cast else None
         )
@@ -432,13 +434,15 @@ def logprobs_backward(
     grad: Tensor,  # (N,) upstream gradient of the log-probs
     need: tuple[bool, bool, bool],
     memory_budget: int | None,
-    sliced: bool = False,
+    own: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dH, dW, db from recomputed logits. 2·N·D·V flops, and as much again for each of dH and dW.
 
-    `sliced`: the head is a slice of the vocabulary, the statistics cover all of it, a target may be
-    `rows.ELSEWHERE`, and dH is this slice's share, in the accumulator dtype (`exo_fast.vocab_parallel`).
+    `own`: the head is a slice of the vocabulary, and these are the statistics (3, N) of it alone; `stats` cover all of
+    it, a target may be `rows.ELSEWHERE`, and dH is this slice's share, in the accumulator dtype
+    (`exo_fast.vocab_parallel`).
     """
+    sliced = own is not None
     if not sliced and head_attention.applies(len(hidden), hidden, head):
         return head_attention.logprobs_backward(hidden, head, targets, stats, grad, need, memory_budget)
     kept = kept_rows(targets)

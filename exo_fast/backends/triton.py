@@ -2,7 +2,8 @@
 
     forward only   `linear_logsumexp`: the product, its exponentials and sums in one kernel; logits never reach memory.
     kept           bf16 training. The same kernel also writes U = E − s·1[v = y] (`backends/torch.py`) as it leaves the
-                   registers, 2 bytes a logit; dH = −(c·scale/s)(U W) and dW = −Uᵀ((c·scale/s) H) are the library's.
+                   registers, 2 bytes a logit; dH = −(c·scale/s)(U W) and dW = −Uᵀ((c·scale/s) H) are the library's
+                   (`products.py`).
     chunked        float32 and float16. The library makes float32 logits of a chunk of rows; `logsumexp_gather` reads
                    them once, `logits_to_grad` turns them into ∂L/∂z in place.
     fused          when the memory budget holds no chunk: `linear_logprobs_backward`, nothing of the size of V.
@@ -23,7 +24,6 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
 
 # The default of launches today; Triton warns that it will change and asks for an explicit value.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -43,7 +43,7 @@ from exo_fast.kernels import linear_logsumexp as linear_kernel
 from exo_fast.kernels import logits_to_grad as grad_kernel
 from exo_fast.kernels import logsumexp_gather as gather_kernel
 from exo_fast.kernels import token_statistics as statistics_kernel
-from exo_fast.kernels.launch import Config
+from exo_fast.kernels.launch import Config, launch
 from exo_fast.kernels.targets import Target, of_device
 from exo_fast.reference import LossOptions
 
@@ -124,12 +124,6 @@ class Rows:
             entry = entry * (1 - (target / (self.head.softcap * self.head.scale)).square())
         entry = torch.where(self.here, entry, 0.0)
         return (entry - entry.to(self.hidden.dtype)).unsqueeze(1)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
-    """Launch a kernel once, with the block sizes of `config` that it takes."""
-    constants = {name: value for name, value in config.constants.items() if name in kernel.arg_names}
-    kernel[grid](**arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def on(device: torch.device) -> AbstractContextManager:
@@ -232,10 +226,11 @@ class Kept:
         product_statistics(rows, logps, None, flags, flagged=True)
         product_statistics(rows, logps, kept, flags, residual, flagged=True, partial=sums)
 
-    def refill(self, rows: Rows) -> None:
-        """Make U again, from known statistics."""
-        again = Rows(rows.hidden, rows.head, rows.targets, rows.stats.clone())  # the sums may differ in a last bit
+    def refill(self, rows: Rows) -> Rows:
+        """Make U again, from a known shift. Returns the rows with the statistics of this product."""
+        again = Rows(rows.hidden, rows.head, rows.targets, rows.stats.clone())
         product_statistics(again, rows.floats(rows.n), *self._parts(rows.n))
+        return again
 
     def _parts(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.buffer[:n], self.flags[:n], self.residual[:n]
@@ -258,7 +253,7 @@ class Kept:
             into.weight.index_put_((y,), exact.mul_(entry + residual) - entry * scaled, accumulate=True)
         if into.bias is not None:
             rounded = factor.to(u.dtype)
-            into.bias += matmul(u.T, rounded, out=rows.floats(rows.vocab, 1)).squeeze(1)
+            into.bias += matmul(rounded.T, u, out=rows.floats(1, rows.vocab)).squeeze(0)
             rest = (entry + residual) * factor - entry * rounded
             into.bias.index_put_((y,), rest.squeeze(1), accumulate=True)
 
@@ -273,13 +268,13 @@ class Logits:
     def row_bytes(like: Rows) -> int:
         return padded(like.vocab) * 4
 
-    def refill(self, rows: Rows) -> None:
+    def multiply(self, rows: Rows) -> None:
         """Compute the raw products H Wᵀ; the kernels apply bias, softcap and scale."""
         matmul(rows.hidden, rows.weight.T, out=self.logits[: rows.n, : rows.vocab])
 
     def statistics(self, rows: Rows, values: Tensor, top: Tensor) -> None:
         """Write row statistics, `values` (4, n) and `top` (n,) of `token_statistics`."""
-        self.refill(rows)
+        self.multiply(rows)
         arguments = {
             "logits": self.logits, "targets": rows.targets, "bias": rows.head.bias, "stats": rows.stats,
             "values": values, "top": top, "columns": rows.vocab, "width": self.logits.shape[1],
@@ -308,7 +303,20 @@ class Chunked(Logits):
         return padded(like.vocab) * (4 + narrow) + like.width * (4 if narrow == 0 else 12)
 
     def fill(self, rows: Rows, logps: Tensor) -> None:
-        self.refill(rows)
+        self.read(rows)
+        shift, total, target = rows.stats
+        torch.sub(target - shift, total.log(), out=logps)
+
+    def refill(self, rows: Rows) -> Rows:
+        """Make the logits again. Returns the rows with the statistics of this product: the library's logits are not
+        the kernel's to the last bit, and the probability of a likely token would be off by as much as its logit."""
+        again = Rows(rows.hidden, rows.head, rows.targets)
+        self.read(again)
+        return again
+
+    def read(self, rows: Rows) -> None:
+        """Make the logits of a chunk and their statistics."""
+        self.multiply(rows)
         arguments = {
             "logits": self.logits, "targets": rows.targets, "bias": rows.head.bias, "stats": rows.stats,
             "columns": rows.vocab, "width": self.logits.shape[1], "start": 0, "stride": self.logits.stride(0),
@@ -319,8 +327,6 @@ class Chunked(Logits):
             launch(gather_kernel.logsumexp_gather, gather_kernel.grid(rows.n), config, **arguments, **rows.flags)
 
         run(rows.config(gather_kernel, gather_kernel.configs(rows.target, rows.dtype)[0], run))
-        shift, total, target = rows.stats
-        torch.sub(target - shift, total.log(), out=logps)
 
     def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
         stride = self.logits.shape[1]
@@ -497,19 +503,24 @@ def statistics_forward(
 
 def logprobs_backward(
     hidden: Tensor, head: Head, targets: Tensor, stats: Tensor, grad: Tensor, need: tuple[bool, bool, bool],
-    memory_budget: int | None, sliced: bool = False,
+    memory_budget: int | None, own: Tensor | None = None,
 ) -> Gradients3:  # fmt: skip
-    """Return dH, dW, db from logits made again: 2·N·D·V flops, and as much again for each of dH and dW. `sliced`: see
+    """Return dH, dW, db from logits made again: 2·N·D·V flops, and as much again for each of dH and dW. `own`: see
     `exo_fast.backends.torch.logprobs_backward`."""
     with on(hidden.device):
         rows = Rows(hidden, head, targets, stats)
-        return second_pass(rows, torch.where(rows.targets >= 0, grad, 0.0), need, memory_budget, sliced)
+        return second_pass(rows, torch.where(rows.targets >= 0, grad, 0.0), need, memory_budget, own)
 
 
 def second_pass(
-    rows: Rows, coefficients: Tensor, need: tuple[bool, bool, bool], memory_budget: int | None, sliced: bool = False
+    rows: Rows,
+    coefficients: Tensor,
+    need: tuple[bool, bool, bool],
+    memory_budget: int | None,
+    own: Tensor | None = None,
 ) -> Gradients3:
     """Return the gradients, once the coefficients of all rows are known."""
+    sliced = own is not None
     # U is finished with its own head's sums. A slice's sums are not the whole vocabulary's.
     kind = Chunked if sliced else chunk_kind(rows)
     size = chunk_rows(kind, rows, memory_budget)
@@ -519,9 +530,18 @@ def second_pass(
     if rows.dtype == "fp16":
         coefficients = into.boost(coefficients, rows.head.scale)
     for place in row_chunks(0, rows.n, size):
-        chunk.refill(rows[place])
-        chunk.gradients(rows[place], coefficients[place], into, place)
+        again = chunk.refill(rows[place])
+        if own is not None:
+            again.stats[1] /= share(own[:, place], rows.stats[:, place])
+        chunk.gradients(again, coefficients[place], into, place)
     return into.result()
+
+
+def share(own: Tensor, whole: Tensor) -> Tensor:
+    """Return the probability (n,) of a slice of the vocabulary, from its statistics and the whole vocabulary's, which
+    one product made. A sum divided by it gives probabilities in the whole vocabulary."""
+    part = (own[0] - whole[0]).exp() * own[1] / whole[1]
+    return torch.where(part == 0, torch.finfo(part.dtype).tiny, part)  # probabilities of 0, and not of 0 / 0
 
 
 def group_bounds(cu_seqlens: Tensor, candidates: int) -> list[int] | None:
@@ -584,6 +604,5 @@ def group_loss_forward(
             finish(ends[first], ends[last])
             chunk.gradients(rows[final], coefficients[final], into, final)
             for place in early:
-                chunk.refill(rows[place])
-                chunk.gradients(rows[place], coefficients[place], into, place)
+                chunk.gradients(chunk.refill(rows[place]), coefficients[place], into, place)
         return losses, policy_logps, into.result()

@@ -14,6 +14,7 @@ launches. Claims, for each binary:
                no loop touches device memory, scalars (a row's target and statistics: one address) left out
   descriptors  a variant with `descriptors` loads through TMA if the target has it
   atomics      no atomic operation on device memory: the same input gives the same bits
+  ordered      no loop loads from device memory what another thread of the program has stored
 
 Each failure is one line: the binary, the finding, the requirement. The exit code is then 1.
 """
@@ -155,7 +156,7 @@ def described(job: Job) -> tuple[Row, Variant, Config]:
     module, target = load(job.kernel), TARGETS[job.target]
     variant = module.variants(target, job.dtype)[job.variant]
     config = space(module, variant, target, job.dtype)[job.config]
-    claims = ["compiles", "launch", "fits", "spills", "atomics"]
+    claims = ["compiles", "launch", "fits", "spills", "atomics", "ordered"]
     claims += ["products"] * variant.products + ["wide"] * variant.memory_bound
     claims += ["descriptors"] * (variant.descriptors and target.descriptors)
     name, default = Path(job.kernel).stem, job.config == 0
@@ -189,6 +190,8 @@ def measure(job: Job) -> Row:
         row.code = disassembly.amd(compiled.asm["amdgcn"], compiled.asm["ttgir"])
     fill = occupancy(target, row.code.registers, row.shared_memory, row.num_warps, row.tensor_memory)
     row.programs, row.occupancy, row.occupancy_limit = fill.programs, fill.fraction, fill.limit
+    for argument in disassembly.unordered(compiled.asm["ttgir"]):
+        row.fail("ordered", f"{argument} is loaded in another layout than it is stored in", "one layout")
     check(row, disassembly.products_off_tensor_cores(compiled.asm["ttgir"], OWN_OPERATION.get(job.target)))
     return row
 

@@ -178,6 +178,40 @@ def scalar_accesses(ttgir: str) -> tuple[Counter[Access], Counter[Access]]:
     return everywhere, looping
 
 
+def unordered(ttgir: str) -> list[str]:
+    """Return the arguments of a kernel that its loops store to and load from in different layouts.
+
+    A thread sees its own stores. No barrier orders another thread's stores to device memory on every GPU (AMD's waits
+    for shared memory alone), so a value must be loaded by the thread that stored it: in the same layout.
+    """
+    before: dict[str, str] = {}  # a value -> the first operand it is made from, back to an argument
+    layouts: dict[str, dict[str, set[str]]] = {}
+    depth, loops = 0, []
+    for line in ttgir.splitlines():
+        if re.search(r"\bscf\.(for|while)\b", line):
+            loops.append(depth)
+            before |= dict(re.findall(r"(%[\w-]+) = (%[\w-]+)", line))
+        depth += line.count("{") - line.count("}")
+        while loops and depth <= loops[-1]:
+            loops.pop()
+        access = re.search(r"\b(?:tt\.|amdg\.buffer_)(load|store) (.*?) : (.*)", line)
+        if access and loops:
+            kind, operands, types = access.groups()
+            names = re.findall(r"%[\w-]+", operands)
+            base = names[1] if kind == "store" and "buffer_store" in line else names[0]
+            seen = set()
+            while base in before and base not in seen:
+                seen.add(base)
+                base = before[base]
+            found = re.findall(r"tensor<(\d+(?:x\d+)*)x[^,]*, (#\w+)>", types)
+            if found:
+                layouts.setdefault(base, {"load": set(), "store": set()})[kind].add(found[-1])
+        elif made := re.match(r"\s*(%[\w-]+)(?::\d+)? = [\w.]+ (%[\w-]+)", line):
+            before[made[1]] = made[2]
+    both = {base: kinds for base, kinds in layouts.items() if kinds["load"] and kinds["store"]}
+    return sorted(base for base, kinds in both.items() if len(kinds["load"] | kinds["store"]) > 1)
+
+
 def wide_share(accesses: list[Access]) -> float:
     """Return the share of bytes (width × instructions) in accesses of at least WIDE bits; 1 if nothing is moved."""
     moved = sum(access.bits for access in accesses)

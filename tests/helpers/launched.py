@@ -14,8 +14,11 @@ import torch
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from exo_fast.backends import products
 from exo_fast.backends import triton as backend
 from exo_fast.head import Head
+from exo_fast.kernels import launch as kernel_launch
+from exo_fast.kernels import targets as kernel_targets
 from exo_fast.kernels.certification import certify
 from exo_fast.kernels.certification.ahead_of_time import source_of
 from exo_fast.kernels.launch import Config
@@ -57,10 +60,19 @@ def launched(target: Target) -> Iterator[tuple[str, Arguments]]:
     """Every launch of every schedule, for heads with and without bias and softcap whose width is a multiple of 16, and
     numbers of rows and tokens that are and are not."""
     made = []
-    backend.of_device = lambda device: target
-    backend.launch = lambda kernel, grid, config, **given: made.append(
+    backend.of_device = kernel_targets.of_device = lambda device: target
+    backend.launch = kernel_launch.launch = lambda kernel, grid, config, **given: made.append(
         (kernel.__name__, arguments(kernel, target, config, given))
     )
+    matmul, add_matmul = products.matmul, products.add_matmul
+
+    def own_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return (matmul if a.dtype == torch.float32 else functools.partial(products.multiply, add=False))(a, b, out=out)
+
+    def own_add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return add_matmul(total, a, b) if a.dtype == torch.float32 else products.multiply(a, b, total, add=True)
+
+    backend.matmul, backend.add_matmul = own_matmul, own_add_matmul  # as on a build whose library has no such products
     loss = LossOptions("exo-rw")
     batch = {"ref_logps": torch.randn(2, 2), "rewards": torch.randn(2, 2), "loss": loss}
     dtypes, flags = (torch.bfloat16, torch.float16, torch.float32), (False, True)

@@ -45,6 +45,20 @@ def total(source, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def handed_over(source, out, length, ACROSS: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds tiles in memory: each time along its rows, or stored along its columns and loaded along its rows."""
+    rows = tl.arange(0, BLOCK)
+    along = rows[:, None] * BLOCK + rows[None, :]
+    across = rows[None, :] * BLOCK + rows[:, None]
+    for _ in range(0, length):
+        tile = tl.load(out + along) + tl.load(source + along)
+        if ACROSS:
+            tl.store(out + across, tile)
+        else:
+            tl.store(out + along, tile)
+
+
+@triton.jit
 def refused(out, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK < 0, "no block is that small")
     tl.store(out, BLOCK)
@@ -69,6 +83,11 @@ def configs(target: Target, dtype: str) -> list[Config]:
 def copied(name: str, source: str, *aligned: str, step: int = 1, n: str = "i32") -> Variant:
     signature = {"source": source, "out": source, "n": n, "step": "constexpr", "LENGTH": "constexpr"}
     return Variant(name, copy, signature, {"step": step, "LENGTH": 2048}, aligned, memory_bound=True)
+
+
+def added(name: str, *, across: bool) -> Variant:
+    signature = {"source": "*fp32", "out": "*fp32", "length": "i32"}
+    return Variant(name, handed_over, signature, {"ACROSS": across}, ("source", "out"))
 
 
 def multiplied(name: str, operand: str, precision: str = "ieee", *, loads: bool, claims: bool) -> Variant:
@@ -102,6 +121,8 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             copied("copy of any address", "*bf16"),
             copied("copy of a length of 64 bits", "*bf16", "source", "out", "n", n="i64"),
             Variant("sum by atomics", total, {"source": "*fp32", "out": "*fp32"}, {}),
+            added("sum in one layout", across=False),
+            added("sum in two layouts", across=True),
             Variant("refused", refused, {"out": "*fp32"}, {}),
         ],
         "sm_90": [clean, multiplied("product by pointers", "*bf16", loads=False, claims=True)],

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from exo_fast.head import Head
 from exo_fast.layout import Group, MaskPlan, Packed, check_sharing, from_padded, model_inputs, pack, plan_mask
 from exo_fast.masks import KNOWN_SHARING
+from exo_fast.packing import in_one_row
 
 PLAIN = MaskPlan("llama", share=True)
 
@@ -226,21 +227,47 @@ def test_dense_mask_is_the_definition(window: int | None, dtype: torch.dtype):
     assert (mask == 0).any(-1).all(), "a row without any entry would be NaN after softmax"
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_rows_end_to_end(share: bool):
+    packed = pack(MIXED, row_length=MIXED_ROW if share else None, share_prompt=share)
+    for multiple in (8, 128, 384):
+        row = in_one_row(packed, multiple)
+        length = row.input_ids.shape[1]
+        assert len(row.input_ids) == 1
+        assert length % multiple == 0
+        assert length == max(2 * multiple, -(-packed.input_ids.numel() // multiple) * multiple)
+        for name in ("input_ids", "position_ids", "group_ids", "candidate_ids"):
+            assert torch.equal(getattr(row, name)[0, : packed.input_ids.numel()], getattr(packed, name).flatten())
+        assert (row.group_ids[0, packed.input_ids.numel() :] == -1).all()
+        assert row.source is packed.source
+        assert torch.equal(in_one_row(row, multiple).input_ids, row.input_ids)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_block_mask_is_the_dense_mask(window: int | None):
+    """Of the rows laid end to end, in whole blocks of 128 tokens."""
     create_mask = pytest.importorskip("torch.nn.attention.flex_attention").create_mask
     groups = make_groups((40, [90, 30, 60]), (70, [20, 80]), (9, [7, 3]))
     packed = pack(groups, row_length=250)
     plan = dataclasses.replace(PLAIN, kind="windowed" if window else "plain", window=window)
-    dense = inputs(packed, plan)["attention_mask"] == 0
-    block = inputs(packed, plan, "flex_attention")["attention_mask"]
+    dense = inputs(packed, plan)["attention_mask"][:, 0] == 0
+    found = inputs(packed, plan, "flex_attention")
     rows, length = packed.input_ids.shape
-    assert tuple(block.shape) == (rows, 1, length, length)
-    assert torch.equal(create_mask(block.mask_mod, rows, 1, length, length, device="cpu"), dense)
+    total = 512
+    assert (rows, rows * length % 128) != (1, 0)
+    assert found["input_ids"].shape == found["position_ids"].shape == (1, total)
+    assert torch.equal(found["input_ids"][0, : rows * length].view(rows, length), packed.input_ids)
+    want = torch.zeros(total, total, dtype=torch.bool)
+    for row in range(rows):
+        want[row * length : (row + 1) * length, row * length : (row + 1) * length] = dense[row]
+    padding = nn.functional.pad(packed.group_ids.flatten(), (0, total - rows * length), value=-1) < 0
+    want[padding] = torch.eye(total, dtype=torch.bool)[padding]
+    block = found["attention_mask"]
+    assert tuple(block.shape) == (1, 1, total, total)
+    assert torch.equal(create_mask(block.mask_mod, 1, 1, total, total, device="cpu")[0, 0], want)
     # Blocks of 128 × 128 are kept exactly where an entry is.
-    size = -length % 128
-    blocks = nn.functional.pad(dense, (0, size, 0, size)).unfold(2, 128, 128).unfold(3, 128, 128).any(-1).any(-1)
-    assert torch.equal(block.to_dense().bool(), blocks)
+    blocks = want.unfold(0, 128, 128).unfold(1, 128, 128).any(-1).any(-1)
+    assert torch.equal(block.to_dense().bool()[0, 0], blocks)
 
 
 def test_masks_by_layer_type():
@@ -335,6 +362,38 @@ def test_shared_prompts_with_flex_attention():
         model.set_attn_implementation("flex_attention")
         assert plan_mask(model.config) == plan
         families.assert_close(families.token_logps(model, pack(MIXED, row_length=MIXED_ROW), plan), expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="FlexAttention compiles C++ on CPU")
+def test_batches_of_other_lengths_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch):
+    """FlexAttention and, as on CUDA, its masks: one program for all lengths, numbers of rows and windows. After eight
+    programs torch compiles no more, and attention would run unfused, with all scores in memory."""
+    from torch._dynamo.utils import counters
+
+    from exo_fast import masks
+
+    compiled = masks.block_mask_maker(True)
+    monkeypatch.setattr(masks, "block_mask_maker", lambda on_gpu: compiled)
+    torch.compiler.reset()
+    counters.clear()
+    model = families.tiny_model("gemma2", head_dim=16)
+    plan = plan_mask(model.config)
+    assert plan.window
+    rng = random.Random(0)
+    with torch.no_grad():
+        for batch in range(30):
+            sizes = [(rng.randint(1, 60), [rng.randint(1, 70) for _ in range(rng.randint(2, 4))]) for _ in range(3)]
+            groups = make_groups(*sizes[: rng.randint(1, 3)], seed=batch)
+            model.set_attn_implementation("flex_attention")
+            rows = pack(groups, row_length=None if batch % 2 else 600)
+            found = families.token_logps(model, rows, plan)
+            if batch % 5 == 0:
+                model.set_attn_implementation("eager")
+                expected = families.token_logps(model, pack(groups, share_prompt=False), plan)
+                families.assert_close(found, expected, 1e-5)
+    assert counters["stats"]["unique_graphs"] <= 3
+    assert not counters["unimplemented"]
 
 
 # --- models that cannot share -----------------------------------------------------------------------------------------

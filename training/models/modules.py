@@ -54,7 +54,7 @@ class TrainedModule(nn.Module):
         return hasattr(self.model, "peft_config") and hasattr(self.model, "disable_adapter")
 
     def packed_hidden(self, packed: Packed, plan: MaskPlan) -> Tensor:
-        """Return (B·T, D): the final hidden states of packed rows."""
+        """Return (B·T, D): the final hidden states of packed rows; with FlexAttention some of padding come after them."""
         inputs = model_inputs(
             packed,
             plan,

@@ -19,6 +19,7 @@ Not taken from DeepSpeed, and why: `UlyssesSPAttentionHF` drops the mask it is g
 DeepSpeed's own sequence groups, which its engine would count. So we need only an all-to-all and its transpose.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -32,6 +33,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from exo_fast.head import unwrap
 from exo_fast.layout import MaskPlan, Packed, model_inputs, plan_mask
+from exo_fast.masks import FLEX_BLOCK
+from exo_fast.packing import in_one_row
 from exo_fast.training.errors import InputError
 
 SEQUENCE_PARALLEL_CORES = ("sdpa", "flex_attention")
@@ -110,7 +113,10 @@ class SequenceParallel:
         return _SumOverRanks.apply(values.new_zeros(count).index_copy(0, tokens, values), self.group, self.size)
 
     def _padded(self, packed: Packed) -> Packed:
-        """Return the rows padded to a length that the ranks divide evenly."""
+        """Return the rows padded to a length that the ranks divide evenly; for FlexAttention as the one row that
+        `model_inputs` makes of them."""
+        if self.core == "flex_attention":
+            return in_one_row(packed, math.lcm(FLEX_BLOCK, self.size))
         length = packed.input_ids.shape[1]
         more = -length % self.size
         if more == 0:

@@ -24,7 +24,7 @@ from subprocesses import LAUNCHER_VARIABLES
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from exo_fast.layout import Group, plan_mask
+from exo_fast.layout import Group, pack, plan_mask
 from exo_fast.training.data.groups import GroupCollator, GroupDataset, TokenCounts
 from exo_fast.training.errors import InputError
 from exo_fast.training.models.modules import AlignModule
@@ -392,6 +392,28 @@ def test_models_that_cannot_be_run_in_parts_are_refused_with_the_reason(name: st
     options = dict(options)
     config = getattr(transformers, f"{options.pop('kind')}Config")(**options)
     assert reason in refusal(config, parts)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_of_the_one_row_of_flex_attention(size: int, share: bool) -> None:
+    """FlexAttention takes the rows end to end; each token that predicts is one rank's, and none is lost."""
+    groups = [Group(list(range(1, 40)), [[3] * 30, [4] * 50]), Group([5] * 70, [[6] * 9, [7] * 2, [8] * 61])]
+    packed = pack(groups, share_prompt=share)
+    plan = plan_mask(transformers.LlamaConfig(**LLAMA))
+    found = {}
+    for rank in range(size):
+        part = object.__new__(SequenceParallel)
+        part.size, part.rank, part.core = size, rank, "flex_attention"
+        inputs, rows, tokens = part.part(packed, plan, dtype=torch.float32, device=torch.device("cpu"))
+        length = inputs["input_ids"].shape[1] * size
+        assert length % 128 == length % size == 0
+        assert inputs["attention_mask"].shape[-2:] == (length, length)
+        for name in ("input_ids", "position_ids"):
+            seen = inputs[name].flatten()[rows]
+            assert torch.equal(seen, getattr(packed, name).flatten()[packed.source][tokens])
+        found |= dict.fromkeys(tokens.tolist(), rank)
+    assert len(found) == len(packed.targets)
 
 
 def test_models_that_can_are_not_refused() -> None:
