@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import importlib
 import importlib.util
 import math
 import multiprocessing
@@ -35,6 +36,7 @@ PRODUCT_LIMIT = 1e-5  # relative, of a product with float32 sums; one that is ro
 ALONE = "llama or peak_memory or offsets_past"  # the 4,096-wide tests, and those that count or fill the memory
 LAST_WORDS = 300
 SCHEDULES = ("kept", "chunked", "two-pass", "fused", "statistics")
+PARTS = ("exo_fast.integrations.transformers", "exo_fast.integrations.trl", "exo_fast.training.stages.align")
 NOTHING_COLLECTED = 5  # pytest's exit status
 
 
@@ -50,6 +52,9 @@ def machine(run: Run) -> Cases:
     yield f"product/bf16 to float32/{size}", functools.partial(square_product, run, torch.float32)
     for precision in HALF:
         yield f"asked/{precision}", functools.partial(asked_products, run, precision)
+    for part in PARTS:
+        yield f"import/{part}", functools.partial(imported, part)
+    yield "doctor", checked_by_doctor
 
 
 def versions(run: Run) -> dict:
@@ -107,6 +112,28 @@ def asked_products(run: Run, precision: str) -> dict:
 
 def relative(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
+
+
+def imported(part: str) -> dict:
+    """Import a part of exo_fast that needs other packages. If one is missing or has another version, that is said and
+    is no fault of the kernels."""
+    try:
+        importlib.import_module(part)
+    except ImportError as error:
+        raise Unavailable(f"it does not load here: {error}") from error
+    return {}
+
+
+def checked_by_doctor() -> dict:
+    """Return the largest errors of the live check of `exo-fast doctor`, by backend, device and dtype."""
+    from exo_fast.training.cli import doctor
+
+    rows = [doctor.check(*where) for where in doctor.runnable()]
+    for row in rows:
+        if "failed" in row:
+            raise RuntimeError(f"{row['backend']} on {row['device']}, {row['dtype']}: {row['failed']}")
+    errors = {f"{row['backend']} {row['dtype']}": max(row["errors"].values()) for row in rows}
+    return {"errors": errors, "wrong": not all(row["ok"] for row in rows)}
 
 
 # Step 2.
@@ -173,17 +200,22 @@ def tests(run: Run) -> Cases:
     def left(share: float) -> float:
         return share * run.seconds - (time.monotonic() - begun)
 
-    if not run.dry:
-        yield "compile", lambda: compiled(run, left(0.4))
+    yield "compile", lambda: compiled(run, left(0.4))
     yield "together", lambda: run_tests(run, folder, f"not ({ALONE})", "tests-together.xml", left(0.75), together=True)
     yield "alone", lambda: run_tests(run, folder, ALONE, "tests-alone.xml", left(0.95), together=False)
 
 
 def compiled(run: Run, seconds: float) -> dict:
-    """Compile the kernels' binaries of this target into Triton's cache, in as many processes as there are cores."""
-    from exo_fast.kernels.certification import certify
-
+    """Compile the kernels' binaries of this target into Triton's cache, in as many processes as there are cores; in a
+    dry run one binary."""
+    try:
+        from exo_fast.kernels.certification import certify
+    except ImportError as error:
+        raise Unavailable(f"the tests compile what they need: {error}") from error
     todo, cores = certify.jobs(certify.discover(), [run.target.name]), len(os.sched_getaffinity(0))
+    if run.dry:
+        todo, cores = certify.jobs(["group_loss"], [run.target.name])[:1], 1
+        os.environ.pop("TRITON_INTERPRET", None)  # for the new process: the interpreter compiles nothing
     until, found = time.monotonic() + seconds, {"binaries": len(todo), "compiled": 0, "refused": 0}
     pool = concurrent.futures.ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn"))
     waiting = [pool.submit(compile_one, job) for job in todo]
@@ -195,6 +227,8 @@ def compiled(run: Run, seconds: float) -> dict:
     for process in list((pool._processes or {}).values()):  # else they would be waited for
         process.terminate()
     pool.shutdown(wait=False, cancel_futures=True)
+    if run.dry:
+        os.environ["TRITON_INTERPRET"] = "1"
     return {**found, "processes": cores}
 
 
@@ -269,19 +303,18 @@ def sanitizer(run: Run) -> Cases:
         tool = "/usr/local/cuda/bin/compute-sanitizer"
     if tool is None and not run.dry:
         raise Unavailable("compute-sanitizer is not installed: it comes with the CUDA toolkit")
-    for schedule in SCHEDULES:
-        yield f"memcheck/{schedule}", functools.partial(sanitized, run, tool, "memcheck", schedule)
-    yield "racecheck/fused", functools.partial(sanitized, run, tool, "racecheck", "fused")
+    yield "memcheck", functools.partial(sanitized, run, tool, "memcheck", SCHEDULES)
+    yield "racecheck", functools.partial(sanitized, run, tool, "racecheck", ("fused",))
 
 
-def sanitized(run: Run, tool: str | None, check: str, schedule: str) -> dict:
-    """Run a schedule under a tool of compute-sanitizer; in a dry run without it."""
-    code = f"from exo_fast.benchmarks.gpu.checks import tiny; tiny({schedule!r}, {run.plan.device!r})"
-    command = [sys.executable, "-c", code]
+def sanitized(run: Run, tool: str | None, check: str, schedules: tuple[str, ...]) -> dict:
+    """Run schedules in one process under a tool of compute-sanitizer; in a dry run in this process and without it."""
     if run.dry:
-        tiny(schedule, run.plan.device)  # in this process: to start another one takes longer than the work
-        return {"errors": 0, "tool": "not in a dry run"}
-    command = [str(tool), "--tool", check, "--error-exitcode", "99", *command]
+        for schedule in schedules:
+            tiny(schedule, run.plan.device)
+        return {"summary": "not in a dry run"}
+    code = f"from exo_fast.benchmarks.gpu.checks import tiny\nfor name in {schedules!r}: tiny(name, 'cuda')"
+    command = [str(tool), "--tool", check, "--error-exitcode", "99", sys.executable, "-c", code]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     said = (done.stdout + done.stderr).strip().splitlines()
@@ -292,6 +325,7 @@ def sanitized(run: Run, tool: str | None, check: str, schedule: str) -> dict:
 
 def tiny(schedule: str, device: str) -> None:
     """Run one step of a schedule on a few rows whose number is no multiple of a block."""
+    print(f"schedule {schedule}", flush=True)  # so that a finding has its place
     dtype = torch.float32 if schedule == "chunked" else torch.bfloat16
     rows, width, vocab = (14, 32, 77) if device == "cpu" else (86, 64, 517)
     g = torch.Generator().manual_seed(0)

@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
             flush=True,
         )
         run_step(name, results, options, until)
-    write(results, options)
+        write(results, options)
     words = page.verdict(results)
     print("\n" + "\n".join(words))
     files = ", ".join(sorted(path.name for path in options.output_dir.iterdir()))

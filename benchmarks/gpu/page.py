@@ -228,7 +228,7 @@ def _host(results: dict) -> str:
 
 def _sanitizer(results: dict) -> str:
     rows = of(results, "sanitizer")
-    lines = [[name, row.get("summary", row.get("tool", ""))] for name, row in rows.items()]
+    lines = [[name, row.get("summary", "")] for name, row in rows.items()]
     return markdown(["check", "result"], lines, left=2) if lines else ""
 
 
@@ -262,7 +262,7 @@ def verdict(results: dict) -> list[str]:
     found = wrong(results)
     if results["dry_run"]:
         text = "A dry run: every step was gone through on the CPU. Its times mean nothing."
-        return [text, *(f"WRONG: {what}" for what in found)]
+        return [text, *(f"WRONG: {what}" for what in found), *_unknown(results)]
     lines = [_right(results, found), *(f"  {what}" for what in found)]
     lines += [*_fast(results), *_settings(results), *_unknown(results)]
     return lines
@@ -330,6 +330,9 @@ def _unknown(results: dict) -> list[str]:
         if state != "done":
             why = f": {step['why']}" if step and "why" in step else ""
             lines.append(f"NOT KNOWN, {STEPS[name].question}: {name} {state}{why}.")
+    for name, row in results["steps"].get("machine", {"rows": {}})["rows"].items():
+        if name.startswith("import/") and "skipped" in row:
+            lines.append(f"NOT USABLE, {name.removeprefix('import/')}: {row['skipped']}.")
     return lines
 
 

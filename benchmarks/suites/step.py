@@ -12,9 +12,9 @@ with prompts of 205, 192, 128 or 51 tokens and the rest as completion, in
 
 The policy is the demo model with 1% of noise on its weights, so that log-ratios are not zero; the reference is the
 demo model. A case gives the median time of its steps after a short batch that warms up (`step_styles` describes each
-style), completion tokens a second, its peak memory above the memory with the models loaded (resident, or PyTorch's count on a
-GPU), and the errors of the first step's loss and gradient against float64 of the same weights (`step_truth`, on the
-CPU). TRL's styles run on the CPU only.
+style), completion tokens a second, its peak memory above the memory with the models loaded (resident, or PyTorch's
+count on a GPU), and the errors of the first step's loss and gradient against float64 of the same weights (`step_truth`,
+on the CPU). TRL's styles run on the CPU only.
 
 The gain of each part of ours is measured in two ways, because gains overlap: `LADDER` adds one part after another to
 the original's step, and `WITHOUT` removes one part from ours.
