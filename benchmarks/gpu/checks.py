@@ -216,6 +216,7 @@ def compiled(run: Run, seconds: float) -> dict:
     if run.dry:
         todo, cores = certify.jobs(["group_loss"], [run.target.name])[:1], 1
         os.environ.pop("TRITON_INTERPRET", None)  # for the new process: the interpreter compiles nothing
+    todo.sort(key=lambda job: job.config)  # the defaults first, in case the time does not reach the others
     until, found = time.monotonic() + seconds, {"binaries": len(todo), "compiled": 0, "refused": 0}
     pool = concurrent.futures.ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn"))
     waiting = [pool.submit(compile_one, job) for job in todo]
@@ -286,7 +287,8 @@ def run_tests(run: Run, folder: Path, chosen: str, junit: str, seconds: float, *
     arguments = ["-c", str(root / "pyproject.toml"), "--rootdir", str(root), str(folder), "-k", chosen, "-q"]
     arguments += ["-p", "no:cacheprovider", "--junitxml", str(run.output_dir / junit), "-W", "ignore"]
     if together and not run.dry and importlib.util.find_spec("xdist") is not None:
-        arguments += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
+        # A test at a time: a process ends what it was given before it stops.
+        arguments += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "load", "--maxschedchunk", "1"]
     status = int(pytest.main(arguments, plugins=[watch]))
     if status > 1 and status != NOTHING_COLLECTED and not watch.found["time_was_up"]:
         raise RuntimeError(f"pytest ended with status {status}; log.txt has its words")
