@@ -34,6 +34,8 @@ def work(name: str, run: Run, done: set[str], say: Callable[[dict], None]) -> bo
                 row = measure()
             except Unavailable as why:
                 row = {"skipped": str(why)}
+            except ModuleNotFoundError as error:  # of another package: exo_fast's own are here
+                row = {"skipped": f"{error.name} is not installed"}
             except Exception as error:
                 traceback.print_exc()
                 row = {"failed": words(error)}
