@@ -307,7 +307,7 @@ def _settings(results: dict) -> list[str]:
             budget = min(budget for seconds, budget in kept if seconds <= 1.01 * min(kept)[0])
             gain = usual["seconds"] / min(kept)[0]
             lines.append(
-                f"SET, at {shape.name}: memory_budget={budget // GIB} GiB, {gain:.2f} times as fast as the default."
+                f"SET, at {shape.name}: --memory_budget {budget // GIB}GiB (a number of bytes in Python), {gain:.2f} times as fast as the default."
             )
     sdpa, flex = (of(results, "align").get(f"exo_fast, {attention}") for attention in ("sdpa", "flex_attention"))
     if sdpa and flex:

@@ -189,7 +189,9 @@ def test_the_verdict_in_plain_words(results: dict[str, Any]) -> None:
     assert "32.00 ms (exo_fast, kept, 4 GiB), 81% of the rate" in fast
     assert "3.00 times as fast as the fastest peer with float32 logits, full-logits-fp32" in fast
     assert "0.75 times as fast as the fastest of all peers, liger-cute" in fast
-    assert "SET, at D4096: memory_budget=4 GiB, 1.25 times as fast as the default." in said
+    assert (
+        "SET, at D4096: --memory_budget 4GiB (a number of bytes in Python), 1.25 times as fast as the default." in said
+    )
     assert "SET: attn_implementation=flex_attention, 2.00 times as fast here." in said
     assert any(line.startswith("NOT KNOWN, whether a kernel reads or writes") for line in said)
 
