@@ -78,6 +78,7 @@ gpu-first:
 	fi
 
 roofline: $(VENV)/.ready
+	$(BIN)/python -m exo_fast.benchmarks.roofline.predict
 	$(BIN)/python -m exo_fast.benchmarks.roofline.tables --markdown docs/gpu-analysis.md docs/performance.md
 
 # The layers of imports are checked on the installed tree, which has the folders beside exo_fast/ inside it.

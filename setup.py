@@ -63,6 +63,7 @@ DEV = [
     "mypy>=1.15",
     "types-PyYAML>=6.0",
     "build>=1.2",
+    "nvidia-matmul-heuristics==0.1.0.27; platform_system == 'Linux'",  # other versions, other predictions
 ]
 
 setup(
@@ -92,6 +93,7 @@ setup(
     packages=[package for name, folder in FOLDERS.items() for package in packages_of(name, folder)],
     package_data={
         "exo_fast": ["py.typed"],
+        "exo_fast.kernels.tuned": ["*.json"],
         "exo_fast.recipes": ["*.yaml"],
         "exo_fast.training.reports": ["templates/*", "uplot/*"],
     },

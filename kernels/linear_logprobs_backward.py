@@ -19,6 +19,7 @@ Flops: 4·N·D·V a launch. Bytes: the operands, (n_own / BLOCK_OWN) times the o
 import triton
 import triton.language as tl
 
+from exo_fast.kernels import tuned
 from exo_fast.kernels.launch import HEADS, TYPES, Config, Variant
 from exo_fast.kernels.linear_logsumexp import precision, raw_tile
 from exo_fast.kernels.logits import finish, slope
@@ -108,9 +109,10 @@ def gradient(
     return tl.where(real & (column < vocab), g, 0.0)
 
 
-def config(target: Target, dtype: str) -> Config:
-    """Return the static default."""
-    return configs(target, dtype)[0]
+def config(target: Target, dtype: str, width: int) -> Config:
+    """Return the configuration of the target's table (`kernels/tuned/`), or else the static default."""
+    space = configs(target, dtype)
+    return tuned.config(target, "linear_logprobs_backward", dtype, width, space) or space[0]
 
 
 def configs(target: Target, dtype: str) -> list[Config]:

@@ -25,6 +25,7 @@ operands are multiplied at `Target.float32_product`.
 import triton
 import triton.language as tl
 
+from exo_fast.kernels import tuned
 from exo_fast.kernels.launch import HEADS, TYPES, Config, Variant
 from exo_fast.kernels.logits import finish, slope
 from exo_fast.kernels.targets import Target
@@ -265,7 +266,13 @@ def target_shift(
     tl.store(stats + row, finish(z, scale, softcap, HAS_SOFTCAP))
 
 
-def config(target: Target, dtype: str, width: int) -> Config:
+def config(target: Target, dtype: str, width: int, store: bool = False) -> Config:
+    """Return the configuration of the target's table (`kernels/tuned/`), or else the static default."""
+    found = tuned.config(target, "linear_logsumexp", dtype, width, configs(target, dtype), store)
+    return rule(target, dtype, width) if found is None else found
+
+
+def rule(target: Target, dtype: str, width: int) -> Config:
     """Return the static default: large tiles if the product dominates; if D is short, two smaller programs on a
     multiprocessor, one in its product while the other is in its exponentials. On sm_100 tensor memory holds the tile
     and leaves registers for two programs at any D."""

@@ -3,6 +3,7 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -18,6 +19,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # processes that tests start import the helpers too, as pytest does (pyproject.toml)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_collection_finish() -> None:
+    """Let later garbage collections pass over the modules that are imported now: every training asks for one."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Take them back, as libraries count what is left when Python ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

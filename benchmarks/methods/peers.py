@@ -281,11 +281,11 @@ def trl(
 def chunked(*inputs: Tensor, **options) -> tuple[Tensor, Tensor]:
     from exo_fast.backends import triton
 
-    kept, triton.KEPT = triton.KEPT, ()
+    before, triton.SCHEDULE = triton.SCHEDULE, "chunked"
     try:
         return linear_group_loss(*inputs, **options)
     finally:
-        triton.KEPT = kept
+        triton.SCHEDULE = before
 
 
 def liger(

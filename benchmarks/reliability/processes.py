@@ -1,4 +1,4 @@
-"""Run `exo-fast` in groups of processes over gloo on this machine, forked from one that has imported its packages.
+"""Run `exo-fast` or a script in processes over gloo on this machine, forked from one that has imported the packages.
 
 A process takes ten seconds to import the packages of training, and a tiny model less than one second to train. A
 process forked after the imports starts at once, and behaves like any other for the kernel, gloo and SIGKILL.
@@ -6,12 +6,15 @@ process forked after the imports starts at once, and behaves like any other for 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -21,7 +24,7 @@ PRELOAD = [
     "exo_fast.training.cli",
     "exo_fast.training.stages.align",
     "exo_fast.training.arguments",
-    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports with every optimizer, and torch's compiler
     "peft",
 ]
 DIED = "killed at its call "
@@ -32,11 +35,17 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 class Team:
     """Starts one command in `processes` processes, and appends their output to `log`.
 
-    `deaths` give by rank a method of StageTrainer, and the number of its call that the process does not survive.
+    The command is `exo-fast` and its words, or a script (a first word that ends in .py) and its own. `deaths` give by
+    rank a method of StageTrainer, and the number of its call at which the process gets `end`.
     """
 
     def __init__(
-        self, words: Sequence[str], log: Path, processes: int = 2, deaths: dict[int, tuple[str, int]] | None = None
+        self,
+        words: Sequence[str],
+        log: Path,
+        processes: int = 2,
+        deaths: dict[int, tuple[str, int]] | None = None,
+        end: signal.Signals = signal.SIGKILL,
     ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
@@ -44,7 +53,7 @@ class Team:
         self.log, self.begun = log, log.stat().st_size if log.exists() else 0
         self.members = [
             context.Process(
-                target=_run, args=(list(words), environment, str(log), (deaths or {}).get(rank)), daemon=True
+                target=_run, args=(list(words), environment, str(log), (deaths or {}).get(rank), end), daemon=True
             )
             for rank, environment in enumerate(environments(processes))
         ]
@@ -101,8 +110,11 @@ def environments(processes: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def _run(words: list[str], environment: dict[str, str], log: str, death: tuple[str, int] | None) -> None:
+def _run(
+    words: list[str], environment: dict[str, str], log: str, death: tuple[str, int] | None, end: signal.Signals
+) -> None:
     """Run the command in a forked process, and end it before the interpreter shuts down under gloo."""
+    gc.freeze()  # garbage collections pass over what was imported before
     os.environ.clear()
     os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:
@@ -111,15 +123,27 @@ def _run(words: list[str], environment: dict[str, str], log: str, death: tuple[s
     from exo_fast.training.cli.command import main
 
     if death is not None:
-        _die_at(*death)
-    status = main(words)
+        _die_at(*death, end)
+    try:
+        status = _run_script(words) if words[0].endswith(".py") else main(words)
+    except SystemExit as exit:
+        status = exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _die_at(method: str, call: int) -> None:
-    """End this process by SIGKILL at the `call`th call of a method of StageTrainer."""
+def _run_script(words: list[str]) -> int:
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+    return 0
+
+
+def _die_at(method: str, call: int, end: signal.Signals) -> None:
+    """Send `end` to this process at the `call`th call of a method of StageTrainer."""
     from exo_fast.training.trainer.trainer import StageTrainer
 
     original, calls = getattr(StageTrainer, method), count(1)
@@ -127,7 +151,7 @@ def _die_at(method: str, call: int) -> None:
     def deadly(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
             os.write(1, f"{DIED}{call} of {method}\n".encode())
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), end)
         return original(*args, **kwargs)
 
     setattr(StageTrainer, method, deadly)

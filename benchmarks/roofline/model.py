@@ -1,8 +1,9 @@
 """The work of each kernel and each schedule on a GPU, and its predicted time: arithmetic, nothing is measured.
 
 A `Launch` is one kernel or one library product: its flops, its bytes of device memory, its bytes between L2 and the
-multiprocessors, its exponentials. Four ceilings of the board bound its time from below (`floor`). `predict` applies
-shares of the peaks that were published for similar kernels (`BOARDS`). A `Schedule` is a list of launches for one
+multiprocessors, its exponentials. Four ceilings of the board bound its time from below (`floor`). `predict` takes
+library products on NVIDIA's boards from NVIDIA's own model (`nvidia.py`), and for all else applies shares of the peaks
+that were published for similar kernels (`BOARDS`). A `Schedule` is a list of launches for one
 forward and backward pass of the group loss. Block sizes come from the kernels themselves.
 
 The model of memory:
@@ -14,7 +15,8 @@ The model of memory:
 
 The model of a tile: products on the tensor cores, then an epilogue of one exponential and EPILOGUE other float32
 instructions a logit. Two programs on a multiprocessor hide each other's epilogue and pipeline fill; alone, a program
-pays both, added up.
+pays both, added up. A loop over the vocabulary that is one with the loop over D (`flattened`) fills its pipeline once:
+the operands of the next tile arrive during the epilogue.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from exo_fast.backends.rows import whole_tiles
+from exo_fast.benchmarks.roofline import nvidia
 from exo_fast.kernels import linear_logprobs_backward, linear_logsumexp, logits_to_grad
 from exo_fast.kernels.launch import Config
 from exo_fast.kernels.targets import TARGETS, Target
@@ -30,6 +34,9 @@ from exo_fast.kernels.targets import TARGETS, Target
 MIB = 2**20
 EPILOGUE = 8  # float32 instructions a logit beside the exponential: scale, mask, shift, sum, maximum or conversion
 LIBRARY_FILL = 64  # columns of the reduction that a library product loses while its pipeline fills
+FLATTENED = False  # whether `linear_logsumexp` has one loop over (block of the vocabulary, D)
+L2 = 0.75  # share of the L2 rate that a kernel reaches
+REGISTERS = 110  # of a thread of `linear_logsumexp`, beside its sums, in certified binaries
 LAUNCH = 5e-6  # seconds: the shortest predicted launch
 CANDIDATES, COMPLETION = 4, 64  # the groups of benchmarks/suites/op.py
 
@@ -61,10 +68,11 @@ class Board:
     l2: float  # bytes/s between L2 and the multiprocessors (MI300X: Infinity Cache, its L2 being one for each die)
     flops_per_clock: int  # dense bf16, of one multiprocessor
     lanes: int  # float32 instructions a clock of one multiprocessor
-    library: float  # share of peak of a library product
+    library: float  # share of peak of a library product, where `heuristics` is None
     triton: float  # share of peak of a Triton product
     stream: float  # share of bandwidth of an elementwise kernel
     exponentials_per_clock: int = 16  # of one multiprocessor
+    heuristics: str | None = None  # its name in NVIDIA's model of products, which then gives the times of the library's
     resident: tuple[tuple[str, int], ...] = ()  # configuration of linear_logsumexp -> certified programs at once
 
     @property
@@ -84,10 +92,28 @@ class Board:
 
 # Sources of every number: docs/gpu-analysis.md.
 BOARDS = (
-    Board(TARGETS["sm_80"], 80e9, 40e6, 7.2e12, 2048, 64, library=0.75, triton=0.73, stream=0.85),
-    Board(TARGETS["sm_90"], 80e9, 50e6, 9.4e12, 4096, 128, library=0.70, triton=0.60, stream=0.82),
-    Board(TARGETS["sm_100"], 180e9, 126e6, 19.0e12, 8192, 128, library=0.68, triton=0.53, stream=0.87),
+    Board(
+        TARGETS["sm_80"],
+        80e9,
+        40e6,
+        7.2e12,
+        2048,
+        64,
+        library=0.75,
+        triton=0.73,
+        stream=0.85,
+        heuristics="A100_SXM_80GB",
+    ),
+    Board(
+        TARGETS["sm_90"], 80e9, 50e6, 9.4e12, 4096, 128, library=0.70, triton=0.60, stream=0.82, heuristics="H100_SXM"
+    ),
+    Board(
+        TARGETS["sm_100"], 180e9, 126e6, 19.0e12, 8192, 128, library=0.68, triton=0.53, stream=0.87, heuristics="B200"
+    ),
     Board(TARGETS["gfx942"], 192e9, 256e6, 17.2e12, 2048, 64, library=0.52, triton=0.40, stream=0.74),
+)
+H200 = replace(
+    BOARDS[1], target=replace(TARGETS["sm_90"], board="H200", bandwidth=4.8e12), memory=141e9, heuristics="H200_SXM"
 )
 
 
@@ -105,6 +131,7 @@ class Launch:
     fill: float = 1.0  # share of a tile that lies inside the matrix × share of its time with a full pipeline
     busy: float = 1.0  # share of the multiprocessors at work
     alone: bool = False  # one program on a multiprocessor: its epilogue is not hidden
+    shape: tuple[str, int, int, int] | None = None  # of a library product: its layout in `nvidia.py`, m, n, depth
     logits: float = 0.0  # bytes of `read` and `written` that are logits, U or their gradient
     passes: int = 1  # dependent launches that it represents
     count: int = 1  # times it is launched in a schedule
@@ -132,11 +159,13 @@ def floor(launch: Launch, board: Board) -> tuple[float, str]:
 
 
 def predict(launch: Launch, board: Board) -> float:
-    """Return the seconds at the board's assumed shares of its peaks."""
+    """Return the seconds by NVIDIA's model of products, or at the board's assumed shares of its peaks."""
     needed = ceilings(launch, board)
     needed["memory"] /= board.stream
-    needed["L2"] /= launch.busy
-    if launch.kind != "stream":
+    needed["L2"] /= launch.busy * L2
+    if launch.shape and board.heuristics:
+        needed["products"] = max(needed["products"], nvidia.product(board.heuristics, *launch.shape).seconds)
+    elif launch.kind != "stream":
         needed["products"] /= (board.library if launch.kind == "library" else board.triton) * launch.fill * launch.busy
     seconds = max(needed.values())
     if launch.kind == "triton":
@@ -150,9 +179,9 @@ def predict(launch: Launch, board: Board) -> float:
 
 
 def product(name: str, m: int, n: int, depth: int, read: float, written: float, logits: float = 0.0) -> Launch:
-    """Return the launch of a library product (m, depth) · (depth, n)."""
-    fill = depth / (depth + LIBRARY_FILL)
-    return Launch(name, "library", 2 * m * n * depth, read, written, fill=fill, logits=logits)
+    """Return the launch of a library product (m, depth) · (depth, n), named by its result: logits, dH or dW."""
+    fill, shape = depth / (depth + LIBRARY_FILL), (name.split()[-1], m, n, depth)
+    return Launch(name, "library", 2 * m * n * depth, read, written, fill=fill, shape=shape, logits=logits)
 
 
 def logits_product(head: Head, n: int) -> Launch:
@@ -180,16 +209,26 @@ def stream(name: str, read: float, written: float, exponentials: float = 0.0, lo
     return Launch(name, "stream", 0.0, read, written, exponentials=exponentials, logits=moved)
 
 
-def default_config(board: Board, width: int) -> Config:
+def default_config(board: Board, width: int, store: bool = False) -> Config:
     """Return the launch configuration of `linear_logsumexp`."""
-    return linear_logsumexp.config(board.target, "bf16", width)
+    return linear_logsumexp.config(board.target, "bf16", width, store)
 
 
 def programs_at_once(board: Board, config: Config) -> int:
     """Return how many programs of `linear_logsumexp` share a multiprocessor: the certified number, else as many as
-    their operand tiles allow."""
-    fit = max(1, board.target.shared_memory_sm // linear_logsumexp.shared_memory(config, board.target, 2))
-    return dict(board.resident).get(str(config), fit)
+    their operand tiles and registers allow. On sm_100 sums lie in tensor memory."""
+    if str(config) in dict(board.resident):
+        return dict(board.resident)[str(config)]
+    threads = config.num_warps * board.target.warp_size
+    sums = config.constants["BLOCK_N"] * config.constants["BLOCK_V"] // threads
+    registers = min(board.target.max_registers, REGISTERS + (sums if board.target.name != "sm_100" else 0))
+    return max(
+        1,
+        min(
+            board.target.shared_memory_sm // linear_logsumexp.shared_memory(config, board.target, 2),
+            board.target.registers // (threads * registers),
+        ),
+    )
 
 
 def splits(board: Board, n: int, vocab: int, config: Config) -> int:
@@ -198,15 +237,20 @@ def splits(board: Board, n: int, vocab: int, config: Config) -> int:
     return min(max(1, wanted), math.ceil(vocab / config.constants["BLOCK_V"]))
 
 
-def linear_logsumexp_launch(board: Board, head: Head, n: int, store: bool) -> Launch:
-    """Return the launch for the log-probs of n rows; with `store` also U in bf16."""
-    config = default_config(board, head.width)
+def linear_logsumexp_launch(
+    board: Board, head: Head, n: int, store: bool, config: Config | None = None, flattened: bool | None = None
+) -> Launch:
+    """Return the launch for the log-probs of n rows; with `store` also U in bf16. The configuration is the library's,
+    and the loop the kernel's, if they are None."""
+    config = default_config(board, head.width, store) if config is None else config
+    flattened = FLATTENED if flattened is None else flattened
     rows, columns, depth = (config.constants[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D"))
     walks = math.ceil(n / (linear_logsumexp.GROUP * rows))
     tiles = math.ceil(n / rows) * math.ceil(head.vocab / columns)
     ranges = splits(board, n, head.vocab, config)
     programs = math.ceil(n / rows) * ranges
     alone = programs_at_once(board, config) == 1
+    drained = config.num_stages - 1 if alone and not flattened else 0
     u = 2 * n * head.vocab if store else 0
     partial = 12 * n * ranges  # written, and read by `merge`
     return Launch(
@@ -217,7 +261,7 @@ def linear_logsumexp_launch(board: Board, head: Head, n: int, store: bool) -> La
         written=u + partial + 16 * n,
         cached=2 * head.width * tiles * (rows + columns),
         exponentials=n * head.vocab,
-        fill=full(n, rows) * (head.width / (head.width + (config.num_stages - 1) * depth) if alone else 1.0),
+        fill=full(n, rows) * (head.width / (head.width + drained * depth)),
         busy=busy(programs, board),
         alone=alone,
         logits=u,
@@ -324,7 +368,7 @@ def rows_of_budget(budget: int, row: int, tokens: int) -> tuple[int, int]:
     """Return (chunks, rows of each) if a row needs `row` bytes of the memory budget."""
     if budget < row:
         raise ValueError(f"a budget of {budget} bytes holds no row of {row}: give a larger --budget")
-    chunks = math.ceil(tokens / (budget // row))
+    chunks = math.ceil(tokens / whole_tiles(budget // row, tokens))
     return chunks, math.ceil(tokens / chunks)
 
 
@@ -377,13 +421,13 @@ def chunked(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
     return in_chunks("chunked", head, tokens, budget, chunked_row(head), forward)
 
 
-def kept(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
+def kept(board: Board, head: Head, tokens: int, budget: int, config: Config | None = None) -> Schedule:
     """Return the schedule in which `linear_logsumexp` leaves U in bf16: 2 bytes a logit held, 6·N·D·V flops."""
 
     def forward(n: int) -> list[Launch]:
         return [
             pilot_launch(head, n),
-            linear_logsumexp_launch(board, head, n, store=True),
+            linear_logsumexp_launch(board, head, n, True, config),
             flagged_launches(),
             group_loss_launch(n),
             scale_rows(head, n),
@@ -407,7 +451,7 @@ def recomputed(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
 def backward_launches(board: Board, head: Head, n: int) -> list[Launch]:
     """Return the launches for dH and dW without vocabulary-sized scratch: 4·N·D·V flops each, one program on a
     multiprocessor."""
-    config = linear_logprobs_backward.config(board.target, "bf16")
+    config = linear_logprobs_backward.config(board.target, "bf16", head.width)
     block, across, depth = (config.constants[name] for name in ("BLOCK_OWN", "BLOCK_OTHER", "BLOCK_D"))
     launches = []
     for name, own, other in (("dH", n, head.vocab), ("dW", head.vocab, n)):

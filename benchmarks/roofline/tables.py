@@ -16,8 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from exo_fast.benchmarks.harness.tables import markdown, number, rewrite
-from exo_fast.benchmarks.roofline import model
+from exo_fast.benchmarks.roofline import model, nvidia
 from exo_fast.benchmarks.roofline.plot import plot
+from exo_fast.kernels import linear_logsumexp
 from exo_fast.training import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,9 +33,20 @@ EXAMPLES = """examples:
   make roofline                                  as the first, and the tables of the docs
 """
 BUDGETS = (256, 512, 1024, 2048, 4096)  # MiB
-DEFAULT_BUDGET = 1024  # MiB, the default of the triton backend
+DEFAULT_BUDGET = 4096  # MiB, the default of the triton backend on all of these boards
 TABLE_TOKENS = 8192
 WIDTHS = range(256, 16385, 256)
+# Products: (layout in nvidia.py, m, n, depth). Logits, dH and dW of both shapes below, and of 2,731 rows.
+PRODUCTS = (
+    ("logits", 8192, 128256, 4096),
+    ("logits", 16384, 151936, 1024),
+    ("logits", 512, 151936, 1024),
+    ("dH", 2731, 1024, 151936),
+    ("dH", 8192, 1024, 151936),
+    ("dW", 151936, 1024, 2731),
+    ("dW", 128256, 4096, 8192),
+)
+STEPS = ((8192, model.HEADS[0]), (512, model.HEADS[0]), (16384, model.HEADS[1]), (512, model.HEADS[1]))
 LETTER = {"products": "P", "memory": "M", "L2": "C", "exponentials": "E"}
 
 
@@ -192,6 +204,64 @@ def published_rows(boards: tuple[model.Board, ...]) -> list[dict]:
     return rows
 
 
+def product_rows(boards: tuple[model.Board, ...]) -> Iterator[dict]:
+    """Return flop/s of products by NVIDIA's model, of any kernel and of its idea of Triton's, and by assumed shares."""
+    for board in boards:
+        if board.heuristics is None:
+            continue
+        for layout, m, n, depth in PRODUCTS:
+            flops = 2 * m * n * depth
+            best, of_triton = (
+                nvidia.product(board.heuristics, layout, m, n, depth, family) for family in ("GENERIC", "TRITON")
+            )
+            yield {
+                "board": board.name,
+                "product": layout,
+                "shape": [m, n, depth],
+                "nvidia": flops / best.seconds,
+                "tile": [*best.tile],
+                "stages": best.stages,
+                "splits": best.splits,
+                "nvidia_triton": flops / of_triton.seconds,
+                "library": board.library * board.target.flops * depth / (depth + model.LIBRARY_FILL),
+                "triton": board.triton * board.target.flops,
+            }
+
+
+def loop_rows(boards: tuple[model.Board, ...]) -> Iterator[dict]:
+    """Return the times of `linear_logsumexp`, U stored, by its loop over the vocabulary, each in the configuration that
+    is fastest with it, and of a step (`kept`, all rows in one chunk) with it.
+
+    "drained": the pipeline fills again for every block, and the epilogue comes after the product. "flattened": it fills
+    once. "hidden": a program's epilogue also runs beside its next product, the most that any loop can reach."""
+    for tokens, head in STEPS:
+        for board in boards:
+            step = model.kept(board, head, tokens, tokens * model.kept_row(head)).seconds(board)
+            rest = step - model.predict(model.linear_logsumexp_launch(board, head, tokens, store=True), board)
+            loops = {}
+            for loop in ("drained", "flattened", "hidden"):
+                times = {}
+                for config in linear_logsumexp.configs(board.target, "bf16"):
+                    launch = model.linear_logsumexp_launch(board, head, tokens, True, config, loop != "drained")
+                    launch = replace(launch, alone=launch.alone and loop != "hidden")
+                    times[str(config)] = model.predict(launch, board)
+                config = min(times, key=times.__getitem__)
+                loops[loop] = {
+                    "config": config,
+                    "kernel_ms": times[config] * 1e3,
+                    "step_ms": (rest + times[config]) * 1e3,
+                }
+            work = tokens * head.width * head.vocab / board.target.flops
+            yield {
+                "board": board.name,
+                "model": head.model,
+                "shape": [tokens, head.width, head.vocab],
+                "floor_ms": 2 * work * 1e3,
+                "step_floor_ms": 6 * work * 1e3,
+                "loops": loops,
+            }
+
+
 def resources(certification: Path, earlier: Path) -> tuple[list[dict], str]:
     """Return (registers, shared memory and occupancy of the bf16 configurations in use, their source)."""
     if certification.exists():
@@ -229,7 +299,8 @@ def _used(row: dict, board: model.Board) -> bool:
 
 
 def boards_of(found: list[dict], **shares: float | None) -> tuple[model.Board, ...]:
-    """Return the boards, with the number of programs on a multiprocessor from certification and the `shares` given."""
+    """Return the boards, with the number of programs on a multiprocessor from certification and the `shares` given. A
+    library's share takes the place of NVIDIA's model."""
     given = {name: value for name, value in shares.items() if value}
     boards = []
     for board in model.BOARDS:
@@ -238,15 +309,19 @@ def boards_of(found: list[dict], **shares: float | None) -> tuple[model.Board, .
             if row["kernel"] == "linear_logsumexp" and row["board"] == board.name:
                 config = row["config"]
                 resident[config] = min(row["programs"], resident.get(config, row["programs"]))
-        boards.append(replace(board, resident=tuple(resident.items()), **given))
+        source = {"heuristics": None} if "library" in given else {}
+        boards.append(replace(board, resident=tuple(resident.items()), **given, **source))
     return tuple(boards)
 
 
 def collect(boards: tuple[model.Board, ...], budget: int, found: list[dict]) -> dict:
     """Collect all data of the tables as values that JSON can hold."""
     scratch = budget * model.MIB
+    h200 = replace(model.H200, resident=boards[1].resident)
+    nvidias = (*boards[:2], h200, boards[2])
     return {
         "predictions": "Nothing here was measured.",
+        "products_by": nvidia.source(),
         "budget_mib": budget,
         "boards": [
             {
@@ -263,6 +338,8 @@ def collect(boards: tuple[model.Board, ...], budget: int, found: list[dict]) -> 
         "kernels": [row for tokens in model.TOKENS for row in kernel_rows(boards, tokens)],
         "schedules": [row for tokens in model.TOKENS for row in schedule_rows(boards, tokens, scratch)],
         "choice": list(choice_rows(boards, TABLE_TOKENS, scratch)),
+        "products": list(product_rows(nvidias)),
+        "loops": list(loop_rows(nvidias)),
         "budgets": list(budget_rows(boards[1], TABLE_TOKENS)),
         "streams": model.stream_traffic(boards[1], scratch),
         "resources": found,
@@ -285,6 +362,8 @@ def tables(results: dict, tokens: int = TABLE_TOKENS) -> dict[str, str]:
         "choice": _choice(results["choice"]),
         "tokens": _by_tokens(results["choice"]),
         "fused": _fused(results["choice"]),
+        "products": _products(results["products"]),
+        "loops": _loops(results["loops"]),
         "budgets": _budgets(results["budgets"]),
         "streams": _streams(results["streams"]),
     }
@@ -301,7 +380,8 @@ def _boards(rows: list[dict]) -> str:
             [
                 row["board"],
                 *(number(row[key] / 1e12) for key in ("flops", "bandwidth", "l2", "exponentials")),
-                *(f"{row[key]:.2f}" for key in ("library", "triton", "stream")),
+                "by NVIDIA" if row["heuristics"] else f"{row['library']:.2f}",
+                *(f"{row[key]:.2f}" for key in ("triton", "stream")),
             ]
             for row in rows
         ],
@@ -391,8 +471,8 @@ def _choice(rows: list[dict]) -> str:
         even = [row["heads"][name]["even_share"] for name in models]
         cells = ["never" if share is None else f"{share:.2f}" for share in even]
         limit = f"{row['widest']:,}" if row["widest"] < WIDTHS[-1] else f"≥ {WIDTHS[-1]:,}"
-        lines.append([row["board"], f"{row['library']:.2f}", f"{row['triton']:.2f}", *cells, limit])
-    header = ["", "library share", "Triton share", *(f"even at, {name}" for name in models), "kept wins up to D"]
+        lines.append([row["board"], f"{row['triton']:.2f}", *cells, limit])
+    header = ["", "Triton share", *(f"even at, {name}" for name in models), "kept wins up to D"]
     return markdown(header, lines)
 
 
@@ -421,6 +501,33 @@ def _fused(rows: list[dict]) -> str:
 
 def _ratio(faster: dict, tokens: int) -> float:
     return faster[tokens] if tokens in faster else faster[str(tokens)]  # JSON turns keys into text
+
+
+def _products(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        cells = [number(row[key] / 1e12) for key in ("nvidia", "library", "nvidia_triton", "triton")]
+        kernel = " × ".join(map(str, row["tile"])) + f", {row['stages']} stages"
+        kernel += f", {row['splits']} splits" if row["splits"] > 1 else ""
+        shape = " × ".join(f"{size:,}" for size in row["shape"])
+        lines.append([row["board"], f"{row['product']} {shape}", kernel, *cells])
+    header = ["board", "product", "NVIDIA's kernel", "NVIDIA", "our share", "NVIDIA's Triton", "our Triton"]
+    return markdown(header, lines, left=3)
+
+
+def _loops(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        loops = row["loops"]
+        kernel = [number(loop["kernel_ms"]) for loop in loops.values()]
+        first, second, last = (loop["kernel_ms"] for loop in loops.values())
+        step = " → ".join(number(loops[loop]["step_ms"]) for loop in ("drained", "flattened", "hidden"))
+        shape = " × ".join(f"{size:,}" for size in row["shape"])
+        configs = " → ".join(dict.fromkeys(loops[loop]["config"] for loop in ("drained", "flattened")))
+        gain = f"{1 - second / first:.0%} to {1 - last / first:.0%}"
+        lines.append([row["board"], shape, configs, number(row["floor_ms"]), *kernel, gain, step])
+    header = ["board", "N × D × V", "configuration", "floor", "drained", "flattened", "epilogue hidden", "less", "step"]
+    return markdown(header, lines, left=3)
 
 
 def _budgets(rows: list[dict]) -> str:

@@ -5,14 +5,22 @@ import itertools
 from torch import Tensor
 
 Rows = slice | Tensor  # some of the N rows: a range of them, or their indices
+TILE = 128  # rows of a chunk on a GPU come in multiples of it: a partly filled tile costs as much as a full one
 ELSEWHERE = 2**31 - 1  # a target in another slice of the vocabulary: no column's number, in the kernels' int32 too
 
 
-def row_chunks(start: int, stop: int, size: int) -> list[slice]:
-    """Split [start, stop) into pieces of nearly equal length, at most `size` each."""
-    pieces = -(-(stop - start) // size)
-    bounds = [start + (stop - start) * i // pieces for i in range(pieces + 1)] if pieces else []
+def row_chunks(start: int, stop: int, size: int, multiple: int = 1) -> list[slice]:
+    """Split [start, stop) into pieces of nearly equal length, at most `size` each. All but the last have a `multiple`
+    of rows; `size` must be one too, if there are two pieces or more."""
+    n = stop - start
+    pieces = -(-n // size)
+    bounds = [start + -(-(n * i // pieces) // multiple) * multiple for i in range(pieces)] + [stop] if pieces else []
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def whole_tiles(fit: int, n: int) -> int:
+    """Return the rows of a chunk of n rows if the budget holds `fit`: all, or whole tiles, unless not one is full."""
+    return n if fit >= n else fit - fit % TILE if fit >= TILE else fit
 
 
 def kept_rows(targets: Tensor) -> Tensor | None:

@@ -4,8 +4,9 @@
     kept           bf16 training. The same kernel also writes U = E − s·1[v = y] (`backends/torch.py`) as it leaves the
                    registers, 2 bytes a logit; dH = −(c·scale/s)(U W) and dW = −Uᵀ((c·scale/s) H) are the library's
                    (`products.py`).
-    chunked        float32 and float16. The library makes float32 logits of a chunk of rows; `logsumexp_gather` reads
-                   them once, `logits_to_grad` turns them into ∂L/∂z in place.
+    chunked        float32 and float16, and bf16 at the D for which the target's table (`kernels/tuned/`) has it. The
+                   library makes float32 logits of a chunk of rows; `logsumexp_gather` reads them once,
+                   `logits_to_grad` turns them into ∂L/∂z in place.
     fused          when the memory budget holds no chunk: `linear_logprobs_backward`, nothing of the size of V.
     statistics     the library's float32 logits of a chunk, which `token_statistics` reads once. Gradients, if
                    needed, are a second pass by any of the ways above.
@@ -16,8 +17,9 @@ budget. Otherwise, and for float16, whose coefficients need one scaling, log-pro
 waits for the device, so a step can be captured in a CUDA graph, once a first step has compiled the
 kernels. Launches go to the current stream of hidden's device.
 
-The configuration of a kernel is a static function of target, dtype and D, so that the same input gives the same bits on
-the same kind of GPU. EXO_FAST_AUTOTUNE=1 times the tuning space at the first launch instead, on that process's GPU.
+The table also has the configurations of kernels and the default memory budget. All are static functions of target,
+dtype and D, so that the same input gives the same bits on the same kind of GPU. EXO_FAST_AUTOTUNE=1 times the tuning
+space at the first launch instead, on that process's GPU.
 """
 
 import os
@@ -35,7 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from exo_fast.backends import interpreted, scratch_budget
 from exo_fast.backends.products import add_matmul, matmul
-from exo_fast.backends.torch import group_units, row_chunks
+from exo_fast.backends.rows import TILE, group_units, row_chunks, whole_tiles
 from exo_fast.head import Head
 from exo_fast.kernels import group_loss as group_loss_kernel
 from exo_fast.kernels import linear_logprobs_backward as fused_kernel
@@ -43,6 +45,7 @@ from exo_fast.kernels import linear_logsumexp as linear_kernel
 from exo_fast.kernels import logits_to_grad as grad_kernel
 from exo_fast.kernels import logsumexp_gather as gather_kernel
 from exo_fast.kernels import token_statistics as statistics_kernel
+from exo_fast.kernels import tuned
 from exo_fast.kernels.launch import Config, launch
 from exo_fast.kernels.targets import Target, of_device
 from exo_fast.reference import LossOptions
@@ -53,7 +56,7 @@ if interpreted():
     repair()
 
 MIN_ROWS = 64  # with fewer rows than this in the budget the fused kernels are predicted to be faster
-KEPT = (torch.bfloat16,)  # dtypes whose one-pass schedule keeps U; empty it to compare with "chunked"
+SCHEDULE: str | None = None  # set by a test or a benchmark, in place of the table's: "kept", "chunked" or "fused"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Gradients3 = tuple[Tensor | None, Tensor | None, Tensor | None]  # dH, dW, db
 
@@ -196,7 +199,7 @@ def product_statistics(
 
     if rows.target.descriptors and not descriptors:
         return run(linear_kernel.POINTERS)
-    static = linear_kernel.config(rows.target, rows.dtype, rows.width)
+    static = linear_kernel.config(rows.target, rows.dtype, rows.width, store)
     return run(rows.config(linear_kernel, static, None if flagged else run))
 
 
@@ -399,15 +402,26 @@ def chunk_rows(
     kind: type[Kept] | type[Logits], rows: Rows, memory_budget: int | None, fewest: int | None = None
 ) -> int:
     """Return the rows of a chunk in the memory budget, 0 if they are fewer than `fewest`: too few to pay."""
+    if kind is not Logits and schedule(rows) == "fused":
+        return 0
     budget = scratch_budget(memory_budget, rows.device)
+    if memory_budget is None and rows.device.type == "cuda":
+        table = tuned.table(rows.target.name)
+        scratch = tuned.SCRATCH if table is None else table.scratch
+        budget = scratch.budget(torch.cuda.get_device_properties(rows.device).total_memory)
     if memory_budget is None and rows.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         free, _ = torch.cuda.mem_get_info(rows.device)
         free += torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
         # By halves: a number of rows that followed every byte of free memory would change the bits from run to run.
         while budget > free // 2 and budget > 2**20:
             budget //= 2
-    fit = min(rows.n, budget // kind.row_bytes(rows))
+    fit = whole_tiles(budget // kind.row_bytes(rows), rows.n)
     return fit if fit >= min(MIN_ROWS if fewest is None else fewest, rows.n) else 0
+
+
+def chunks(start: int, stop: int, size: int) -> list[slice]:
+    """Split [start, stop) into chunks of at most `size` rows, nearly equal, all but the last in whole tiles."""
+    return row_chunks(start, stop, size, TILE if size >= TILE else 1)
 
 
 def fused_gradients(
@@ -428,7 +442,7 @@ def fused_gradients(
         "scale": rows.head.scale, "softcap": rows.softcap,
         "PRECISION": linear_kernel.precision(rows.target, rows.dtype), **rows.flags,
     }  # fmt: skip
-    config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype))
+    config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype, rows.width))
     block, residual, y = config.constants["BLOCK_OWN"], rows.residual(coefficients), rows.places
     if into.hidden is not None:
         total = rows.floats(rows.n, rows.width).zero_()
@@ -454,8 +468,15 @@ def fused_gradients(
     return into.result()
 
 
+def schedule(rows: Rows) -> str:
+    """Return "kept" (bf16 alone), "chunked" or "fused": what the target's table has for this dtype and D."""
+    table = tuned.table(rows.target.name)
+    chosen = SCHEDULE or (None if table is None else table.schedule(rows.dtype, rows.width)) or "kept"
+    return "chunked" if chosen == "kept" and rows.dtype != "bf16" else chosen
+
+
 def chunk_kind(rows: Rows) -> type[Kept] | type[Chunked]:
-    return Kept if rows.hidden.dtype in KEPT else Chunked
+    return Kept if schedule(rows) == "kept" else Chunked
 
 
 def logprobs_forward(
@@ -476,7 +497,7 @@ def logprobs_forward(
         if not size:
             return logps, rows.stats, fused_gradients(rows, ones, need)[0]
         chunk, into = kind(rows, size), Gradients(rows, need, size)
-        for place in row_chunks(0, rows.n, size):
+        for place in chunks(0, rows.n, size):
             chunk.fill(rows[place], logps[place])
             chunk.gradients(rows[place], ones[place], into, place)
         return logps, rows.stats, into.hidden
@@ -493,7 +514,7 @@ def statistics_forward(
         if rows.n:
             size = max(1, chunk_rows(Logits, rows, memory_budget, fewest=1))
             chunk = Logits(rows, size)
-            for place in row_chunks(0, rows.n, size):
+            for place in chunks(0, rows.n, size):
                 chunk.statistics(rows[place], values[:, place], top[place])
         # Copies, because an operator's results may share no memory.
         logps, entropy, squares, mean = (value.clone() for value in values)
@@ -529,7 +550,7 @@ def second_pass(
     chunk, into = kind(rows, size), Gradients(rows, need, size, sliced)
     if rows.dtype == "fp16":
         coefficients = into.boost(coefficients, rows.head.scale)
-    for place in row_chunks(0, rows.n, size):
+    for place in chunks(0, rows.n, size):
         again = chunk.refill(rows[place])
         if own is not None:
             again.stats[1] /= share(own[:, place], rows.stats[:, place])
@@ -597,7 +618,7 @@ def group_loss_forward(
 
         chunk, into = kind(rows, size), Gradients(rows, need, size)
         for first, last in group_units(bounds, size):
-            *early, final = row_chunks(bounds[first], bounds[last], size)
+            *early, final = chunks(bounds[first], bounds[last], size)
             for place in early:  # for a group larger than a chunk
                 product_statistics(rows[place], logps[place])
             chunk.fill(rows[final], logps[final])

@@ -238,7 +238,7 @@ def test_every_budget_and_schedule(
     precision: str, budget: str, boundaries: str, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if precision == "bf16-chunked":
-        monkeypatch.setattr(backend, "KEPT", ())
+        monkeypatch.setattr(backend, "SCHEDULE", "chunked")
     precision = precision.removesuffix("-chunked")
     made = problem(BUDGETED, precision, bias=True, softcap=20.0)
     want = made.exact().step(backend="reference")
@@ -302,7 +302,7 @@ def test_likely_tokens(
 ) -> None:
     """Two passes, of which the second may take its logits from another product than the first took its sums."""
     if precision == "bf16-chunked":
-        monkeypatch.setattr(backend, "KEPT", ())
+        monkeypatch.setattr(backend, "SCHEDULE", "chunked")
     dtype = DTYPES[precision.removesuffix("-chunked")]
     hidden, weight, targets = (t.to(DEVICE) for t in likely_tokens.problem(dtype, largest))
     targets = torch.where(likely_tokens.likely_rows(targets, hidden, weight), targets, -100)
@@ -371,13 +371,12 @@ def test_every_configuration(
     monkeypatch.setattr(backend, "launch", launch)
     exact = made.exact()
     want = exact.step(backend="reference")
-    schedules = ((backend.KEPT, None), ((), None), (backend.KEPT, 1))
-    for kept, budget in schedules:
-        monkeypatch.setattr(backend, "KEPT", kept)
-        assert_step(made.step(memory_budget=budget), want, precision)
-        assert_logprobs(made, precision, memory_budget=budget)
+    for schedule in ("kept", "chunked", "fused"):
+        monkeypatch.setattr(backend, "SCHEDULE", schedule)
+        assert_step(made.step(), want, precision)
+        assert_logprobs(made, precision)
         frozen = made._replace(weight=made.weight.detach(), bias=made.bias.detach())
-        (dh,) = torch.autograd.grad(frozen.logprobs(memory_budget=budget).sum(), frozen.hidden)
+        (dh,) = torch.autograd.grad(frozen.logprobs().sum(), frozen.hidden)
         (want_dh,) = torch.autograd.grad(exact.logprobs(backend="reference").sum(), exact.hidden)
         assert_gradients((dh,), (want_dh,), precision)
     assert (kernel, config) in launched

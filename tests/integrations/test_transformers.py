@@ -6,15 +6,13 @@ Tolerances are those of float32 sums in another order (1e-5 relative), unless a 
 import copy
 import inspect
 import io
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -507,6 +505,8 @@ def test_unknown_models_are_refused(own: PreTrainedModel) -> None:
 
 
 ZERO3 = """
+from exo_fast.training.processes import ensure_launcher_environment
+ensure_launcher_environment()
 import deepspeed, torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -596,13 +596,8 @@ def test_fsdp2(tmp_path: Path) -> None:
     """Two processes with different texts: the averaged gradients, or a refusal where the head is in pieces."""
     script = tmp_path / "fsdp2.py"
     script.write_text(FSDP2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    inherited = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in inherited}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert (done.stdout.count("equal"), done.stdout.count("refused")) == (2, 2)
+    printed = forked.run(script, processes=2)
+    assert (printed.count("equal"), printed.count("refused")) == (2, 2)
 
 
 @pytest.mark.slow
@@ -611,10 +606,6 @@ def test_zero3(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     script = tmp_path / "zero3.py"
     script.write_text(ZERO3)
-    launcher = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment = {**os.environ, **launcher, **on_cpu}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    printed = forked.run(script)
     for case in ("untied", "tied", "checkpointed", "lora"):
-        assert f"{case} [" in done.stdout
+        assert f"{case} [" in printed

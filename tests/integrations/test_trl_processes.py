@@ -1,11 +1,10 @@
 """The fused forward where parameters are in pieces: DeepSpeed ZeRO-3 as TRL runs it, and FSDP2, in two processes."""
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -136,12 +135,7 @@ dist.destroy_process_group()
 def run(script: str, folder: Path, *arguments: str, processes: int = 2) -> str:
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(path), *arguments], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    return forked.run(path, *arguments, processes=processes)
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ ranks 0 and 1 and on 2 and 3), two for real models. Each stores what it found, a
 import itertools
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -171,9 +171,9 @@ def sliced(case: dict[str, Any], made: dict[str, Tensor], rank: int) -> dict[str
 # What the ranks do ----------------------------------------------------------------------------------------------------
 
 
-def main(what: str, rank: int, folder: Path) -> None:
+def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    world = int(os.environ["WORLD_SIZE"])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.save({"cases": on_cases, "models": on_models}[what](folder), folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -364,25 +364,7 @@ def compared(split: Any, whole: Any, runner: Any) -> dict[str, Any]:
 
 def found_by(what: str, world: int, folder: Path) -> list[dict[str, Any]]:
     """Return the findings of each of `world` processes."""
-    environment = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # DeepSpeed wants them set; nobody listens
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, what, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]
-    try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in ranks:
-            process.kill()
+    forked.run(__file__, what, folder, processes=world)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -526,4 +508,4 @@ def test_real_models_under_tensor_parallelism(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]))

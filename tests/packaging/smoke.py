@@ -117,6 +117,7 @@ def module_files() -> set[str]:
                 path.suffix == ".py"
                 or path.name == "py.typed"
                 or (folder == "recipes" and path.suffix == ".yaml")
+                or (folder == "kernels" and path.suffix == ".json")
                 or (folder == "training" and path.is_file() and path.parent.name in ("templates", "uplot"))
             )
             linked = folder == "exo_fast" and below.parts[0] == "kernels"  # the link by which the checkout finds them

@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(options.model, trust_remote_code=options.trust_remote_code)
     torch_engine = options.engine == "torch"
     alone = device == "cpu" and options.fp32 and options.processes == 1 and not options.offload
+    memory = parse_size(options.memory) if options.memory else device_memory(device)
     default_stage = 0 if alone else 2  # the default of exo_fast.training.trainer.deepspeed
     try:
         setting = memory_model.Setting(
@@ -88,12 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             offload=options.offload,
             processes=options.processes,
             device=device,
-            memory_budget=None if options.memory_budget is None else parse_size(options.memory_budget),
+            memory_budget=parse_size(options.memory_budget) if options.memory_budget else default_budget(device, memory),
         )
         found = [memory_model.estimate(config, replace(setting, method=name)) for name in memory_model.METHODS]
     except ValueError as error:
         raise InputError(str(error)) from error
-    memory = parse_size(options.memory) if options.memory else device_memory(device)
     print(text(options.model, found, memory))
     give_result({"memory": memory, "estimates": [as_json(estimate) for estimate in found]})
     return 0
@@ -106,6 +106,15 @@ def load_config(name_or_path: str, *, trust_remote_code: bool) -> Any:
     from exo_fast.training.models.loading import from_pretrained
 
     return from_pretrained(AutoConfig, name_or_path, trust_remote_code=trust_remote_code).get_text_config()
+
+
+def default_budget(device: str, memory: int) -> int | None:
+    """Return the scratch that the kernels take of a GPU with so much memory; None on the CPU, whose default is fixed."""
+    if device == "cpu":
+        return None
+    from exo_fast.kernels.tuned import SCRATCH
+
+    return SCRATCH.budget(memory)
 
 
 def device_memory(device: str) -> int:

@@ -57,12 +57,12 @@ PUBLISHED = (
 def check_trackers(report_to: list[str]) -> None:
     """Raises InputError if transformers does not know a tracker, or its package is not installed."""
     # transformers never lists flyte as available; its callback reports a missing flytekit.
-    there = {"all", "none", "flyte", *get_available_reporting_integrations()}
     for name in report_to:
-        if name not in there | INTEGRATION_TO_CALLBACK.keys():
-            hint = nearest(name, INTEGRATION_TO_CALLBACK)
-            raise InputError(f"report_to={name!r}: nothing that logs can go to{hint}")
-        if name not in there:
+        if name in ("all", "none", "flyte"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"report_to={name!r}: nothing that logs can go to{nearest(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in get_available_reporting_integrations():  # which imports trackers: a second for W&B alone
             package = PACKAGES.get(name, name)
             raise InputError(f"report_to={name!r}: needs {package}: pip install {package} (or --report_to none).")
 

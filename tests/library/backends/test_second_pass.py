@@ -92,7 +92,7 @@ def test_logprobs(
 ) -> None:  # fmt: skip
     if schedule == "kept" and dtype != BF16:
         pytest.skip("bf16 alone keeps U")
-    monkeypatch.setattr(backend, "KEPT", (BF16,) if schedule == "kept" else ())
+    monkeypatch.setattr(backend, "SCHEDULE", "kept" if schedule == "kept" else "chunked")
     library(in_another_order)
     hidden, weight, targets = problem(dtype, largest)
     if only_likely:  # their gradients alone: those of other rows would hide them

@@ -135,8 +135,8 @@ def test_logprobs_at_odd_sizes(backend, i: int, size: tuple[int, int, int]) -> N
         check_logprobs(head(n, width, vocab, dtype, bias=i % 2 == 0), limit)
 
 
-LARGE = [(n, width, DTYPES[i % 3]) for i, (n, width) in enumerate(itertools.product((1, 7, 64, 129), (8, 80, 576)))]
-LARGE += [(64, 80, BF16), (129, 576, BF16)]
+# Many blocks of the vocabulary; with one row or less than a block, and with two blocks of rows and of D.
+LARGE = [(1, 576, BF16), (7, 80, FP16), (64, 8, BF16), *((65, 136, dtype) for dtype in DTYPES)]
 
 
 @pytest.mark.parametrize(("n", "width", "dtype"), LARGE, ids=[f"{n}x{d}-{t}" for n, d, t in LARGE])
@@ -379,7 +379,7 @@ def test_every_configuration_gives_the_same(backend) -> None:
 
 
 def test_bf16_can_be_chunked_too(backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "KEPT", ())
+    monkeypatch.setattr(backend, "SCHEDULE", "chunked")
     check_group_loss(head(129, 80, 131, BF16, bias=True), groups(8, 3, 129), GRADIENT_ERROR[BF16])
 
 
@@ -445,3 +445,130 @@ def test_autotuning_times_the_space_once(backend, monkeypatch: pytest.MonkeyPatc
     assert timed == space
     assert rows.config(backend.linear_kernel, static, timed.append) == space[-1]
     assert timed == space
+
+
+# What the target's table chooses: schedules, and the rows of a chunk.
+
+
+@pytest.fixture
+def own_table(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that gives sm_90, the interpreter's target, a table of schedules."""
+    from exo_fast.kernels import tuned
+
+    def write(*schedules, **parts) -> None:
+        source = {"kind": "prediction", "model": "test", "board": "H100", "date": "2026-12-01", "command": "test"}
+        tuned.write_table(tmp_path / "sm_90.json", tuned.Table("sm_90", source, (), schedules, **parts))
+        tuned.table.cache_clear()
+
+    monkeypatch.setenv(tuned.OWN_TABLES, str(tmp_path))
+    tuned.table.cache_clear()
+    yield write
+    tuned.table.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_table_chooses_the_schedule_by_width(backend, own_table, dtype: torch.dtype) -> None:
+    from exo_fast.kernels.tuned import Schedule
+
+    def rows(width: int):
+        made = head(9, width, 40, dtype)
+        return backend.Rows(made["hidden"], backend.Head(made["weight"]), made["targets"])
+
+    word = backend.DTYPES[dtype]
+    first = "kept" if dtype == BF16 else "fused"
+    own_table(Schedule(word, 31, first), Schedule(word, 63, "chunked"), Schedule(word, None, "fused"))
+    assert [backend.schedule(rows(width)) for width in (31, 32, 63, 64)] == [first, "chunked", "chunked", "fused"]
+    for width in (31, 32, 64):  # all of them are right
+        check_group_loss(head(19, width, 131, dtype, bias=True), groups(3, 3, 19), GRADIENT_ERROR[dtype])
+    own_table()  # without a row: kept in bf16, chunked in other dtypes
+    assert backend.schedule(rows(64)) == ("kept" if dtype == BF16 else "chunked")
+
+
+def test_a_schedule_is_launched_as_chosen(backend, own_table, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exo_fast.kernels.tuned import Schedule
+
+    launched: list[str] = []
+    launch = backend.launch
+
+    def count(kernel, *arguments, **options) -> None:
+        launched.append(kernel.__name__)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(backend, "launch", count)
+    only = {"kept": "target_shift", "chunked": "logits_to_grad", "fused": "linear_logprobs_backward"}
+    for chosen, kernel in only.items():
+        own_table(Schedule("bf16", None, chosen))
+        launched.clear()
+        loss, _ = linear_group_loss(**head(19, 24, 131, BF16), **groups(3, 3, 19), loss_type="exo-rw", backend="triton")
+        loss.backward()
+        assert {name for name in only.values() if name in launched} == {kernel}
+
+
+@pytest.mark.parametrize(
+    ("fit", "n", "want"),
+    [(13325, 16384, 13312), (3331, 16384, 3328), (128, 200, 128), (127, 200, 127), (5000, 4999, 4999), (0, 9, 0)],
+)
+def test_rows_of_a_chunk_fill_whole_tiles(backend, fit: int, n: int, want: int) -> None:
+    assert backend.whole_tiles(fit, n) == want
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "size", "lengths"),
+    [
+        (0, 8192, 3328, [2816, 2688, 2688]),
+        (0, 16384, 13312, [8192, 8192]),
+        (7, 136, 128, [128, 1]),
+        (5, 105, 40, [33, 33, 34]),  # a budget of less than a tile
+        (0, 4999, 4999, [4999]),
+        (3, 3, 128, []),
+    ],
+)
+def test_chunks_are_even_and_of_whole_tiles(backend, start: int, stop: int, size: int, lengths: list[int]) -> None:
+    found = backend.chunks(start, stop, size)
+    assert [chunk.stop - chunk.start for chunk in found] == lengths
+    assert all(a.stop == b.start for a, b in itertools.pairwise(found))
+    assert not found or (found[0].start, found[-1].stop) == (start, stop)
+
+
+def test_chunks_of_any_size_cover_all_rows_once(backend) -> None:
+    for size in (*range(1, 140), 256, 384, 1280):
+        fit = backend.whole_tiles(size, 10**6)
+        for n in range(1, 1400, 7):
+            lengths = [chunk.stop - chunk.start for chunk in backend.chunks(11, 11 + n, fit)]
+            assert sum(lengths) == n
+            assert 0 < min(lengths) <= max(lengths) <= fit
+            assert fit < 128 or all(length % 128 == 0 for length in lengths[:-1])
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("card", "free", "n", "want"),
+    [
+        (79.25, 70, 16384, 13312),  # 4 GiB: a row of U and of its temporaries takes 322,304 bytes at Qwen's head
+        (23.6, 20, 16384, 3328),  # 1 GiB
+        (79.25, 7, 16384, 6656),  # 2 GiB, as 4 GiB are more than half of the memory that is free
+        (79.25, 70, 8192, 8192),
+    ],
+)
+def test_the_budget_is_a_share_of_the_card(
+    backend, own_table, monkeypatch: pytest.MonkeyPatch, card: float, free: float, n: int, want: int
+) -> None:
+    from types import SimpleNamespace
+
+    from exo_fast.kernels.tuned import Scratch
+
+    rows = backend.Rows(torch.empty(n, 1024, dtype=BF16), backend.Head(torch.empty(151936, 1024, dtype=BF16)),
+                        torch.zeros(n, dtype=torch.int64))  # fmt: skip
+    rows.device = torch.device("cuda")
+    total = SimpleNamespace(total_memory=int(card * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * GIB), total.total_memory))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    assert backend.chunk_rows(backend.Kept, rows, None) == want
+    assert backend.chunk_rows(backend.Kept, rows, GIB) == min(n, 3328)  # a budget that is given counts
+    own_table(scratch=Scratch(share=1 / 32, most=GIB))
+    assert backend.chunk_rows(backend.Kept, rows, None) == min(n, 3328 if card > 32 else 1664)

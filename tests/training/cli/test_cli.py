@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from killing import environment, run
+from subprocesses import environment, run
 
 from exo_fast.training import terminal
 from exo_fast.training.cli import command as cli

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from killing import environment
+from subprocesses import environment
 
 from exo_fast.backends import torch as torch_backend
 from exo_fast.training.cli import doctor, installed

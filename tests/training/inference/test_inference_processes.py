@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from subprocesses import kill_halfway, run
+from forked import kill_halfway, run
 from tiny_models import make_rows
 
 from exo_fast.training.stages.generate import GenerateConfig, generate

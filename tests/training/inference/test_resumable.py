@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from subprocesses import kill_halfway, run
+from forked import kill_halfway, run
 
 from exo_fast.training.data.writing import to_json
 from exo_fast.training.errors import InputError

@@ -6,8 +6,6 @@ in 4. Each process also runs the whole rows by itself and compares.
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from subprocesses import LAUNCHER_VARIABLES
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -276,20 +274,10 @@ def main(output: Path) -> None:
 # The tests
 
 
-def launch(processes: int, *words: str) -> None:
-    """Python with `words` in so many processes, one thread each, to their good end."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*launcher, *words], capture_output=True, text=True, timeout=300, env={**environment, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("sequence_parallel") / "results.json"
-    launch(PROCESSES, __file__, str(output))
+    forked.run(__file__, output, processes=PROCESSES)
     return json.loads(output.read_text())
 
 
@@ -354,7 +342,7 @@ def test_runs_in_parts_equal_a_run_of_one_process(settings: Callable[..., dict[s
         for stage in (2, 3)
     ]
     (tmp_path / "runs.py").write_text(RUNS.format(settings=json.dumps(stages)))
-    launch(2, str(tmp_path / "runs.py"))
+    forked.run(tmp_path / "runs.py", processes=2)
 
     one = load_file(tmp_path / "one" / "model.safetensors")
     for folder in ("zero2", "zero3"):

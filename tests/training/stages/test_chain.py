@@ -1,4 +1,4 @@
-"""The whole pipeline as one recipe, with every stage: on one process, on two, and killed in the middle of stages."""
+"""The whole pipeline as one recipe, with every stage, on two processes; on one, and killed in the middle of stages."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import environment, run
 from safetensors.torch import load_file
+from subprocesses import environment, run
 from tiny_models import make_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -157,21 +157,20 @@ def check_output(output: Path, processes: int) -> None:
 
 
 @pytest.mark.slow
-def test_every_stage_in_one_recipe_and_none_twice(undisturbed: Path) -> None:
-    check_output(undisturbed, processes=1)
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.json") if ".run" not in path.parts}
-    run_recipe(undisturbed.parent)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-@pytest.mark.slow
-def test_every_stage_on_two_processes(tmp_path: Path, tiny_llama: str) -> None:
+def test_every_stage_in_one_recipe_and_none_twice(tmp_path: Path, tiny_llama: str) -> None:
     directory = prepare_directory(tmp_path, tiny_llama)
     run_recipe(directory, "--set", "processes=2")
     check_output(directory / "out", processes=2)
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.json") if ".run" not in path.parts}
+    run_recipe(directory, "--set", "processes=2")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
+def test_every_stage_on_one_process(undisturbed: Path) -> None:
+    check_output(undisturbed, processes=1)
+
+
 @pytest.mark.long
 def test_killed_in_eight_stages_it_ends_with_the_same_files(undisturbed: Path, tmp_path: Path, tiny_llama: str) -> None:
     directory = prepare_directory(tmp_path, tiny_llama)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from killing import run_and_kill, run_stage
+from forked import run, run_and_kill
 from safetensors.torch import load_file
 from tiny_models import WORDS
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline, set_seed
@@ -130,9 +130,9 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(settings: Settin
     options = settings(save_strategy="steps", save_steps=8, num_train_epochs=2, lora_r=4, engine="torch")
     classifier(ClassifierConfig(**{**options, "output_dir": str(tmp_path / "whole")}))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
-    words = ["classifier", "--config", str(tmp_path / "recipe.yaml")]
-    run_and_kill("training_step", 12, words)
-    assert f"continuing from {options['output_dir']}/checkpoint-8" in run_stage(words)
+    words = ["classifier", "--config", tmp_path / "recipe.yaml"]
+    run_and_kill("training_step", 12, *words)
+    assert f"continuing from {options['output_dir']}/checkpoint-8" in run(*words)
     whole, continued = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert whole.keys() == continued.keys()
     assert all(torch.equal(whole[name], continued[name]) for name in whole)

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from killing import run, run_and_kill, run_stage
+from forked import run, run_and_kill
 from safetensors.torch import load_file
 from tiny_models import WORDS
 from torch import Tensor, nn
@@ -235,7 +233,7 @@ def test_the_best_checkpoint_is_kept(settings: Settings, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_under_torchrun_equal_one(settings: Settings, tmp_path: Path) -> None:
+def test_two_processes_equal_one(settings: Settings, tmp_path: Path) -> None:
     """ZeRO-3, and a held-out split of 21 pairs that does not divide into the batches.
 
     The training pairs do divide: the Trainer gives processes equally many rows, some twice where they do not.
@@ -244,10 +242,7 @@ def test_two_processes_under_torchrun_equal_one(settings: Settings, tmp_path: Pa
     expected = reward_model(RewardModelConfig(**settings(engine="torch", learning_rate=1e-3)))
     double = settings(zero_stage=3, per_device_train_batch_size=3, learning_rate=1e-3, output_dir=str(tmp_path / "two"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(double))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    stage = ["-m", "exo_fast.training.cli", "reward-model", "--config", str(tmp_path / "recipe.yaml")]
-    done: subprocess.CompletedProcess = run([*launcher, *stage])
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run("reward-model", "--config", tmp_path / "recipe.yaml", processes=2)
     found = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert (found["processes"], found["steps"]) == (2, expected["steps"])
     for name in ("loss", "accuracy", "rewards/chosen", "rewards/rejected"):
@@ -262,10 +257,10 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(settings: Settin
     options = settings(save_strategy="steps", save_steps=4, eval_strategy="no")
     reward_model(RewardModelConfig(**{**options, "output_dir": str(tmp_path / "whole")}))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
-    words = ["reward-model", "--config", str(tmp_path / "recipe.yaml")]
-    run_and_kill("training_step", 7, words)
+    words = ["reward-model", "--config", tmp_path / "recipe.yaml"]
+    run_and_kill("training_step", 7, *words)
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert f"continuing from {options['output_dir']}/checkpoint-4" in run_stage(words)
+    assert f"continuing from {options['output_dir']}/checkpoint-4" in run(*words)
     whole, continued = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert whole.keys() == continued.keys()
     assert all(torch.equal(whole[name], continued[name]) for name in whole)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from killing import run_and_kill, run_stage
+from forked import run, run_and_kill
 from safetensors.torch import load_file
 from tiny_models import make_rows
 from torch import Tensor
@@ -128,15 +128,13 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
     sft(SftConfig(**{**options, "output_dir": str(tmp_path / "whole")}))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
     words = ["sft", "--config", str(tmp_path / "recipe.yaml")]
-    run_and_kill(method, call, words)
+    run_and_kill(method, call, *words)
     assert not Path(options["output_dir"], "summary.json").exists()
-    assert f"continuing from {options['output_dir']}/checkpoint-{4 if method == 'training_step' else 2}" in run_stage(
-        words
-    )
+    assert f"continuing from {options['output_dir']}/checkpoint-{4 if method == 'training_step' else 2}" in run(*words)
     whole, continued = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert whole.keys() == continued.keys()
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
-    assert "this run is finished" in run_stage(words)
+    assert "this run is finished" in run(*words)
 
 
 def test_errors(settings: Settings, tmp_path: Path) -> None:

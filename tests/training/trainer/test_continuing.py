@@ -9,20 +9,18 @@ import os
 import random
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import killing
+import forked
 import numpy as np
 import pytest
 import torch
 import yaml
-from killing import run as run_command
-from killing import run_and_kill, run_stage
 from safetensors.torch import load_file
 from tiny_models import make_rows
+from tree import ROOT
 
 from exo_fast.layout import SharingReport
 from exo_fast.training.errors import Stopped
@@ -428,10 +426,10 @@ def test_a_process_killed_at_an_epochs_end(options: Settings, tmp_path: Path) ->
     right, found = options(output_dir=str(tmp_path / "right")), options()
     run("align", right)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(found))
-    words = ["align", "--config", str(tmp_path / "recipe.yaml")]
-    run_and_kill("_save_rng_state", 4, words)
-    run_and_kill("evaluation_loop", 1, words)
-    assert f"continuing from {found['output_dir']}/checkpoint-4\n" in run_stage(words)
+    words = ["align", "--config", tmp_path / "recipe.yaml"]
+    forked.run_and_kill("_save_rng_state", 4, *words)
+    forked.run_and_kill("evaluation_loop", 1, *words)
+    assert f"continuing from {found['output_dir']}/checkpoint-4\n" in forked.run(*words)
     assert_same(found, right)
 
 
@@ -441,15 +439,26 @@ def test_two_processes_make_an_evaluation_up_together(options: Settings, tmp_pat
     changes = {"engine": "deepspeed", "zero_stage": 2, "per_device_train_batch_size": 2, "logging_strategy": "epoch"}
     changes |= {"save_strategy": "epoch", "load_best_model_at_end": True}
     found, right = (options(**changes, output_dir=str(tmp_path / name)) for name in ("found", "right"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
-    def start(config: dict[str, Any], *program: str) -> str:
+    def start(config: dict[str, Any], **deaths: Any) -> str:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
-        done = run_command([*launcher, *program, "align", "--config", str(tmp_path / "recipe.yaml")])
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-        return done.stdout
+        return forked.run("align", "--config", tmp_path / "recipe.yaml", processes=2, **deaths)
 
-    start(right, "-m", "exo_fast.training.cli")
-    assert "stopped by SIGTERM after step 4 of 8" in start(found, killing.__file__, "training_step:SIGTERM", "4")
-    assert "checkpoint-4\n" in start(found, "-m", "exo_fast.training.cli")
+    start(right)
+    both = dict.fromkeys((0, 1), ("training_step", 4))
+    assert "stopped by SIGTERM after step 4 of 8" in start(found, deaths=both, end=signal.SIGTERM)
+    assert "checkpoint-4\n" in start(found)
     assert_same(found, right)
+
+
+def test_a_run_that_an_earlier_version_began_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/data/begun` is a run of 0.2.0 (before the folders of training/) that was killed after its checkpoint at
+    step 4 of 8, with its recipe, settings and manifest."""
+    shutil.copytree(ROOT / "tests" / "data" / "begun", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    said = forked.run("align", "--config", "align.yaml", "--resume_from_checkpoint", "auto")
+    assert "continuing from run/checkpoint-4\n" in said
+    forked.run("align", "--config", "align.yaml", "--output_dir", "whole")
+    continued, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    for name, tensor in whole.items():  # another processor adds in another order
+        torch.testing.assert_close(continued[name], tensor, atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")

@@ -1,21 +1,17 @@
 """Two processes over gloo give what one process gives."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from exo_fast.training.stages.align import AlignConfig, align
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.mark.slow
@@ -33,13 +29,7 @@ def test_two_processes_under_torchrun_equal_one(settings: Callable[..., dict[str
         reference_cache_dir=str(tmp_path / "cache2"),
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(double))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    stage = ["-m", "exo_fast.training.cli", "align", "--config", str(tmp_path / "recipe.yaml")]
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    done = subprocess.run(
-        [*launcher, *stage], capture_output=True, text=True, timeout=300, env={**environment, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    forked.run("align", "--config", tmp_path / "recipe.yaml", processes=2)
 
     found = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert (found["processes"], found["steps"]) == (2, expected["steps"])
