@@ -19,6 +19,7 @@ from typing import Any
 from exo_fast.benchmarks.gpu import page, worker
 from exo_fast.benchmarks.gpu.plan import STEPS
 from exo_fast.benchmarks.harness import runner
+from exo_fast.kernels.tuned import write_table
 from exo_fast.training import machine
 from exo_fast.training.errors import InputError
 from exo_fast.training.files import why_not_writable
@@ -148,7 +149,7 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     runner.write(options.output_dir / RESULTS, results)
     (options.output_dir / REPORT).write_text(page.report(results))
     if (made := page.tuned(results)) is not None:
-        runner.write(options.output_dir / f"{made['target']}.json", made)
+        write_table(options.output_dir / f"{made.target}.json", made)
     if options.markdown:
         page.rewrite_page(options.markdown, results)
 

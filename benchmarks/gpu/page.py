@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from exo_fast.benchmarks.gpu.plan import CARD, DRY, GIB, STEPS, Shape
 from exo_fast.benchmarks.harness.tables import markdown, rewrite
+
+if TYPE_CHECKING:
+    from exo_fast.kernels.tuned import Table
 
 LABEL, NOT_YET = "gpu", "*Not measured yet.*"
 TABLES = ("card", "errors", "tests", "steps", "kernels", "products", "host", "sanitizer", "training")
@@ -306,9 +310,8 @@ def _settings(results: dict) -> list[str]:
         if usual and kept and usual["seconds"] > WORTH * min(kept)[0]:
             budget = min(budget for seconds, budget in kept if seconds <= 1.01 * min(kept)[0])
             gain = usual["seconds"] / min(kept)[0]
-            lines.append(
-                f"SET, at {shape.name}: --memory_budget {budget // GIB}GiB (a number of bytes in Python), {gain:.2f} times as fast as the default."
-            )
+            text = f"SET, at {shape.name}: --memory_budget {budget // GIB}GiB (a number of bytes in Python)"
+            lines.append(f"{text}, {gain:.2f} times as fast as the default.")
     sdpa, flex = (of(results, "align").get(f"exo_fast, {attention}") for attention in ("sdpa", "flex_attention"))
     if sdpa and flex:
         better, worse, name = (
@@ -316,9 +319,7 @@ def _settings(results: dict) -> list[str]:
         )
         lines.append(f"SET: attn_implementation={name}, {worse['seconds'] / better['seconds']:.2f} times as fast here.")
     if (made := tuned(results)) is not None:
-        changed = [row for row in made["linear_logsumexp"] if row["config"] != row["listed_first"]]
-        text = f"{len(changed)} of {len(made['linear_logsumexp'])} differ from the first of the list"
-        lines.append(f"The fastest configurations are in {made['target']}.json: {text}.")
+        lines.append(f"SET: EXO_FAST_TUNED to the folder of {made.target}.json, which has the fastest configurations.")
     return lines
 
 
@@ -336,31 +337,43 @@ def _unknown(results: dict) -> list[str]:
     return lines
 
 
-# The tuned configurations.
+# The tuned table.
 
 
-def tuned(results: dict) -> dict[str, Any] | None:
-    """Return the fastest configuration of `linear_logsumexp` by dtype, D and whether U is stored, and the schedules'
-    times; None if nothing was timed."""
-    rows = [row for name, row in of(results, "times").items() if "/linear_logsumexp/" in name and not row.get("wrong")]
-    about = of(results, "machine").get("versions", {})
-    if not rows or "target" not in about:
+def tuned(results: dict) -> Table | None:
+    """Return the choices that this run makes for its target, as `kernels/tuned/` holds them: the fastest configuration
+    of `linear_logsumexp` and the faster schedule at each D; None if no configuration was timed.
+
+    fp16 gets what bf16 gets: operands are as large, and the tensor cores as fast.
+    """
+    from exo_fast.kernels.launch import Config
+    from exo_fast.kernels.tuned import Row, Schedule, Table, ranges
+
+    about = of(results, "machine").get("versions")
+    large = {shape.name for shape in (DRY if results["dry_run"] else CARD).shapes}
+    timed = [row for name, row in of(results, "times").items() if name.split("/")[0] in large and not row.get("wrong")]
+    rows = []
+    for dtype, store in (("bf16", False), ("bf16", True), ("fp16", False)):
+        best: dict[int, dict] = {}
+        for row in timed:
+            if (
+                row.get("store") is store
+                and row["seconds"] < best.get(row["D"], row | {"seconds": math.inf})["seconds"]
+            ):
+                best[row["D"]] = row
+        configs = {D: Config(row["constants"], row["num_warps"], row["num_stages"]) for D, row in best.items()}
+        rows += [Row("linear_logsumexp", dtype, store, up_to, config) for up_to, config in ranges(configs)]
+    if not rows or about is None:
         return None
-    best: dict[tuple, dict] = {}
-    for row in rows:
-        key = (row["dtype"], row["D"], row["store"], row["rows"])
-        entry = best.setdefault(key, {**dict(zip(("dtype", "D", "store", "rows"), key, strict=True)), "times_ms": {}})
-        entry["times_ms"][row["config"]] = round(1e3 * row["seconds"], 4)
-        entry.setdefault("listed_first", row["config"])
-        if "seconds" not in entry or row["seconds"] < entry["seconds"]:
-            entry |= {key: row[key] for key in ("seconds", "config", "constants", "num_warps", "num_stages")}
-    kinds = ("schedule", "budget", "seconds")
-    schedules = [
-        {"tokens": shape.tokens, "D": shape.width, "V": shape.vocab, **{kind: row[kind] for kind in kinds}}
-        for shape in shapes(results)
-        for _, row in steps_of(results, shape)
-        if ours(row)
-    ]
-    head = {"target": about["target"], "source": "measured", "dry_run": results["dry_run"], "card": about.get("card")}
-    head |= {"date": results["date"], "versions": {name: results["versions"][name] for name in ("torch", "triton")}}
-    return {**head, "linear_logsumexp": list(best.values()), "schedules": schedules}
+    faster = {}
+    for shape in shapes(results):
+        found = [row for _, row in steps_of(results, shape) if row.get("schedule") in ("kept", "chunked")]
+        if shape.name in large and len({row["schedule"] for row in found}) == 2:
+            faster[shape.width] = found[0]["schedule"]  # the fastest comes first
+    source = {
+        "kind": "measurement", "card": about["card"]["name"] if "card" in about else "no card: a dry run",
+        "torch": results["versions"]["torch"], "triton": results["versions"]["triton"], "date": results["date"][:10],
+        "command": results["command"],
+    }  # fmt: skip
+    schedules = tuple(Schedule("bf16", up_to, schedule) for up_to, schedule in ranges(faster))
+    return Table(about["target"], source, tuple(rows), schedules)

@@ -94,9 +94,9 @@ def of_shape(run: Run, shape: Shape, first: bool) -> Cases:
         torch.cuda.empty_cache()
 
 
-def ours(schedule: str = "kept", budget: int | None = None) -> peers.Operation:
-    """Return our loss by one of its schedules, as a method that `problems.run` takes. In a dry run the kernels run on
-    the CPU, so the backend is named."""
+def ours(schedule: str | None = None, budget: int | None = None) -> peers.Operation:
+    """Return our loss by one of its schedules (None: the table's), as a method that `problems.run` takes. In a dry run
+    the kernels run on the CPU, so the backend is named."""
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor, ref_logps: Tensor, rewards: Tensor,
             **options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -104,9 +104,12 @@ def ours(schedule: str = "kept", budget: int | None = None) -> peers.Operation:
             logps = linear_logprobs(hidden, weight, targets, memory_budget=budget, backend="triton")
             sums = peers.sequence_logps(logps, cu_seqlens).view_as(ref_logps)
             return group_loss(sums, ref_logps, rewards, **options), sums.detach()
-        call = peers.chunked if schedule == "chunked" else linear_group_loss
-        given = (hidden, weight, targets, cu_seqlens, ref_logps, rewards)
-        return call(*given, memory_budget=budget, backend="triton", **options)
+        before, backend.SCHEDULE = backend.SCHEDULE, schedule
+        try:
+            given = (hidden, weight, targets, cu_seqlens, ref_logps, rewards)
+            return linear_group_loss(*given, memory_budget=budget, backend="triton", **options)
+        finally:
+            backend.SCHEDULE = before
 
     return run
 

@@ -16,6 +16,7 @@ from tree import ROOT
 
 from exo_fast.benchmarks.gpu import command, page, plan
 from exo_fast.benchmarks.harness.tables import block
+from exo_fast.kernels.tuned import Schedule, read_table, write_table
 from exo_fast.training.errors import InputError
 from exo_fast.training.machine import describe
 
@@ -65,8 +66,8 @@ def test_a_dry_run_goes_through_every_step_in_a_copied_tree(tree: Path) -> None:
     assert files == {"results.json", "log.txt", "report.md", "sm_90.json", "tests-together.xml", "tests-alone.xml"}
     assert said.count("done before") == 0
     assert "A dry run" in said
-    made = json.loads((out / "sm_90.json").read_text())
-    assert {(entry["D"], entry["store"]) for entry in made["linear_logsumexp"]} == {(32, True), (32, False)}
+    made = read_table(out / "sm_90.json")
+    assert {(row.dtype, row.store) for row in made.rows} == {("bf16", False), ("bf16", True), ("fp16", False)}
     assert page.NOT_YET not in (out / "report.md").read_text()
 
 
@@ -151,7 +152,8 @@ def timed(name: str, seconds: float, **more: Any) -> dict:
 def configured(config: str, seconds: float, store: bool) -> dict:
     name = f"D4096/linear_logsumexp/{store}/{config}"
     row = {"name": name, "store": store, "D": 4096, "dtype": "bf16", "rows": 8192, "config": config, "tflops": 400.0}
-    return {**row, "seconds": seconds, "constants": {"BLOCK_N": 128}, "num_warps": 8, "num_stages": 3}
+    constants = {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64, "PIECE": 64 if config == "a" else 32}
+    return {**row, "seconds": seconds, "constants": constants, "num_warps": 8, "num_stages": 3}
 
 
 @pytest.fixture
@@ -178,7 +180,12 @@ def results() -> dict[str, Any]:
         ],
     }  # fmt: skip
     steps = {name: {"state": "done", "rows": {row["name"]: row for row in found}} for name, found in rows.items()}
-    head = {"date": "2026-12-01", "commit": "abc", "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
+    head = {
+        "date": "2026-12-01T08:00",
+        "commit": "abc",
+        "command": "exo-fast gpu",
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+    }
     return {**head, "dry_run": False, "steps": steps}
 
 
@@ -208,12 +215,18 @@ def test_a_fault_of_ours_is_named_first_and_a_fault_of_a_peer_is_not_ours(result
     assert page.verdict(results)[0].startswith("WRONG")
 
 
-def test_the_tuned_table_takes_the_fastest(results: dict[str, Any]) -> None:
+def test_the_tuned_table_takes_the_fastest(results: dict[str, Any], tmp_path: Path) -> None:
+    results["steps"]["times"]["rows"]["D4096/step/exo_fast, chunked, 4 GiB"] = timed(
+        "D4096/step/exo_fast, chunked, 4 GiB", 0.03, schedule="chunked", budget=4 * plan.GIB
+    )
     made = page.tuned(results)
     assert made is not None
-    assert (made["target"], made["source"]) == ("sm_90", "measured")
-    assert [(entry["store"], entry["config"]) for entry in made["linear_logsumexp"]] == [(True, "b"), (False, "a")]
-    assert [entry["budget"] for entry in made["schedules"]] == [4 * plan.GIB, None]
+    write_table(tmp_path / "sm_90.json", made)
+    read = read_table(tmp_path / "sm_90.json")
+    pieces = {(row.dtype, row.store): (row.up_to, row.config.constants["PIECE"]) for row in read.rows}
+    assert pieces == {("bf16", True): (None, 32), ("bf16", False): (None, 64), ("fp16", False): (None, 64)}
+    assert read.schedules == (Schedule("bf16", None, "chunked"),)
+    assert (read.source["kind"], read.source["card"]) == ("measurement", "a card")
     assert page.tuned({**results, "steps": {}}) is None
 
 
