@@ -89,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             offload=options.offload,
             processes=options.processes,
             device=device,
-            memory_budget=parse_size(options.memory_budget)
-            if options.memory_budget
-            else default_budget(device, memory),
+            memory_budget=parse_size(options.memory_budget) if options.memory_budget else default_budget(device, memory),
         )
         found = [memory_model.estimate(config, replace(setting, method=name)) for name in memory_model.METHODS]
     except ValueError as error:
