@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo reviews test faults consistency fuzz certify bench bench-op bench-step roofline lint format \
+.PHONY: help demo reviews test faults consistency fuzz certify bench bench-op bench-step gpu-first roofline lint format \
 	typecheck docs docs-serve dist smoke clean
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make fuzz        test 30,000 hostile inputs"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
 	@echo "make bench       run all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
+	@echo "make gpu-first   test, time and tune on a GPU in ten minutes: runs/gpu-first, docs/gpu.md (PYTHON=..., no .venv)"
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
 	@echo "make lint        check by ruff, and the layers of imports;  make format rewrites"
 	@echo "make typecheck   run mypy on the public library"
@@ -65,6 +66,16 @@ bench: $(VENV)/.ready
 
 bench-op bench-step: bench-%: $(VENV)/.ready
 	$(BIN)/exo-fast bench $* --output_dir benchmarks/results $(CONTINUE)
+
+# For a machine without a network: the python at hand, this tree as it is, nothing installed. Without a GPU a dry run.
+GPU_OUT ?= runs/gpu-first
+gpu-first:
+	if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	  PYTHONPATH=$(CURDIR) $(PYTHON) -m exo_fast.training.cli gpu --minutes 10 --output_dir $(GPU_OUT) \
+	    --markdown docs/gpu.md; \
+	else \
+	  PYTHONPATH=$(CURDIR) $(PYTHON) -m exo_fast.training.cli gpu --minutes 10 --output_dir $(GPU_OUT) --dry-run; \
+	fi
 
 roofline: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.roofline.predict

@@ -5,4 +5,11 @@ everything is checked against in `exo_fast.reference`. Nothing is imported here,
 never pays for another.
 """
 
+from pathlib import Path
+
 from exo_fast.version import __version__ as __version__
+
+# A checkout has training/, benchmarks/ and kernels/ beside this folder, where an installed package has them inside: so
+# a copied tree works by PYTHONPATH alone.
+if not (Path(__file__).parent / "training").exists():
+    __path__.append(str(Path(__file__).resolve().parents[1]))

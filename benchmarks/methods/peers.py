@@ -22,6 +22,11 @@ loss and the log-probs it is made of.
     cce-exact             the same with no gradient dropped, GPU only
     cce-compiled          impl="torch_compile" on a GPU
     cce-fp32              cce on operands widened to float32, as in full-logits-fp32, CPU only
+    torch-chunked         PyTorch's own linear_cross_entropy with its options for chunks (2.13 and newer), log-probs of
+                          tokens; it forms its logits again in backward
+    liger-ce              Liger's fused linear cross entropy in Triton, GPU only; the same
+    liger-cute            Liger's scaled cross entropy in CuTe, Hopper and newer; the same
+    quack                 quack's cross entropy in CuTe behind a product: full logits in the operands' dtype, GPU only
     exo_fast              linear_group_loss: one pass
     exo_fast-chunked      the same on a GPU with the other schedule for bf16, logits in a chunk instead of U kept
     exo_fast-two-pass     linear_logprobs, then group_loss
@@ -48,11 +53,12 @@ from exo_fast.loss import group_loss, linear_group_loss
 from exo_fast.precision import matmul_precision
 
 METHODS = (
-    "full-logits", "full-logits-compiled", "full-logits-fp32", "original", "trl", "checkpoint",
-    "liger", "liger-compiled", "cce", "cce-exact", "cce-compiled", "cce-fp32",
+    "full-logits", "full-logits-compiled", "full-logits-fp32", "original", "trl", "checkpoint", "torch-chunked",
+    "liger", "liger-compiled", "liger-ce", "liger-cute", "cce", "cce-exact", "cce-compiled", "cce-fp32", "quack",
     "exo_fast", "exo_fast-chunked", "exo_fast-two-pass",
 )  # fmt: skip
-PACKAGES = {"cce": "cut_cross_entropy", "liger": "liger_kernel", "trl": "trl"}
+PACKAGES = {"cce": "cut_cross_entropy", "liger": "liger_kernel", "trl": "trl", "quack": "quack"}
+GPU_ONLY = ("liger-ce", "liger-cute", "quack")
 COMPILED = ("full-logits-compiled", "liger-compiled", "cce", "cce-fp32")  # on a CPU, where torch.compile needs C++
 CHUNKS = 8  # torchtune's default
 LIGER_ROWS = 1024
@@ -66,6 +72,17 @@ def unavailable(method: str, precision: str, device: str) -> str | None:
     package = PACKAGES.get(method.split("-")[0])
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
+    if method == "torch-chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no linear_cross_entropy with options: 2.13 has"
+    if method in GPU_ONLY and device != "cuda":
+        return "its kernels are compiled for a GPU only"
+    if method == "liger-cute":
+        if precision != "bf16":
+            return "Liger's CuTe kernels take bf16 only"
+        if importlib.util.find_spec("cutlass") is None:
+            return "nvidia-cutlass-dsl is not installed"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9:
+            return "Liger's CuTe kernels need Hopper or newer"
     if method in ("cce", "cce-exact") and device == "cuda" and precision == "fp32":
         return "the backward kernels of cut_cross_entropy take bf16 and fp16 only"
     if method in ("cce-exact", "cce-compiled") and device != "cuda":
@@ -144,6 +161,10 @@ def token_logps_of(method: str) -> TokenLogps:
         "cce-exact": functools.partial(cut_cross_entropy, exact=True),
         "cce-compiled": functools.partial(cut_cross_entropy, compiled=True),
         "cce-fp32": wide_cut_cross_entropy,
+        "torch-chunked": torch_chunked,
+        "liger-ce": liger_cross_entropy,
+        "liger-cute": liger_scaled_cross_entropy,
+        "quack": quack_cross_entropy,
         "exo_fast": linear_logprobs,
         "exo_fast-two-pass": linear_logprobs,
     }[method]
@@ -188,6 +209,32 @@ def cut_cross_entropy(
 
 def wide_cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return cut_cross_entropy(hidden.float(), weight.float(), targets)
+
+
+def torch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return -torch.nn.functional.linear_cross_entropy(
+        hidden, weight, targets, reduction="none", options=options
+    ).float()  # fmt: skip
+
+
+def liger_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    options = (None, None, -100, 0.0, 0.0, "none")  # bias, class weights, ignored, z loss, smoothing, reduction
+    return -LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets, *options)[0].float()
+
+
+def liger_scaled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets).float()
+
+
+def quack_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return -linear_cross_entropy_func(hidden, weight, None, targets, reduction="none").float()
 
 
 def original(

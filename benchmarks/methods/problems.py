@@ -148,13 +148,16 @@ def few_rows(inputs: Inputs, rows: int | None = None, groups: int = 2) -> Inputs
     )
 
 
-def run(method: str, operation: str, inputs: Inputs, memory_budget: int | None = None) -> tuple[Tensor, Tensor]:
-    """Run a forward pass. Return the loss and its detached log-probs: (N,) of tokens or (G, K) of sequences."""
+def run(
+    method: str | peers.Operation, operation: str, inputs: Inputs, memory_budget: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a forward pass of a method, or of a function of the same arguments. Return the loss and its detached
+    log-probs: (N,) of tokens or (G, K) of sequences."""
     if operation == "logprobs":
         logps = peers.token_logps_of(method)(inputs.hidden, inputs.weight, inputs.targets)
         return (logps * inputs.coefficients).sum(), logps.detach()
     options = dict(LOSS)
-    call = peers.operation(method)
+    call = method if callable(method) else peers.operation(method)
     if memory_budget is not None:
         call = functools.partial(linear_group_loss, memory_budget=memory_budget)
     return call(
@@ -168,7 +171,9 @@ def run(method: str, operation: str, inputs: Inputs, memory_budget: int | None =
     )
 
 
-def errors(method: str, operation: str, work: str, inputs: Inputs, memory_budget: int | None = None) -> dict:
+def errors(
+    method: str | peers.Operation, operation: str, work: str, inputs: Inputs, memory_budget: int | None = None
+) -> dict:
     """Measure the errors of a method on (few rows of) a problem against float64 of the same numbers.
 
     loss, dH and dW: relative (Euclidean norm). logps: root mean square in nats, over tokens for `logprobs`; over

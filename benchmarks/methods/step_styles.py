@@ -2,7 +2,7 @@
 
 A step is forward, backward and an SGD update of the policy (SGD, so that no optimizer hides the differences), with
 the reference's forward if the style has it in its step. The loss is exo-pref (arXiv 2402.00856, eq. 16 for K = 2) with
-beta_pi = 0.1 and a target of 1 − 1e-3 on the best candidate. Everything runs on the CPU.
+beta_pi = 0.1 and a target of 1 − 1e-3 on the best candidate. Everything runs on the policy's device.
 
     original          the step that the EXO repository describes: every row padded to 512 tokens, the logits of all
                       positions of policy and reference, divided by the temperature, log-softmax over all of them
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from exo_fast.benchmarks.methods.problems import synchronize
 from exo_fast.head import read_head
 from exo_fast.layout import Group, Packed, pack, plan_mask
 from exo_fast.reference import sequence_logps
@@ -113,7 +114,7 @@ def full_logits_cached(policy: PreTrainedModel, reference: PreTrainedModel, task
 
 def exo_fast(policy: PreTrainedModel, reference: PreTrainedModel, task: Task, *, share_prompt: bool = True) -> Forward:
     """Make the forward with shared prompts, fused loss and reference log-probs computed beforehand."""
-    batch = _batch(task, share_prompt)
+    batch = _batch(task, share_prompt, policy.device)
     with torch.no_grad():
         ref_logps = _module(reference).eval()(reference=True, **batch)[0]
     module = _module(policy).train()
@@ -128,22 +129,22 @@ def exo_fast_unshared(policy: PreTrainedModel, reference: PreTrainedModel, task:
 def exo_fast_unfused(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
     """Make the forward with shared prompts, full logits at the positions that predict, and reference log-probs computed
     beforehand."""
-    batch = packed_batch(_batch(task, share_prompt=True))
+    batch = packed_batch(_batch(task, True, policy.device))
     module, ref_logps = _module(policy).train(), _known_logps(reference, task)
     weight = read_head(policy).weight
 
     def forward() -> Tensor:
         logits = module.predicting_hidden(batch) @ weight.T / TEMPERATURE
         token_logps = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
-        policy_logps = sequence_logps(token_logps, batch.cu_seqlens).view_as(task.rewards)
-        return exo_pref(policy_logps - ref_logps, task.rewards)
+        policy_logps = sequence_logps(token_logps, batch.cu_seqlens).view_as(ref_logps)
+        return exo_pref(policy_logps - ref_logps, task.rewards.to(policy.device))
 
     return forward
 
 
 def exo_fast_reference(policy: PreTrainedModel, reference: PreTrainedModel, task: Task) -> Forward:
     """Make the forward with shared prompts, fused loss and the reference in the step."""
-    batch = _batch(task, share_prompt=True)
+    batch = _batch(task, True, policy.device)
     module, ref_module = _module(policy).train(), _module(reference).eval()
 
     def forward() -> Tensor:
@@ -188,13 +189,17 @@ def _full_logits(
         attention_mask[index, : len(row)] = 1
     completion_mask = attention_mask.clone()
     completion_mask[:, : len(task.groups[0].prompt)] = 0
+    input_ids, attention_mask, completion_mask = (
+        tensor.to(policy.device) for tensor in (input_ids, attention_mask, completion_mask)
+    )
+    rewards = task.rewards.to(policy.device)
     # Without padding there is nothing to mask, and attention is faster unmasked.
     mask = attention_mask if padded_length else None
 
     def sequence_logps(model: PreTrainedModel) -> Tensor:
         logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits / TEMPERATURE
         token_logps = logits.log_softmax(-1)[:, :-1].gather(2, input_ids[:, 1:, None]).squeeze(2)
-        return (token_logps * completion_mask[:, 1:]).sum(1).view_as(task.rewards)
+        return (token_logps * completion_mask[:, 1:]).sum(1).view_as(rewards)
 
     def forward() -> Tensor:
         policy_logps = sequence_logps(policy)
@@ -202,7 +207,7 @@ def _full_logits(
         if known is None:
             with torch.no_grad():
                 known = sequence_logps(reference)
-        return exo_pref(policy_logps - known, task.rewards)
+        return exo_pref(policy_logps - known, rewards)
 
     policy.train()
     return forward
@@ -223,7 +228,7 @@ def _known_logps(reference: PreTrainedModel, task: Task) -> Tensor:
     prompt = len(task.groups[0].prompt)
     sums = []
     for row in task.rows:
-        ids = torch.tensor([row])
+        ids = torch.tensor([row], device=reference.device)
         logits = reference(input_ids=ids, use_cache=False).logits
         logps = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         sums.append(logps[0, prompt - 1 : -1].gather(1, ids[0, prompt:, None]).sum())
@@ -244,9 +249,10 @@ def _module(model: PreTrainedModel) -> AlignModule:
     )
 
 
-def _batch(task: Task, share_prompt: bool) -> dict[str, Tensor]:
+def _batch(task: Task, share_prompt: bool, device: torch.device) -> dict[str, Any]:
     packed = pack(task.groups, share_prompt=share_prompt)
-    return {**{field.name: getattr(packed, field.name) for field in fields(Packed)}, "rewards": task.rewards}
+    batch = {**{field.name: getattr(packed, field.name) for field in fields(Packed)}, "rewards": task.rewards}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def run(forward: Forward, policy: nn.Module, steps: int | None = None) -> Measured:
@@ -257,15 +263,18 @@ def run(forward: Forward, policy: nn.Module, steps: int | None = None) -> Measur
     optimizer = torch.optim.SGD(policy.parameters(), lr=LEARNING_RATE)
     seconds: list[float] = []
     while len(seconds) < (steps or _steps_for(seconds)):
+        synchronize()
         begun = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         loss = forward()
         loss.backward()
+        synchronize()
         paused = time.perf_counter()
         if not seconds:
             first = loss.item(), gradient_of(policy)
         resumed = time.perf_counter()
         optimizer.step()
+        synchronize()
         seconds.append(time.perf_counter() - resumed + paused - begun)
     return Measured(*first, seconds)
 
@@ -280,7 +289,7 @@ def gradient_of(model: nn.Module) -> Gradient:
     generator = torch.Generator().manual_seed(0)
     squares, entries, weights = [], [], []
     for parameter in model.parameters():
-        gradient = parameter.grad.flatten()
+        gradient = parameter.grad.flatten().cpu()
         drawn = min(SAMPLES, len(gradient))
         index = torch.randint(len(gradient), (drawn,), generator=generator)
         squares.append(gradient.double().square().sum())

@@ -40,11 +40,21 @@ COMPLETION = 64
 OURS = "exo_fast"
 STRONG = (OURS, "cce", "full-logits")  # for problems on which not every method is timed, the strongest first
 ALL = (
-    OURS, "cce", "cce-fp32", "liger-compiled", "liger", "checkpoint", "full-logits-compiled", "full-logits",
-    "full-logits-fp32", "trl", "original",
+    OURS, "cce", "cce-fp32", "torch-chunked", "liger-compiled", "liger", "checkpoint", "full-logits-compiled",
+    "full-logits", "full-logits-fp32", "trl", "original",
 )  # fmt: skip
 GPU_ALL = tuple(method for method in peers.METHODS if method != "cce-fp32")  # on a GPU its operands are bf16
-GPU_QUICK = (OURS, "exo_fast-chunked", "exo_fast-two-pass", "cce", "liger", "full-logits", "full-logits-compiled")
+GPU_QUICK = (
+    OURS,
+    "exo_fast-chunked",
+    "exo_fast-two-pass",
+    "cce",
+    "liger-ce",
+    "liger-cute",
+    "torch-chunked",
+    "full-logits",
+    "full-logits-compiled",
+)
 GPU_TOKENS, KERNEL_ROWS = (8192, 2048, 32768), 2048
 PEER_ROWS = 256  # rows for the errors of a method that takes the same path for any number of rows
 FULL_LOGITS_TOO = ("trl", "original")  # in fp32 they equal full-logits, so they are timed in bf16, where they round
@@ -61,6 +71,9 @@ COPIES = {
     "checkpoint": 0.6,
     "liger": 0.6,
     "liger-compiled": 0.6,
+    "liger-ce": 0.6,
+    "liger-cute": 0.6,
+    "torch-chunked": 0.6,
 }
 
 

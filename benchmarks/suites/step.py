@@ -12,8 +12,9 @@ with prompts of 205, 192, 128 or 51 tokens and the rest as completion, in
 
 The policy is the demo model with 1% of noise on its weights, so that log-ratios are not zero; the reference is the
 demo model. A case gives the median time of its steps after a short batch that warms up (`step_styles` describes each
-style), completion tokens a second, its peak resident memory above the memory with the models loaded, and the errors of
-the first step's loss and gradient against float64 of the same weights (`step_truth`).
+style), completion tokens a second, its peak memory above the memory with the models loaded (resident, or PyTorch's
+count on a GPU), and the errors of the first step's loss and gradient against float64 of the same weights (`step_truth`,
+on the CPU). TRL's styles run on the CPU only.
 
 The gain of each part of ours is measured in two ways, because gains overlap: `LADDER` adds one part after another to
 the original's step, and `WITHOUT` removes one part from ours.
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exo_fast.benchmarks.harness import process_memory
+from exo_fast.benchmarks.methods import problems
 from exo_fast.training import machine
 
 if TYPE_CHECKING:
@@ -118,9 +120,11 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def impossible(case: Case) -> str | None:
-    """Return why a case cannot run: TRL's styles need TRL."""
+    """Return why a case cannot run: TRL's styles need TRL, and oneDNN's products a CPU."""
     if case.style.startswith("trl") and machine.version("trl") is None:
         return "TRL is not installed: pip install trl"
+    if problems.device() == "cuda" and (case.style.startswith("trl") or case.precision == "fp32+bf16"):
+        return "runs on a CPU only"
     return None
 
 
@@ -194,6 +198,7 @@ def trial(case: Case, workdir: Path) -> tuple[Callable[[], object], dict]:
     del doubles
     errors = {"loss": abs(exact.loss - loss) / abs(loss), "gradient": exact.gradient.error(gradient)}
     assert max(errors.values()) < EXACT, f"{case.style} computes something else: {errors}"
+    policy, reference = policy.to(problems.device()), reference.to(problems.device())
     forward = style(policy, reference, task)
     step_styles.run(forward, policy, steps=1)
     return lambda: step_styles.run(forward, policy, steps=1), {"errors": errors, "tokens": task.completion_tokens}
@@ -204,6 +209,7 @@ def _run(case: Case, policy: PreTrainedModel, reference: PreTrainedModel, task: 
     from exo_fast.benchmarks.methods import step_styles
 
     add_noise(policy)
+    policy, reference = policy.to(problems.device()), reference.to(problems.device())
     # The original pads a short batch to the same length as a long one.
     warm_up = step_styles.STYLES["full-logits" if case.style == "original" else case.style]
     warm_up(policy, reference, task.shortened())().backward()
@@ -211,10 +217,9 @@ def _run(case: Case, policy: PreTrainedModel, reference: PreTrainedModel, task: 
     forward = step_styles.STYLES[case.style](policy, reference, task)
     if case.style not in step_styles.WITH_REFERENCE:
         reference.to("meta")
-    loaded = process_memory.resident_mb()
-    process_memory.reset_peak()
+    peak = problems.Peak()
     measured = step_styles.run(forward, policy)
-    return measured, process_memory.peak_mb() - loaded
+    return measured, peak.mb()
 
 
 def _run_trl(

@@ -94,6 +94,7 @@ STAGES: dict[str, Stage] = {
     ),
     "memory": Stage("the memory that a training step needs, before it is tried", "memory.command", "main"),
     "bench": Stage("measure what exo_fast gains over the tools in use today", "exo_fast.benchmarks.cli", "main"),
+    "gpu": Stage("test, time and tune the kernels on this GPU", "exo_fast.benchmarks.gpu.command", "main"),
     "demo": Stage("a real 135M model aligned on a CPU in minutes, with a report", "demo", "main"),
     "doctor": Stage("what is installed, what would run here and whether its numbers are right", "cli.doctor", "main"),
     "completion": Stage("a script that completes these commands in a shell", "cli.completion", "main"),

@@ -157,7 +157,7 @@ def test_the_front_page_says_the_statuses(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_page_has_every_command_status_and_variable() -> None:
-    root = Path(cli.__file__).resolve().parents[1]
+    root = Path(cli.__file__).resolve().parents[2]
     page = root / "docs" / "cli.md"
     if not page.is_file():
         pytest.skip("needs a checkout: the page is not installed")

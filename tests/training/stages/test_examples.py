@@ -31,6 +31,7 @@ MADE = {
     "completion": None,
 }
 NEEDS_DOWNLOADS = {"demo", "bench"}  # `make demo` and `make bench` run their examples
+NEEDS_GPU = {"gpu"}  # tests/benchmarks/test_gpu.py runs it without one
 
 
 def first_example(stage: str) -> str:
@@ -96,4 +97,4 @@ def test_help_shows_the_example(stage: str, capsys: pytest.CaptureFixture) -> No
 
 
 def test_no_stage_is_left_out() -> None:
-    assert STAGES.keys() == MADE.keys() | NEEDS_DOWNLOADS
+    assert STAGES.keys() == MADE.keys() | NEEDS_DOWNLOADS | NEEDS_GPU
