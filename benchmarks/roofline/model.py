@@ -231,12 +231,6 @@ def programs_at_once(board: Board, config: Config) -> int:
     )
 
 
-def splits(board: Board, n: int, vocab: int, config: Config) -> int:
-    """Return the number of ranges of the vocabulary, so that each multiprocessor gets about WAVES programs."""
-    wanted = linear_logsumexp.WAVES * board.target.multiprocessors // math.ceil(n / config.constants["BLOCK_N"])
-    return min(max(1, wanted), math.ceil(vocab / config.constants["BLOCK_V"]))
-
-
 def linear_logsumexp_launch(
     board: Board, head: Head, n: int, store: bool, config: Config | None = None, flattened: bool | None = None
 ) -> Launch:
@@ -247,7 +241,7 @@ def linear_logsumexp_launch(
     rows, columns, depth = (config.constants[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D"))
     walks = math.ceil(n / (linear_logsumexp.GROUP * rows))
     tiles = math.ceil(n / rows) * math.ceil(head.vocab / columns)
-    ranges = splits(board, n, head.vocab, config)
+    ranges = linear_logsumexp.splits(board.target, n, head.vocab, config)
     programs = math.ceil(n / rows) * ranges
     alone = programs_at_once(board, config) == 1
     drained = config.num_stages - 1 if alone and not flattened else 0
@@ -311,9 +305,9 @@ def restore_targets(head: Head, n: int) -> Launch:
 
 
 def flagged_launches() -> Launch:
-    """Return the launch that recomputes rows whose shift was too small: two kernels and their merges, which find no
-    such rows."""
-    return replace(stream("flagged rows", 0, 0), passes=4)
+    """Return the launch that recomputes rows whose shift was too small: two kernels and a merge, which find no such
+    rows."""
+    return replace(stream("flagged rows", 0, 0), passes=3)
 
 
 def cast_weight(head: Head) -> Launch:

@@ -155,52 +155,58 @@ def product_statistics(
     kept: Tensor | None = None,
     flags: Tensor | None = None,
     residual: Tensor | None = None,
-    flagged: bool = False,
-    partial: Tensor | None = None,
-) -> Tensor:
-    """Run `linear_logsumexp` and its merge. Without `kept`: maxima and sums (with `flagged`, only shifts of flagged
-    rows). With it: U from the shifts in rows.stats, the residuals of its rounding, and `flags` for rows that need
-    another shift. Returns the partial sums, which a flagged launch completes."""
+    again: bool = False,
+) -> None:
+    """Run `linear_logsumexp` and its merge. Without `kept`: maxima and sums. With it: U from the shifts in rows.stats,
+    the residuals of its rounding, and `flags` for rows that need another shift. With `again`, further launches find
+    that shift and make these rows again; they return at once if no row is flagged."""
     head, store = rows.head, kept is not None
     written = [] if kept is None else [kept]
     descriptors = rows.target.descriptors and describable(rows.hidden, rows.weight, *written)
-    stride_kept = 0 if kept is None else kept.stride(0)
 
-    def run(config: Config) -> Tensor:
+    def run(config: Config, again: bool = False) -> None:
         sizes = config.constants
         row_blocks = triton.cdiv(rows.n, sizes["BLOCK_N"])
-        column_blocks = triton.cdiv(rows.vocab, sizes["BLOCK_V"])
-        programs = linear_kernel.WAVES * rows.target.multiprocessors
-        splits = min(column_blocks, max(1, programs // row_blocks))
-        sums = rows.floats(3, splits, rows.n) if partial is None else partial
+        splits = linear_kernel.splits(rows.target, rows.n, rows.vocab, config)
+        partial = rows.floats(3, splits, rows.n)
         hidden, weight, out = rows.hidden, rows.weight, kept
         if descriptors:
             hidden = TensorDescriptor.from_tensor(hidden, [sizes["BLOCK_N"], sizes["BLOCK_D"]])
             weight = TensorDescriptor.from_tensor(weight, [sizes["BLOCK_V"], sizes["BLOCK_D"]])
             out = TensorDescriptor.from_tensor(kept, [sizes["BLOCK_N"], sizes["PIECE"]]) if store else None
-        launch(
-            linear_kernel.linear_logsumexp, (row_blocks * splits,), config,
-            hidden=hidden, weight=weight, bias=head.bias, targets=rows.targets, shift=rows.stats, flags=flags,
-            partial=sums, kept=out, n=rows.n, vocab=rows.vocab, width=rows.width,
-            stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
-            stride_kept=stride_kept, splits=splits, scale=head.scale, softcap=rows.softcap,
-            GROUP=linear_kernel.GROUP, STORE=store, FLAGGED=flagged,
-            PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors, **rows.flags,
-        )  # fmt: skip
-        launch(
-            linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), linear_kernel.MERGE,
-            partial=sums, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
-            residual=residual, n=rows.n, splits=splits, stride_stats=rows.stats.stride(0),
-            stride_kept=stride_kept, scale=head.scale, softcap=rows.softcap,
-            STORE=store, FLAGGED=flagged and not store, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"],
-            OVERFLOW=linear_kernel.OVERFLOW,
-        )  # fmt: skip
-        return sums
+
+        def walk(store: bool, flagged: bool) -> None:
+            launch(
+                linear_kernel.linear_logsumexp, (row_blocks * splits,), config,
+                hidden=hidden, weight=weight, bias=head.bias, targets=rows.targets, shift=rows.stats, flags=flags,
+                partial=partial, kept=out if store else None, n=rows.n, vocab=rows.vocab, width=rows.width,
+                stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
+                stride_kept=kept.stride(0) if store else 0, splits=splits, scale=head.scale, softcap=rows.softcap,
+                GROUP=linear_kernel.GROUP, STORE=store, FLAGGED=flagged,
+                PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors,
+                FLATTEN=linear_kernel.flatten(rows.target), **rows.flags,
+            )  # fmt: skip
+
+        def merge(flagged: bool) -> None:
+            launch(
+                linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), linear_kernel.MERGE,
+                partial=partial, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
+                residual=residual, n=rows.n, splits=splits, stride_stats=rows.stats.stride(0),
+                stride_kept=kept.stride(0) if store else 0, scale=head.scale, softcap=rows.softcap, STORE=store,
+                FLAGGED=flagged, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"], OVERFLOW=linear_kernel.OVERFLOW,
+            )  # fmt: skip
+
+        walk(store, False)
+        merge(False)
+        if again:
+            walk(False, True)
+            walk(True, True)
+            merge(True)
 
     if rows.target.descriptors and not descriptors:
-        return run(linear_kernel.POINTERS)
+        return run(linear_kernel.POINTERS, again)
     static = linear_kernel.config(rows.target, rows.dtype, rows.width, store)
-    return run(rows.config(linear_kernel, static, None if flagged else run))
+    return run(rows.config(linear_kernel, static, run), again)
 
 
 class Kept:
@@ -224,10 +230,8 @@ class Kept:
             width=rows.width, stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
             scale=head.scale, softcap=rows.softcap, **rows.flags,
         )  # fmt: skip
-        sums = product_statistics(rows, logps, kept, flags, residual)
-        # Rows whose target's logit lies too far below others: these launches return at once if no row is flagged.
-        product_statistics(rows, logps, None, flags, flagged=True)
-        product_statistics(rows, logps, kept, flags, residual, flagged=True, partial=sums)
+        # `again`: rows whose target's logit lies too far below others.
+        product_statistics(rows, logps, kept, flags, residual, again=True)
 
     def refill(self, rows: Rows) -> Rows:
         """Make U again, from a known shift. Returns the rows with the statistics of this product."""

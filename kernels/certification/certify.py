@@ -13,6 +13,7 @@ launches. Claims, for each binary:
                accesses of 128 bits or more, counted as width × instructions over its loops, or over all its code if
                no loop touches device memory, scalars (a row's target and statistics: one address) left out
   descriptors  a variant with `descriptors` loads through TMA if the target has it
+  flattened    a variant with `flattened` has one loop: no barrier is initialised in it, and copies begin before it
   atomics      no atomic operation on device memory: the same input gives the same bits
   ordered      no loop loads from device memory what another thread of the program has stored
 
@@ -160,6 +161,7 @@ def described(job: Job) -> tuple[Row, Variant, Config]:
     claims += ["products"] * variant.products + ["wide"] * variant.memory_bound
     claims += ["descriptors"] * (variant.descriptors and target.descriptors)
     name, default = Path(job.kernel).stem, job.config == 0
+    claims += ["flattened"] * variant.flattened
     row = Row(name, variant.name, job.target, job.dtype, str(config), default, job.buffers, claims)
     return row, variant, config
 
@@ -222,6 +224,9 @@ def check(row: Row, off_tensor_cores: int) -> None:
         row.fail("wide", f"{code.wide_share:.0%} of bytes in 128-bit accesses, {widths}", f"{WIDE_SHARE:.0%}")
     if "descriptors" in row.claims and not code.tma:
         row.fail("descriptors", "no TMA load", "cp.async.bulk.tensor (UTMALDG)")
+    if "flattened" in row.claims and (code.barriers_in_loops or not code.tma_ahead):
+        found = f"{code.barriers_in_loops} barriers initialised in loops, {code.tma_ahead} copies before them"
+        row.fail("flattened", found, "no barrier, and copies: a pipeline that is filled once")
 
 
 def run(todo: list[Job], workers: int) -> list[Row]:

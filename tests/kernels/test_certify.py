@@ -82,6 +82,7 @@ def test_planted_faults_are_caught_and_nothing_else(certified):
         ("copy of every second", "gfx942", good, "wide"),
         ("product without tensor cores", "sm_80", good, "products"),
         ("product by pointers", "sm_90", good, "descriptors"),
+        ("walk in two loops", "sm_90", good, "flattened"),
         ("copy of a length of 64 bits", "sm_80", good, "launch"),
         ("sum by atomics", "sm_80", good, "atomics"),
         ("sum in two layouts", "sm_80", good, "ordered"),
