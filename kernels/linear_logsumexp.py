@@ -219,13 +219,10 @@ def merge(
     ROWS: tl.constexpr, SPLITS: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     OVERFLOW: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits of a row, SPLITS at a time: always in the same order. With FLAGGED, only blocks with a flagged row,
-    whose shift becomes its maximum."""
+    """Add the splits of a row, SPLITS at a time: always in the same order. With FLAGGED, the shift of a flagged row
+    becomes its maximum; all rows are merged again, as others in a flagged row's block lost the entry at their target."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
-    if FLAGGED:
-        if tl.max(tl.load(flags + rows, mask=inside, other=0), 0) == 0:
-            return
     plane = tl.cast(splits, tl.int64) * n
     total = tl.zeros((ROWS,), tl.float32)
     picked = tl.zeros((ROWS,), tl.float32)

@@ -34,7 +34,6 @@ from exo_fast.kernels.targets import TARGETS, Target
 MIB = 2**20
 EPILOGUE = 8  # float32 instructions a logit beside the exponential: scale, mask, shift, sum, maximum or conversion
 LIBRARY_FILL = 64  # columns of the reduction that a library product loses while its pipeline fills
-FLATTENED = False  # whether `linear_logsumexp` has one loop over (block of the vocabulary, D)
 L2 = 0.75  # share of the L2 rate that a kernel reaches
 REGISTERS = 110  # of a thread of `linear_logsumexp`, beside its sums, in certified binaries
 LAUNCH = 5e-6  # seconds: the shortest predicted launch
@@ -237,12 +236,13 @@ def linear_logsumexp_launch(
     """Return the launch for the log-probs of n rows; with `store` also U in bf16. The configuration is the library's,
     and the loop the kernel's, if they are None."""
     config = default_config(board, head.width, store) if config is None else config
-    flattened = FLATTENED if flattened is None else flattened
+    flattened = linear_logsumexp.flatten(board.target) if flattened is None else flattened
     rows, columns, depth = (config.constants[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D"))
     walks = math.ceil(n / (linear_logsumexp.GROUP * rows))
     tiles = math.ceil(n / rows) * math.ceil(head.vocab / columns)
     ranges = linear_logsumexp.splits(board.target, n, head.vocab, config)
-    programs = math.ceil(n / rows) * ranges
+    blocks = math.ceil(head.vocab / columns)
+    even = blocks / (ranges * math.ceil(blocks / ranges))  # the longest range takes the time
     alone = programs_at_once(board, config) == 1
     drained = config.num_stages - 1 if alone and not flattened else 0
     u = 2 * n * head.vocab if store else 0
@@ -256,7 +256,7 @@ def linear_logsumexp_launch(
         cached=2 * head.width * tiles * (rows + columns),
         exponentials=n * head.vocab,
         fill=full(n, rows) * (head.width / (head.width + drained * depth)),
-        busy=busy(programs, board),
+        busy=busy(math.ceil(n / rows) * ranges, board) * even,
         alone=alone,
         logits=u,
         passes=2,  # with `merge`
