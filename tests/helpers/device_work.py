@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -51,3 +51,30 @@ def launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]
             patch.setattr(module, "traced", lambda value: False)
         with mode:
             yield mode.counts
+
+
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "unique", "__bool__", "__int__", "__float__", "__index__")
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the CPU that counts how often the host would wait for a GPU: reads of it, and of what is computed
+    from it. A copy by `.cpu()` is on the host."""
+
+    reads: ClassVar[Counter[str]] = Counter()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        chooses = name == "__getitem__" and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for i in (args[1] if isinstance(args[1], tuple) else args[1:])
+        )  # the size of the result is a value
+        if name in READS or chooses:
+            OnDevice.reads[name] += 1
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found.as_subclass(torch.Tensor) if name == "cpu" else found
+
+
+def on_device(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch whose tensors are on a GPU, as `OnDevice` sees it."""
+    return {k: v.as_subclass(OnDevice) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
