@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from exo_fast import ops, reference, vocab_parallel
-from exo_fast.backends import TRITON_INSTALLED, choose
-from exo_fast.backends.checks import Groups, check_groups_alone, checked_targets
+from exo_fast.backends import choose
+from exo_fast.backends.checks import Groups, checked_targets
 from exo_fast.logprobs import autocast_operands, needs_gradient, rounded
 from exo_fast.validate import (
     check_boundaries,
     check_budget,
     check_devices,
     check_floating,
+    check_group_values,
     check_groups,
     check_projection,
     check_tensor,
@@ -65,7 +66,7 @@ def group_loss(
         tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, ties
     )
     check_devices("policy_logps", policy_logps.device, ref_logps=ref_logps, rewards=rewards)
-    check_groups_alone("triton" if TRITON_INSTALLED else "torch", Groups(ref_logps, rewards, options, ties))
+    check_group_values(ref_logps, rewards, options, ties)
     losses = reference.group_loss(policy_logps, ref_logps, rewards, **asdict(options))
     return losses if reduction == "none" else getattr(losses, reduction)()
 

@@ -48,7 +48,6 @@ def check_values(
     beta_r,
     CANDIDATES: tl.constexpr,  # K
     BLOCK_K: tl.constexpr,  # K rounded up to a power of two
-    HAS_TARGETS: tl.constexpr,
     IGNORES: tl.constexpr,  # ignore_index is allowed
     WRITE: tl.constexpr,
     HAS_BOUNDARIES: tl.constexpr,
@@ -59,19 +58,18 @@ def check_values(
 ):
     lane = tl.arange(0, BLOCK)
     wrong = tl.zeros([BLOCK], dtype=tl.int32)
-    if HAS_TARGETS:
-        for first in range(0, n, BLOCK):
-            row = first + lane
-            valid = row < n
-            y = tl.load(targets + row, mask=valid, other=0).to(tl.int64)
-            inside = (y >= 0) & (y < vocab)
-            if IGNORES:
-                ignored = y == ignore_index
-                inside |= ignored
-                y = tl.where(ignored, -1, y)
-            if WRITE:
-                tl.store(wanted + row, y, mask=valid)
-            wrong |= (valid & ~inside).to(tl.int32)
+    for first in range(0, n, BLOCK):
+        row = first + lane
+        valid = row < n
+        y = tl.load(targets + row, mask=valid, other=0).to(tl.int64)
+        inside = (y >= 0) & (y < vocab)
+        if IGNORES:
+            ignored = y == ignore_index
+            inside |= ignored
+            y = tl.where(ignored, -1, y)
+        if WRITE:
+            tl.store(wanted + row, y, mask=valid)
+        wrong |= (valid & ~inside).to(tl.int32)
     if HAS_BOUNDARIES:
         sequences = groups * CANDIDATES
         for first in range(0, sequences, BLOCK):
@@ -119,16 +117,13 @@ def variants(target: Target, dtype: str) -> list[Variant]:
         ("loss", "*i64", "*i64", "*fp32", False, 2),
         ("loss int32", "*i32", "*i32", "*fp32", True, 64),
         ("loss, boundaries on the host", "*i64", None, "*bf16", False, 3),
-        ("groups", None, None, "*fp32", True, 3),
-        ("groups untied", None, None, "*fp32", False, 64),
     ):
         ignores = groups is None
-        write = targets is not None and (ignores or targets == "*i32")
+        write = ignores or targets == "*i32"
         constants = {
             "CANDIDATES": candidates, "BLOCK_K": triton.next_power_of_2(candidates),
-            "HAS_TARGETS": targets is not None, "IGNORES": ignores, "WRITE": write,
-            "HAS_BOUNDARIES": boundaries is not None, "HAS_GROUPS": groups is not None, "RATIOS": ratios,
-            "UNTIED": groups is not None and not ratios,
+            "IGNORES": ignores, "WRITE": write, "HAS_BOUNDARIES": boundaries is not None,
+            "HAS_GROUPS": groups is not None, "RATIOS": ratios, "UNTIED": groups is not None and not ratios,
         }  # fmt: skip
         pointers = {
             "targets": targets, "wanted": "*i64" if write else None, "cu_seqlens": boundaries, "ref_logps": groups,

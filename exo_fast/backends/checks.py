@@ -64,14 +64,6 @@ def checked_targets(
     return wanted if ignore_index is None else wanted.masked_fill(wanted == ignore_index, -1)
 
 
-def check_groups_alone(backend: str, groups: Groups) -> None:
-    """Check the values of groups, as `checked_targets` does."""
-    if _fused(backend, groups.rewards, groups):
-        _launch(None, None, 0, None, None, groups)
-    else:
-        check_group_values(*groups)
-
-
 def _fused(backend: str, value: Tensor, groups: Groups | None) -> bool:
     """Return whether the kernel checks: on a GPU, in eager mode, but for float64, which it does not read."""
     values = [value] if groups is None else [value, groups.ref_logps, groups.rewards]
@@ -79,7 +71,7 @@ def _fused(backend: str, value: Tensor, groups: Groups | None) -> bool:
 
 
 def _launch(
-    targets: Tensor | None,
+    targets: Tensor,
     wanted: Tensor | None,
     vocab: int,
     ignore_index: int | None,
@@ -96,20 +88,17 @@ def _launch(
 
     given = (None, None) if groups is None else groups[:2]
     ref_logps, rewards = (None if value is None else value.contiguous() for value in given)
-    first = ref_logps if targets is None else targets
-    assert first is not None  # for the type checker
     count, candidates = (0, 1) if ref_logps is None else ref_logps.shape
-    good = torch.empty((), dtype=torch.int32, device=first.device)
-    with on(first.device):
+    good = torch.empty((), dtype=torch.int32, device=targets.device)
+    with on(targets.device):
         launch(
             kernel.check_values, (1,), kernel.CONFIG,
-            targets=None if targets is None else targets.contiguous(), wanted=wanted,
+            targets=targets.contiguous(), wanted=wanted,
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(), ref_logps=ref_logps, rewards=rewards,
-            good=good, n=0 if targets is None else len(targets), vocab=vocab, ignore_index=ignore_index or 0,
-            groups=count, beta_r=1.0 if groups is None else float(groups.options.beta_r), CANDIDATES=candidates,
-            BLOCK_K=triton.next_power_of_2(candidates), HAS_TARGETS=targets is not None,
-            IGNORES=ignore_index is not None, WRITE=wanted is not None, HAS_BOUNDARIES=cu_seqlens is not None,
-            HAS_GROUPS=groups is not None, RATIOS=groups is not None and groups.ratios,
-            UNTIED=groups is not None and groups.untied,
+            good=good, n=len(targets), vocab=vocab, ignore_index=ignore_index or 0, groups=count,
+            beta_r=1.0 if groups is None else float(groups.options.beta_r), CANDIDATES=candidates,
+            BLOCK_K=triton.next_power_of_2(candidates), IGNORES=ignore_index is not None, WRITE=wanted is not None,
+            HAS_BOUNDARIES=cu_seqlens is not None, HAS_GROUPS=groups is not None,
+            RATIOS=groups is not None and groups.ratios, UNTIED=groups is not None and groups.untied,
         )  # fmt: skip
         torch._assert_async(good, f"{kernel.FAULT} (the same call with tensors on the CPU names it)")

@@ -33,7 +33,7 @@ def host_rows(batch: dict[str, Any]) -> tuple[Tensor, ...]:
     no copy of them, or a copy of other rows: accelerate divides tensors among processes, and nothing else."""
     copy = batch.get("host_rows")
     if copy is None or copy.shape != (len(batch["input_ids"]), len(ROWS), batch["input_ids"].shape[1]):
-        return torch.stack([batch[name] for name in ROWS]).cpu().unbind()
+        return torch.stack([batch[name].long() for name in ROWS]).cpu().unbind()
     return torch.from_numpy(copy).unbind(1)
 
 

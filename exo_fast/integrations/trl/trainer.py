@@ -16,6 +16,7 @@ from transformers.utils import logging
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from exo_fast import reference
 from exo_fast.data.selection import DUPLICATES, TIES
 from exo_fast.integrations.generation_config import settle_generation_config
 from exo_fast.integrations.trl.candidates import REFERENCE, CandidateCollator, CandidateRows, first_row, host_rows
@@ -308,7 +309,8 @@ class ExoDPOTrainer(DPOTrainer):
             }
             outputs = model(**batch, fused_groups=groups)
             loss, policy_logps = outputs.loss, outputs.logits
-            losses = group_loss(policy_logps, ref_logps, rewards, **self.group_loss, reduction="none")
+            checked = {name: value for name, value in self.group_loss.items() if name != "ties"}
+            losses = reference.group_loss(policy_logps, ref_logps, rewards, **checked)
         else:
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
