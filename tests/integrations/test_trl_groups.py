@@ -11,6 +11,7 @@ import torch
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
+from accelerate.utils import concatenate
 from datasets import Dataset
 from device_work import OnDevice, on_device
 from peft import LoraConfig
@@ -22,6 +23,7 @@ from trl_runs import candidates, config, exact_logps, pairs, run
 from exo_fast import reference
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.integrations.trl import CandidateCollator, ExoDPOConfig, ExoDPOTrainer, tokenize_candidates
+from exo_fast.integrations.trl.candidates import ROWS, host_rows
 from exo_fast.metrics import GROUP_METRICS, group_metrics
 
 EVERY = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
@@ -479,3 +481,17 @@ def test_pinned_batches_are_copied_without_waiting(tmp_path: Path, monkeypatch: 
     assert non_blocking()
     assert not non_blocking(dataloader_pin_memory=False)
     assert not non_blocking(accelerator_config={"non_blocking": False})
+
+
+def test_a_stream_for_several_processes_has_tensors_alone(
+    tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate joins the batches of several processes, and cannot join arrays."""
+    stream = make(tmp_path, tiny_llama, candidates().to_iterable_dataset())
+    assert "host_rows" in next(iter(stream.get_train_dataloader()))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    batch = next(iter(stream.get_train_dataloader()))
+    assert all(isinstance(value, Tensor) for value in batch.values())
+    joined = concatenate([batch, batch])
+    assert len(joined["input_ids"]) == 2 * len(batch["input_ids"])
+    assert torch.equal(torch.stack(host_rows(batch)), torch.stack([batch[name] for name in ROWS]))

@@ -19,8 +19,16 @@ VOCAB, SEQUENCES = 7, 6  # (2, 3) groups
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take tensors of the CPU for tensors that cannot be read without waiting."""
+    """Take tensors of the CPU for tensors that cannot be read without waiting. On a GPU the host reads the answer: a
+    failed assertion would leave nothing usable behind (`tests/gpu/test_backend.py` has one in a process of its own)."""
     monkeypatch.setattr(checks, "readable", lambda value: False)
+
+    def assert_here(good: Tensor, message: str) -> None:
+        if not bool(good):
+            raise RuntimeError(message)
+
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch, "_assert_async", assert_here)
 
 
 def groups(loss_type: str = "exo-pref", ties: str = "error", **changes: Tensor) -> Groups:
@@ -29,12 +37,9 @@ def groups(loss_type: str = "exo-pref", ties: str = "error", **changes: Tensor) 
     return Groups(ref_logps, rewards, LossOptions(loss_type, beta_r=0.1), ties)
 
 
-def check(
-    targets: list[int], bounds: list[int], *, dtype: torch.dtype = torch.int64, found: Groups | None = None
-) -> Tensor:
-    tensors = (torch.tensor(values, dtype=dtype, device=DEVICE) for values in (targets, bounds))
-    flat, cu_seqlens = tensors
-    return checked_targets("triton", flat, VOCAB, cu_seqlens=cu_seqlens, groups=found or groups())
+def check(targets: list[int], bounds: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    flat, cu_seqlens = (torch.tensor(values, dtype=dtype, device=DEVICE) for values in (targets, bounds))
+    return checked_targets("triton", flat, VOCAB, cu_seqlens=cu_seqlens, groups=groups())
 
 
 def check_groups(found: Groups) -> None:

@@ -400,10 +400,10 @@ class StageTrainer(Trainer):
         optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else None
         return bool(getattr(optimizer, "overflow", False)) or self._guard.overflow
 
-    def lost_loss(self) -> bool:
-        """Check whether a loss of the last step, in this process, is not finite."""
+    def lost_loss(self) -> bool | Tensor:
+        """Return whether a loss of the last step, in this process, is not finite: on the device, if it was not read."""
         if self._guard.batches is not self.step_batches:  # an optimizer that checks gradients itself
-            return not all(torch.stack([torch.isfinite(batch.loss) for batch in self.step_batches]).tolist())
+            return torch.stack([~torch.isfinite(batch.loss) for batch in self.step_batches]).any()
         return self._guard.lost
 
     def describe_rows(self, indices: list[int]) -> str:

@@ -60,11 +60,12 @@ class RunWatch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        asked, lost = self.asked, self.trainer.lost_loss()
+        found = self.asked, self.trainer.lost_loss()
         if args.world_size > 1:
-            flags = torch.tensor([asked, lost], dtype=torch.float32, device=args.device)
+            flags = torch.stack([torch.as_tensor(f, dtype=torch.float32).to(args.device) for f in found])
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-            asked, lost = flags.bool().tolist()
+            found = flags.tolist()
+        asked, lost = map(bool, found)
         if lost or self.trainer.left_out_step():
             self._not_finite(state.global_step, lost)
         else:

@@ -257,6 +257,7 @@ class CandidateCollator:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
+    host_copy: bool = True  # without it the batch has no `host_rows`
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows, masks = [], []
@@ -276,7 +277,8 @@ class CandidateCollator:
             "completion_mask": self._padded(masks, 0),
             "rewards": torch.tensor([example["rewards"] for example in examples], dtype=torch.float32),
         }
-        batch["host_rows"] = torch.stack([batch[name] for name in ROWS], dim=1).numpy()
+        if self.host_copy:
+            batch["host_rows"] = torch.stack([batch[name] for name in ROWS], dim=1).numpy()
         for name in REFERENCE:
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])

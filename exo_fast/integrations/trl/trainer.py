@@ -208,6 +208,12 @@ class ExoDPOTrainer(DPOTrainer):
         )
         return rows.prepared(dataset, num_proc=args.dataset_num_proc)
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        # Accelerate reads a stream in the first process, joins batches for the others, and joins nothing but tensors.
+        if self.args.world_size > 1 and _streamed(dataset):
+            self._candidates.host_copy = False
+        return super()._get_dataloader(dataset, *args, **options)
+
     _signature_columns: list[str]
     _total_train_tokens: Any  # int, in several processes a tensor
 
