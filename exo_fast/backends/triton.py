@@ -61,6 +61,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Gradients3 = tuple[Tensor | None, Tensor | None, Tensor | None]  # dH, dW, db
 
 configured: dict[tuple, Config] = {}  # (kernel, target, dtype, D) -> set by EXO_FAST_AUTOTUNE or by a test
+room: dict[torch.device, int] = {}  # bytes that this process could hold on a GPU when the driver was last asked
 
 
 def autotuning() -> bool:
@@ -414,13 +415,24 @@ def chunk_rows(
         scratch = tuned.SCRATCH if table is None else table.scratch
         budget = scratch.budget(torch.cuda.get_device_properties(rows.device).total_memory)
     if memory_budget is None and rows.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        free, _ = torch.cuda.mem_get_info(rows.device)
-        free += torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
         # By halves: a number of rows that followed every byte of free memory would change the bits from run to run.
+        free = free_memory(rows.device, 2 * budget)
         while budget > free // 2 and budget > 2**20:
             budget //= 2
     fit = whole_tiles(budget // kind.row_bytes(rows), rows.n)
     return fit if fit >= min(MIN_ROWS if fewest is None else fewest, rows.n) else 0
+
+
+def free_memory(device: torch.device, enough: int) -> int:
+    """Return the bytes of a GPU that this process can still allocate. The driver is asked only if its last answer, less
+    the memory that tensors have taken since, is not `enough`."""
+    # As a nested dict: `torch.cuda.memory_allocated` flattens and sorts all statistics for one number.
+    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    allocated, reserved = (statistics[name]["all"]["current"] for name in ("allocated_bytes", "reserved_bytes"))
+    if room.get(device, 0) - allocated < enough:
+        free, _ = torch.cuda.mem_get_info(device)
+        room[device] = free + reserved
+    return room[device] - allocated
 
 
 def chunks(start: int, stop: int, size: int) -> list[slice]:
