@@ -220,7 +220,7 @@ def merge(
     OVERFLOW: tl.constexpr,
 ):  # fmt: skip
     """Add the splits of a row, SPLITS at a time: always in the same order. With FLAGGED, the shift of a flagged row
-    becomes its maximum; all rows are merged again, as others in a flagged row's block lost the entry at their target."""
+    becomes its maximum. All rows are merged again: others in its block lost the entry at their target."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     plane = tl.cast(splits, tl.int64) * n

@@ -39,6 +39,7 @@ from exo_fast.backends import interpreted, scratch_budget
 from exo_fast.backends.products import add_matmul, matmul
 from exo_fast.backends.rows import TILE, group_units, row_chunks, whole_tiles
 from exo_fast.head import Head
+from exo_fast.kernels import finish_gradients as finish_kernel
 from exo_fast.kernels import group_loss as group_loss_kernel
 from exo_fast.kernels import linear_logprobs_backward as fused_kernel
 from exo_fast.kernels import linear_logsumexp as linear_kernel
@@ -88,18 +89,6 @@ class Rows:
     def __getitem__(self, rows: slice) -> "Rows":
         return Rows(self.hidden[rows], self.head, self.targets[rows], self.stats[:, rows])
 
-    @property
-    def here(self) -> Tensor:
-        """Return (n,) whether the target is in this head: not ignored, nor in another slice of the vocabulary."""
-        return (self.targets >= 0) & (self.targets < self.vocab)
-
-    @property
-    def places(self) -> Tensor:
-        """Return (n,) the target's column. Rows without one add zeros to columns of their own, as `index_put_` adds
-        in sequence to a column that rows share."""
-        spread = torch.arange(self.n, device=self.device) % self.vocab
-        return torch.where(self.here, self.targets, spread)
-
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
@@ -113,21 +102,14 @@ class Rows:
             configured[key] = min(space, key=lambda config: do_bench(lambda: launch(config), return_mode="median"))
         return configured.get(key, static)
 
-    def residual(self, coefficients: Tensor) -> Tensor | None:
-        """Return the part of ∂L/∂a at the target that rounding takes off, (n, 1) float32; None for float32 operands.
 
-        A target's entry is half of its row, near c for all tokens of a sequence, so its rounding does not average
-        out. So products of rounded gradients get it back, in float32. (`index_put_` sorts indices before it adds, on a
-        GPU too: one order, the same bits.)
-        """
-        if self.dtype == "fp32":
-            return None
-        shift, total, target = self.stats
-        entry = coefficients * self.head.scale * (1 - (target - shift).exp() / total)
-        if self.head.softcap is not None:
-            entry = entry * (1 - (target / (self.head.softcap * self.head.scale)).square())
-        entry = torch.where(self.here, entry, 0.0)
-        return (entry - entry.to(self.hidden.dtype)).unsqueeze(1)
+class TargetOrder:
+    """The rows of a step in the order of their targets, by which `add_targets` finds the rows of one target."""
+
+    def __init__(self, targets: Tensor):
+        self.sorted, self.order = torch.sort(targets, stable=True)
+        rows = torch.arange(len(targets), device=targets.device)
+        self.place = torch.empty_like(rows).scatter_(0, self.order, rows)
 
 
 def on(device: torch.device) -> AbstractContextManager:
@@ -244,26 +226,25 @@ class Kept:
         return self.buffer[:n], self.flags[:n], self.residual[:n]
 
     def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
-        """Add these rows to the gradients `into`. Half of ∂ℓ/∂a, as a sum of magnitudes, is its entry at the target:
-        only there the rounding of U and of the scaled rows is put back, in float32 (`Rows.residual`)."""
-        u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n, None]
-        factor = (coefficients * (-rows.head.scale / rows.stats[1])).unsqueeze(1)
-        y = rows.places
-        entry = u.gather(1, y.unsqueeze(1)).float()
+        """Add these rows to the gradients `into`."""
+        u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n]
         if into.hidden is not None and into.scratch is not None:
             product = matmul(u, rows.weight, out=into.scratch[: rows.n])
-            product += residual * rows.weight[y]
-            torch.mul(product, factor, out=into.hidden[place])
-        if into.weight is not None:
-            exact = rows.hidden * factor
-            scaled = exact.to(rows.hidden.dtype)
-            into.add_weight(u.T, scaled)
-            into.weight.index_put_((y,), exact.mul_(entry + residual) - entry * scaled, accumulate=True)
-        if into.bias is not None:
-            rounded = factor.to(u.dtype)
-            into.bias += matmul(rounded.T, u, out=rows.floats(1, rows.vocab)).squeeze(0)
-            rest = (entry + residual) * factor - entry * rounded
-            into.bias.index_put_((y,), rest.squeeze(1), accumulate=True)
+            finish_hidden(rows, coefficients, product, into, place, residual)
+        if into.weight is not None or into.bias is not None:
+            scaled = torch.empty(rows.hidden.shape, dtype=u.dtype, device=rows.device)
+            factors = None if into.bias is None else scaled.new_empty(1, rows.n)
+            launch(
+                finish_kernel.scale_hidden, finish_kernel.grid(rows.n, rows.width, finish_kernel.ROWS),
+                finish_kernel.ROWS, hidden=rows.hidden, stats=rows.stats, coefficients=coefficients, scaled=scaled,
+                factors=factors, width=rows.width, stride_hidden=rows.hidden.stride(0),
+                stride_stats=rows.stats.stride(0), scale=rows.head.scale, BIAS=factors is not None,
+            )  # fmt: skip
+            if factors is not None:
+                into.bias += matmul(factors, u, out=rows.floats(1, rows.vocab)).squeeze(0)
+            if into.weight is not None:
+                into.add_weight(u.T, scaled)
+            add_targets(rows, coefficients, into, place, u, residual)
 
 
 class Logits:
@@ -351,16 +332,13 @@ class Chunked(Logits):
             stride_partial=stride, scale=rows.head.scale, softcap=rows.softcap,
             HAS_BIAS_GRAD=partial is not None, **rows.flags,
         )  # fmt: skip
-        g, residual, y = self.grad[: rows.n, : rows.vocab], rows.residual(coefficients), rows.places
+        g = self.grad[: rows.n, : rows.vocab]
         if into.hidden is not None and into.scratch is not None:
             product = matmul(g, rows.weight, out=into.scratch[: rows.n])
-            if residual is not None:
-                product += residual * rows.weight[y]
-            torch.mul(product, into.undo, out=into.hidden[place])
+            finish_hidden(rows, coefficients, product, into, place)
         if into.weight is not None:
             into.add_weight(g.T, rows.hidden)
-            if residual is not None:
-                into.weight.index_put_((y,), residual * rows.hidden, accumulate=True)
+            add_targets(rows, coefficients, into, place)
         if into.bias is not None and partial is not None:
             into.bias += partial[:, : rows.vocab].sum(0)
 
@@ -375,6 +353,9 @@ class Gradients:
         self.weight = rows.floats(*rows.weight.shape) if need[1] else None
         self.bias = rows.floats(rows.vocab).zero_() if need[2] and rows.head.bias is not None else None
         self.scratch = rows.floats(chunk_rows, rows.width) if need[0] else None
+        # float32 entries are not rounded, so that nothing is added at the targets.
+        summed = self.weight is not None or self.bias is not None
+        self.order = TargetOrder(rows.targets) if summed and rows.dtype != "fp32" else None
         self.weight_started = False
         self.undo: Tensor | float = 1.0  # the inverse of the coefficients' factor
 
@@ -401,6 +382,44 @@ class Gradients:
                 if sums is not None:
                     sums *= self.undo
         return self.hidden, self.weight, self.bias
+
+
+def finish_hidden(
+    rows: Rows, coefficients: Tensor, product: Tensor, into: Gradients, place: slice, residual: Tensor | None = None
+) -> None:
+    """Write dH of these rows from the float32 product; with `residual`, from the product of U."""
+    assert into.hidden is not None
+    out, undo = into.hidden[place], into.undo
+    if rows.dtype == "fp32":  # nothing was rounded, and no factor is undone
+        out.copy_(product)
+        return
+    launch(
+        finish_kernel.finish_hidden, finish_kernel.grid(rows.n, rows.width, finish_kernel.ROWS), finish_kernel.ROWS,
+        product=product, weight=rows.weight, targets=rows.targets, stats=rows.stats, coefficients=coefficients,
+        residual=residual, undo=undo if isinstance(undo, Tensor) else None, out=out, vocab=rows.vocab,
+        width=rows.width, stride_weight=rows.weight.stride(0), stride_stats=rows.stats.stride(0),
+        stride_out=out.stride(0), scale=rows.head.scale, softcap=rows.softcap, KEPT=residual is not None,
+        UNDO=isinstance(undo, Tensor), HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"] and residual is None,
+    )  # fmt: skip
+
+
+def add_targets(
+    rows: Rows, coefficients: Tensor, into: Gradients, place: slice, u: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Add to dW what rounding took off the entries at the targets of these rows; with `u`, to db too."""
+    if into.order is None:
+        return
+    config, bias = finish_kernel.TARGETS, into.bias if u is not None else None
+    launch(
+        finish_kernel.add_targets, finish_kernel.grid(rows.n, 1 if into.weight is None else rows.width, config), config,
+        hidden=rows.hidden, targets=rows.targets, stats=rows.stats, coefficients=coefficients, residual=residual,
+        kept=u, place=into.order.place, sorted=into.order.sorted, order=into.order.order, grad=into.weight,
+        grad_bias=bias, n=len(into.order.sorted), first=place.start, last=place.stop, vocab=rows.vocab,
+        width=rows.width, stride_hidden=rows.hidden.stride(0), stride_stats=rows.stats.stride(0),
+        stride_kept=0 if u is None else u.stride(0), scale=rows.head.scale, softcap=rows.softcap, KEPT=u is not None,
+        WEIGHT=into.weight is not None, BIAS=bias is not None, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"] and u is None,
+    )  # fmt: skip
 
 
 def chunk_rows(
@@ -459,7 +478,7 @@ def fused_gradients(
         "PRECISION": linear_kernel.precision(rows.target, rows.dtype), **rows.flags,
     }  # fmt: skip
     config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype, rows.width))
-    block, residual, y = config.constants["BLOCK_OWN"], rows.residual(coefficients), rows.places
+    block, place = config.constants["BLOCK_OWN"], slice(0, rows.n)
     if into.hidden is not None:
         total = rows.floats(rows.n, rows.width).zero_()
         launch(
@@ -468,9 +487,7 @@ def fused_gradients(
             stride_own=rows.hidden.stride(0), stride_other=rows.weight.stride(0), OWNS_ROWS=True, BIAS_GRAD=False,
             **shared,
         )  # fmt: skip
-        if residual is not None:
-            total += residual * rows.weight[y]
-        torch.mul(total, into.undo, out=into.hidden)
+        finish_hidden(rows, coefficients, total, into, place)
     if into.weight is not None or into.bias is not None:
         total = rows.floats(*rows.weight.shape) if into.weight is None else into.weight
         launch(
@@ -479,8 +496,8 @@ def fused_gradients(
             n_other=rows.n, stride_own=rows.weight.stride(0), stride_other=rows.hidden.stride(0), OWNS_ROWS=False,
             BIAS_GRAD=into.bias is not None, **shared,
         )  # fmt: skip
-        if residual is not None:
-            total.index_put_((y,), residual * rows.hidden, accumulate=True)
+        if into.weight is not None:
+            add_targets(rows, coefficients, into, place)
     return into.result()
 
 
