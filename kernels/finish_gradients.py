@@ -17,6 +17,8 @@ Bytes: `finish_hidden` 4 + 2 + 2 an element of dH, `scale_hidden` 2 + 2, `add_ta
 target. Grid: (n, D / BLOCK_D).
 """
 
+import itertools
+
 import triton
 import triton.language as tl
 
@@ -185,16 +187,17 @@ def variants(target: Target, dtype: str) -> list[Variant]:
     sizes = {"stride_stats": "i32", "scale": "fp32", "softcap": "fp32"}
     for kept in (False, True) if dtype == "bf16" else (False,):
         for softcap in (False,) if kept else (False, True):
-            for out in dict.fromkeys((pointer, "*fp32")):
+            for out, undo in itertools.product((pointer, "*fp32"), (False, True) if dtype == "fp16" else (False,)):
                 made.append(
                     Variant(
-                        name="hidden" + " kept" * kept + " softcap" * softcap + " float32" * (out == "*fp32"),
+                        name="hidden" + " kept" * kept + " softcap" * softcap + " undone" * undo
+                        + " float32" * (out == "*fp32"),
                         kernel=finish_hidden,
                         signature={
                             "product": "*fp32", "weight": pointer, **row, "undo": "*fp32", "out": out, "vocab": "i32",
                             "width": "i32", "stride_weight": "i32", "stride_out": "i32", **sizes,
                         },
-                        constants={"KEPT": kept, "UNDO": dtype == "fp16", "HAS_SOFTCAP": softcap},
+                        constants={"KEPT": kept, "UNDO": undo, "HAS_SOFTCAP": softcap},
                         aligned=("product", "weight", "undo", "out", "width", "stride_weight", "stride_out"),
                         memory_bound=True,
                     )

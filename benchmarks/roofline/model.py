@@ -288,20 +288,19 @@ def group_loss_launch(n: int) -> Launch:
     return stream("group_loss", 4 * n + 16 * sequences, 4 * n + 8 * sequences, logits=0.0)
 
 
-def narrow_hidden(head: Head, n: int) -> Launch:
-    """Return the launch that casts dH of n rows from float32 to bf16, times a factor a row."""
-    return stream("narrow dH", 4 * n * head.width, 2 * n * head.width, logits=0.0)
+def finish_hidden(head: Head, n: int) -> Launch:
+    """Return the launch that makes dH of n rows in bf16 from the float32 product and the head's rows at the targets."""
+    return stream("finish_hidden", 6 * n * head.width, 2 * n * head.width, logits=0.0)
 
 
-def scale_rows(head: Head, n: int) -> Launch:
-    """Return the launch for c·scale/s on H and for restoring the target's rounding loss in dH and dW: a dozen passes
-    over (n, D)."""
-    return replace(stream("scale rows", 40 * n * head.width, 32 * n * head.width, logits=0.0), passes=12)
+def scale_hidden(head: Head, n: int) -> Launch:
+    """Return the launch for c·scale/s on H."""
+    return stream("scale_hidden", 2 * n * head.width, 2 * n * head.width, logits=0.0)
 
 
-def restore_targets(head: Head, n: int) -> Launch:
-    """Return the launch that restores in dH and dW the rounding loss of ∂L/∂z at the target."""
-    return replace(stream("restore targets", 22 * n * head.width, 18 * n * head.width, logits=0.0), passes=6)
+def add_targets(head: Head, n: int) -> Launch:
+    """Return the launch that puts back in dW the rounding loss at the targets, if no two of n rows share one."""
+    return stream("add_targets", 6 * n * head.width, 4 * n * head.width, logits=0.0)
 
 
 def flagged_launches() -> Launch:
@@ -394,7 +393,7 @@ def in_chunks(
     """Return a schedule in chunks: `forward` makes U or ∂L/∂z of a chunk in bf16, then come both products, and dW to
     bf16 at the end."""
     chunks, n = rows_of_budget(budget, row, tokens)
-    every = [replace(launch, count=chunks) for launch in (*forward(n), hidden_product(head, n), narrow_hidden(head, n))]
+    every = [replace(launch, count=chunks) for launch in (*forward(n), hidden_product(head, n), finish_hidden(head, n))]
     sums = [weight_product(head, n, first=True), replace(weight_product(head, n, first=False), count=chunks - 1)]
     return Schedule(name, (*every, *sums, cast_weight(head)), n * row, chunks)
 
@@ -409,7 +408,7 @@ def chunked(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
             gather_launch(head, n),
             group_loss_launch(n),
             gradient_launch(board, head, n),
-            restore_targets(head, n),
+            add_targets(head, n),
         ]
 
     return in_chunks("chunked", head, tokens, budget, chunked_row(head), forward)
@@ -424,7 +423,8 @@ def kept(board: Board, head: Head, tokens: int, budget: int, config: Config | No
             linear_logsumexp_launch(board, head, n, True, config),
             flagged_launches(),
             group_loss_launch(n),
-            scale_rows(head, n),
+            scale_hidden(head, n),
+            add_targets(head, n),
         ]
 
     return in_chunks("kept", head, tokens, budget, kept_row(head), forward)
@@ -435,7 +435,7 @@ def recomputed(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
     8·N·D·V flops."""
 
     def forward(n: int) -> list[Launch]:
-        return [linear_logsumexp_launch(board, head, n, store=True), scale_rows(head, n)]
+        return [linear_logsumexp_launch(board, head, n, store=True), scale_hidden(head, n), add_targets(head, n)]
 
     backward = in_chunks("two-pass", head, tokens, budget, kept_row(head), forward)
     first = [linear_logsumexp_launch(board, head, tokens, store=False), group_loss_launch(tokens)]
@@ -491,8 +491,8 @@ def fused(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
         group_loss_launch(tokens),
         stream("clear dH and dW", 0, 4 * (tokens + head.vocab) * head.width, logits=0.0),
         *backward_launches(board, head, tokens),
-        restore_targets(head, tokens),
-        narrow_hidden(head, tokens),
+        add_targets(head, tokens),
+        finish_hidden(head, tokens),
         cast_weight(head),
     )
     return Schedule("fused", launches, 4 * tokens * head.width)

@@ -202,7 +202,7 @@ class Kept:
 
     @staticmethod
     def row_bytes(like: Rows) -> int:
-        return padded(like.vocab) * like.hidden.itemsize + like.width * 18  # with the temporaries of `gradients`
+        return padded(like.vocab) * like.hidden.itemsize + like.width * 6  # with the product and scaled rows
 
     def fill(self, rows: Rows, logps: Tensor) -> None:
         """Compute log-probs, statistics and U in one pass: 2·n·D·V flops."""
@@ -228,7 +228,7 @@ class Kept:
     def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
         """Add these rows to the gradients `into`."""
         u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n]
-        if into.hidden is not None and into.scratch is not None:
+        if into.hidden is not None:
             product = matmul(u, rows.weight, out=into.scratch[: rows.n])
             finish_hidden(rows, coefficients, product, into, place, residual)
         if into.weight is not None or into.bias is not None:
@@ -289,7 +289,7 @@ class Chunked(Logits):
     @staticmethod
     def row_bytes(like: Rows) -> int:
         narrow = 0 if like.hidden.dtype == torch.float32 else like.hidden.itemsize
-        return padded(like.vocab) * (4 + narrow) + like.width * (4 if narrow == 0 else 12)
+        return padded(like.vocab) * (4 + narrow) + like.width * (4 if narrow else 0)
 
     def fill(self, rows: Rows, logps: Tensor) -> None:
         self.read(rows)
@@ -333,9 +333,11 @@ class Chunked(Logits):
             HAS_BIAS_GRAD=partial is not None, **rows.flags,
         )  # fmt: skip
         g = self.grad[: rows.n, : rows.vocab]
-        if into.hidden is not None and into.scratch is not None:
-            product = matmul(g, rows.weight, out=into.scratch[: rows.n])
-            finish_hidden(rows, coefficients, product, into, place)
+        if into.hidden is not None:
+            exact = rows.dtype == "fp32"  # nothing was rounded
+            product = matmul(g, rows.weight, out=into.hidden[place] if exact else into.scratch[: rows.n])
+            if not exact:
+                finish_hidden(rows, coefficients, product, into, place)
         if into.weight is not None:
             into.add_weight(g.T, rows.hidden)
             add_targets(rows, coefficients, into, place)
@@ -352,7 +354,7 @@ class Gradients:
         self.hidden = like.new_empty(rows.hidden.shape) if need[0] else None
         self.weight = rows.floats(*rows.weight.shape) if need[1] else None
         self.bias = rows.floats(rows.vocab).zero_() if need[2] and rows.head.bias is not None else None
-        self.scratch = rows.floats(chunk_rows, rows.width) if need[0] else None
+        self.scratch = rows.floats(chunk_rows if need[0] and rows.dtype != "fp32" else 0, rows.width)
         # float32 entries are not rounded, so that nothing is added at the targets.
         summed = self.weight is not None or self.bias is not None
         self.order = TargetOrder(rows.targets) if summed and rows.dtype != "fp32" else None
@@ -390,9 +392,6 @@ def finish_hidden(
     """Write dH of these rows from the float32 product; with `residual`, from the product of U."""
     assert into.hidden is not None
     out, undo = into.hidden[place], into.undo
-    if rows.dtype == "fp32":  # nothing was rounded, and no factor is undone
-        out.copy_(product)
-        return
     launch(
         finish_kernel.finish_hidden, finish_kernel.grid(rows.n, rows.width, finish_kernel.ROWS), finish_kernel.ROWS,
         product=product, weight=rows.weight, targets=rows.targets, stats=rows.stats, coefficients=coefficients,
@@ -480,14 +479,16 @@ def fused_gradients(
     config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype, rows.width))
     block, place = config.constants["BLOCK_OWN"], slice(0, rows.n)
     if into.hidden is not None:
-        total = rows.floats(rows.n, rows.width).zero_()
+        exact = rows.dtype == "fp32"  # nothing is rounded
+        total = (into.hidden if exact else rows.floats(rows.n, rows.width)).zero_()
         launch(
             fused_kernel.linear_logprobs_backward, (triton.cdiv(rows.n, block),), config,
             own=rows.hidden, other=rows.weight, grad=total, grad_bias=None, n_own=rows.n, n_other=rows.vocab,
             stride_own=rows.hidden.stride(0), stride_other=rows.weight.stride(0), OWNS_ROWS=True, BIAS_GRAD=False,
             **shared,
         )  # fmt: skip
-        finish_hidden(rows, coefficients, total, into, place)
+        if not exact:
+            finish_hidden(rows, coefficients, total, into, place)
     if into.weight is not None or into.bias is not None:
         total = rows.floats(*rows.weight.shape) if into.weight is None else into.weight
         launch(

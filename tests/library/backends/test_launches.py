@@ -4,11 +4,13 @@ In Triton's interpreter. A launch is a kernel of this library, a product of the 
 PyTorch that computes or copies; views and allocations start nothing.
 """
 
-from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from device_work import Launches
+from torch.utils._python_dispatch import _disable_current_modes
 
 from exo_fast.backends import interpreted
 from exo_fast.head import Head
@@ -17,31 +19,6 @@ from exo_fast.reference import LossOptions
 pytestmark = pytest.mark.skipif(not interpreted(), reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 N, D, V = 192, 32, 64
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "resize_"}
-
-
-class Launches(TorchDispatchMode):
-    """Counts what is launched inside, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        if not func.is_view and name not in FREE:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-    def counted(self, name: str, function):
-        """Return the function, whose calls count as one launch, whatever they do in the interpreter."""
-
-        def call(*args, **kwargs):
-            self.counts[name if isinstance(name, str) else args[0].__name__] += 1
-            with torch._C._DisableTorchDispatch():
-                return function(*args, **kwargs)
-
-        return call
 
 
 def step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunks: int, schedule: str, targets=None):
@@ -53,13 +30,24 @@ def step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunks: int, sched
     targets = torch.randint(V, (N,), generator=g) if targets is None else targets
     bounds, numbers = torch.arange(0, N + 1, 8), torch.randn(2, N // 16, 2, generator=g)
     launches = Launches()
+
+    def counted(function: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
+        """Return the function, each call of which is one launch, whatever it does in the interpreter."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            launches.counts[name or args[0].__name__] += 1
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return call
+
     with monkeypatch.context() as patch:
         patch.setattr(backend, "MIN_ROWS", 1)
         patch.setattr(backend, "SCHEDULE", schedule)
         patch.setattr(backend, "TILE", 1)
         for name in ("matmul", "add_matmul"):
-            patch.setattr(backend, name, launches.counted("product", getattr(backend, name)))
-        patch.setattr(backend, "launch", launches.counted(None, backend.launch))
+            patch.setattr(backend, name, counted(getattr(backend, name), "product"))
+        patch.setattr(backend, "launch", counted(backend.launch))
         kind = backend.Kept if schedule == "kept" else backend.Chunked
         row = kind.row_bytes(backend.Rows(hidden, Head(weight, None, 1.0, None), targets))
         with launches:

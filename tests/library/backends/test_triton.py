@@ -589,9 +589,9 @@ def test_the_driver_is_asked_only_if_memory_may_be_short(backend, monkeypatch: p
 @pytest.mark.parametrize(
     ("card", "free", "n", "want"),
     [
-        (79.25, 70, 16384, 13312),  # 4 GiB: a row of U and of its temporaries takes 322,304 bytes at Qwen's head
-        (23.6, 20, 16384, 3328),  # 1 GiB
-        (79.25, 7, 16384, 6656),  # 2 GiB, as 4 GiB are more than half of the memory that is free
+        (79.25, 70, 16384, 13824),  # 4 GiB: a row of U and of its temporaries takes 310,016 bytes at Qwen's head
+        (23.6, 20, 16384, 3456),  # 1 GiB
+        (79.25, 7, 16384, 6912),  # 2 GiB, as 4 GiB are more than half of the memory that is free
         (79.25, 70, 8192, 8192),
     ],
 )
@@ -610,6 +610,6 @@ def test_the_budget_is_a_share_of_the_card(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     gpu_memory(backend, monkeypatch, free=int(free * GIB))
     assert backend.chunk_rows(backend.Kept, rows, None) == want
-    assert backend.chunk_rows(backend.Kept, rows, GIB) == min(n, 3328)  # a budget that is given counts
+    assert backend.chunk_rows(backend.Kept, rows, GIB) == min(n, 3456)  # a budget that is given counts
     own_table(scratch=Scratch(share=1 / 32, most=GIB))
-    assert backend.chunk_rows(backend.Kept, rows, None) == min(n, 3328 if card > 32 else 1664)
+    assert backend.chunk_rows(backend.Kept, rows, None) == min(n, 3456 if card > 32 else 1664)
