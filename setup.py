@@ -15,11 +15,11 @@ FOLDERS = {"exo_fast": "exo_fast"} | {
 
 
 def packages_of(name: str, folder: str) -> list[str]:
-    """A package and those below it. exo_fast/kernels is a link to kernels/, by which a checkout finds them."""
+    """Return a package and those below it; exo_fast/kernels is a link to kernels/, by which a checkout finds them."""
     return [name, *(f"{name}.{below}" for below in find_packages(str(HERE / folder), exclude=["kernels*"]))]
 
 
-# What an index shows beside the package knows nothing of the files next to the README: of links to them the text stays.
+# A package index shows the README without the files next to it, so a link to such a file is replaced by its text.
 DESCRIPTION = re.sub(r"!?\[([^]]*)\]\((?!https?://)[^)]*\)", r"\1", (HERE / "README.md").read_text())
 
 TRAIN = [

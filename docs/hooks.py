@@ -33,7 +33,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Make links relative to the site: to pages where there is one, plain text where there is none."""
+    """Make links relative to the site: a link to a page, plain text for any other file."""
     uri = page.file.src_uri
     source = next((source for source, name in PAGES.items() if name == uri), f"docs/{uri}")
 

@@ -26,7 +26,7 @@ PROMPT, CANDIDATES, PADDING = "#5b6b7f", ("#2f7ed8", "#e07b39", "#3a9d5d"), "#e9
 INK, FAINT = "#263238", "#9aa5b1"
 MB = 1e6
 
-# Of the picture of schedules: the head of SmolLM2-135M, in bf16, and one step of 8,192 completion tokens.
+# The picture of schedules: the head of SmolLM2-135M, in bf16, and one step of 8,192 completion tokens.
 TOKENS, HIDDEN, VOCABULARY, BUDGET = 8192, 576, 49152, 640 * 2**20
 
 
@@ -106,7 +106,7 @@ def draw_layout(path: Path) -> None:
 
 
 def boundaries(packed: Packed) -> list[int]:
-    """Where in the first row a prompt or a candidate begins."""
+    """Return the places in the first row at which a prompt or a candidate begins."""
     kinds = torch.stack([packed.group_ids[0], packed.candidate_ids[0]])
     return [0, *((kinds[:, 1:] != kinds[:, :-1]).any(0).nonzero().flatten() + 1).tolist()]
 
@@ -216,10 +216,10 @@ def gaussian(line: Tensor, centre: float | Tensor, width: float | Tensor) -> Ten
 
 
 def best_fits() -> dict[str, dict[str, Any]]:
-    """The one-peaked policy that each loss likes best: its centre, width, mean reward, and mass where p has none.
+    """The one-peaked policy that each loss likes best: its centre, width, mean reward, and mass in the valley.
 
-    The policies are normal, so none is the target. All completions are candidates of one group, the reference is
-    uniform, the reward is log p: what is minimised is `exo_fast.loss.group_loss`, over a grid of centres and widths.
+    The policies are normal, so they cannot equal the target. All completions are candidates of one group, the
+    reference is uniform, the reward is log p. A grid of centres and widths gives the least `exo_fast.loss.group_loss`.
     """
     line, p = target()
     centres, widths = torch.meshgrid(
@@ -280,8 +280,8 @@ LENGTHS = (16, 64, 256, 1024, 4096)
 def rounding_errors(sequences: int = 64) -> dict[str, dict[int, float]]:
     """Median error of a sequence log-prob against float64, in nats, by length and by how the logits are kept.
 
-    bf16 hidden states and head; the logits spread as those of a model that is fairly sure of its tokens (standard
-    deviation 4, targets drawn from the softmax).
+    bf16 hidden states and head; the logits spread like a model's that is fairly sure of its tokens (standard deviation
+    4, targets drawn from the softmax).
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary, width, longest = 1024, 64, LENGTHS[-1]
@@ -367,7 +367,7 @@ def fit(axis: Any, columns: int, rows: int) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """As PNG, without the date and versions that would make two runs differ."""
+    """Save as PNG, without the date and versions that would make two runs differ."""
     import matplotlib.pyplot as plt
 
     figure.savefig(path, dpi=150, metadata={"Software": None})

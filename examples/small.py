@@ -26,7 +26,7 @@ def arguments(description):
 
 
 def load(name):
-    """(model, encode): a causal LM in float32, and what makes token ids of a text."""
+    """Return (model, encode): a causal LM in float32, and a function from a text to its token ids."""
     torch.manual_seed(0)
     if name is None:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

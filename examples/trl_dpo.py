@@ -15,7 +15,7 @@ from exo_fast.integrations.trl import ExoDPOConfig, ExoDPOTrainer
 
 
 def bytes_tokenizer():
-    """For the tiny model, whose vocabulary is the bytes."""
+    """Return a tokenizer for the tiny model, whose vocabulary is the bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""From sequence log-probs to losses and the coefficients of their gradient, in closed form.
+"""Losses and the coefficients of their gradient from sequence log-probs, in closed form.
 
 The one-pass schedule needs ∂L/∂s_k at the moment a group's last logits are done, before any backward pass, so the
 derivative is written out here. `exo_fast.reference.group_loss` is the definition; tests compare the two.

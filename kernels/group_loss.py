@@ -1,4 +1,4 @@
-"""From per-token log-probs to the losses of groups and the coefficients of their gradients, in one launch.
+"""The losses of groups and the coefficients of their gradients from per-token log-probs, in one launch.
 
     s_k = Σ_t ℓ_t over candidate k's tokens              sequence log-prob
     r_k = beta_pi · (s_k − s_k^ref),   log q = log_softmax_k(r)

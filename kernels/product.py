@@ -1,4 +1,4 @@
-"""A product of half-precision matrices with a float32 result, for builds whose library has none.
+"""A product of half-precision matrices with a float32 result, for builds whose library lacks it.
 
     out = a b  or  out += a b;   a (n, k), b (k, m) bf16 or float16, contiguous one way or the other;   out float32
 

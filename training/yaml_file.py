@@ -1,7 +1,8 @@
 """The YAML of recipes: text, numbers, true, false, null, lists and mappings, and nothing else.
 
-A scalar is what it looks like. YAML 1.1 reads `1e-6` as text and `off` as a boolean; no recipe means that. Every
-problem is an InputError that names the line. Aliases can make a few lines grow without end, so the size is bounded.
+A scalar has the type that it looks like. YAML 1.1 reads `1e-6` as text and `off` as a boolean; no recipe means that.
+Every problem is an InputError that names the line. Aliases can make a few lines grow without end, so the size is
+bounded.
 """
 
 import re

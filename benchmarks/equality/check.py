@@ -1,4 +1,4 @@
-"""Whether the losses of docs/other-losses.md are those of their papers, of TRL and of Liger: value, dH and dW.
+"""Compare the losses of docs/other-losses.md with their papers, TRL and Liger: value, dH and dW.
 
     python -m exo_fast.benchmarks.equality.check [--markdown docs/other-losses.md]
 

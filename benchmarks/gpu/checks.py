@@ -44,7 +44,7 @@ NOTHING_COLLECTED = 5  # pytest's exit status
 
 
 def machine(run: Run) -> Cases:
-    """What is here, and the rates that everything else is a share of."""
+    """The versions and the clocks, and the rates that everything else is a share of."""
     yield "versions", functools.partial(versions, run)
     yield "copy", lambda: {"gbps": copy_gbps(run)}
     size = run.plan.square
@@ -115,8 +115,8 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def imported(part: str) -> dict:
-    """Import a part of exo_fast that needs other packages. If one is missing or has another version, that is said and
-    is no fault of the kernels."""
+    """Import a part of exo_fast that needs other packages. A missing package or another version is reported, and is no
+    fault of the kernels."""
     try:
         importlib.import_module(part)
     except ImportError as error:
@@ -246,8 +246,8 @@ def compile_one(job: Any) -> None:
 
 
 class Watch:
-    """A plugin of pytest: it counts, keeps what failed, and ends the session when the time is up, so that the JUnit
-    file is written all the same."""
+    """A plugin of pytest: it counts, keeps the failures, and ends the session when the time is up, so that the JUnit
+    file is still written."""
 
     def __init__(self, seconds: float):
         self.until = time.monotonic() + seconds
@@ -285,7 +285,7 @@ def run_tests(run: Run, folder: Path, chosen: str, junit: str, seconds: float, *
     arguments = ["-c", str(root / "pyproject.toml"), "--rootdir", str(root), str(folder), "-k", chosen, "-q"]
     arguments += ["-p", "no:cacheprovider", "--junitxml", str(run.output_dir / junit), "-W", "ignore"]
     if together and not run.dry and importlib.util.find_spec("xdist") is not None:
-        # A test at a time: a process ends what it was given before it stops.
+        # A test at a time: a process finishes the tests it has before it stops.
         arguments += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "load", "--maxschedchunk", "1"]
     status = int(pytest.main(arguments, plugins=[watch]))
     if status > 1 and status != NOTHING_COLLECTED and not watch.found["time_was_up"]:

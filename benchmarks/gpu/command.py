@@ -201,7 +201,7 @@ def _keep(row: dict, step: dict, done: set[str], begun: float) -> None:
 
 
 class Child:
-    """The process of a step. It ends with this one, and when the block ends."""
+    """The process of a step. It ends when its parent does, or at the end of the `with` block."""
 
     def __init__(self, name: str, options: argparse.Namespace, seconds: float, rows: dict, done: set[str]):
         settings = {
@@ -225,7 +225,7 @@ class Child:
             start_new_session=True,
             preexec_fn=end_with_parent(signal.SIGKILL),
         )
-        with contextlib.suppress(BrokenPipeError):  # it ended before it read: its words say why
+        with contextlib.suppress(BrokenPipeError):  # it ended before it read: its output says why
             self.process.stdin.write(json.dumps(settings))
             self.process.stdin.close()
         self.said: queue.Queue[str | None] = queue.Queue()
@@ -238,7 +238,7 @@ class Child:
         self.said.put(None)
 
     def lines(self, until: float) -> Any:
-        """Yield what the process says until it ends; `status` is then its exit status, or None if the time is up."""
+        """Yield the process's messages until it ends; `status` is then its exit status, or None if the time is up."""
         while (left := until - time.monotonic()) > 0:
             try:
                 line = self.said.get(timeout=left)

@@ -50,7 +50,7 @@ def lost(row: dict) -> bool:
 
 
 def wrong(results: dict) -> list[str]:
-    """Return what is wrong or failed of ours, in words: empty if nothing is. Too little memory is no fault."""
+    """Return our faults and failures in words; an empty list if all is well. Too little memory is no fault."""
     found = []
     for name, step in results["steps"].items():
         if step["state"] == "failed":
@@ -262,7 +262,7 @@ def report(results: dict) -> str:
 
 
 def verdict(results: dict) -> list[str]:
-    """Return what the run says in plain words: what is right, how fast it is, what to set, and what is not known."""
+    """Return the run's findings in plain words: right numbers, speed, settings to choose, and open questions."""
     found = wrong(results)
     if results["dry_run"]:
         text = "A dry run: every step was gone through on the CPU. Its times mean nothing."
@@ -344,7 +344,7 @@ def tuned(results: dict) -> Table | None:
     """Return the choices that this run makes for its target, as `kernels/tuned/` holds them: the fastest configuration
     of `linear_logsumexp` and the faster schedule at each D; None if no configuration was timed.
 
-    fp16 gets what bf16 gets: operands are as large, and the tensor cores as fast.
+    fp16 gets the choices of bf16: operands are as large, and the tensor cores as fast.
     """
     from exo_fast.kernels.launch import Config
     from exo_fast.kernels.tuned import Row, Schedule, Table, ranges

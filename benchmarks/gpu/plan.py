@@ -21,7 +21,7 @@ Cases = Iterator[tuple[str, Callable[[], dict]]]
 
 
 class Unavailable(Exception):
-    """Nothing of a step can run here. The message says why."""
+    """A step that cannot run here at all. The message says why."""
 
 
 @dataclass(frozen=True)

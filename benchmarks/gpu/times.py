@@ -1,6 +1,6 @@
 """The steps that time: every configuration, product, schedule and peer (times), and the host beside the device (host).
 
-Errors stand beside each time: a method that rounds its logits is faster by what it leaves out.
+Each time comes with its errors: a method that rounds its logits is faster because it does less.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def timed(call: Callable[[], object]) -> dict:
 
 
 def times(run: Run) -> Cases:
-    """All shapes in a first look, then all of them again: what an early end leaves out is the least important."""
+    """All shapes in a first look, then all of them again, so that an early end leaves out the least important."""
     shapes = (*run.plan.shapes, run.plan.few)
     for first in (True, False):
         for shape in shapes:

@@ -1,8 +1,8 @@
 """`python -m exo_fast.benchmarks.gpu.worker STEP`: the rows of one step, one JSON object a line on stdout.
 
 Its settings are a JSON object on stdin.
-Before a row comes {"begin": name}, so that the parent knows what a crash or the end of its time belongs to. What the
-step and its libraries print goes to stderr. A failed row does not end the step, unless the device can no longer be
+Before a row comes {"begin": name}, so that the parent knows which row a crash or the end of the time belongs to. The
+step and its libraries print to stderr. A failed row does not end the step, unless the device can no longer be
 used: then the process ends, and the parent starts another one for the rows that are left.
 """
 

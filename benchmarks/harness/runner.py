@@ -177,7 +177,7 @@ def _kept_rows(path: Path) -> dict[str, dict]:
 
 def left(suite: ModuleType, cases: Sequence[Any], path: Path) -> list[Any]:
     """Return the `cases` that a result file lacks: not in it, failed, skipped for a reason that is gone, or without
-    their yardstick (then both are measured again: a ratio must come from one run).
+    their yardstick's time. Both are then measured again, because a ratio must come from one run.
     """
     rows = {row["name"]: row for row in (read(path) or {"rows": []})["rows"]}
 

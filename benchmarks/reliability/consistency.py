@@ -1,7 +1,7 @@
-"""Whether training gives the same answer however it is cut over processes: one table from one command.
+"""Check that training gives the same answer however it is cut over processes: one table from one command.
 
-Tiny Llamas are aligned for five optimizer steps from one start. The answer is that of a single process in float32
-without DeepSpeed; beside it stand 1, 2 and 4 processes × ZeRO stages 0 to 3 and offloading × tied and untied heads ×
+Tiny Llamas are aligned for five optimizer steps from one start. A single process in float32 without DeepSpeed gives
+the answer; it is compared with 1, 2 and 4 processes × ZeRO stages 0 to 3 and offloading × tied and untied heads ×
 full training and LoRA × gradient accumulation over 1 and 3 micro-batches, and bf16. The exit status is 1 when one of
 them is further from the answer than LIMITS, or fails.
 

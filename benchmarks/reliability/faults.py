@@ -1,4 +1,4 @@
-"""Whether training survives what clusters do to it: processes killed at any moment, checkpoints damaged, disks full.
+"""Check that training survives faults: processes killed at any moment, checkpoints damaged, disks full.
 
     python -m exo_fast.benchmarks.reliability.faults [--kills 60] [--markdown docs/reliability.md]
 

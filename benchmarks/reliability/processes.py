@@ -114,7 +114,7 @@ def _run(
     words: list[str], environment: dict[str, str], log: str, death: tuple[str, int] | None, end: signal.Signals
 ) -> None:
     """Run the command in a forked process, and end it before the interpreter shuts down under gloo."""
-    gc.freeze()  # garbage collections pass over what was imported before
+    gc.freeze()  # garbage collections skip the imported objects
     os.environ.clear()
     os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:

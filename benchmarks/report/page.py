@@ -3,10 +3,10 @@
     python -m exo_fast.benchmarks.report.page        benchmarks/results → docs/performance.md, docs/images
     python -m exo_fast.benchmarks.report.page --results runs/bench --page runs/bench/report.md --images runs/bench
 
-A section stands between `<!-- bench: NAME -->` and `<!-- end -->`: its plot, how to read it, its table, and the
-command, machine, versions and date that it is from. What the results have nothing for is "Not measured yet.", not what
-another run left there. A page that does not exist is made with the sections that there are.
-`tests/benchmarks/test_report.py` holds the docs to the results that lie in the repository.
+A section is between `<!-- bench: NAME -->` and `<!-- end -->`: its plot, how to read it, its table, and the
+command, machine, versions and date that it is from. A section without results is "Not measured yet.", not the table of
+another run. A page that does not exist is made with the sections that have results.
+`tests/benchmarks/test_report.py` holds the docs to the results in the repository.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 For a card and a family of kernels the package names the fastest kernel and its time: the larger of its loads and its
 arithmetic, then its stores. It counts at the boost clock, which a card under load does not keep, so its rates can lie
 above the data sheet's. A kernel's stages and an epilogue other than a store are unknown to it. GENERIC is any kernel
-that the card can run: our stand-in for the vendor's library. TRITON is what the package takes Triton to be; on Hopper
-and Blackwell that has the instructions of Ampere (mma.sync), not those that Triton compiles to.
+that the card can run: our stand-in for the vendor's library. TRITON is the package's idea of Triton; on Hopper and
+Blackwell that has the instructions of Ampere (mma.sync), not the ones that Triton compiles to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes kernels/tuned/<target>.json by prediction: what the kernels take until a run on a card measures it.
+"""Write kernels/tuned/<target>.json by prediction: the kernels use it until a run on a card measures a better one.
 
 For some values of D, 8,192 rows and a vocabulary of 128,256: the configuration of `linear_logsumexp` that is predicted
 fastest, and whether a chunk of bf16 keeps U or takes the library's float32 logits, in the default memory budget. Times
@@ -40,7 +40,7 @@ def fastest(board: model.Board, width: int, store: bool) -> Config:
 
 
 def schedule(board: model.Board, width: int) -> str:
-    """Return "chunked" where it is predicted clearly faster than "kept"."""
+    """Return "chunked" if it is predicted clearly faster than "kept"."""
     head = replace(model.HEADS[0], width=width)
     budget = tuned.SCRATCH.budget(int(board.memory))
     chunked = model.chunked(board, head, ROWS, budget).seconds(board)

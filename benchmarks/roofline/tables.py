@@ -1,9 +1,9 @@
-"""How long the GPU kernels and schedules should take, by their flops and bytes: predictions, nothing is measured.
+"""Predict the time of the GPU kernels and schedules from their flops and bytes; nothing is measured.
 
 A100, H100, B200 and MI300X × the heads of Llama-3-8B, Qwen3-0.6B and Gemma-3-270m × 2,048, 8,192 and 32,768 tokens;
 bf16 operands, float32 logits. The model and its assumptions: benchmarks/roofline/model.py; their sources:
-docs/gpu-analysis.md. Registers, shared memory and occupancy are those of `make certify` when it has run here,
-otherwise those of the last roofline.json.
+docs/gpu-analysis.md. Registers, shared memory and occupancy come from `make certify` if it has run here, otherwise
+from the last roofline.json.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 The demo's 135M model and one group of random tokens, a prompt and K completions that share it, through `exo-fast align
 --long_sequence`, by itself and with `--sequence_parallel`. Every run is a process of its own (or as many as parts),
 which reads the data, checks the layout, computes the reference log-probs, takes one step and saves the model; the peak
-is that of all this, resident, of the process that took most.
+is the largest resident memory of any process over all of this.
 """
 
 from __future__ import annotations

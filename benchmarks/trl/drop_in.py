@@ -5,11 +5,11 @@
 
 The demo's 135M model on pairs of real text, K = 2 with a prompt of 192 tokens and completions of 64 (EOS among them),
 four pairs a step, ten steps of DPO (`sigmoid`, beta 0.1) by AdamW in float32, with TRL's defaults otherwise: so with
-activation checkpointing, and with the reference in the step, except where a case says otherwise. A case is a process of
-its own. What is noted: the loss of every step; the seconds of a step, from the trainer's step-begin to its step-end
-(the median without the first, which warms up and, where prompts are shared, checks them); those of the whole `train()`
-with what came before it (log-probs of the reference, where they are precomputed); and the peak of its resident memory,
-all of it and above what it was with the policy and the reference loaded (also where the reference is let go later).
+activation checkpointing, and with the reference in the step, unless a case says otherwise. A case is a process of its
+own. It notes the loss of every step; the seconds of a step, from the trainer's step-begin to its step-end (the median
+without the first, which warms up and checks shared prompts); the seconds of the whole `train()` and the work before it
+(log-probs of the reference, if they are precomputed); and the peak of its resident memory, in all and above the memory
+with the policy and the reference loaded (also if the reference is freed later).
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def serve_datasets(home: Path) -> None:
 
 
 class Record:
-    """Writes a line of JSON for each test: its name, outcome, why it did not pass, and the
-    loss and the norm of the gradient in the first step of each training."""
+    """A line of JSON for each test: its name, outcome, why it did not pass, and the loss and gradient norm in the first
+    step of each training."""
 
     def __init__(self, path: Path, home: Path) -> None:
         self.path = path

@@ -1,12 +1,12 @@
 """TRL's own DPO tests, run by TRL's trainer and by ours: which pass, and why the others do not.
 
-The tests are those of a checkout of TRL that you have (`git clone https://github.com/huggingface/trl`); they run
+The tests come from a checkout of TRL that you have (`git clone https://github.com/huggingface/trl`); they run
 against the TRL that is installed, without a hub, and unchanged. Each trainer is a pytest process of its own:
 
     trl      TRL itself, the control
     patched  TRL's DPOTrainer after `patch_trl()`
     class    ExoDPOTrainer in place of DPOTrainer, with TRL's DPOConfig
-    ours     ExoDPOTrainer and ExoDPOConfig, so that what a test does not set is our default
+    ours     ExoDPOTrainer and ExoDPOConfig, so that every option that a test leaves is our default
 
 `trl_plugin` puts the trainer in place, `trl_standins` makes the models and data sets. The exit status is 1 when a test
 that TRL itself passes is failed by another trainer for a reason that INTENDED does not name.

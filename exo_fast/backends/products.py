@@ -1,4 +1,4 @@
-"""Products with float32 results from operands of any dtype: the vendor's library's, or a kernel's where it has none.
+"""Products with float32 results from operands of any dtype: by the vendor's library, or by a kernel if it lacks them.
 
 torch.mm takes `out_dtype` for half-precision operands on a GPU, and addmm an accumulator of that dtype. Not every build
 has both: some refuse (addmm of torch 2.9 takes no float32 sums), and one returned numbers of another dtype. So both are

@@ -142,7 +142,7 @@ class Statistics:
 
 
 def places(z: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Return (n, 1) columns of the targets in this block, clamped to it, and (n, 1) whether they lie in it."""
+    """Return the targets' columns in this block, clamped to it, and whether they lie in it; both (n, 1)."""
     column = (targets - start).unsqueeze(1)
     return column.clamp(0, z.shape[1] - 1), (column >= 0) & (column < z.shape[1])
 

@@ -1,4 +1,4 @@
-"""From rows as people have them to token ids: one way, for every stage and for the trainers of other libraries.
+"""Conversion of people's rows to token ids: one way, for every stage and for the trainers of other libraries.
 
     row of any accepted form
       → forms.py           the fields of this library: prompt, completions, rewards; chosen, rejected; messages

@@ -1,4 +1,4 @@
-"""From lists of messages to text, through the chat template of a model's tokenizer.
+"""Conversion of lists of messages to text, through the chat template of a model's tokenizer.
 
 The rule: **training learns the text that inference sees.** The prompt is the generation prompt, as a server writes it
 before the model answers. A candidate is the rest of the template's text, up to the template's own end of turn. Text

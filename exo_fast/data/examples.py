@@ -1,4 +1,4 @@
-"""From a row of text to a checked example: the fields that a row must hold, and the errors if it does not.
+"""Conversion of a row of text to a checked example: the fields that a row must hold, and the errors if it does not.
 
 The forms come from the original EXO repository, and from TRL if it has another name for the same:
     candidates  {"prompt": str, "completions": [str, …], "rewards": [number, …]}   candidates and their rewards

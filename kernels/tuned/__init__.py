@@ -53,7 +53,8 @@ T = TypeVar("T")
 class Scratch:
     """The default memory budget: the largest power of two in `share` of the card's memory, at most `most` bytes.
 
-    By powers of two, because cards of one kind report sizes that differ a little, and other chunks are other bits."""
+    A power of two, because cards of one kind report slightly different sizes, and another chunk size gives other bits.
+    """
 
     share: float
     most: int

@@ -52,14 +52,14 @@ def walk(a, b, out, width, blocks, BLOCK: tl.constexpr, DEPTH: tl.constexpr, FLA
 
 @triton.jit
 def total(source, out, BLOCK: tl.constexpr):
-    """Adds source to out[0] in whatever order programs run."""
+    """Add source to out[0] in whatever order programs run."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_add(out, tl.sum(tl.load(source + place), 0))
 
 
 @triton.jit
 def handed_over(source, out, length, ACROSS: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds tiles in memory: each time along its rows, or stored along its columns and loaded along its rows."""
+    """Add tiles in memory: load each along its rows, and store it along its rows or (ACROSS) its columns."""
     rows = tl.arange(0, BLOCK)
     along = rows[:, None] * BLOCK + rows[None, :]
     across = rows[None, :] * BLOCK + rows[:, None]
@@ -78,7 +78,7 @@ def refused(out, BLOCK: tl.constexpr):
 
 
 class Crash:
-    """In the place of a kernel: ends the process that wants to compile it, as an abort inside the compiler does."""
+    """A kernel that ends the process that wants to compile it, as an abort inside the compiler does."""
 
     @property
     def arg_names(self) -> list[str]:

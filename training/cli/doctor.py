@@ -42,7 +42,7 @@ COLOURS = {"ok": "green", "missing": "yellow", "out of range": "red", "failed": 
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the options of `exo-fast doctor`: only those of every command."""
+    """Return the options of `exo-fast doctor`: only the common ones of every command."""
     return argparse.ArgumentParser(
         prog="exo-fast doctor",
         description=DESCRIPTION,

@@ -77,8 +77,9 @@ def load_pairs(
     """Load preferences: two candidates each, the better one first, with rewards 1 and 0. With `scored_pairs` a
     preference that has scores keeps them.
 
-    Of more candidates with rewards, it takes the best and the worst (the first of equals). Rows whose rewards are all
-    equal, or whose best and worst are the same text, teach nothing: they are left out, noted in `left_out` and printed.
+    From more than two candidates with rewards it takes the best and the worst (the first of equals). Rows whose
+    rewards are all equal, or whose best and worst are the same text, teach nothing: they are left out, noted in
+    `left_out` and printed.
     Raises InputError as load_examples does.
     """
     text_of = _Reader(tokenizer)

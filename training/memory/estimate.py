@@ -207,7 +207,7 @@ def _add_lora(model: nn.Module, rank: int) -> None:
 
 
 class _StepMeter(Meter):
-    """Also counts the float32 copy in which scatter_add sums half-precision values on a CPU."""
+    """A meter that also counts the float32 copy in which scatter_add sums half-precision values on a CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten.scatter_add.default and args[0].itemsize == 2:

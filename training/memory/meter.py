@@ -1,4 +1,4 @@
-"""Counts the memory of torch operations as they are run, with or without data in their tensors."""
+"""Count the memory of torch operations as they are run, with or without data in their tensors."""
 
 from __future__ import annotations
 

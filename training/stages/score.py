@@ -161,7 +161,7 @@ def _need_two_each(examples: dict[str, list[Example]]) -> None:
 
 
 def _preferences(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """Pair the first best and the first worst completion of each row, if they differ, with the ids that were drawn.
+    """Pair the first best and the first worst completion of each row, if their rewards differ; keep the drawn ids.
 
     Empty completions are skipped: a reward model has nothing to read in them, and training refuses them.
     """

@@ -58,8 +58,8 @@ def take_steps(trainer: StageTrainer, config: TrainConfig, checkpoint: str | Non
 
 
 def save_and_evaluate(trainer: StageTrainer, config: TrainConfig) -> None:
-    """Save the model. Evaluate it unless the last evaluation was of this model (load_best_model_at_end saves another
-    one)."""
+    """Save the model. Evaluate it unless the last evaluation was of this model (with load_best_model_at_end it may
+    have been of a later one)."""
     trainer.save_model()
     if trainer.eval_dataset is not None and (config.load_best_model_at_end or not trainer.is_evaluated()):
         trainer.evaluate()

@@ -10,7 +10,7 @@ from exo_fast.training.data.registry import RawDataset, register
 @register("custom/rw")
 @register("custom/class")
 class Custom(RawDataset):
-    """Records are taken as they are; the stage that reads them says what they lack."""
+    """Records as they are; the stage that reads them reports missing fields."""
 
     def to_record(self, row: Any) -> Any:
         """Return `row` itself."""
