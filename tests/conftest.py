@@ -1,4 +1,4 @@
-"""For all tests: one thread, for tensors too small to gain from two, and a parameter for each family of a table.
+"""Settings of all tests: one thread, since small tensors gain nothing from two, and a parameter for each family.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
 """
@@ -27,7 +27,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Take them back, as libraries count what is left when Python ends."""
+    """Take them back, as libraries count the objects that are left when Python ends."""
     gc.unfreeze()
 
 

@@ -43,7 +43,7 @@ def python(tree: Path, *words: str) -> str:
 
 @pytest.mark.parametrize("linked", [True, False])
 def test_a_copied_tree_works_by_pythonpath_alone(tree: Path, linked: bool) -> None:
-    """Also where the copy lost the link from exo_fast/kernels to kernels/."""
+    """The same for a copy that lost the link from exo_fast/kernels to kernels/."""
     if not linked:
         (tree / "exo_fast" / "kernels").unlink()
     code = "import exo_fast.benchmarks.cli as a, exo_fast.kernels.launch as b, exo_fast.training.cli as c\n"

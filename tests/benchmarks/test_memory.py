@@ -1,4 +1,4 @@
-"""The memory of a step that is run without values is that of the step with them; the command says whether it fits."""
+"""A step run without values takes the memory of the step with values; the command says whether it fits."""
 
 import json
 from dataclasses import replace

@@ -59,7 +59,7 @@ def test_a_method_without_token_logprobs_has_none(method: str) -> None:
 
 @pytest.mark.parametrize("method", peers.METHODS)
 def test_float32_logits_are_told_from_rounded_ones(method: str) -> None:
-    """Where a table says "float32 logits", bf16 operands give log-probs a hundred times as exact."""
+    """Methods with "float32 logits" in their table give log-probs a hundred times as exact from bf16 operands."""
     needs(method, "bf16")
     with torch.compiler.set_stance("force_eager"), peers.settings(method, "bf16", "cpu"):
         error = problems.errors(method, "group_loss", "forward", small("bf16"))["logps"]

@@ -180,7 +180,7 @@ def test_a_quick_run_and_one_that_failed_are_reported_too(tmp_path: Path) -> Non
 
 
 def test_what_was_not_measured_keeps_nothing_of_another_run(tmp_path: Path) -> None:
-    """The operation's forward alone, as `--only` leaves it in an empty folder: no plot has data, and none breaks."""
+    """The operation's forward alone, as `--only` leaves it in an empty folder: no plot has data, and no plot fails."""
     page = tmp_path / "page.md"
     marks = ("op-claims", "op", "step")
     page.write_text("".join(f"<!-- bench: {name} -->\nold\n<!-- end -->\n" for name in marks))

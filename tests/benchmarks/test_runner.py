@@ -1,4 +1,4 @@
-"""How suites are run: a process for each case, a whole file after each, what is kept and what is run again."""
+"""Runs of suites: a process for each case, a whole file after each, the kept rows and the rows that run again."""
 
 import importlib
 import json
@@ -163,7 +163,7 @@ def test_what_was_asked_for_and_not_measured_is_worse(tmp_path: Path, monkeypatc
     assert bench(new, "tiny", *compared, "--only", "ours/1")[0] == 0  # others were not asked for
     monkeypatch.setattr("tiny_suite.impossible", lambda case: "not today" if case.method == "noisy" else None)
     assert bench(new, "tiny", *compared)[0] == 1
-    assert bench(new, "tiny", *compared, "--continue")[0] == 1  # all rows of the file, though none was run
+    assert bench(new, "tiny", *compared, "--continue")[0] == 1  # all rows of the file, though no case was run
     assert bench(new, "tiny", *compared, "--only", "ours/1")[0] == 0
 
 

@@ -1,11 +1,10 @@
 """Every code block, link and picture of the README and of the documentation's pages.
 
-Python blocks run, page by page, in one namespace a page; `model`, `tokenizer` and `input_ids` stand for the reader's
-own and are a tiny Llama, a small tokenizer with a chat template and two rows here. Of shell blocks, what makes files
-runs, and every command goes through the parser that would parse it, in the directory that the page's own commands have
-left. Recipes go through the check of recipes, data
-through the reader of data. A block that cannot be run says so, and why, in a comment before it:
-`<!-- not run: reason -->`.
+Python blocks run, page by page, in one namespace a page; `model`, `tokenizer` and `input_ids` are the reader's own on
+the page, and here a tiny Llama, a small tokenizer with a chat template and two rows. In shell blocks the commands that
+make files run, and every command goes through its own parser, in the directory that the page's commands have left.
+Recipes go through the check of recipes, data through the reader of data. A block that cannot be run says so, and why,
+in a comment before it: `<!-- not run: reason -->`.
 """
 
 import argparse
@@ -151,7 +150,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Parsed(BaseException):
-    """Raised where a command's own parser has accepted its words, in place of doing what they ask for."""
+    """Raised instead of running a command whose own parser has accepted its words."""
 
 
 def commands_of(text: str) -> list[tuple[str, str]]:
@@ -196,7 +195,7 @@ def without_redirections(words: list[str]) -> list[str]:
 
 
 def check_command(line: str, document: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run it where it makes files, else have it parsed by what would parse it. Fails for one that is none."""
+    """Run the line if it makes files, otherwise give it to its own parser. Fails if it is no command."""
     if assignment := re.fullmatch(r"(?:export )?(\w+)=(.*)", line.strip()):
         variables[assignment[1]] = assignment[2].strip("\"'")
         return
@@ -649,7 +648,7 @@ def test_numbers_of_the_concepts_are_those_of_its_pictures(monkeypatch: pytest.M
     assert f"{fits['dpo-rw']['valley']:.0%} there, where the target has {fits['target']['valley']:.0%}" in page
     peaks = [max(sum(parts.values()) for _, _, parts in phases) for phases in pictures.schedules().values()]
     assert peaks[0] > 5 * peaks[1] == 5 * peaks[2]
-    # Of fewer sequences than the picture's: the size is what counts.
+    # Fewer sequences than in the picture: only the size counts.
     errors = pictures.rounding_errors(sequences=2)
     assert 0.1 < errors["logits in bf16"][4096] < 3
     assert errors["logits in float32"][4096] < 1e-3
@@ -657,7 +656,7 @@ def test_numbers_of_the_concepts_are_those_of_its_pictures(monkeypatch: pytest.M
 
 
 def test_figures_of_the_home_page_are_those_of_the_readme() -> None:
-    """The table of steps stands on both; the README's is held to the results."""
+    """The table of steps is on both pages; another test holds the README's to the results."""
     rows = [line for line in (DOCS / "index.md").read_text().splitlines() if re.match(r"\|.*\d\.\d", line)]
     readme = (ROOT / "README.md").read_text()
     assert len(rows) == 5

@@ -3,7 +3,7 @@ documented error.
 
 A template is somebody else's program: it may raise, write nothing, write messages otherwise when others follow, drop or
 repeat words, and mark anything as the assistant's. Whatever it does, no word of a user, a system or a tool is learned,
-unless the template writes messages in another order than they stand in, or marks others' words as the assistant's.
+unless the template changes the order of the messages, or marks others' words as the assistant's.
 """
 
 import json
@@ -27,7 +27,7 @@ from exo_fast.training.data.examples import load_examples, load_pairs, load_prom
 from exo_fast.training.data.groups import tokenize
 from exo_fast.training.errors import InputError
 
-THEIRS = "zqz"  # in all words of users, systems and tools, and in none of the assistant's
+THEIRS = "zqz"  # in all words of users, systems and tools, and in no word of the assistant
 LIBRARY = ["field `", "has no EOS token"]  # what a ValueError of the library names
 LENGTHS = {"max_seq_len": 100_000, "max_gen_len": 50_000, "progress": False}
 ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>"}
@@ -36,7 +36,7 @@ NAMES = (*LOSSLESS, "words", "no EOS")
 
 
 class Tokenizers(dict[str, PreTrainedTokenizerBase]):
-    """By name."""
+    """Tokenizers by name."""
 
     def __repr__(self) -> str:  # which pytest prints with a case that fails
         return "…"
@@ -56,8 +56,8 @@ def tokenizers() -> Tokenizers:
 
 @dataclass(frozen=True)
 class Template:
-    """Its text, with END for the tokenizer's end of turn, and whether it keeps the order of the messages and marks
-    nobody else's words."""
+    """A template's text, with END for the tokenizer's end of turn, and whether it keeps the order of the messages and
+    marks nobody else's words."""
 
     text: str
     honest: bool
@@ -103,7 +103,7 @@ ODD = ["", " ", "a", "END", "{{ messages }}", "{% for m in messages[::-1] %}{{ m
        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}END{% endif %}{% endfor %}"
        "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}END{% endif %}{% endfor %}"]
 # fmt: on
-# As Mistral's templates have it: the system's words stand before the user's last ones, or before none.
+# Like Mistral's templates: the system's words come before the user's last message, or are left out.
 MOVING = (
     "{{ bos_token or '' }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
     "{% for m in messages %}{% if m.role == 'system' %}{% elif m.role == 'assistant' %} {{ m.content }}END{% else %}"
@@ -310,7 +310,7 @@ def check(
 
 
 def ends_once(tokenizer: PreTrainedTokenizerBase, end: str) -> bool:
-    """Whether the template writes its end of turn and nothing else after an answer."""
+    """Return whether the template writes its end of turn and nothing else after an answer."""
     try:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answered"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -320,7 +320,7 @@ def ends_once(tokenizer: PreTrainedTokenizerBase, end: str) -> bool:
 
 
 def learned_words(tokenizer: PreTrainedTokenizerBase, ids: list[int], marks: list[bool]) -> str:
-    """The text of what counts, run by run."""
+    """Return the text of the tokens that count, run by run."""
     runs: list[list[int]] = [[]]
     for token, mark in zip(ids, marks, strict=True):
         runs[-1:] = [[*runs[-1], token]] if mark else [runs[-1], []]
@@ -328,7 +328,7 @@ def learned_words(tokenizer: PreTrainedTokenizerBase, ids: list[int], marks: lis
 
 
 def check_text(result: dict[str, Any], tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> None:
-    """The ids are those of the text, and the prompt's those of the prompt."""
+    """Check that the ids spell the text, and the prompt's ids the prompt."""
     rows = RowTokenizer(tokenizer)
     text = rows.text_of(row)
     completions = text["completions"] if "completions" in text else [text["chosen"], text["rejected"]]
@@ -441,7 +441,7 @@ def written(rows: Any, call: Callable[..., list[Any]], template: Template, token
 @fuzzed(40)
 @given(data=st.data(), template=templates(), name=st.sampled_from(NAMES))
 def test_rows_of_a_data_set(tokenizers: Tokenizers, data: st.DataObject, template: Template, name: str) -> None:
-    """As ExoDPOTrainer maps them: a batch has a column for each field, with nulls."""
+    """Rows as ExoDPOTrainer maps them: a batch has a column for each field, with nulls."""
     tokenizer = template.on(tokenizers[name], name)
     rows = [data.draw(conversations()) for _ in range(2)]
     if data.draw(st.booleans()):

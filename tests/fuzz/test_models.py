@@ -1,6 +1,6 @@
 """Model and adapter directories that are damaged, lie, or carry pickles: loaded, or an InputError that names them.
 
-Nothing that stands in a file is ever run, and no weights are read from outside the directory.
+No code in a file is ever run, and no weights are read from outside the directory.
 """
 
 import json
@@ -140,7 +140,7 @@ def test_pickles_are_not_read(saved: Path, name: str, how: str) -> None:
             torch.save(payload, file) if how == "torch" else pickle.dump(payload, file)
         with pytest.raises(InputError, match=f"holds no {safe}; {unsafe} is a pickle, which could run anything"):
             adapter_base(str(place)) if name == "adapter" else load_or_raise(place)
-        # Under the name of safetensors it is none.
+        # Under the name of safetensors it is no readable file.
         (place / unsafe).rename(place / safe)
         with pytest.raises(InputError, match=f"{safe}: not a readable safetensors file"):
             adapter_base(str(place)) if name == "adapter" else load_or_raise(place)

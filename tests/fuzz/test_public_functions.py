@@ -1,6 +1,6 @@
 """Arguments of every kind for what other trainers import: the numbers of the reference, or a ValueError that names one.
 
-A call begins as a good one, and then some of its arguments are replaced. What is accepted is held against
+A call begins as a good one, and then some of its arguments are replaced. An accepted call is held against
 `exo_fast.reference` in float64 with autograd, gradients too; an untouched call must be accepted.
 """
 
@@ -106,7 +106,7 @@ def other_values(draw: st.DrawFn, tensor: Tensor) -> Tensor:
 
 @st.composite
 def changed(draw: st.DrawFn, arguments: dict[str, Any], fixed: tuple[str, ...] = ()) -> tuple[dict[str, Any], set[str]]:
-    """`arguments` with none to two of them replaced, and the names of those."""
+    """Return `arguments` with zero to two of them replaced, and the names of the replaced ones."""
     arguments = dict(arguments)
     names = draw(st.sets(st.sampled_from(sorted(arguments.keys() - set(fixed))), max_size=2))
     for name in sorted(names):
@@ -126,7 +126,7 @@ def is_fine(value: Tensor) -> bool:
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Within `tolerance` of the largest value; where the definition has no number, any will do but a finite one."""
+    """Check equality within `tolerance` of the largest value; if `expected` is NaN, `found` must not be finite."""
     found, expected = found.detach().double(), expected.detach().double()
     assert found.shape == expected.shape
     fits = expected.isfinite() & (expected.abs() < 1e30)

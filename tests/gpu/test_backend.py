@@ -54,7 +54,7 @@ SHAPES = {
     "llama": Shape((60, 31, 1, 37), 2, 4096, 128256),
     "k64": Shape(tuple(range(1, 65)), 64, 64, 1000),
 }
-# Its rows under each budget: all at once; some of them in every dtype, in float16 fewer than the third group has; none.
+# Its rows under each budget: all at once; some in every dtype, in float16 fewer than the third group has; no row.
 BUDGETED = Shape((90, 41, 1, 200, 233, 107, 12, 16), 2, 128, 10_000)
 BUDGETS = {"default": None, "12MiB": 12 * MIB, "1B": 1}
 HEADS = {
@@ -105,7 +105,7 @@ class Problem(NamedTuple):
         return loss.detach(), logps, *torch.autograd.grad(loss, self.parameters)
 
     def on_host(self) -> "Problem":
-        """With boundaries on the host, pinned: a captured copy reads them again in every replay."""
+        """Return the problem with boundaries on the host, pinned: a captured copy reads them again in every replay."""
         cu_seqlens = self.cu_seqlens.cpu()
         return self._replace(cu_seqlens=cu_seqlens.pin_memory() if GPU else cu_seqlens)
 
@@ -318,7 +318,7 @@ def test_likely_tokens(
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_without_the_librarys_products(precision: str, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a build whose library does not multiply half precision into float32, and inside the same budget."""
+    """A build whose library does not multiply half precision into float32 stays inside the same budget."""
     monkeypatch.setattr(products, "library_products", lambda device, dtype: products.NONE)
     made = problem(BUDGETED, precision, bias=True, softcap=20.0)
     assert_step(made.on_host().step(memory_budget=BUDGETS[budget]), made.exact().step(backend="reference"), precision)
@@ -345,7 +345,7 @@ def test_autocast() -> None:
 
 
 def configurations() -> list:
-    """(kernel, dtype, configuration) for the device that is here, an H100 where there is none."""
+    """Return (kernel, dtype, configuration) for the device that is here, or for an H100 without a GPU."""
     target = of_device(DEVICE) if GPU else TARGETS["sm_90"]
     found = []
     for kernel, precision in itertools.product(KERNELS, DTYPES):
@@ -504,7 +504,7 @@ def test_compiled_without_a_graph_break() -> None:
 
 @pytest.mark.parametrize("wrong", ["targets[3] = 1000", "cu_seqlens[1] = 200", "rewards[0, 1] = float('nan')"])
 def test_wrong_values_fail_where_they_are(wrong: str) -> None:
-    """In a process of its own: a failed assertion on the device leaves nothing usable behind."""
+    """Run in a process of its own: a failed assertion on the device leaves nothing usable behind."""
     code = f"""
 import torch
 from exo_fast.loss import linear_group_loss

@@ -1,9 +1,8 @@
 """Real chat templates, each with a small tokenizer that treats text as the real one does.
 
 The templates are files that TRL ships, and Mistral's public [INST] form. The tokenizers have the real ones' special
-tokens, ends of turn, pre-tokenization and way with BOS; their merges are the few that cross a boundary between what a
-template writes and what people write (line breaks, spaces before a line break, full stops), so that a prompt may end
-inside a token.
+tokens, ends of turn, pre-tokenization and use of BOS. Their few merges cross a boundary between the template's text and
+people's text (line breaks, spaces before a line break, full stops), so that a prompt may end inside a token.
 """
 
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ PIECES = ("\n\n\n", " \n\n", ".\n\n", ">\n\n", "]\n\n", "]The", "]  ", "   ", '{
 
 @dataclass(frozen=True)
 class Form:
-    """A template, what its model has for special tokens, and what its conversations may hold."""
+    """A template, its model's special tokens, and the parts that its conversations may hold."""
 
     template: str  # TRL's file, or the template itself
     bos: str | None
@@ -102,7 +101,7 @@ def bare_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def _merges(pieces: list[str]) -> list[tuple[str, str]]:
-    """From left to right, in the order in which they come first."""
+    """Return the merges from left to right, in the order in which they come first."""
     return list(dict.fromkeys((piece[:i], piece[i]) for piece in pieces for i in range(1, len(piece))))
 
 
@@ -113,7 +112,7 @@ def _bpe(alphabet: list[str], pieces: list[str], **options: object) -> Tokenizer
 
 
 def _byte_level() -> Tokenizer:
-    """As Llama 3's and Qwen's."""
+    """Make a tokenizer like Llama 3's and Qwen's."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spelled = ["".join(part for part, _ in byte_level.pre_tokenize_str(piece)) for piece in PIECES]
     tokenizer = _bpe(sorted(pre_tokenizers.ByteLevel.alphabet()), spelled)
@@ -123,7 +122,8 @@ def _byte_level() -> Tokenizer:
 
 
 def _sentencepiece(prepend: str) -> Tokenizer:
-    """As Mistral's (a space before a text) and Gemma's (none): no splitting, and bytes for what has no token."""
+    """Make a tokenizer like Mistral's (a space before a text) or Gemma's (no space): no splitting, and bytes for
+    characters without a token."""
     spelled = [piece.replace(" ", "▁") for piece in PIECES]
     letters = [chr(i) for i in range(33, 127)] + ["▁", "\n"]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]

@@ -31,7 +31,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A new folder, and what lies beside it."""
+    """A new folder, and the files beside it."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name, "here")
         place.mkdir()

@@ -192,7 +192,7 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, **config: Any) 
 
 def random_model(model_type: str, *, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
     """A random model of any type, in eval mode."""
-    # What a config is made of is its own to change.
+    # A config may change its entries, so it gets a copy.
     config = CONFIG_MAPPING[model_type](**{"vocab_size": VOCAB, **_SPECIAL_TOKENS, **copy.deepcopy(config)})
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)

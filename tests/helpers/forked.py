@@ -15,7 +15,7 @@ PRELOAD.append("trl.trainer.dpo_trainer")
 
 @contextmanager
 def started(words: Sequence[object], processes: int = 1, **deaths: Any) -> Iterator[Team]:
-    """Processes that run `exo-fast WORDS…`, or a script if the first word names one. Kills what is left at the end."""
+    """Processes that run `exo-fast WORDS…`, or a script if the first word names one. Kills leftovers at the end."""
     with tempfile.TemporaryDirectory() as folder:
         team = Team([str(word) for word in words], Path(folder, "log"), processes, **deaths)
         try:
@@ -26,7 +26,7 @@ def started(words: Sequence[object], processes: int = 1, **deaths: Any) -> Itera
 
 
 def run(*words: object, processes: int = 1, **deaths: Any) -> str:
-    """Run the command to its end, which must be a good one; return what it printed."""
+    """Run the command to its end, which must be a good one; return its output."""
     with started(words, processes, **deaths) as team:
         statuses = team.wait(seconds=300)
         assert not any(statuses), (statuses, team.said()[-5000:])

@@ -115,7 +115,7 @@ def launch_checks() -> None:
 
 
 def uncovered(launch: Arguments, compiled: list[Arguments]) -> list[str]:
-    """Where a launch differs from the nearest binary. An argument that is None is one the binary does not use."""
+    """Return the differences of a launch from the nearest binary. The binary does not use an argument that is None."""
     differences = (
         [
             f"{name} is {value}, certified {other[name]}"

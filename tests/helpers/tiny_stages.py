@@ -14,7 +14,7 @@ from exo_fast.training.errors import InputError
 
 @dataclass
 class MakeConfig:
-    """Writes `text`, and what it read from `data`, to output_dir/made.txt, after `wait` seconds."""
+    """Fields of a stage that writes `text` and the contents of `data` to output_dir/made.txt after `wait` seconds."""
 
     output_dir: str
     data: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A suite that takes no time, for the tests of what runs suites. Its worker processes import it by PYTHONPATH."""
+"""A suite that takes no time, for the tests of the runner. Its worker processes import it by PYTHONPATH."""
 
 import os
 import signal

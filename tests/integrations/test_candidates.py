@@ -1,4 +1,4 @@
-"""Rows of a data set as groups: what is left out, what is an error, and how both are named."""
+"""Rows of a data set as groups: rows left out, errors, and the names of both."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ ROW = {"prompt": "the film ", "completions": ["was good", "was bad", "was long"]
 
 
 def data_of(rows: list[dict[str, Any]]) -> Dataset:
-    """With nulls where a row has no such field."""
+    """Return a data set with nulls for the fields that a row lacks."""
     names = dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
@@ -35,7 +35,7 @@ def test_a_tie_beside_a_contradiction(tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_a_fault_in_the_first_row_has_its_place(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Also where the row is looked at before all others, for how many candidates a group has."""
+    """The same when the row is read before all others, for the number of candidates of a group."""
     row = {"conversations": [{"from": "nobody", "value": "hello"}], "chosen": "good", "rejected": "bad"}
     with pytest.raises(ValueError, match=r"^train dataset, row 0: field `conversations\[0\]`.*`from` must be one of"):
         prepared(tokenizer, [row])
@@ -68,7 +68,7 @@ SCORED = {**PAIR, "score_chosen": 8.5, "score_rejected": 4}
 
 
 def test_pairs_have_their_scores_for_rewards(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Where the loss weighs by rewards; one that prefers the better one needs none."""
+    """A loss that weighs by rewards takes the scores; one that prefers the better answer needs no scores."""
     assert prepared(tokenizer, [SCORED] * 2, loss_type="dpo-rw")["rewards"] == [[8.5, 4.0]] * 2
     for loss_type, row in (("dpo-pref", SCORED), ("exo-rw", PAIR), ("exo-rw", {**PAIR, "score_chosen": 8.5})):
         assert prepared(tokenizer, [row], loss_type=loss_type)["rewards"] == [[1.0, 0.0]]
@@ -76,7 +76,7 @@ def test_pairs_have_their_scores_for_rewards(tokenizer: PreTrainedTokenizerFast)
 
 @pytest.mark.parametrize("loss_type", ["dpo-rw", "exo-rw"])
 def test_rewards_of_two_scales_are_refused(tokenizer: PreTrainedTokenizerFast, loss_type: str) -> None:
-    """Some pairs with scores and some without, which would be 1 and 0; a null is none."""
+    """Some pairs with scores and some without, which would be 1 and 0; a null is no score."""
     half = {**SCORED, "score_rejected": None}
     two = {"prompt": "the ", "completions": ["good", "bad"], "rewards": [3.0, 0.0]}
     for rows in ([SCORED, PAIR], [PAIR, SCORED], [SCORED, half], [two, PAIR, two, SCORED]):
@@ -185,7 +185,7 @@ def test_what_max_length_leaves_nothing_of(
 ) -> None:
     """A prompt that fills it alone, and a candidate whose words that count come after it."""
     logging.enable_propagation()
-    long = {**ROW, "prompt": "the film was very very long and "}  # 15 tokens with <s> and spaces; that of ROW has 5
+    long = {**ROW, "prompt": "the film was very very long and "}  # 15 tokens with <s> and spaces; ROW's prompt has 5
     late = {
         **ROW,
         "completions": ["was good", "was bad", "was very long"],
@@ -198,5 +198,5 @@ def test_what_max_length_leaves_nothing_of(
     assert len(prepared(tokenizer, rows, max_length=10)) == 2
     with pytest.raises(ValueError, match=r"no group is left to learn from: .*prompt alone fills max_length=15.*row 0"):
         prepared(tokenizer, [long], max_length=15)
-    # What is cut at the other end is the prompt's.
+    # The cut at the other end takes only the prompt's tokens.
     assert len(prepared(tokenizer, rows, max_length=8, truncation_mode="keep_end")) == 3

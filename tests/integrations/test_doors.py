@@ -118,7 +118,7 @@ def test_every_door_gives_the_same_ids(name: str, template: str, tmp_path: Path)
     found = [door(ROWS[name], tokenizer, tmp_path) for door in (by_align, by_logprobs, by_trl)]
     assert found[1] == found[0]
     assert found[2] == found[0]
-    # What generate asks with is what the rows begin with, unless a template writes less before some answer.
+    # The rows begin with the prompt of generate, unless a template writes less before some answer.
     source = file_of({key: value for key, value in ROWS[name].items() if key != "completions"}, tmp_path)
     ((asked, _),) = encode_prompts(tokenizer, load_prompts(source, tokenizer=tokenizer), [1500])
     assert asked[: len(found[0].prompt)] == found[0].prompt
@@ -163,7 +163,7 @@ def model_of(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
 
 
 def plain_logps(model: str, tokens: Tokens) -> list[float]:
-    """By transformers' own logits, one sequence at a time."""
+    """Return log-probs by transformers' own logits, one sequence at a time."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     values = []
     for k, ids in enumerate(tokens.candidates):
@@ -244,7 +244,7 @@ def doors_logps(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder:
 
 @pytest.mark.parametrize("form", ["chatml", "llama-3", "gemma", "mistral", "qwen3-thinking", "qwen2.5-tools"])
 def test_every_door_gives_the_same_log_prob(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To 1e-4 nats in float32, on rows whose boundaries melt, with tools where the form has them."""
+    """Equality to 1e-4 nats in float32, on rows whose boundaries melt, with tools if the form has them."""
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}]} if "tools" in form else {}
     found = doors_logps({**CHAT, **tools}, chat_forms.chat_tokenizer(form), tmp_path, monkeypatch)
     for door, values in found.items():

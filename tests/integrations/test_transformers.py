@@ -1,6 +1,6 @@
 """`apply_exo_fast` against the model it is applied to: the same loss and gradients, and nothing else changed.
 
-Tolerances are those of float32 sums in another order (1e-5 relative), unless a test says otherwise.
+Tolerances allow float32 sums in another order (1e-5 relative), unless a test says otherwise.
 """
 
 import copy
@@ -68,7 +68,7 @@ def patched() -> PreTrainedModel:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_every_family(family: str, training: bool) -> None:
-    """Also with the router loss of a mixture of experts, and under dropout."""
+    """The same with the router loss of a mixture of experts, and under dropout."""
     own = families.tiny_model(family).train(training)
     patched = apply_exo_fast(copy.deepcopy(own))
     router = {"output_router_logits": True} if hasattr(own, "router_aux_loss_coef") else {}
@@ -103,7 +103,7 @@ def test_arguments_by_position(own: PreTrainedModel, patched: PreTrainedModel) -
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "cohere", "phi"])
 def test_float64_against_the_definition(name: str) -> None:
-    """To 1e-12: transformers' own loss would round the logits to float32."""
+    """Equality to 1e-12: transformers' own loss would round the logits to float32."""
     model = families.tiny_model(name, dtype=torch.float64)
     logps = model(input_ids=IDS).logits[:, :-1].log_softmax(-1)
     targets = LABELS[:, 1:]
@@ -210,7 +210,7 @@ STATES = ("falcon-mamba", "mamba", "mamba2")  # of float32 in a model of half pr
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_hidden_states_of_another_dtype_than_the_head(family: str, dtype: torch.dtype) -> None:
-    """The loss of each family in half precision: that of the product that its own lm_head makes, but for rounding."""
+    """The loss of each family in half precision: the same as by its own lm_head's product, but for rounding."""
     own = families.tiny_model(family, dtype=dtype)
     hidden = own.base_model(input_ids=IDS).last_hidden_state
     assert (hidden.dtype == torch.float32) == (family in STATES)
@@ -233,7 +233,7 @@ def test_gradients_of_states_of_another_dtype(name: str, weights: torch.dtype) -
 
 
 def test_a_head_kept_in_float32_on_a_bf16_model() -> None:
-    """As it is trained in full beside LoRA. Outside of autocast the model's own forward refuses this."""
+    """A head trained in full beside LoRA. Outside of autocast the model's own forward refuses this."""
     model = adapted(families.tiny_model("llama", dtype=torch.bfloat16), modules_to_save=["lm_head"])
     model.get_base_model().lm_head.modules_to_save["default"].float()
     head = read_head(model)
@@ -388,7 +388,7 @@ def test_accelerate_wraps_and_unwraps(own: PreTrainedModel, patched: PreTrainedM
 
 
 def test_a_forward_that_was_replaced_before(own: PreTrainedModel) -> None:
-    """As accelerate's hooks do for a model that is spread over devices."""
+    """Accelerate's hooks replace it like this for a model that is spread over devices."""
     calls = []
 
     def spy(*args: Any, **kwargs: Any) -> Any:

@@ -363,7 +363,7 @@ def test_the_reference_has_no_dropout(tmp_path: Path, tiny_llama: str) -> None:
 
 
 def test_rewards_and_log_probs_are_not_rounded_for_deepspeed(tmp_path: Path, tiny_llama: str) -> None:
-    """The Trainer casts what is floating to the engine's dtype: bf16 keeps three digits of a log-prob."""
+    """The Trainer casts floating tensors to the engine's dtype: bf16 keeps three digits of a log-prob."""
     trainer = make(tmp_path, tiny_llama, candidates())
     trainer.is_deepspeed_enabled = True
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
@@ -430,7 +430,7 @@ def test_rows_of_token_ids(tmp_path: Path, tiny_llama: str) -> None:
 
 
 def test_data_that_was_prepared_is_evaluated_again(tmp_path: Path, tiny_llama: str) -> None:
-    """With reference log-probs of another length, which do not stay."""
+    """Reference log-probs of another length do not stay."""
     rows = candidates(4)
     trainer = make(tmp_path, tiny_llama, rows, eval_dataset=rows)
     expected = trainer.evaluate()["eval_logps/rejected"]

@@ -162,7 +162,7 @@ def test_the_page_shows_the_results() -> None:
 
 
 def test_what_the_drop_in_promises() -> None:
-    """On the machine of the results: equal losses over ten steps, 1.5 and 2.5 times the speed, 0.6 of the memory."""
+    """The results on their machine: equal losses over ten steps, 1.5 and 2.5 times the speed, 0.6 of the memory."""
     results = json.loads((machine.REPOSITORY / trl_drop_in.RESULTS).read_text())
     rows = {row["case"]: row for row in results["rows"]}
     trl = rows["TRL"]

@@ -2,9 +2,9 @@
 
 TRL tokenises a conversation whole and cuts it where the ids of the prompt and of the candidates part. Here the model
 learns what inference sees: the generation prompt as a server tokenises it, and the answer up to its end of turn. So the
-ids differ where the template writes more after the end of turn, where a token would cross the boundary, and where a
-candidate goes on with a message that the prompt has begun. Each difference is explained by the template and the
-tokenizer alone; one that is not fails the test.
+ids differ if the template writes more after the end of turn, if a token would cross the boundary, and if a candidate
+goes on with a message that the prompt has begun. The template and the tokenizer alone must explain each difference; an
+unexplained one fails the test.
 """
 
 import random
@@ -32,7 +32,7 @@ EDGE = "another's words end inside a token"
 LONGER = "the generation prompt is longer than what stands before an answer"
 CONTINUED = "the assistant's turn is continued"
 EQUAL = "equal"
-# The reasons that must occur, and no other: what each template does is known.
+# Exactly these reasons must occur: the behaviour of each template is known.
 REASONS = {
     "chatml": {TAIL, INSIDE, EDGE, CONTINUED},
     "llama-3": {EQUAL, CONTINUED},
@@ -42,7 +42,7 @@ REASONS = {
     "qwen2.5-tools": {TAIL, INSIDE, EDGE, CONTINUED},
     "llama-3.1-tools": {EQUAL, CONTINUED},
 }
-# What a template writes between two turns of the assistant, and whose words do not count.
+# The text between two turns of the assistant: the template's, and words that do not count.
 BETWEEN = {
     "chatml": r"\n<\|im_start\|>user.*?<\|im_start\|>assistant\n",
     "llama-3": r"<\|start_header_id\|>(?:user|ipython).*?<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
@@ -121,7 +121,7 @@ class Conversations:
 
 
 class Rows(list):
-    """As much of a data set as TRL needs, without a detour over Arrow, which would put nulls into the messages."""
+    """The part of a data set that TRL needs, without a detour over Arrow, which would put nulls into the messages."""
 
     def map(self, function: Any, fn_kwargs: dict[str, Any] | None = None) -> "Rows":
         return Rows(function(dict(row), **(fn_kwargs or {})) for row in self)
@@ -210,7 +210,7 @@ class Judge:
         return found or {EQUAL}
 
     def inside_text(self, ids: list[int]) -> str:
-        """The text of ids that do not stand at the beginning."""
+        """Return the text of ids inside a text, not at its beginning."""
         return self.text([*self.letter, *ids])[1:]
 
 
@@ -234,7 +234,7 @@ def test_ids_are_those_of_trl_or_differ_for_a_reason(name: str) -> None:
     assert set(counts) == REASONS[name]
 
 
-# Every template that TRL ships, by a few conversations whose speakers can be told by their words.
+# Every template that TRL ships, by a few conversations whose words show who says them.
 SHIPPED = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
 PARTS_ALONE = ("idefics3", "llava_next", "smolvlm")  # read lists of parts, and refuse text or leave it out
 MARK = re.compile(r"</?s>|<\|[^|<>\s'\"]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_\w+>|<\|[a-z_]+>|<[a-z_]+\|>|</?think>")

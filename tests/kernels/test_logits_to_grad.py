@@ -1,4 +1,4 @@
-"""`logits_to_grad` in Triton's interpreter against float64 autograd, and that it writes what it should and no more."""
+"""`logits_to_grad` in Triton's interpreter against float64 autograd; it writes its output and no more."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def to_grad(
     softcap: float | None = None,
     config: Config = DEFAULT,
 ) -> Tensor | None:
-    """Turns logits into their gradient; returns the bias gradient when asked."""
+    """Turn logits into their gradient; return the bias gradient if asked."""
     n, columns = logits.shape
     width = width or columns
     out = logits if out is None else out

@@ -1,4 +1,4 @@
-"""`logsumexp_gather` in Triton's interpreter against float64, and that it reads what it should and nothing else."""
+"""`logsumexp_gather` in Triton's interpreter against float64; it reads its inputs and nothing else."""
 
 import itertools
 

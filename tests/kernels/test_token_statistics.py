@@ -1,4 +1,4 @@
-"""`token_statistics` in Triton's interpreter against float64, and that it reads what it should and nothing else."""
+"""`token_statistics` in Triton's interpreter against float64; it reads its inputs and nothing else."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def found(
 def expected(
     logits: Tensor, targets: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
 ) -> dict[str, Tensor]:
-    """The definitions in float64; is_top1 in float32, where equal logits are those of the kernel."""
+    """The definitions in float64; is_top1 in float32, where the kernel's equal logits are equal."""
     z = logits.double() if bias is None else logits.double() + bias.double()
     z = (z if softcap is None else softcap * torch.tanh(z / softcap)) * scale
     log_p = torch.log_softmax(z, dim=1)

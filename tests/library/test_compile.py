@@ -192,7 +192,7 @@ def compiled_loss() -> Callable:
 
 @pytest.mark.parametrize("case", WRONG_VALUES)
 def test_wrong_values_fail_in_a_graph_too(case: str, compiled_loss: Callable) -> None:
-    """In a graph a ValueError cannot be: the check is a node, and fails when the values are there."""
+    """A graph cannot raise a ValueError: the check is a node, and fails when the values are there."""
     change, message = WRONG_VALUES[case]
     compiled_loss(**problem(grad=False), loss_type="exo-pref")
     with pytest.raises(RuntimeError, match=message):

@@ -259,7 +259,7 @@ def test_rows_end_to_end(share: bool):
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_block_mask_is_the_dense_mask(window: int | None):
-    """Of the rows laid end to end, in whole blocks of 128 tokens."""
+    """The mask of the rows laid end to end, in whole blocks of 128 tokens."""
     create_mask = pytest.importorskip("torch.nn.attention.flex_attention").create_mask
     groups = make_groups((40, [90, 30, 60]), (70, [20, 80]), (9, [7, 3]))
     packed = pack(groups, row_length=250)
@@ -339,7 +339,7 @@ def test_every_known_type_is_compared():
 
 
 def test_families_with_windows_are_cut():
-    """The comparison above rests on windows shorter than the sequences: with one more or none it must fail."""
+    """The comparison above rests on windows shorter than the sequences: with one more or no window it must fail."""
     windowed = [name for name in families.SHARING if plan_mask(families.tiny_model(name).config).window]
     assert {"mistral-window", "gemma2", "gemma3", "cohere2", "qwen2-window", "gpt_oss", "smollm3-window"} <= {*windowed}
     expected = pack(MIXED, share_prompt=False)

@@ -1,4 +1,4 @@
-"""The losses of docs/other-losses.md, as they stand there, against their papers, TRL and Liger, and what they hold."""
+"""The losses of docs/other-losses.md, taken from the page, against their papers, TRL and Liger, and their memory."""
 
 import functools
 import inspect
@@ -67,7 +67,7 @@ def test_is_the_librarys_loss(library: str, loss: str) -> None:
 
 
 def assert_clips(case: Case) -> None:
-    """Some tokens' ratios are clipped above, some below, and most are not."""
+    """Check that some tokens' ratios are clipped above, some below, and most are not."""
     targets, scale = case.arguments["targets"], case.arguments["scale"]
     scored = targets != -100
     logps = FUNCTIONS["frozen_logps"](case.hidden, case.weight, targets, scale=scale)
@@ -122,7 +122,7 @@ def test_packed_rows_give_the_same() -> None:
 
 
 def test_on_policy_grpo_is_the_policy_gradient() -> None:
-    """Without old log-probs: ratios of 1, whose gradient is that of the log-probs."""
+    """Ratios are 1 without old log-probs, and their gradient is the log-probs' gradient."""
     problem = Problem.make()
     arguments = problem.inputs(FUNCTIONS)["grpo"]
     known = {**arguments, "old_logps": FUNCTIONS["frozen_logps"](problem.hidden, problem.weight, problem.targets)}

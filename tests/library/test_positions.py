@@ -1,4 +1,4 @@
-"""Models whose rotary embedding depends on a text's length: what each text gets is what transformers gives it alone."""
+"""Models whose rotary embedding depends on a text's length: each text gets its numbers from transformers alone."""
 
 import copy
 import random

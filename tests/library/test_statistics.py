@@ -272,7 +272,7 @@ def test_bf16_products_in_tiles_have_their_gradients_by_attention() -> None:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize(("first", "second"), [(3, 5), (3, 40), (31, 32), (0, 74)], ids=str)
 def test_of_equal_logits_the_first_is_top(first: int, second: int, backend: str) -> None:
-    """In one block of the vocabulary, and in two."""
+    """Equal logits in one block of the vocabulary, and in two."""
     weight = torch.randn(75, 4, generator=torch.Generator().manual_seed(0))
     hidden = torch.ones(2, 4)
     weight[[first, second]] = 5.0
@@ -300,7 +300,7 @@ def test_logits_of_ten_thousand(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ruled_out", [slice(0, 40), slice(33, 75), slice(0, 75, 2)], ids=str)
 def test_tokens_ruled_out_by_a_bias_of_minus_infinity(ruled_out: slice, backend: str) -> None:
-    """Whole blocks of them too. 0·−inf is 0 in an entropy; the mean is −inf, as that of logits is."""
+    """Whole blocks of them too. 0·−inf is 0 in an entropy; the mean is −inf, as the logits' mean is."""
     made = problem(9, dtype=FP32, bias=True)
     made["bias"][ruled_out] = -torch.inf
     allowed = made["bias"].isfinite().nonzero().squeeze(1)
@@ -375,7 +375,7 @@ def test_autocast_casts_as_for_linear_logprobs() -> None:
 
 
 def trained(made: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
-    """As a trainer calls it: a loss on the log-probs, and the statistics to be logged."""
+    """Call it like a trainer: return a loss on the log-probs, and the statistics to be logged."""
     logps, statistics = linear_logprobs_with_statistics(**made, backend=backend)
     return logps.square().sum(), logps, *(getattr(statistics, name) for name in OUTPUTS)
 

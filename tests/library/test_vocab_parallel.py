@@ -424,7 +424,7 @@ def test_equals_the_whole_head(name: str, ranks: list[dict[str, Any]], monkeypat
 def test_shares_of_dh_are_not_rounded_before_they_are_added(
     budget: str, dtype: torch.dtype, ranks: list[dict[str, Any]]
 ) -> None:
-    """dH is as near to float64 as that of the whole head; rounded shares would be 1.2 to 1.5 times as far."""
+    """dH is as near to float64 as the whole head's dH; rounded shares would be 1.2 to 1.5 times as far."""
     for slices in (FOUR, UNEVEN):
         name = f"{budget}-{'x'.join(map(str, slices))}-{str(dtype)[6:]}"
         case = CASES[name]
@@ -457,7 +457,7 @@ def test_errors_are_those_of_all_ranks(name: str, ranks: list[dict[str, Any]]) -
 
 
 def test_a_slice_without_its_group_is_refused() -> None:
-    """As Megatron and DeepSpeed mark it; its own softmax would be a wrong number, and no error."""
+    """A slice marked by Megatron or DeepSpeed; its own softmax would be a wrong number, and no error."""
     made = problem(PLAIN)
     weight = torch.nn.Parameter(made.pop("weight"))
     linear_logprobs(weight=weight, **made)
@@ -478,7 +478,7 @@ DTENSOR_ERRORS = {
 
 
 def test_dtensors_are_taken_as_they_are(ranks: list[dict[str, Any]]) -> None:
-    """Sharded on dim 0 (of five rows a rank has none) or replicated; gradients of the same placements."""
+    """DTensors sharded on dim 0 (of five rows one rank gets nothing) or replicated; gradients have the same placements."""
     for rank in ranks:
         found = dict(rank["dtensors"])
         said = found.pop("errors")

@@ -1,12 +1,12 @@
-"""What a person gets who installs exo_fast: the built wheel in an empty environment, without the repository.
+"""Check the package that a user installs: the built wheel in an empty environment, without the repository.
 
     python tests/packaging/smoke.py DIST    # DIST holds one wheel and one source archive, as `make dist` leaves them
 
-It looks into both archives, installs the wheel with what it requires and nothing else (no extra), and runs there what
-works without one: the losses against their definitions, and the commands that need no training stack or say what to
-install. Then it installs the source archive in the wheel's place and compares the files. It takes what it needs from
-the package index, most of it from pip's cache where that is warm. Exit status 0 when all of it holds; the first check
-that does not ends it with what was found.
+It looks into both archives, installs the wheel with its requirements and no extra, and runs everything that works
+without an extra: the losses against their definitions, and the commands that need no training stack or say which
+package to install. Then it installs the source archive in the wheel's place and compares the files. Packages come from
+the index, most of them from pip's cache if that is warm. Exit status 0 if every check passes; the first one that fails
+ends the run and prints its findings.
 """
 
 from __future__ import annotations

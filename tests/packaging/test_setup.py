@@ -1,5 +1,5 @@
 """setup.py beside the tree: every folder with modules is a package, every file that these need goes along, every
-dependency has a pin. What the built archives hold and do is for smoke.py."""
+dependency has a pin. smoke.py checks the built archives."""
 
 import re
 import runpy
@@ -22,7 +22,7 @@ def options() -> dict[str, Any]:
 
 
 def folder_of(package: str, package_dir: dict[str, str]) -> Path:
-    """Where setuptools looks for a package: below the folder of the nearest parent that has one."""
+    """Return the folder in which setuptools looks for a package: below that of its nearest parent with one."""
     head, rest = package, ""
     while head not in package_dir:
         head, _, last = head.rpartition(".")

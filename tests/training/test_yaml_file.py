@@ -1,4 +1,4 @@
-"""The reader of recipes: what scalars become, and what is said of text that no recipe is."""
+"""The reader of recipes: the values of scalars, and the errors for text that is no recipe."""
 
 import json
 from typing import Any

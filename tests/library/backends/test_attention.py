@@ -207,7 +207,7 @@ def test_a_window_keeps_the_dense_mask_unless_it_covers_every_text():
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts calls of packed_attention."""
+    """Count calls of packed_attention."""
     calls = []
     monkeypatch.setattr(attention, "packed_attention", lambda *args: calls.append(1) or packed_attention(*args))
     return calls

@@ -17,7 +17,7 @@ from exo_fast.loss import group_loss, linear_group_loss
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For few rows and on any CPU; slices and chunks small enough that test sizes cross their boundaries."""
+    """Allow few rows and any CPU; make slices and chunks so small that test sizes cross their boundaries."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     for name, value in {"MIN_ROWS": 1, "ROWS": 24, "COLUMNS": 300, "QUERIES": 16}.items():
         monkeypatch.setattr(head_attention, name, value)
@@ -74,7 +74,7 @@ SHAPES = {
 def test_against_float64_of_the_same_inputs(shape: str, schedule, monkeypatch: pytest.MonkeyPatch) -> None:
     made = problem(*SHAPES[shape])
     exact = exactly(made)
-    for product in ("unit_hidden", "add_head", "add_by_blocks"):  # those of the other schedule
+    for product in ("unit_hidden", "add_head", "add_by_blocks"):  # the other schedule's products
         monkeypatch.delattr(chunked.Gradients, product)
     loss, logps = schedule(made, scale=0.7)
     want, want_logps = linear_group_loss(**exact, loss_type="exo-rw", beta_r=1.0, scale=0.7, backend="reference")

@@ -1,4 +1,4 @@
-"""Products with float32 results: what a build's library is asked, and the kernel that multiplies where it fails."""
+"""Products with float32 results: the questions to a build's library, and the kernel that multiplies if it fails."""
 
 from collections.abc import Callable
 
@@ -57,7 +57,7 @@ def test_the_library_is_asked_by_numbers(
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_sums_are_asked_too(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """addmm of torch 2.9 refuses float32 sums; another build might lose what they held."""
+    """addmm of torch 2.9 refuses float32 sums; another build might lose the values they held."""
     monkeypatch.setattr(products, "_mm", lambda a, b, out: widening_mm(a, b, torch.float32, out))
     for addmm, right in (
         (lambda total, a, b: total.add_(a.double() @ b.double()), True),
@@ -86,7 +86,7 @@ def test_nothing_is_asked_twice_or_in_a_capture(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("answer", [products.NONE, frozenset({"mm"})], ids=["no", "yes"])
 def test_the_torch_backend_asks_too(monkeypatch: pytest.MonkeyPatch, answer: frozenset[str]) -> None:
-    """It widens a block of the head where the library has no such product, as on a CPU."""
+    """The backend widens a block of the head if the library has no such product, as on a CPU."""
     monkeypatch.setattr(chunked, "library_products", lambda device, dtype: answer)
     hidden, weight = (torch.empty(rows, 8, dtype=BF16, device="meta") for rows in (4, 64))
     blocks = chunked.LogitBlocks(Head(weight), chunked.Plan.of(4, hidden, Head(weight), None), hidden)

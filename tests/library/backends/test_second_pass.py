@@ -95,7 +95,7 @@ def test_logprobs(
     monkeypatch.setattr(backend, "SCHEDULE", "kept" if schedule == "kept" else "chunked")
     library(in_another_order)
     hidden, weight, targets = problem(dtype, largest)
-    if only_likely:  # their gradients alone: those of other rows would hide them
+    if only_likely:  # their gradients alone: other rows' gradients would hide them
         targets = torch.where(likely_rows(targets, hidden, weight), targets, -100)
     upstream = torch.linspace(0.5, 2, N) * (targets >= 0)
     made = [t.requires_grad_() for t in (hidden, weight)]

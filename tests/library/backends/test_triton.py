@@ -131,7 +131,7 @@ SIZES = list(itertools.product((1, 7, 64, 129), (2, 131, 1000), (8, 80, 576)))
 def test_logprobs_at_odd_sizes(backend, i: int, size: tuple[int, int, int]) -> None:
     n, vocab, width = size
     for dtype in DTYPES:
-        # Of one or two entries a row, a single rounding is the whole error: √2 · 2⁻⁹ at most.
+        # With one or two entries a row, a single rounding is the whole error: √2 · 2⁻⁹ at most.
         limit = GRADIENT_ERROR[dtype] if n * vocab > 64 or dtype == FP32 else 4e-3
         check_logprobs(head(n, width, vocab, dtype, bias=i % 2 == 0), limit)
 

@@ -1,4 +1,4 @@
-"""Rows of other tools in our fields: each accepted form, and what is said of those that are none."""
+"""Rows of other tools in our fields: each accepted form, and the errors for other rows."""
 
 from typing import Any
 

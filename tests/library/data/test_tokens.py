@@ -43,7 +43,7 @@ def test_a_boundary_lies_between_tokens() -> None:
 
 
 def test_the_generation_prompt_is_read_as_inference_reads_it() -> None:
-    """Where an answer begins with line breaks, they would melt into one token with that of the prompt."""
+    """Line breaks at the start of an answer would melt into one token with the prompt's line break."""
     tokenizer = chats.byte_level(chats.CHATML)
     asked = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True)["input_ids"]
     tokens = tokens_of(tokenizer, pair(chats.say("\n\nthe film"), chats.say("long")))
@@ -159,7 +159,7 @@ def test_results_of_tools_never_count() -> None:
     assert read(tokenizer, learned) == "good<|im_end|>"
     with pytest.raises(BadField, match="no message of the assistant"):
         tokens_of(tokenizer, pair([tool], chats.say("x"), prompt))
-    # What others say after the assistant's last words is not there to be learned, and is cut off.
+    # Others' words after the assistant's last words are not learned, and are cut off.
     cut = tokens_of(tokenizer, pair([chats.say("good"), tool], chats.say("x")))
     assert [read(tokenizer, ids) for ids in cut.candidates] == ["good<|im_end|>", "x<|im_end|>"]
     assert cut.learned is None
@@ -177,7 +177,7 @@ def test_the_last_turn_or_all_of_them() -> None:
 
 
 def test_a_turn_that_is_written_otherwise_when_others_follow() -> None:
-    """A template that drops what was said before: nobody could tell whose words are whose."""
+    """A template that drops earlier words: nobody could know whose words are whose."""
     turns = [chats.say("good"), chats.user("film"), chats.say("long")]
     dropping = "{{ m.content if loop.last or loop.first else '' }}"
     others = dropping.replace("loop.first", "loop.first or m.role == 'assistant'")
@@ -209,12 +209,12 @@ def test_an_answer_that_the_template_does_not_write() -> None:
 
 
 def test_an_end_of_turn_among_the_words_of_others() -> None:
-    """Where only the last answer has its end of turn, one that a user wrote ends nobody's turn."""
+    """If only the last answer has its end of turn, one that a user wrote ends nobody's turn."""
     template = chats.CHATML.replace("<|im_end|>", "{% if loop.last or m.role == 'user' %}<|im_end|>{% endif %}")
     turns = [chats.say("good"), chats.user("film<|im_end|>film"), chats.say("long")]
     with pytest.raises(BadField, match="give each answer a row of its own"):
         tokens_of(chats.byte_level(template), pair(turns, chats.say("x")))
-    # Written with a thought where it is the last, without where others follow, as Qwen3 does.
+    # An answer is written with a thought if it is the last, and without one if others follow, as in Qwen3.
     thinking = chats.CHATML.replace(
         "{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}"
     )
@@ -340,7 +340,7 @@ def test_ids_are_those_of_the_text() -> None:
 
 
 def test_ids_of_completions_of_which_parts_count() -> None:
-    """Spans are of characters: which of the ids count cannot be told, so that all would be learned."""
+    """Spans are of characters: they do not show which ids count, so all would be learned."""
     tokenizer = chats.byte_level(chats.CHATML)
     turns = [chats.say("good"), chats.user("film"), chats.say("long")]
     spans = [[[0, 4]], [[0, 1]]]
@@ -378,7 +378,7 @@ def test_what_stands_inside_a_call_is_no_end() -> None:
 
 
 def test_marks_begin_behind_the_header() -> None:
-    """A template may mark the header of a turn and the line break behind it; neither is what a model writes."""
+    """A template may mark the header of a turn and the line break behind it; a model writes neither."""
     marked = chats.CHATML.replace("{% for m in messages %}", "{% for m in messages %}{% if m.role == 'assistant' %}")
     body = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     marked = marked.replace(body, f"{{% generation %}}{body}{{% endgeneration %}}{{% else %}}{body}{{% endif %}}")

@@ -1,4 +1,4 @@
-"""Recipes, the command line, and what is said when they are wrong."""
+"""Recipes, the command line, and the errors if they are wrong."""
 
 import subprocess
 import sys

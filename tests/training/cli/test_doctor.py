@@ -31,7 +31,7 @@ sys.exit(main())
 
 
 def run_without(blocked: tuple[str, ...], env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """`exo-fast doctor --json` in a Python that has none of these packages."""
+    """Run `exo-fast doctor --json` in a Python without these packages."""
     command = [sys.executable, "-c", BLOCKED.format(blocked=blocked), "doctor", "--json"]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**environment(), **(env or {})})
 
@@ -126,7 +126,7 @@ def test_without_torch_the_rest_is_said() -> None:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes a distribution that importlib.metadata finds before any other: name, version, lines of METADATA."""
+    """Make a distribution that importlib.metadata finds before any other: name, version, lines of METADATA."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(name: str, version: str, *lines: str) -> None:

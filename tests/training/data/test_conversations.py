@@ -1,4 +1,4 @@
-"""Conversations as text: what TRL makes of them, the end of a completion, and what is said of those that cannot be."""
+"""Conversations as text: the text that TRL makes of them, the end of a completion, and the errors for others."""
 
 import json
 from copy import deepcopy
@@ -23,7 +23,7 @@ from exo_fast.training.errors import InputError
 
 EOS = "</s>"
 TEMPLATES = {
-    # a line break after EOS, as ChatML and Zephyr have it
+    # a line break after EOS, as in ChatML and Zephyr
     "line break": "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}",
     # no generation prompt, EOS after answers alone, BOS: Llama 2

@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
     paths["compressed"].write_bytes(gzip.compress(paths["lines"].read_bytes()))
     for path in (*paths.values(), tmp_path / "saved"):
         assert [(e.prompt, e.completions, e.rewards) for e in load(path)] == expected
-    # The place is what an editor shows.
+    # The place is the one that an editor shows.
     assert [(e.place.row, e.place.line) for e in load(paths["list"])] == [(0, 2), (1, 17)]
     assert [(e.place.row, e.place.line) for e in load(paths["lines"])] == [(0, 1), (1, 2)]
     assert str(load(paths["parquet"])[1].place).endswith("d.parquet, row 1")
@@ -339,7 +339,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("content", ENDLESS.values(), ids=ENDLESS.keys())
 def test_a_row_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    """A few bytes of gzip can stand for any number of bytes."""
+    """A few bytes of gzip can hold any number of bytes."""
     monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
     monkeypatch.setattr(json_rows, "BLOCK_BYTES", 100)
     path = tmp_path / "train.json.gz"

@@ -119,7 +119,7 @@ def test_ids_that_were_drawn_are_used_as_they_are(run: Any, ids: Ids) -> None:
 
 
 def test_prompts_of_drawn_completions_are_cut_as_they_were_for_sampling(run: Any, ids: Ids) -> None:
-    """To max_seq_len - max_gen_len tokens, however short the completions turned out."""
+    """Prompts are cut to max_seq_len - max_gen_len tokens, however short the completions turned out."""
     prompt = "the film was good but very very long"
     row = Example(Place("f.json", 0, 1), prompt, ["fine", "dull"], [0.0, 1.0], [[*ids("fine"), EOS], ids("dull")])
     cut = run([row], max_seq_len=14, max_gen_len=8).group(0).prompt

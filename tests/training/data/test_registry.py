@@ -1,4 +1,4 @@
-"""Raw files in their publishers' format, to the exact fields; the registry and what it says of what it lacks."""
+"""Raw files in their publishers' format, to the exact fields; the registry, and its errors for missing names."""
 
 import gzip
 import importlib
@@ -471,7 +471,7 @@ def test_entry_points(entry_point_package: Path) -> None:
 
 
 def test_shards_of_a_split(tmp_path: Path) -> None:
-    """As a download from the Hub has them, in the directory or in data/ below it."""
+    """Shards as in a download from the Hub, in the directory or in data/ below it."""
     import pyarrow
     import pyarrow.parquet
 

@@ -53,7 +53,7 @@ def untied_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> s
 
 
 def noisy(adapted: nn.Module) -> nn.Module:
-    """With every weight that training would change changed."""
+    """Change every weight that training would change."""
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -111,7 +111,7 @@ def test_a_merge_that_changes_numbers_is_refused(
     noisy(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))).save_pretrained(tmp_path)
     merged = merge_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype), str(tmp_path))
     assert merged.dtype == dtype
-    monkeypatch.setattr(merging, "_give_head_its_own_weights", lambda adapted: False)  # as PEFT alone has it
+    monkeypatch.setattr(merging, "_give_head_its_own_weights", lambda adapted: False)  # as with PEFT alone
     with pytest.raises(InputError, match=r"cannot be merged into its base .*: the logits of 16 tokens differ by \d"):
         merge_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype), str(tmp_path))
 

@@ -1,6 +1,6 @@
 """A text's numbers are its own in every stage, with models whose rotary embedding depends on a text's length.
 
-What is right: an untrained policy is its own reference, so KL is 0; and transformers' own forward of each text alone.
+The right numbers: an untrained policy is its own reference, so KL is 0; transformers' own forward of each text alone.
 """
 
 import json
@@ -185,7 +185,7 @@ def test_references_of_before_are_not_used(model: str, untrained: Run, tmp_path:
 
 
 def alone(name: str, prompt: list[int], completion: list[int], cls: Any = AutoModelForCausalLM) -> Tensor:
-    """By transformers' own forward of one text, with a model that has seen nothing before."""
+    """Return log-probs by transformers' own forward of one text, with a model that has seen nothing before."""
     loaded = cls.from_pretrained(name).eval()
     with torch.no_grad():
         logits = loaded(input_ids=torch.tensor([prompt + completion])).logits[0]

@@ -1,4 +1,4 @@
-"""Save a trained model, whatever stands beside its weights; and say before training what cannot be saved."""
+"""Save a trained model, whatever is beside its weights; refuse before training a model that cannot be saved."""
 
 import json
 import shutil

@@ -295,7 +295,7 @@ def test_parts_equal_the_whole(results: dict[str, Any], name: str) -> None:
 @pytest.mark.slow
 def test_every_family_is_run_in_parts_or_refused(results: dict[str, Any]) -> None:
     reasons = {name: found for name, found in results["families"].items() if isinstance(found, str)}
-    own = {"falcon", "falcon-new", "stablelm", "gemma2"}  # attention of their own, or none but eager
+    own = {"falcon", "falcon-new", "stablelm", "gemma2"}  # attention of their own, or only eager
     assert reasons.keys() == own | {"gpt_oss", "bloom", "falcon-alibi", "falcon-mamba", "mamba", "mamba2", "mpt"}
     assert all(value < 1e-5 for name, value in results["families"].items() if name not in reasons)
 
@@ -385,7 +385,7 @@ def test_models_that_cannot_be_run_in_parts_are_refused_with_the_reason(name: st
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_parts_of_the_one_row_of_flex_attention(size: int, share: bool) -> None:
-    """FlexAttention takes the rows end to end; each token that predicts is one rank's, and none is lost."""
+    """FlexAttention takes the rows end to end; each token that predicts is one rank's, and no token is lost."""
     groups = [Group(list(range(1, 40)), [[3] * 30, [4] * 50]), Group([5] * 70, [[6] * 9, [7] * 2, [8] * 61])]
     packed = pack(groups, share_prompt=share)
     plan = plan_mask(transformers.LlamaConfig(**LLAMA))

@@ -43,7 +43,7 @@ def tiny_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str], Path]:
-    """Writes a recipe, with {output} replaced."""
+    """Write a recipe, with {output} replaced."""
 
     def write_recipe(text: str) -> Path:
         path = tmp_path / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""report.html: what stands in it, that hostile text stays text, and how a real browser shows it."""
+"""report.html: its contents, hostile text that stays text, and its look in a real browser."""
 
 import base64
 import hashlib
@@ -34,7 +34,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH
 
 
 def browse(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
-    """Open `page` in a browser that has no network; returns what it printed and the lines of its console."""
+    """Open `page` in a browser that has no network; return its output and the lines of its console."""
     flags = [flag.replace("\t", " ") for flag in FLAGS.split(" ")]
     command = [CHROMIUM, *flags, f"--user-data-dir={profile}", *options, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -65,12 +65,12 @@ def drawn(parsed: Tags) -> list[list[dict[str, Any]]]:
 
 
 def count(curves: list[dict[str, Any]]) -> int:
-    """How many points the curves of a plot have."""
+    """Return the number of points of a plot's curves."""
     return sum(len(values) for curve in curves for values in curve["points"][1:])
 
 
 def points_of(history: list[dict[str, Any]]) -> dict[str, int]:
-    """How many values of each title's metric were logged, held out and in training."""
+    """Return the number of logged values of each title's metric, held out and in training."""
     names = {name for entry in history for name in entry}
     return {
         title: sum(name in entry for entry in history) + sum(f"eval_{name}" in entry for entry in history)
@@ -174,7 +174,7 @@ def test_the_same_run_gives_the_same_page(hostile_run: Path) -> None:
 @needs_browser
 def test_a_browser_shows_every_point_and_runs_nothing_hostile(hostile_run: Path, tmp_path: Path) -> None:
     dom, console = browse(hostile_run / "report.html", tmp_path / "profile", "--dump-dom")
-    assert console == []  # a refusal of the policy would stand here too
+    assert console == []  # a refusal of the policy would be here too
     assert re.search(r"<title>exo-fast align: [^<]*</title>", dom)
     assert "<title>owned" not in dom
     figures = re.findall(r"<figure>.*?</figure>", dom, re.DOTALL)
@@ -388,7 +388,7 @@ def test_a_browser_draws_any_values(hostile_run: Path, tmp_path: Path) -> None:
 
 
 def test_the_chart_library_is_the_one_that_its_note_names() -> None:
-    """uPlot lies here as npm has it; the note says which version, from where, and what its files hash to."""
+    """uPlot is npm's, unchanged; the note gives its version, its source and the hashes of its files."""
     note = (UPLOT / "README.md").read_text()
     named = dict(re.findall(r"^\| ([\w.]+) \| ([0-9a-f]{64}) \|$", note, re.MULTILINE))
     there = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in UPLOT.iterdir()}

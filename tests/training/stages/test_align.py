@@ -323,7 +323,7 @@ RESUMED = {
 def test_a_resumed_run_ends_as_if_never_interrupted(
     settings: Settings, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """From the middle of the first epoch, in another directory and without the cached reference."""
+    """A restart in the middle of the first epoch, in another directory and without the cached reference."""
     whole = settings(**options, save_strategy="steps", save_steps=3, output_dir=str(tmp_path / "whole"))
     assert run(whole)["steps"] == 8
     resumed = settings(
@@ -416,7 +416,7 @@ def test_lora_on_modules_that_are_not_there(settings: Settings) -> None:
 
 
 def test_the_best_candidate_sampled_twice_and_tied_ones(settings: Settings, tmp_path: Path) -> None:
-    """A text that was drawn twice counts twice; different ones with the highest reward are what `ties` says."""
+    """A text that was drawn twice counts twice; `ties` decides about different texts with the highest reward."""
     rows = [{"prompt": "the film", "completions": ["was good", "was good", "was bad"], "rewards": [1, 1, 0]}] * 4
     tied = [{"prompt": "the plot", "completions": ["was fine", "was good", "was bad"], "rewards": [8, 8, 6]}] * 4
     options = {"loss_type": "dpo-pref", "num_train_epochs": 1, "engine": "torch"}

@@ -126,7 +126,7 @@ def test_it_learns_and_what_it_saves_gives_what_it_measured(
 
 @pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_weights(settings: Settings, tmp_path: Path) -> None:
-    """With adapters: the new head is drawn again at the start, and then read from the checkpoint."""
+    """A classifier with adapters: the new head is drawn again at the start, and then read from the checkpoint."""
     options = settings(save_strategy="steps", save_steps=8, num_train_epochs=2, lora_r=4, engine="torch")
     classifier(ClassifierConfig(**{**options, "output_dir": str(tmp_path / "whole")}))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))

@@ -1,4 +1,4 @@
-"""The first example of every stage's --help works, as it stands, in a directory with the data it names."""
+"""The first example of every stage's --help works unchanged in a directory with the data it names."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from tree import RAW
 
 from exo_fast.training.cli.command import STAGES, main
 
-# In an order in which each finds what those before it made; what must be there afterwards.
+# In an order in which each finds the output of earlier ones; the files that must be there afterwards.
 MADE = {
     "recipes": None,
     "prepare": "data/hh/train.json",

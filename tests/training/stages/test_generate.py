@@ -1,7 +1,4 @@
-"""Sampling: the right distribution, the same text whatever the batch, and errors that name the argument.
-
-And what the stage makes of it.
-"""
+"""Sampling and its stage: the right distribution, the same text whatever the batch, errors that name the argument."""
 
 import json
 from collections.abc import Callable

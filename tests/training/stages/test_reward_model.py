@@ -178,7 +178,7 @@ def test_it_learns_and_what_it_saves_gives_what_it_measured(
 def test_another_librarys_reward_model_is_read_before_eos_from_then_on(
     settings: Settings, tmp_path: Path, tiny_llama: str
 ) -> None:
-    """Its padding is a token of its own; rows are padded with EOS, at which it would be read else."""
+    """Its padding is a token of its own; rows are padded with EOS, at which the reward would otherwise be read."""
     theirs = tmp_path / "theirs"
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama, pad_token="<unk>")
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
@@ -236,7 +236,7 @@ def test_the_best_checkpoint_is_kept(settings: Settings, tmp_path: Path) -> None
 def test_two_processes_equal_one(settings: Settings, tmp_path: Path) -> None:
     """ZeRO-3, and a held-out split of 21 pairs that does not divide into the batches.
 
-    The training pairs do divide: the Trainer gives processes equally many rows, some twice where they do not.
+    The training pairs do divide: the Trainer gives processes equally many rows, some twice if they do not.
     """
     (tmp_path / "train.json").write_text(json.dumps(make_pairs(36, seed=0)))
     expected = reward_model(RewardModelConfig(**settings(engine="torch", learning_rate=1e-3)))
@@ -296,7 +296,7 @@ def test_without_held_out_data_it_trains_and_says_so(
 
 
 def test_wilson_interval() -> None:
-    """Against scipy's own, and where a normal approximation would leave [0, 1]."""
+    """Equality with scipy's interval, also where a normal approximation would leave [0, 1]."""
     from scipy.stats import binomtest
 
     for successes, trials in ((0, 10), (7, 10), (10, 10), (512, 1000)):

@@ -215,7 +215,7 @@ def test_how_often_is_evaluated_changes_no_bit(options: Settings, tmp_path: Path
 def test_a_cached_reference_and_a_computed_one_give_the_same_bits(
     options: Settings, tiny_llama: str, tmp_path: Path, separate: bool
 ) -> None:
-    """The policy's own, and that of another model."""
+    """The policy's own reference, and another model's."""
     changes = {}
     if separate:
         shutil.copytree(tiny_llama, tmp_path / "reference")
@@ -312,7 +312,7 @@ def test_killed_and_continued_it_ends_as_if_undisturbed(
 def test_every_stage_makes_its_evaluations_up(
     options: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str, engine: dict[str, Any]
 ) -> None:
-    """Killed in both evaluations of one run, and again where the first was made up."""
+    """Killed in both evaluations of one run, and again in the evaluation that makes up for the first."""
     changes = {"engine": "deepspeed", **engine, "logging_strategy": "epoch"}
     right = options(stage, **changes, output_dir=str(tmp_path / "right"))
     run(stage, right)
@@ -364,7 +364,7 @@ BETWEEN: dict[str, dict[str, Any]] = {
 def test_a_checkpoint_that_sigterm_alone_has_written_does_not_stay(
     options: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """It would be one more model of the run to an evaluation, a limit of checkpoints and the choice of the best."""
+    """Evaluations, the limit of checkpoints and the choice of the best would count it as one more model of the run."""
     right = options(**changes, output_dir=str(tmp_path / "right"))
     run("align", right)
     if "load_best_model_at_end" in changes:
@@ -422,7 +422,7 @@ def test_steps_left_out_are_counted_over_a_kill(options: Settings, monkeypatch: 
 
 @pytest.mark.slow
 def test_a_process_killed_at_an_epochs_end(options: Settings, tmp_path: Path) -> None:
-    """In writing a checkpoint, and then in the evaluation after it."""
+    """Kill it while it writes a checkpoint, and then in the evaluation after it."""
     right, found = options(output_dir=str(tmp_path / "right")), options()
     run("align", right)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(found))

@@ -1,4 +1,4 @@
-"""Every field of transformers.TrainingArguments, judged: what it does here, or that it is refused and with what fix.
+"""Every field of transformers.TrainingArguments, judged: its effect here, or its refusal and the fix.
 
 A field that transformers adds is in no table, and fails the first test until somebody has judged it.
 """
@@ -21,7 +21,7 @@ from exo_fast.training.stages.reward_model import RewardModelConfig
 from exo_fast.training.stages.sft import SftConfig
 from exo_fast.training.trainer.config import REFUSED
 
-# It decides what is learned: with this value the weights are others than without.
+# Fields that change the result: with this value the weights are different.
 LEARNS_OTHERWISE: dict[str, dict[str, Any]] = {
     "per_device_train_batch_size": {"per_device_train_batch_size": 2},
     "num_train_epochs": {"num_train_epochs": 1},
@@ -58,7 +58,7 @@ LEARNS_OTHERWISE: dict[str, dict[str, Any]] = {
     },
 }
 WORKER = {"dataloader_num_workers": 1, "max_steps": 1}
-# It says how a run goes or what is told of it, and not what is learned: the weights are the same bits.
+# Fields that change the course or the logs of a run and not its result: the weights are the same bits.
 LEARNS_THE_SAME: dict[str, dict[str, Any]] = {
     "per_device_eval_batch_size": {"per_device_eval_batch_size": 3},
     "activation_checkpointing": {"activation_checkpointing": True},
