@@ -40,7 +40,7 @@ class _Sturdy(io.FileIO):
 def sturdy_streams() -> None:
     """Make stdout and stderr of this process take all that is printed; for a process that will end soon.
 
-    A stream that the process was started without becomes one that nobody reads.
+    A stream that is missing at the start becomes one that nobody reads.
     """
     global _stdout
     for name, descriptor in (("stdout", 1), ("stderr", 2)):

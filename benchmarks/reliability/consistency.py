@@ -6,7 +6,7 @@ full training and LoRA × gradient accumulation over 1 and 3 micro-batches, and 
 them is further from the answer than LIMITS, or fails.
 
 A step is 12 groups however they are cut, and an epoch 53, so that the last step has 5, which no cut divides evenly:
-whoever averages averages of parts is off there. Completions are of unequal lengths, gradients are clipped, weights
+a mean of the parts' means is off there. Completions are of unequal lengths, gradients are clipped, weights
 decay. AdamW's epsilon is of the size of a gradient's entries, 1e-2: with the default of 1e-8 an entry whose gradient is
 next to nothing moves as far as any other, and rounding decides where to (PyTorch alone is then 1e-4 off in a LoRA
 tensor between accumulation over 1 and over 3).

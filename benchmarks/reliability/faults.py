@@ -5,7 +5,7 @@
 The trainings are tiny Llamas on the data of `consistency`, in two processes: four epochs of four steps, saved every
 second step, evaluated after every epoch, most with dropout, so that random states count (`KINDS`). A killed training is
 started again by the same command until it ends, and must then have the bits and the log (every loss, every evaluation)
-of one that nobody disturbed. The kills come in turn in an evaluation, which at an epoch's end comes after the
+of an undisturbed one. The kills come in turn in an evaluation, which at an epoch's end comes after the
 checkpoint, between two epochs, while a checkpoint is being written, and at a random moment (`PLACES`); some end one
 process only, as a crash would. Each damage (`DAMAGES`) is done to the newest checkpoint of a training that was stopped
 half-way: it must be noticed, and the training go on from the checkpoint before and end with the same bits, or refuse

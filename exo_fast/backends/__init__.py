@@ -57,8 +57,8 @@ def interpreted() -> bool:
 
 
 def scratch_budget(memory_budget: int | None, on: device) -> int:
-    """Return the bytes of vocabulary-sized scratch: `memory_budget`, or 640 MiB on the CPU and 1 GiB on a GPU (where
-    `triton` takes a share of the card instead)."""
+    """Return the bytes of vocabulary-sized scratch: `memory_budget`, or 640 MiB on the CPU and 1 GiB on a GPU (the
+    `triton` backend takes a share of the card instead)."""
     if memory_budget is not None:
         return memory_budget
     return (640 if on.type == "cpu" else 1024) * 2**20

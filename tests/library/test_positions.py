@@ -1,4 +1,4 @@
-"""Models whose rotary embedding depends on a text's length: each text gets its numbers from transformers alone."""
+"""Models whose rotary embedding depends on a text's length: each text gets transformers' numbers for it alone."""
 
 import copy
 import random

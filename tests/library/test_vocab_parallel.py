@@ -478,7 +478,7 @@ DTENSOR_ERRORS = {
 
 
 def test_dtensors_are_taken_as_they_are(ranks: list[dict[str, Any]]) -> None:
-    """DTensors sharded on dim 0 (of five rows one rank gets nothing) or replicated; gradients have the same placements."""
+    """DTensors sharded on dim 0 (with 5 rows one rank has no row) or replicated; gradients have the same placements."""
     for rank in ranks:
         found = dict(rank["dtensors"])
         said = found.pop("errors")

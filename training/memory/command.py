@@ -128,7 +128,7 @@ def device_memory(device: str) -> int:
     if device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available():
-        raise InputError("--device cuda: there is none here to ask; say --memory, such as --memory 80GB")
+        raise InputError("--device cuda: this machine has no GPU; give its memory, such as --memory 80GB")
     return torch.cuda.get_device_properties(0).total_memory
 
 

@@ -176,7 +176,7 @@ def _preferences(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]
             found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **extras})
     if not found:
         raise InputError(
-            f"mode=label-pref: the completions of each prompt of the {split} split have one reward, so there is no "
+            f"mode=label-pref: no prompt of the {split} split has completions with different rewards, so there is no "
             "preference to write; use another scorer."
         )
     return found

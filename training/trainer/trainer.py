@@ -490,7 +490,7 @@ class StageTrainer(Trainer):
 
     def _unwritten(self, output: Path, name: str, problem: str) -> str:
         whole = checkpoints.numbered(output)
-        last = f"{whole[0].name} is whole" if whole else "there is none before it"
+        last = f"{whole[0].name} is whole" if whole else "there is no checkpoint before it"
         return (
             f"{name} could not be written below output_dir={str(output)!r} ({problem}); {last}. Make room, or give "
             "save_total_limit, and the same command continues from the last one."

@@ -32,7 +32,7 @@ class Reviews(RawDataset):
         super().__init__(name, path, **options)
         words = self.options["prompt_words"]
         if words < SPLIT_WORDS:
-            raise InputError(f"prompt_words={words}: at least {SPLIT_WORDS} are needed, by which the splits are told.")
+            raise InputError(f"prompt_words={words}: at least {SPLIT_WORDS} are needed: they decide a review's split.")
         self._openings: set[str] = set()
 
     def splits(self) -> list[str]:
