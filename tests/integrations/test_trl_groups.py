@@ -453,7 +453,7 @@ def test_pairs_of_ours_and_trls_do_not_share_a_file(tmp_path: Path, tiny_llama: 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_no_step_waits_for_the_device(tmp_path: Path, tiny_llama: str, share_prompts: bool, accumulation: int) -> None:
     """The first batch is compared in both layouts, and the end of a training reads the loss; no step in between reads
-    anything. A micro-batch had four reads. Those of transformers, in its forward of ordinary rows, are left out."""
+    anything. A micro-batch had four reads. The reads of transformers' forward of ordinary rows are left out."""
 
     def reads(steps: int) -> int:
         trainer = make(

@@ -22,7 +22,7 @@ def options() -> dict[str, Any]:
 
 
 def folder_of(package: str, package_dir: dict[str, str]) -> Path:
-    """Return the folder in which setuptools looks for a package: below that of its nearest parent with one."""
+    """Return the folder in which setuptools looks for a package: below the folder of its nearest parent with one."""
     head, rest = package, ""
     while head not in package_dir:
         head, _, last = head.rpartition(".")

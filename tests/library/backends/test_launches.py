@@ -1,4 +1,4 @@
-"""What the Triton backend starts on a device for a chunk of a step: at N = 512 the host is slower than the GPU.
+"""The launches of the Triton backend for a chunk of a step: at N = 512 the host is slower than the GPU.
 
 In Triton's interpreter. A launch is a kernel of this library, a product of the library, or any other operation of
 PyTorch that computes or copies; views and allocations start nothing.
