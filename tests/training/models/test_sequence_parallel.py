@@ -133,7 +133,7 @@ def in_parts(case: Case, whole: AlignModule) -> AlignModule:
     module = make_module(case, copy.deepcopy(whole.policy))
     module.sequence = SequenceParallel(module.policy, case.parts)
     if case.checkpointing:
-        module.activation_checkpointing_enable()
+        module.gradient_checkpointing_enable()
         tile_mlps(module.policy, max_seq_len=4000)  # 4 pieces
     return module
 

@@ -41,7 +41,7 @@ def test_mlps_in_pieces_give_the_same_gradients(name: str, checkpointing: bool, 
     whole = make_model(name)
     tiled = copy.deepcopy(whole)
     if checkpointing:
-        tiled.activation_checkpointing_enable()
+        tiled.gradient_checkpointing_enable()
     assert tile_mlps(tiled, max_seq_len=4 * TILE_TOKENS) == 4
     expected, found = loss_of(whole, tokens), loss_of(tiled, tokens)
     expected.backward()
