@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo reviews test faults consistency fuzz certify bench bench-op bench-step gpu-first roofline lint format \
+.PHONY: help demo reviews test faults consistency fuzz certify certify-versions bench bench-op bench-step gpu-first roofline lint format \
 	typecheck docs docs-serve dist smoke clean
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make consistency compare a training on 1, 2 and 4 processes and every ZeRO stage (docs/reliability.md)"
 	@echo "make fuzz        test 30,000 hostile inputs"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
+	@echo "make certify-versions  the same with Triton 3.6 and 3.8 too, each in a folder of its own"
 	@echo "make bench       run all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
 	@echo "make gpu-first   test, time and tune on a GPU in ten minutes: runs/gpu-first, docs/gpu.md (PYTHON=..., no .venv)"
 	@echo "make roofline    predict the GPU kernels' times by their flops and bytes, no GPU needed (docs/gpu-analysis.md)"
@@ -54,8 +55,21 @@ fuzz: $(VENV)/.ready
 consistency: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.reliability.consistency --markdown docs/reliability.md
 
+CERTIFY := env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certification --markdown docs/certification.md
 certify: $(VENV)/.ready
-	env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certification --markdown docs/certification.md
+	$(CERTIFY)
+
+# The Tritons of torch 2.11 and 2.14, each in a folder of its own that hides the one of the environment.
+TRITONS := 3.6.0 3.8.0
+certify-versions: certify $(TRITONS:%=build/triton-%/.ready)
+	failed=0; for version in $(TRITONS); do \
+		PYTHONPATH=build/triton-$$version $(CERTIFY) --output build/certification-$$version.json || failed=1; \
+	done; exit $$failed
+
+build/triton-%/.ready: $(VENV)/.ready
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar off --no-deps --target $(@D) triton==$*
+	touch $@
 
 # One suite alone: make bench-op. To run what was interrupted or did not fit in the time: make bench CONTINUE=--continue
 # A machine half as fast as ours does not reach the last cases; MINUTES=600 waits for all.

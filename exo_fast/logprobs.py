@@ -12,24 +12,46 @@ from torch import Tensor
 
 from exo_fast import ops, reference, vocab_parallel
 from exo_fast.backends import choose, head_attention
+from exo_fast.backends.checks import checked_targets
 from exo_fast.head import Head
 from exo_fast.validate import (
     check_budget,
     check_ignore_index,
     check_projection,
-    check_targets,
     check_tensor,
     traced,
 )
 
 
-def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast the operands of the projection under torch.autocast, as autocast would cast them for any linear layer."""
+def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Return hidden, and the dtype in which weight is multiplied: autocast's, as for any linear layer, if it is on.
+
+    The operators cast weight themselves, so its gradient is their float32 dW. A cast before them would have a backward
+    pass of its own, which would round dW to the dtype of the products.
+    """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), weight.to(dtype)
-    return hidden, weight
+        return hidden.to(dtype), dtype
+    return hidden, weight.dtype
+
+
+class _Rounded(torch.autograd.Function):
+    """A weight rounded to another dtype's numbers, in float32. Its gradient is not rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return weight.to(dtype).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return weight with the numbers it has in `dtype`, for the reference, which computes in float32."""
+    return weight if weight.dtype == dtype else _Rounded.apply(weight, dtype)
 
 
 def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
@@ -49,24 +71,17 @@ def checked_operands(
     backend: str,
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, vocab_parallel.Slice | None]:
-    """Check the arguments of every function of log-probs. Return hidden, weight and bias as they are computed with, and
-    the slice of the vocabulary that weight is, or None. Raises ValueError."""
+    """Check the arguments of every function of log-probs, but for the targets' values. Return hidden, weight and bias
+    as they are computed with, and the slice of the vocabulary that weight is, or None. Raises ValueError."""
     check_budget(memory_budget)
     check_ignore_index(ignore_index)
     hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
     check_tensor("hidden", hidden)
     check_tensor("weight", weight)
-    hidden, weight = autocast_operands(hidden, weight)
+    hidden, dtype = autocast_operands(hidden, weight)
     part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
-    check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
-    check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
+    check_projection(hidden, weight, dtype, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
     return hidden, weight, bias, part
-
-
-def flat_targets(targets: Tensor, ignore_index: int) -> Tensor:
-    """Return the targets as the operators take them: (N,) int64, −1 where ignored."""
-    wanted = targets.reshape(-1).long()
-    return wanted.masked_fill(wanted == ignore_index, -1)
 
 
 def linear_logprobs(
@@ -116,12 +131,14 @@ def linear_logprobs(
         hidden, weight, targets, bias, scale, softcap, ignore_index, memory_budget, backend, process_group
     )
     chosen = choose(backend, hidden)
+    vocab = weight.shape[0] if part is None else part.vocab
+    wanted = checked_targets(chosen, targets, vocab, ignore_index=ignore_index)
     if chosen == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
+            weight = rounded(weight, hidden.dtype)
             return reference.linear_logprobs(
                 hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, ignore_index=ignore_index
             )
-    wanted = flat_targets(targets, ignore_index)
     need, rows = needs_gradient(hidden, weight, bias), hidden.reshape(-1, hidden.shape[-1])
     if part is not None:
         logps = vocab_parallel.linear_logprobs(rows, weight, bias, wanted, scale, softcap, memory_budget, chosen, part)

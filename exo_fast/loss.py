@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from exo_fast import ops, reference, vocab_parallel
 from exo_fast.backends import choose
-from exo_fast.logprobs import autocast_operands, needs_gradient
+from exo_fast.backends.checks import Groups, checked_targets
+from exo_fast.logprobs import autocast_operands, needs_gradient, rounded
 from exo_fast.validate import (
     check_boundaries,
     check_budget,
     check_devices,
     check_floating,
+    check_group_values,
     check_groups,
     check_projection,
-    check_targets,
     check_tensor,
 )
 
@@ -65,6 +66,7 @@ def group_loss(
         tuple(policy_logps.shape), ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, ties
     )
     check_devices("policy_logps", policy_logps.device, ref_logps=ref_logps, rewards=rewards)
+    check_group_values(ref_logps, rewards, options, ties)
     losses = reference.group_loss(policy_logps, ref_logps, rewards, **asdict(options))
     return losses if reduction == "none" else getattr(losses, reduction)()
 
@@ -122,22 +124,22 @@ def linear_group_loss(
     hidden, weight, bias, group = vocab_parallel.operands(hidden, weight, bias, process_group, backend)
     check_tensor("hidden", hidden)
     check_tensor("weight", weight)
-    hidden, weight = autocast_operands(hidden, weight)
+    hidden, dtype = autocast_operands(hidden, weight)
     part = None if group is None else vocab_parallel.Slice.of(hidden, weight, targets, group)
     options = check_groups(None, ref_logps, rewards, loss_type, beta_pi, beta_r, label_smoothing, ties)
-    check_projection(hidden, weight, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
+    check_projection(hidden, weight, dtype, targets, bias, scale, softcap, fewest_rows=1 if part is None else 0)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, D), the rows that predict completion tokens, got {tuple(hidden.shape)}")
-    check_targets(targets, weight.shape[0] if part is None else part.vocab, None)
-    groups, candidates = ref_logps.shape
-    check_boundaries(cu_seqlens, groups, candidates, len(hidden), hidden.device)
+    check_boundaries(cu_seqlens, ref_logps.shape[0], ref_logps.shape[1], hidden.device)
     check_devices("hidden", hidden.device, ref_logps=ref_logps, rewards=rewards)
     chosen = choose(backend, hidden)
+    vocab, groups = weight.shape[0] if part is None else part.vocab, Groups(ref_logps, rewards, options, ties)
+    targets = checked_targets(chosen, targets, vocab, cu_seqlens=cu_seqlens, groups=groups)
     if chosen == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
             return reference.linear_group_loss(
                 hidden,
-                weight,
+                rounded(weight, hidden.dtype),
                 targets,
                 cu_seqlens.to(hidden.device),
                 ref_logps,
@@ -149,13 +151,13 @@ def linear_group_loss(
             )
     if part is not None:
         token_logps = vocab_parallel.linear_logprobs(
-            hidden, weight, bias, targets.long(), scale, softcap, memory_budget, chosen, part
+            hidden, weight, bias, targets, scale, softcap, memory_budget, chosen, part
         )
         return vocab_parallel.group_loss(token_logps, cu_seqlens, ref_logps, rewards, options)
     if cu_seqlens.device == hidden.device:
         cu_seqlens = cu_seqlens.long()  # on the host it stays uncopied: a copy of pinned memory would not be pinned
     loss, policy_logps, *_ = ops.linear_group_loss(
-        hidden, weight, bias, targets.long(), cu_seqlens, ref_logps, rewards, *astuple(options),
+        hidden, weight, bias, targets, cu_seqlens, ref_logps, rewards, *astuple(options),
         scale, softcap, memory_budget, needs_gradient(hidden, weight, bias), chosen,
     )  # fmt: skip
     return loss, policy_logps

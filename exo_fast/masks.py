@@ -62,6 +62,7 @@ _UNKNOWN_MIXER = re.compile(
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that read a ready-made mask
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention
 NO_WINDOW = 2**31 - 1
+ALIGNED = 8  # elements: what memory-efficient attention of a GPU asks of a mask's strides
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,11 @@ def model_inputs(
         lengths = {"text_lengths": packed_lengths(packed.group_ids, packed.position_ids).to(device)}
     if not packed.share_prompt:
         # No position_ids: a right-padded row starts at position 0, and Mamba and Bloom do not take them.
-        return {"input_ids": input_ids, "attention_mask": (packed.group_ids.to(device) >= 0).long(), **lengths}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (packed.group_ids.to(device, non_blocking=True) >= 0).long(),
+            **lengths,
+        }
     if not plan.share:
         raise ValueError(
             f"these rows share prompts, which this model cannot: {plan.reason}. Pack with share_prompt=False."
@@ -229,7 +234,8 @@ def model_inputs(
     if plan.by_length:
         check_classes(plan.by_length, packed.group_ids, packed.candidate_ids, packed.position_ids)
     position_ids = packed.position_ids.to(device, non_blocking=True)
-    segments = (packed.group_ids.to(device), packed.candidate_ids.to(device), position_ids)
+    group_ids, candidate_ids = (ids.to(device, non_blocking=True) for ids in (packed.group_ids, packed.candidate_ids))
+    segments = (group_ids, candidate_ids, position_ids)
 
     in_parts = attn_implementation == "sdpa" and readable(input_ids)
     rows = spans(*segments[:2]) if in_parts else None
@@ -284,11 +290,13 @@ def additive_mask(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """Return (B, 1, T, T) of `dtype`: 0 where seen, the lowest finite value elsewhere."""
+    """Return (B, 1, T, T) of `dtype`: 0 where seen, the lowest finite value elsewhere. Its rows begin at multiples of
+    ALIGNED elements: SDPA on a GPU would copy another mask into such rows, in every layer."""
     rows = torch.arange(shape[0], device=device)
     index = torch.arange(shape[1], device=device)
     seen = mask_mod(rows[:, None, None, None], 0, index[:, None], index)
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+    room = torch.zeros(*seen.shape[:-1], -(-shape[1] // ALIGNED) * ALIGNED, dtype=dtype, device=device)
+    return room[..., : shape[1]].masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def _block_mask(segments: tuple[Tensor, Tensor, Tensor], window: int | None) -> BlockMask:

@@ -42,6 +42,12 @@ def operator(function: Callable) -> Callable:
     return getattr(torch.ops.exo_fast, function.__name__).default
 
 
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Head:
+    """Return the head in hidden's dtype: under autocast the weight comes in its own. The cast lives as long as the
+    call, so that no second copy of the weight waits for the backward pass."""
+    return Head(weight.to(hidden.dtype), bias, scale, softcap)
+
+
 def _without_autocast(like: Tensor) -> AbstractContextManager:
     """Switch autocast off, in backward too: the public function has cast the operands; nothing is rounded again."""
     device = like.device.type
@@ -64,7 +70,7 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: 
 @operator
 def linear_logprobs(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor,  # (V, D), of hidden's dtype or a wider one
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,) int64, −1 where ignored
     scale: float,
@@ -77,7 +83,7 @@ def linear_logprobs(
     whole derivative if only hidden needs one, or (0,)."""
     with _without_autocast(hidden):
         logps, stats, unit = implementation(backend).logprobs_forward(
-            hidden, Head(weight, bias, scale, softcap), targets, memory_budget, unit_hidden
+            hidden, _head(hidden, weight, bias, scale, softcap), targets, memory_budget, unit_hidden
         )
     return logps, stats, *_filled(hidden, unit)
 
@@ -92,7 +98,7 @@ def _(hidden, weight, bias, targets, scale, softcap, memory_budget, unit_hidden,
 @operator
 def linear_logprobs_backward(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor,  # (V, D), of hidden's dtype or a wider one
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,) int64, −1 where ignored
     stats: Tensor,  # (3, N)
@@ -106,7 +112,7 @@ def linear_logprobs_backward(
     """Compute dH, dW, db from recomputed logits."""
     with _without_autocast(hidden):
         gradients = implementation(backend).logprobs_backward(
-            hidden, Head(weight, bias, scale, softcap), targets, stats, grad, tuple(need), memory_budget
+            hidden, _head(hidden, weight, bias, scale, softcap), targets, stats, grad, tuple(need), memory_budget
         )
     grad_hidden, grad_weight, grad_bias = _filled(hidden, *gradients)
     return grad_hidden, grad_weight, grad_bias
@@ -157,7 +163,7 @@ torch.library.register_autograd("exo_fast::linear_logprobs", _backward_logprobs,
 @operator
 def linear_logprobs_with_statistics(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor,  # (V, D), of hidden's dtype or a wider one
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,) int64, −1 where ignored
     scale: float,
@@ -169,7 +175,7 @@ def linear_logprobs_with_statistics(
     """Return log-probs (N,) and row statistics (3, N) as `linear_logprobs`, and the four `outputs`, (N,) or (0,)."""
     with _without_autocast(hidden):
         logps, stats, found = implementation(backend).statistics_forward(
-            hidden, Head(weight, bias, scale, softcap), targets, memory_budget, tuple(outputs)
+            hidden, _head(hidden, weight, bias, scale, softcap), targets, memory_budget, tuple(outputs)
         )
     *numbers, top = found
     return logps, stats, *_filled(logps, *numbers), logps.new_empty(0, dtype=torch.bool) if top is None else top
@@ -200,7 +206,7 @@ torch.library.register_autograd(
 @operator
 def linear_group_loss(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor,  # (V, D), of hidden's dtype or a wider one
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,) int64
     cu_seqlens: Tensor,  # (G·K + 1,) int64, on the CPU or on hidden's device
@@ -223,7 +229,7 @@ def linear_group_loss(
     loss = LossOptions(loss_type, beta_pi, beta_r, label_smoothing)
     with _without_autocast(hidden):
         losses, policy_logps, gradients = implementation(backend).group_loss_forward(
-            hidden, Head(weight, bias, scale, softcap), targets, cu_seqlens, ref_logps, rewards, loss,
+            hidden, _head(hidden, weight, bias, scale, softcap), targets, cu_seqlens, ref_logps, rewards, loss,
             tuple(need), memory_budget,
         )  # fmt: skip
     return losses.mean(), policy_logps, *_filled(hidden, *gradients)

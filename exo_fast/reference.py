@@ -104,7 +104,8 @@ def token_statistics(
 def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return s_k = Σ_t ℓ_t over each sequence's tokens: (N,) and (S+1,) boundaries -> (S,)."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=token_logps.device), lengths)
+    sequences = torch.arange(len(lengths), device=token_logps.device)
+    owner = torch.repeat_interleave(sequences, lengths, output_size=len(token_logps))  # or a GPU is asked for the size
     return torch.zeros(len(lengths), dtype=token_logps.dtype, device=token_logps.device).index_add(
         0, owner, token_logps
     )

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from exo_fast import ops, reference
 from exo_fast.backends import choose
-from exo_fast.logprobs import checked_operands, flat_targets
+from exo_fast.backends.checks import checked_targets
+from exo_fast.logprobs import checked_operands, rounded
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -79,15 +80,17 @@ def linear_logprobs_with_statistics(
         hidden, weight, targets, bias, scale, softcap, ignore_index, memory_budget, backend
     )
     chosen = choose(backend, hidden)
+    flat = checked_targets(chosen, targets, weight.shape[0], ignore_index=ignore_index)
     if chosen == "reference":
         head: dict[str, Any] = {"bias": bias, "scale": scale, "softcap": softcap, "ignore_index": ignore_index}
         with torch.autocast(hidden.device.type, enabled=False):
+            weight = rounded(weight, hidden.dtype)
             logps = reference.linear_logprobs(hidden, weight, targets, **head)
             every = reference.token_statistics(hidden, weight, targets, **head)
         return logps, TokenStatistics(**{name: every[name] for name in OUTPUTS if name in outputs})
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), [name in outputs for name in OUTPUTS]
     logps, _, *found = ops.linear_logprobs_with_statistics(
-        rows, weight, bias, flat_targets(targets, ignore_index), scale, softcap, memory_budget, wanted, chosen
+        rows, weight, bias, flat, scale, softcap, memory_budget, wanted, chosen
     )
     shaped = {name: f.view(targets.shape) for name, f, w in zip(OUTPUTS, found, wanted, strict=True) if w}
     return logps.view(targets.shape), TokenStatistics(**shaped)

@@ -2,7 +2,8 @@
 
 Wrong shapes, dtypes, devices and numbers always raise ValueError, before any work. Tensor values are checked only
 if that needs no waiting: on the CPU a wrong one raises ValueError too; on a GPU, and in a graph that is being traced,
-an assertion runs with the work on the device and fails there (`require`), so no call ever synchronises.
+an assertion runs with the work on the device and fails there (`require`), so no call ever synchronises. Functions that
+check values have `values` in their names: `exo_fast.backends.checks` calls them, or one kernel in their place.
 """
 
 from collections.abc import Callable
@@ -89,10 +90,11 @@ def _shown(value: object) -> str:
 
 
 def check_projection(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
-    fewest_rows: int = 1,
+    hidden: Tensor, weight: Tensor, weight_dtype: torch.dtype, targets: Tensor, bias: Tensor | None, scale: float,
+    softcap: float | None, fewest_rows: int = 1,
 ) -> None:  # fmt: skip
-    """Check hidden (..., D), weight (V, D), targets (...), bias (V,): shapes, dtypes, devices, scale and softcap."""
+    """Check hidden (..., D), weight (V, D), targets (...), bias (V,): shapes, dtypes, devices, scale and softcap.
+    `weight_dtype`: the dtype in which weight is multiplied."""
     for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         check_tensor(name, value)
     if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
@@ -109,9 +111,9 @@ def check_projection(
     if targets.dtype not in INTEGERS:
         raise ValueError(f"targets must be int64 or int32 token ids, got {targets.dtype}")
     check_floating("hidden", hidden)
-    if hidden.dtype != weight.dtype:
+    if hidden.dtype != weight_dtype:
         raise ValueError(
-            f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them, or call under torch.autocast"
+            f"hidden is {hidden.dtype} and weight is {weight_dtype}: cast one of them, or call under torch.autocast"
         )
     if bias is not None:
         check_tensor("bias", bias)
@@ -125,7 +127,7 @@ def check_projection(
         raise ValueError(f"softcap must be a positive number or None, got {_shown(softcap)}")
 
 
-def check_targets(targets: Tensor, vocab: int | Tensor, ignore_index: int | None) -> None:
+def check_target_values(targets: Tensor, vocab: int | Tensor, ignore_index: int | None) -> None:
     """Check that every target is in [0, V) or `ignore_index`; for a vocabulary in slices V is a tensor ()."""
     inside = (targets >= 0) & (targets < vocab)
     if ignore_index is not None:
@@ -152,7 +154,8 @@ def check_groups(
     policy_shape: tuple[int, ...] | None, ref_logps: Tensor, rewards: Tensor, loss_type: str, beta_pi: float,
     beta_r: float, label_smoothing: float | None, ties: str,
 ) -> LossOptions:  # fmt: skip
-    """Check the K-way loss's arguments; return its options, with the default label smoothing if None is given."""
+    """Check the K-way loss's arguments, but for values in tensors; return its options, with the default label smoothing
+    if None is given."""
     if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={_shown(loss_type)} is not known; choose one of {', '.join(LOSS_TYPES)}")
     if not isinstance(ties, str) or ties not in TIES:
@@ -173,25 +176,28 @@ def check_groups(
     for name, number in (("beta_pi", beta_pi), ("beta_r", beta_r)):
         if not (_is_number(number) and number > 0):
             raise ValueError(f"{name} must be a positive number, got {_shown(number)}")
-    check_finite("ref_logps", ref_logps)
-    check_finite("rewards", rewards)
     if label_smoothing is not None and not isinstance(label_smoothing, NUMBERS):
         raise ValueError(f"label_smoothing must be a number or None, got {_shown(label_smoothing)}")
     smoothing = default_label_smoothing(loss_type) if label_smoothing is None else label_smoothing
     lowest = 0.0 if loss_type.startswith("dpo") else LEAST_SMOOTHING
-    if loss_type.endswith("-rw"):
-        scaled = rewards.to(compute_dtype(ref_logps, rewards)) / beta_r
-        check_finite("rewards / beta_r", scaled, "beta_r is too small for rewards of this size")
-    else:
-        if not lowest <= smoothing < 1:
-            need = "0 <= label_smoothing < 1" if lowest == 0 else "0 < label_smoothing < 1, for log p to be finite"
-            raise ValueError(f"label_smoothing={_shown(smoothing)}: {loss_type} needs {need}")
-        if ties == "error":
-            check_ties(rewards, loss_type)
+    if not loss_type.endswith("-rw") and not lowest <= smoothing < 1:
+        need = "0 <= label_smoothing < 1" if lowest == 0 else "0 < label_smoothing < 1, for log p to be finite"
+        raise ValueError(f"label_smoothing={_shown(smoothing)}: {loss_type} needs {need}")
     return LossOptions(loss_type, beta_pi, beta_r, smoothing)
 
 
-def check_finite(name: str, value: Tensor, problem: str = "every value must be finite") -> None:
+def check_group_values(ref_logps: Tensor, rewards: Tensor, options: LossOptions, ties: str) -> None:
+    """Check that log-probs and rewards (G, K) are finite, and that rewards suit the loss."""
+    _check_finite("ref_logps", ref_logps)
+    _check_finite("rewards", rewards)
+    if options.loss_type.endswith("-rw"):
+        scaled = rewards.to(compute_dtype(ref_logps, rewards)) / options.beta_r
+        _check_finite("rewards / beta_r", scaled, "beta_r is too small for rewards of this size")
+    elif ties == "error":
+        _check_ties(rewards, options.loss_type)
+
+
+def _check_finite(name: str, value: Tensor, problem: str = "every value must be finite") -> None:
     """Check that every value of a (G, K) tensor is finite."""
     finite = torch.isfinite(value)
 
@@ -202,7 +208,7 @@ def check_finite(name: str, value: Tensor, problem: str = "every value must be f
     require(finite.all(), f"{name}: {problem}", error)
 
 
-def check_ties(rewards: Tensor, loss_type: str) -> None:
+def _check_ties(rewards: Tensor, loss_type: str) -> None:
     """Check that every row of (G, K) rewards has one highest."""
     single = (rewards == rewards.amax(dim=1, keepdim=True)).sum(dim=1) <= 1
     problem = (
@@ -217,8 +223,8 @@ def check_ties(rewards: Tensor, loss_type: str) -> None:
     require(single.all(), f"rewards: a row has {problem}", error)
 
 
-def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: int, device: torch.device) -> None:
-    """Check cu_seqlens (G*K + 1,), on the CPU or on `device`: from 0 to N, every sequence at least one token."""
+def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, device: torch.device) -> None:
+    """Check cu_seqlens (G*K + 1,), on the CPU or on `device`, but for its values."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in INTEGERS or _shape(cu_seqlens) != (groups * candidates + 1,):
         raise ValueError(
@@ -227,8 +233,12 @@ def check_boundaries(cu_seqlens: Tensor, groups: int, candidates: int, tokens: i
         )
     if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and hidden on {device}: move it there or to the CPU")
+
+
+def check_boundary_values(cu_seqlens: Tensor, tokens: int) -> None:
+    """Check that boundaries run from 0 to N and that every sequence has at least one token."""
     first, last = cu_seqlens.select(0, 0), cu_seqlens.select(0, -1)
-    starts, ends = (cu_seqlens.narrow(0, begin, groups * candidates) for begin in (0, 1))
+    starts, ends = (cu_seqlens.narrow(0, begin, cu_seqlens.shape[0] - 1) for begin in (0, 1))
     require(
         (first == 0) & (last == tokens),
         "cu_seqlens must run from 0 to N, the rows of hidden",

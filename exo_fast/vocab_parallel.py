@@ -186,7 +186,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
         softcap: float | None, memory_budget: int | None, backend: str, group: dist.ProcessGroup,
     ) -> Tensor:  # fmt: skip
-        head = Head(weight, bias, scale, softcap)
+        head = Head(weight.to(hidden.dtype), bias, scale, softcap)  # under autocast it comes in its own dtype
         stats, own = _statistics(hidden, head, targets, memory_budget, backend, group)
         ctx.save_for_backward(hidden, weight, bias, targets, stats, own)
         ctx.options = (scale, softcap, memory_budget, backend, group)
@@ -202,7 +202,7 @@ class _LinearLogprobs(torch.autograd.Function):
             return (None,) * 9
         hidden, weight, bias, targets, stats, own = ctx.saved_tensors
         scale, softcap, memory_budget, backend, group = ctx.options
-        need, head = ctx.needs_input_grad[:3], Head(weight, bias, scale, softcap)
+        need, head = ctx.needs_input_grad[:3], Head(weight.to(hidden.dtype), bias, scale, softcap)
         gradients = _gradients(hidden, head, targets, stats, own, grad.contiguous(), need, memory_budget, backend)
         if need[0]:
             dist.all_reduce(gradients[0], group=group)

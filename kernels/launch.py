@@ -37,6 +37,7 @@ class Variant:
     memory_bound: bool = False  # must move 128 bits an access
     products: bool = False  # must use tensor cores
     descriptors: bool = False  # must load through tensor descriptors
+    flattened: bool = False  # must run its loops as one, whose pipeline is filled once
     config: Config | None = None  # launched with this one alone, outside the tuning space
 
 

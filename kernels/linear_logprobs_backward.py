@@ -76,7 +76,7 @@ def linear_logprobs_backward(
             part = tl.dot(g, x, input_precision=PRECISION)
             # In one dimension, so that a thread adds to the values that it stored itself: nothing orders a store to
             # memory before another thread's load. In two, compilers load in one layout and store in the product's.
-            held = tl.reshape(grad + mine.to(tl.int64)[:, None] * width + columns[None, :], (BLOCK_OWN * BLOCK_D,))
+            held = grad + tl.reshape(mine.to(tl.int64)[:, None] * width + columns[None, :], (BLOCK_OWN * BLOCK_D,))
             wanted = tl.reshape(inside[:, None] & real, (BLOCK_OWN * BLOCK_D,))
             part = tl.reshape(part, (BLOCK_OWN * BLOCK_D,)) + tl.load(held, mask=wanted, other=0.0)
             tl.store(held, part, mask=wanted)

@@ -9,18 +9,23 @@ few rows still fill the chip and the same input gives the same bits.
 
 With STORE the tile also leaves a trace: U = exp(z − shift)·softcap′ in the dtype of the head, the operand of both
 gradient products (`backends/triton.py`). Its shift must then be known beforehand: `target_shift` takes the target's own
-logit, which makes sum = 1/p_y. `merge` flags a row whose sum passes OVERFLOW (p_y < 1e-26), and further launches make
-it again with its exact maximum. They return at once if no row is flagged, so the host never has to look.
+logit, which makes sum = 1/p_y. `merge` flags a row whose sum passes OVERFLOW (p_y < 1e-26), and two further launches
+find its exact maximum and make it again. They return at once if no row is flagged, so the host never has to look.
+
+The loop over the vocabulary and the loop over D are one loop for the compiler (`flatten`): the copies of the next block
+are under way while a block is in its exponentials.
 
 Flops: 2·N·D·V. Bytes: the operands; through L2 every program reads BLOCK_N + BLOCK_V rows of D for a tile, and GROUP
 row blocks walk the vocabulary side by side, so W comes from memory N / (GROUP·BLOCK_N) times and H once. Bytes of
 logits: 0, or 2·N·V written with STORE. Partial results: 12·N·splits.
-Grid: (row blocks · splits,). `merge`: (N / 32,). `target_shift`: (N,), 4·N·D bytes.
+Grid: (row blocks · splits,). `merge`: (N / 16,). `target_shift`: (N,), 4·N·D bytes.
 
 Operands come through tensor descriptors (TMA) if the target has them and rows are multiples of 16 bytes. Other rows
 (D = 30) come through pointers without alignment, in one small configuration, POINTERS, on such a target. float32
 operands are multiplied at `Target.float32_product`.
 """
+
+import functools
 
 import triton
 import triton.language as tl
@@ -33,11 +38,11 @@ from exo_fast.kernels.targets import Target
 OVERFLOW = 1e26  # sums of U·W stay far below float32's largest number
 FLOOR = tl.constexpr(-3.4028234663852886e38)  # a finite start, since −inf − (−inf) would be nan
 GROUP = 16  # row blocks that share a walk over the vocabulary
-MERGE_ROWS = 32
-MERGE = Config({"ROWS": MERGE_ROWS}, num_warps=4)
+MERGE_ROWS = 16
+MERGE = Config({"ROWS": MERGE_ROWS, "SPLITS": 32}, num_warps=4)
 TARGET_SHIFT = Config({"BLOCK_D": 1024}, num_warps=2)  # 128 bits a thread in warps of 32 and of 64
 POINTERS = Config({"BLOCK_N": 64, "BLOCK_V": 32, "BLOCK_D": 32, "PIECE": 32}, num_warps=4, num_stages=2)
-WAVES = 8  # programs for each multiprocessor: the last, partly filled wave costs at most an eighth
+WAVES = 32  # at most this many programs for each multiprocessor
 
 
 @triton.jit
@@ -108,6 +113,16 @@ def absorb(
     return top, total, picked
 
 
+@triton.jit
+def exact_shift(shift, partial, flags, n, splits, rows, inside):
+    """Return the shift, but the row's maximum if the row is flagged: the launch before left that of each split."""
+    top = tl.full(rows.shape, FLOOR, tl.float32)
+    for split in range(splits):
+        part = tl.load(partial + tl.cast(split, tl.int64) * n + rows, mask=inside, other=0.0)
+        top = tl.maximum(top, part)
+    return tl.where(tl.load(flags + rows, mask=inside, other=0) > 0, top, shift)
+
+
 # One binary for any number of rows and any start of a chunk: nothing else is compiled during training.
 @triton.jit(do_not_specialize=["n", "vocab", "splits"], do_not_specialize_on_alignment=["targets", "shift", "flags"])
 def linear_logsumexp(
@@ -117,12 +132,12 @@ def linear_logsumexp(
     targets,  # (N,) int64; −1 has no target
     shift,  # (N,) float32, read with STORE
     flags,  # (N,) int32, read with FLAGGED
-    partial,  # (3, splits, N) float32: maxima (without STORE), sums, target logits
+    partial,  # (3, splits, N) float32: maxima (written without STORE, read with STORE and FLAGGED), sums, target logits
     kept,  # (N, stride_kept), written with STORE
     n, vocab, width, stride_hidden, stride_weight, stride_kept, splits, scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     # GROUP row blocks × all splits are neighbours in the launch order.
     row_blocks = tl.cdiv(n, BLOCK_N)
@@ -145,9 +160,12 @@ def linear_logsumexp(
         top = tl.where(target >= 0, tl.load(shift + rows, mask=inside, other=0.0), -FLOOR)
     else:
         top = tl.full((BLOCK_N,), FLOOR, tl.float32)
+    if STORE and FLAGGED:
+        top = exact_shift(top, partial, flags, n, splits, rows, inside)
 
     blocks = tl.cdiv(vocab, BLOCK_V)
-    for block in tl.range(split * blocks // splits, (split + 1) * blocks // splits):
+    tl.assume(width > 0)  # else a block without products would have an epilogue of its own
+    for block in tl.range(split * blocks // splits, (split + 1) * blocks // splits, flatten=FLATTEN):
         start = block * BLOCK_V
         z = raw_tile(
             hidden, weight, first, start, n, vocab, width, stride_hidden, stride_weight,
@@ -198,10 +216,11 @@ def merge(
     kept,  # (N, stride_kept), receives U at the target with STORE
     residual,  # (N,) float32, written with STORE: the rounding error of U at the target
     n, splits, stride_stats, stride_kept, scale, softcap,
-    ROWS: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, STORE: tl.constexpr, FLAGGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     OVERFLOW: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits of a row in order. With FLAGGED, only replace the shift of flagged rows by the maximum."""
+    """Add the splits of a row, SPLITS at a time: always in the same order. With FLAGGED, the shift of a flagged row
+    becomes its maximum. All rows are merged again: others in its block lost the entry at their target."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     plane = tl.cast(splits, tl.int64) * n
@@ -209,41 +228,41 @@ def merge(
     picked = tl.zeros((ROWS,), tl.float32)
     if STORE:
         top = tl.load(stats + rows, mask=inside, other=0.0)
+        if FLAGGED:
+            top = exact_shift(top, partial, flags, n, splits, rows, inside)
     else:
         top = tl.full((ROWS,), FLOOR, tl.float32)
-    for split in range(splits):
-        place = partial + tl.cast(split, tl.int64) * n + rows
-        part = tl.load(place + plane, mask=inside, other=1.0)
-        picked += tl.load(place + 2 * plane, mask=inside, other=0.0)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        some = (split < splits)[:, None] & inside[None, :]
+        place = partial + split.to(tl.int64)[:, None] * n + rows[None, :]
+        part = tl.load(place + plane, mask=some, other=0.0)
+        picked += tl.sum(tl.load(place + 2 * plane, mask=some, other=0.0), 0)
         if STORE:
-            total += part
+            total += tl.sum(part, 0)
         else:
-            part_top = tl.load(place, mask=inside, other=0.0)
-            above = tl.maximum(top, part_top)
-            total = total * tl.exp(top - above) + part * tl.exp(part_top - above)
+            part_top = tl.load(place, mask=some, other=FLOOR)
+            above = tl.maximum(top, tl.max(part_top, 0))
+            total = total * tl.exp(top - above) + tl.sum(part * tl.exp(part_top - above[None, :]), 0)
             top = above
-    if FLAGGED:
-        flagged = tl.load(flags + rows, mask=inside, other=0) > 0
-        tl.store(stats + rows, top, mask=inside & flagged)
-    else:
-        target = tl.load(targets + rows, mask=inside, other=-1)
-        real = inside & (target >= 0)
-        if STORE:
-            total = tl.where(target >= 0, total, 1.0)
-        tl.store(stats + rows, top, mask=inside)
-        tl.store(stats + stride_stats + rows, total, mask=inside)
-        tl.store(stats + 2 * stride_stats + rows, picked, mask=inside)
-        # A log-prob is never positive; rounding of the shift could make it positive by one part in 10⁷.
-        logp = tl.minimum(picked - top - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(logps + rows, tl.where(target >= 0, logp, 0.0), mask=inside)
-        if STORE:
-            tl.store(flags + rows, tl.where(total < OVERFLOW, 0, 1), mask=inside)
-            entry = tl.exp(picked - top) - total
-            if HAS_SOFTCAP:
-                entry *= slope(picked, scale, softcap)
-            rounded = entry.to(kept.dtype.element_ty)
-            tl.store(kept + rows.to(tl.int64) * stride_kept + target, rounded, mask=real)
-            tl.store(residual + rows, tl.where(real, entry - rounded.to(tl.float32), 0.0), mask=inside)
+    target = tl.load(targets + rows, mask=inside, other=-1)
+    real = inside & (target >= 0)
+    if STORE:
+        total = tl.where(target >= 0, total, 1.0)
+    tl.store(stats + rows, top, mask=inside)
+    tl.store(stats + stride_stats + rows, total, mask=inside)
+    tl.store(stats + 2 * stride_stats + rows, picked, mask=inside)
+    # A log-prob is never positive; rounding of the shift could make it positive by one part in 10⁷.
+    logp = tl.minimum(picked - top - tl.log(total), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(logps + rows, tl.where(target >= 0, logp, 0.0), mask=inside)
+    if STORE:
+        tl.store(flags + rows, tl.where(total < OVERFLOW, 0, 1), mask=inside)
+        entry = tl.exp(picked - top) - total
+        if HAS_SOFTCAP:
+            entry *= slope(picked, scale, softcap)
+        rounded = entry.to(kept.dtype.element_ty)
+        tl.store(kept + rows.to(tl.int64) * stride_kept + target, rounded, mask=real)
+        tl.store(residual + rows, tl.where(real, entry - rounded.to(tl.float32), 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets", "stats"])
@@ -290,6 +309,24 @@ def configs(target: Target, dtype: str) -> list[Config]:
     return [c for c in made if shared_memory(c, target, 4 if dtype == "fp32" else 2) <= target.shared_memory]
 
 
+def splits(target: Target, n: int, vocab: int, config: Config) -> int:
+    """Return the number of ranges of the vocabulary with which n rows take the least time."""
+    row_blocks, column_blocks = -(-n // config.constants["BLOCK_N"]), -(-vocab // config.constants["BLOCK_V"])
+    return fastest_splits(target.multiprocessors, row_blocks, column_blocks)
+
+
+@functools.lru_cache(4096)  # a step asks for the same sizes again and again
+def fastest_splits(multiprocessors: int, row_blocks: int, column_blocks: int) -> int:
+    """Count the time in blocks that one multiprocessor computes after another. A program costs a block more, for its
+    start and its last exponentials. Of equal times the smallest number is taken."""
+
+    def time(number: int) -> int:
+        return -(-row_blocks * number // multiprocessors) * (-(-column_blocks // number) + 1)
+
+    most = max(1, WAVES * multiprocessors // row_blocks)
+    return min(range(1, min(column_blocks, most) + 1), key=time)
+
+
 def shared_memory(config: Config, target: Target, itemsize: int) -> int:
     """Return the bytes of the operand tiles in flight and, with descriptors, of the piece being stored."""
     c = config.constants
@@ -302,16 +339,16 @@ def shared_memory(config: Config, target: Target, itemsize: int) -> int:
 # BLOCK_N, BLOCK_V, BLOCK_D, PIECE, warps, stages
 _HALF = {
     "sm_80": [(128, 128, 64, 64, 8, 3), (64, 128, 64, 64, 4, 3), (128, 128, 32, 64, 8, 4)],
-    "sm_90": [(128, 256, 64, 64, 8, 3), (128, 128, 64, 32, 4, 3), (128, 128, 64, 64, 8, 4)],
+    "sm_90": [(128, 256, 64, 64, 8, 4), (128, 128, 64, 32, 4, 3), (256, 128, 64, 32, 8, 4), (128, 128, 64, 64, 8, 4)],
     "sm_100": [(128, 128, 64, 32, 4, 3), (128, 128, 64, 32, 4, 4)],
     "sm_120": [(128, 128, 64, 64, 8, 2), (128, 128, 32, 32, 4, 3), (64, 128, 64, 64, 4, 2)],
     "gfx942": [(128, 256, 32, 128, 8, 2), (64, 128, 64, 64, 4, 2), (128, 128, 64, 64, 8, 2)],
-    "gfx1100": [(128, 128, 32, 64, 8, 2), (128, 64, 32, 64, 8, 2)],
+    "gfx1100": [(128, 128, 16, 64, 8, 2), (128, 64, 32, 64, 8, 2)],
 }
 _FLOAT32 = {
     "sm_80": [(128, 64, 32, 64, 8, 3), (64, 64, 32, 64, 4, 3)],
     "sm_90": [(128, 128, 32, 32, 8, 3), (128, 64, 32, 32, 4, 3), (64, 64, 32, 64, 4, 3)],
-    "sm_100": [(128, 64, 32, 32, 4, 3), (64, 64, 32, 32, 4, 3)],
+    "sm_100": [(128, 64, 16, 32, 4, 4), (64, 64, 32, 32, 4, 3)],
     "sm_120": [(64, 64, 32, 32, 4, 3), (64, 64, 32, 32, 4, 2)],
     "gfx942": [(128, 128, 32, 64, 8, 2), (64, 64, 32, 64, 4, 2)],
     "gfx1100": [(64, 64, 16, 64, 8, 1), (32, 32, 32, 32, 4, 1)],
@@ -332,7 +369,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
         for extras, bias, softcap in HEADS:
             flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "STORE": store, "FLAGGED": flagged}
             words = ("store" if store else "logsumexp") + " flagged" * flagged
-            constants = {**flags, "GROUP": GROUP, "PRECISION": precision(target, dtype)}
+            constants = {**flags, "GROUP": GROUP, "PRECISION": precision(target, dtype), "FLATTEN": flatten(target)}
             signature = dict(product)
             if target.descriptors:
                 made.append(
@@ -358,6 +395,8 @@ def variants(target: Target, dtype: str) -> list[Variant]:
                     aligned=aligned,
                     products=True,
                     descriptors=target.descriptors,
+                    # On sm_100 the three products of a float32 one wait for one another at barriers of their own.
+                    flattened=target.descriptors and (dtype, target.name) != ("fp32", "sm_100"),
                 )
             )
     made += [
@@ -375,7 +414,7 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             aligned=("partial", "kept"),
             config=MERGE,
         )
-        for store, flagged in [(False, False)] + ([(True, False), (False, True)] if dtype == "bf16" else [])
+        for store, flagged in [(False, False)] + ([(True, False), (True, True)] if dtype == "bf16" else [])
         for softcap in (False, True)
     ]  # fmt: skip
     if dtype == "bf16":
@@ -396,6 +435,12 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             for extras, bias, softcap in HEADS
         ]  # fmt: skip
     return made
+
+
+def flatten(target: Target) -> bool:
+    """Return whether the loops over the vocabulary and D become one. AMD's compiler would take a third more shared
+    memory for it, which does not fit."""
+    return target.backend == "cuda"
 
 
 def precision(target: Target, dtype: str) -> str:

@@ -34,7 +34,6 @@ from exo_fast.kernels.targets import TARGETS, Target
 MIB = 2**20
 EPILOGUE = 8  # float32 instructions a logit beside the exponential: scale, mask, shift, sum, maximum or conversion
 LIBRARY_FILL = 64  # columns of the reduction that a library product loses while its pipeline fills
-FLATTENED = False  # whether `linear_logsumexp` has one loop over (block of the vocabulary, D)
 L2 = 0.75  # share of the L2 rate that a kernel reaches
 REGISTERS = 110  # of a thread of `linear_logsumexp`, beside its sums, in certified binaries
 LAUNCH = 5e-6  # seconds: the shortest predicted launch
@@ -231,24 +230,19 @@ def programs_at_once(board: Board, config: Config) -> int:
     )
 
 
-def splits(board: Board, n: int, vocab: int, config: Config) -> int:
-    """Return the number of ranges of the vocabulary, so that each multiprocessor gets about WAVES programs."""
-    wanted = linear_logsumexp.WAVES * board.target.multiprocessors // math.ceil(n / config.constants["BLOCK_N"])
-    return min(max(1, wanted), math.ceil(vocab / config.constants["BLOCK_V"]))
-
-
 def linear_logsumexp_launch(
     board: Board, head: Head, n: int, store: bool, config: Config | None = None, flattened: bool | None = None
 ) -> Launch:
     """Return the launch for the log-probs of n rows; with `store` also U in bf16. The configuration is the library's,
     and the loop the kernel's, if they are None."""
     config = default_config(board, head.width, store) if config is None else config
-    flattened = FLATTENED if flattened is None else flattened
+    flattened = linear_logsumexp.flatten(board.target) if flattened is None else flattened
     rows, columns, depth = (config.constants[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D"))
     walks = math.ceil(n / (linear_logsumexp.GROUP * rows))
     tiles = math.ceil(n / rows) * math.ceil(head.vocab / columns)
-    ranges = splits(board, n, head.vocab, config)
-    programs = math.ceil(n / rows) * ranges
+    ranges = linear_logsumexp.splits(board.target, n, head.vocab, config)
+    blocks = math.ceil(head.vocab / columns)
+    even = blocks / (ranges * math.ceil(blocks / ranges))  # the longest range takes the time
     alone = programs_at_once(board, config) == 1
     drained = config.num_stages - 1 if alone and not flattened else 0
     u = 2 * n * head.vocab if store else 0
@@ -262,7 +256,7 @@ def linear_logsumexp_launch(
         cached=2 * head.width * tiles * (rows + columns),
         exponentials=n * head.vocab,
         fill=full(n, rows) * (head.width / (head.width + drained * depth)),
-        busy=busy(programs, board),
+        busy=busy(math.ceil(n / rows) * ranges, board) * even,
         alone=alone,
         logits=u,
         passes=2,  # with `merge`
@@ -294,26 +288,25 @@ def group_loss_launch(n: int) -> Launch:
     return stream("group_loss", 4 * n + 16 * sequences, 4 * n + 8 * sequences, logits=0.0)
 
 
-def narrow_hidden(head: Head, n: int) -> Launch:
-    """Return the launch that casts dH of n rows from float32 to bf16, times a factor a row."""
-    return stream("narrow dH", 4 * n * head.width, 2 * n * head.width, logits=0.0)
+def finish_hidden(head: Head, n: int) -> Launch:
+    """Return the launch that makes dH of n rows in bf16 from the float32 product and the head's rows at the targets."""
+    return stream("finish_hidden", 6 * n * head.width, 2 * n * head.width, logits=0.0)
 
 
-def scale_rows(head: Head, n: int) -> Launch:
-    """Return the launch for c·scale/s on H and for restoring the target's rounding loss in dH and dW: a dozen passes
-    over (n, D)."""
-    return replace(stream("scale rows", 40 * n * head.width, 32 * n * head.width, logits=0.0), passes=12)
+def scale_hidden(head: Head, n: int) -> Launch:
+    """Return the launch for c·scale/s on H."""
+    return stream("scale_hidden", 2 * n * head.width, 2 * n * head.width, logits=0.0)
 
 
-def restore_targets(head: Head, n: int) -> Launch:
-    """Return the launch that restores in dH and dW the rounding loss of ∂L/∂z at the target."""
-    return replace(stream("restore targets", 22 * n * head.width, 18 * n * head.width, logits=0.0), passes=6)
+def add_targets(head: Head, n: int) -> Launch:
+    """Return the launch that puts back in dW the rounding loss at the targets, if no two of n rows share one."""
+    return stream("add_targets", 6 * n * head.width, 4 * n * head.width, logits=0.0)
 
 
 def flagged_launches() -> Launch:
-    """Return the launch that recomputes rows whose shift was too small: two kernels and their merges, which find no
-    such rows."""
-    return replace(stream("flagged rows", 0, 0), passes=4)
+    """Return the launch that recomputes rows whose shift was too small: two kernels and a merge, which find no such
+    rows."""
+    return replace(stream("flagged rows", 0, 0), passes=3)
 
 
 def cast_weight(head: Head) -> Launch:
@@ -400,7 +393,7 @@ def in_chunks(
     """Return a schedule in chunks: `forward` makes U or ∂L/∂z of a chunk in bf16, then come both products, and dW to
     bf16 at the end."""
     chunks, n = rows_of_budget(budget, row, tokens)
-    every = [replace(launch, count=chunks) for launch in (*forward(n), hidden_product(head, n), narrow_hidden(head, n))]
+    every = [replace(launch, count=chunks) for launch in (*forward(n), hidden_product(head, n), finish_hidden(head, n))]
     sums = [weight_product(head, n, first=True), replace(weight_product(head, n, first=False), count=chunks - 1)]
     return Schedule(name, (*every, *sums, cast_weight(head)), n * row, chunks)
 
@@ -415,7 +408,7 @@ def chunked(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
             gather_launch(head, n),
             group_loss_launch(n),
             gradient_launch(board, head, n),
-            restore_targets(head, n),
+            add_targets(head, n),
         ]
 
     return in_chunks("chunked", head, tokens, budget, chunked_row(head), forward)
@@ -430,7 +423,8 @@ def kept(board: Board, head: Head, tokens: int, budget: int, config: Config | No
             linear_logsumexp_launch(board, head, n, True, config),
             flagged_launches(),
             group_loss_launch(n),
-            scale_rows(head, n),
+            scale_hidden(head, n),
+            add_targets(head, n),
         ]
 
     return in_chunks("kept", head, tokens, budget, kept_row(head), forward)
@@ -441,7 +435,7 @@ def recomputed(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
     8·N·D·V flops."""
 
     def forward(n: int) -> list[Launch]:
-        return [linear_logsumexp_launch(board, head, n, store=True), scale_rows(head, n)]
+        return [linear_logsumexp_launch(board, head, n, store=True), scale_hidden(head, n), add_targets(head, n)]
 
     backward = in_chunks("two-pass", head, tokens, budget, kept_row(head), forward)
     first = [linear_logsumexp_launch(board, head, tokens, store=False), group_loss_launch(tokens)]
@@ -497,8 +491,8 @@ def fused(board: Board, head: Head, tokens: int, budget: int) -> Schedule:
         group_loss_launch(tokens),
         stream("clear dH and dW", 0, 4 * (tokens + head.vocab) * head.width, logits=0.0),
         *backward_launches(board, head, tokens),
-        restore_targets(head, tokens),
-        narrow_hidden(head, tokens),
+        add_targets(head, tokens),
+        finish_hidden(head, tokens),
         cast_weight(head),
     )
     return Schedule("fused", launches, 4 * tokens * head.width)

@@ -39,6 +39,7 @@ from exo_fast.backends import interpreted, scratch_budget
 from exo_fast.backends.products import add_matmul, matmul
 from exo_fast.backends.rows import TILE, group_units, row_chunks, whole_tiles
 from exo_fast.head import Head
+from exo_fast.kernels import finish_gradients as finish_kernel
 from exo_fast.kernels import group_loss as group_loss_kernel
 from exo_fast.kernels import linear_logprobs_backward as fused_kernel
 from exo_fast.kernels import linear_logsumexp as linear_kernel
@@ -61,6 +62,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Gradients3 = tuple[Tensor | None, Tensor | None, Tensor | None]  # dH, dW, db
 
 configured: dict[tuple, Config] = {}  # (kernel, target, dtype, D) -> set by EXO_FAST_AUTOTUNE or by a test
+room: dict[torch.device, int] = {}  # bytes that this process could hold on a GPU when the driver was last asked
 
 
 def autotuning() -> bool:
@@ -87,18 +89,6 @@ class Rows:
     def __getitem__(self, rows: slice) -> "Rows":
         return Rows(self.hidden[rows], self.head, self.targets[rows], self.stats[:, rows])
 
-    @property
-    def here(self) -> Tensor:
-        """Return (n,) whether the target is in this head: not ignored, nor in another slice of the vocabulary."""
-        return (self.targets >= 0) & (self.targets < self.vocab)
-
-    @property
-    def places(self) -> Tensor:
-        """Return (n,) the target's column. Rows without one add zeros to columns of their own, as `index_put_` adds
-        in sequence to a column that rows share."""
-        spread = torch.arange(self.n, device=self.device) % self.vocab
-        return torch.where(self.here, self.targets, spread)
-
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
@@ -112,21 +102,14 @@ class Rows:
             configured[key] = min(space, key=lambda config: do_bench(lambda: launch(config), return_mode="median"))
         return configured.get(key, static)
 
-    def residual(self, coefficients: Tensor) -> Tensor | None:
-        """Return the part of ∂L/∂a at the target that rounding takes off, (n, 1) float32; None for float32 operands.
 
-        A target's entry is half of its row, near c for all tokens of a sequence, so its rounding does not average
-        out. So products of rounded gradients get it back, in float32. (`index_put_` sorts indices before it adds, on a
-        GPU too: one order, the same bits.)
-        """
-        if self.dtype == "fp32":
-            return None
-        shift, total, target = self.stats
-        entry = coefficients * self.head.scale * (1 - (target - shift).exp() / total)
-        if self.head.softcap is not None:
-            entry = entry * (1 - (target / (self.head.softcap * self.head.scale)).square())
-        entry = torch.where(self.here, entry, 0.0)
-        return (entry - entry.to(self.hidden.dtype)).unsqueeze(1)
+class TargetOrder:
+    """The rows of a step in the order of their targets, by which `add_targets` finds the rows of one target."""
+
+    def __init__(self, targets: Tensor):
+        self.sorted, self.order = torch.sort(targets, stable=True)
+        rows = torch.arange(len(targets), device=targets.device)
+        self.place = torch.empty_like(rows).scatter_(0, self.order, rows)
 
 
 def on(device: torch.device) -> AbstractContextManager:
@@ -155,52 +138,58 @@ def product_statistics(
     kept: Tensor | None = None,
     flags: Tensor | None = None,
     residual: Tensor | None = None,
-    flagged: bool = False,
-    partial: Tensor | None = None,
-) -> Tensor:
-    """Run `linear_logsumexp` and its merge. Without `kept`: maxima and sums (with `flagged`, only shifts of flagged
-    rows). With it: U from the shifts in rows.stats, the residuals of its rounding, and `flags` for rows that need
-    another shift. Returns the partial sums, which a flagged launch completes."""
+    again: bool = False,
+) -> None:
+    """Run `linear_logsumexp` and its merge. Without `kept`: maxima and sums. With it: U from the shifts in rows.stats,
+    the residuals of its rounding, and `flags` for rows that need another shift. With `again`, further launches find
+    that shift and make these rows again; they return at once if no row is flagged."""
     head, store = rows.head, kept is not None
     written = [] if kept is None else [kept]
     descriptors = rows.target.descriptors and describable(rows.hidden, rows.weight, *written)
-    stride_kept = 0 if kept is None else kept.stride(0)
 
-    def run(config: Config) -> Tensor:
+    def run(config: Config, again: bool = False) -> None:
         sizes = config.constants
         row_blocks = triton.cdiv(rows.n, sizes["BLOCK_N"])
-        column_blocks = triton.cdiv(rows.vocab, sizes["BLOCK_V"])
-        programs = linear_kernel.WAVES * rows.target.multiprocessors
-        splits = min(column_blocks, max(1, programs // row_blocks))
-        sums = rows.floats(3, splits, rows.n) if partial is None else partial
+        splits = linear_kernel.splits(rows.target, rows.n, rows.vocab, config)
+        partial = rows.floats(3, splits, rows.n)
         hidden, weight, out = rows.hidden, rows.weight, kept
         if descriptors:
             hidden = TensorDescriptor.from_tensor(hidden, [sizes["BLOCK_N"], sizes["BLOCK_D"]])
             weight = TensorDescriptor.from_tensor(weight, [sizes["BLOCK_V"], sizes["BLOCK_D"]])
             out = TensorDescriptor.from_tensor(kept, [sizes["BLOCK_N"], sizes["PIECE"]]) if store else None
-        launch(
-            linear_kernel.linear_logsumexp, (row_blocks * splits,), config,
-            hidden=hidden, weight=weight, bias=head.bias, targets=rows.targets, shift=rows.stats, flags=flags,
-            partial=sums, kept=out, n=rows.n, vocab=rows.vocab, width=rows.width,
-            stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
-            stride_kept=stride_kept, splits=splits, scale=head.scale, softcap=rows.softcap,
-            GROUP=linear_kernel.GROUP, STORE=store, FLAGGED=flagged,
-            PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors, **rows.flags,
-        )  # fmt: skip
-        launch(
-            linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), linear_kernel.MERGE,
-            partial=sums, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
-            residual=residual, n=rows.n, splits=splits, stride_stats=rows.stats.stride(0),
-            stride_kept=stride_kept, scale=head.scale, softcap=rows.softcap,
-            STORE=store, FLAGGED=flagged and not store, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"],
-            OVERFLOW=linear_kernel.OVERFLOW,
-        )  # fmt: skip
-        return sums
+
+        def walk(store: bool, flagged: bool) -> None:
+            launch(
+                linear_kernel.linear_logsumexp, (row_blocks * splits,), config,
+                hidden=hidden, weight=weight, bias=head.bias, targets=rows.targets, shift=rows.stats, flags=flags,
+                partial=partial, kept=out if store else None, n=rows.n, vocab=rows.vocab, width=rows.width,
+                stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
+                stride_kept=kept.stride(0) if store else 0, splits=splits, scale=head.scale, softcap=rows.softcap,
+                GROUP=linear_kernel.GROUP, STORE=store, FLAGGED=flagged,
+                PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors,
+                FLATTEN=linear_kernel.flatten(rows.target), **rows.flags,
+            )  # fmt: skip
+
+        def merge(flagged: bool) -> None:
+            launch(
+                linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), linear_kernel.MERGE,
+                partial=partial, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
+                residual=residual, n=rows.n, splits=splits, stride_stats=rows.stats.stride(0),
+                stride_kept=kept.stride(0) if store else 0, scale=head.scale, softcap=rows.softcap, STORE=store,
+                FLAGGED=flagged, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"], OVERFLOW=linear_kernel.OVERFLOW,
+            )  # fmt: skip
+
+        walk(store, False)
+        merge(False)
+        if again:
+            walk(False, True)
+            walk(True, True)
+            merge(True)
 
     if rows.target.descriptors and not descriptors:
-        return run(linear_kernel.POINTERS)
+        return run(linear_kernel.POINTERS, again)
     static = linear_kernel.config(rows.target, rows.dtype, rows.width, store)
-    return run(rows.config(linear_kernel, static, None if flagged else run))
+    return run(rows.config(linear_kernel, static, run), again)
 
 
 class Kept:
@@ -213,7 +202,7 @@ class Kept:
 
     @staticmethod
     def row_bytes(like: Rows) -> int:
-        return padded(like.vocab) * like.hidden.itemsize + like.width * 18  # with the temporaries of `gradients`
+        return padded(like.vocab) * like.hidden.itemsize + like.width * 6  # with the product and scaled rows
 
     def fill(self, rows: Rows, logps: Tensor) -> None:
         """Compute log-probs, statistics and U in one pass: 2·n·D·V flops."""
@@ -224,10 +213,8 @@ class Kept:
             width=rows.width, stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
             scale=head.scale, softcap=rows.softcap, **rows.flags,
         )  # fmt: skip
-        sums = product_statistics(rows, logps, kept, flags, residual)
-        # Rows whose target's logit lies too far below others: these launches return at once if no row is flagged.
-        product_statistics(rows, logps, None, flags, flagged=True)
-        product_statistics(rows, logps, kept, flags, residual, flagged=True, partial=sums)
+        # `again`: rows whose target's logit lies too far below others.
+        product_statistics(rows, logps, kept, flags, residual, again=True)
 
     def refill(self, rows: Rows) -> Rows:
         """Make U again, from a known shift. Returns the rows with the statistics of this product."""
@@ -239,26 +226,25 @@ class Kept:
         return self.buffer[:n], self.flags[:n], self.residual[:n]
 
     def gradients(self, rows: Rows, coefficients: Tensor, into: "Gradients", place: slice) -> None:
-        """Add these rows to the gradients `into`. Half of ∂ℓ/∂a, as a sum of magnitudes, is its entry at the target:
-        only there the rounding of U and of the scaled rows is put back, in float32 (`Rows.residual`)."""
-        u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n, None]
-        factor = (coefficients * (-rows.head.scale / rows.stats[1])).unsqueeze(1)
-        y = rows.places
-        entry = u.gather(1, y.unsqueeze(1)).float()
-        if into.hidden is not None and into.scratch is not None:
+        """Add these rows to the gradients `into`."""
+        u, residual = self.buffer[: rows.n, : rows.vocab], self.residual[: rows.n]
+        if into.hidden is not None:
             product = matmul(u, rows.weight, out=into.scratch[: rows.n])
-            product += residual * rows.weight[y]
-            torch.mul(product, factor, out=into.hidden[place])
-        if into.weight is not None:
-            exact = rows.hidden * factor
-            scaled = exact.to(rows.hidden.dtype)
-            into.add_weight(u.T, scaled)
-            into.weight.index_put_((y,), exact.mul_(entry + residual) - entry * scaled, accumulate=True)
-        if into.bias is not None:
-            rounded = factor.to(u.dtype)
-            into.bias += matmul(rounded.T, u, out=rows.floats(1, rows.vocab)).squeeze(0)
-            rest = (entry + residual) * factor - entry * rounded
-            into.bias.index_put_((y,), rest.squeeze(1), accumulate=True)
+            finish_hidden(rows, coefficients, product, into, place, residual)
+        if into.weight is not None or into.bias is not None:
+            scaled = torch.empty(rows.hidden.shape, dtype=u.dtype, device=rows.device)
+            factors = None if into.bias is None else scaled.new_empty(1, rows.n)
+            launch(
+                finish_kernel.scale_hidden, finish_kernel.grid(rows.n, rows.width, finish_kernel.ROWS),
+                finish_kernel.ROWS, hidden=rows.hidden, stats=rows.stats, coefficients=coefficients, scaled=scaled,
+                factors=factors, width=rows.width, stride_hidden=rows.hidden.stride(0),
+                stride_stats=rows.stats.stride(0), scale=rows.head.scale, BIAS=factors is not None,
+            )  # fmt: skip
+            if factors is not None:
+                into.bias += matmul(factors, u, out=rows.floats(1, rows.vocab)).squeeze(0)
+            if into.weight is not None:
+                into.add_weight(u.T, scaled)
+            add_targets(rows, coefficients, into, place, u, residual)
 
 
 class Logits:
@@ -303,7 +289,7 @@ class Chunked(Logits):
     @staticmethod
     def row_bytes(like: Rows) -> int:
         narrow = 0 if like.hidden.dtype == torch.float32 else like.hidden.itemsize
-        return padded(like.vocab) * (4 + narrow) + like.width * (4 if narrow == 0 else 12)
+        return padded(like.vocab) * (4 + narrow) + like.width * (4 if narrow else 0)
 
     def fill(self, rows: Rows, logps: Tensor) -> None:
         self.read(rows)
@@ -346,16 +332,15 @@ class Chunked(Logits):
             stride_partial=stride, scale=rows.head.scale, softcap=rows.softcap,
             HAS_BIAS_GRAD=partial is not None, **rows.flags,
         )  # fmt: skip
-        g, residual, y = self.grad[: rows.n, : rows.vocab], rows.residual(coefficients), rows.places
-        if into.hidden is not None and into.scratch is not None:
-            product = matmul(g, rows.weight, out=into.scratch[: rows.n])
-            if residual is not None:
-                product += residual * rows.weight[y]
-            torch.mul(product, into.undo, out=into.hidden[place])
+        g = self.grad[: rows.n, : rows.vocab]
+        if into.hidden is not None:
+            exact = rows.dtype == "fp32"  # nothing was rounded
+            product = matmul(g, rows.weight, out=into.hidden[place] if exact else into.scratch[: rows.n])
+            if not exact:
+                finish_hidden(rows, coefficients, product, into, place)
         if into.weight is not None:
             into.add_weight(g.T, rows.hidden)
-            if residual is not None:
-                into.weight.index_put_((y,), residual * rows.hidden, accumulate=True)
+            add_targets(rows, coefficients, into, place)
         if into.bias is not None and partial is not None:
             into.bias += partial[:, : rows.vocab].sum(0)
 
@@ -369,7 +354,10 @@ class Gradients:
         self.hidden = like.new_empty(rows.hidden.shape) if need[0] else None
         self.weight = rows.floats(*rows.weight.shape) if need[1] else None
         self.bias = rows.floats(rows.vocab).zero_() if need[2] and rows.head.bias is not None else None
-        self.scratch = rows.floats(chunk_rows, rows.width) if need[0] else None
+        self.scratch = rows.floats(chunk_rows if need[0] and rows.dtype != "fp32" else 0, rows.width)
+        # float32 entries are not rounded, so that nothing is added at the targets.
+        summed = self.weight is not None or self.bias is not None
+        self.order = TargetOrder(rows.targets) if summed and rows.dtype != "fp32" else None
         self.weight_started = False
         self.undo: Tensor | float = 1.0  # the inverse of the coefficients' factor
 
@@ -398,6 +386,41 @@ class Gradients:
         return self.hidden, self.weight, self.bias
 
 
+def finish_hidden(
+    rows: Rows, coefficients: Tensor, product: Tensor, into: Gradients, place: slice, residual: Tensor | None = None
+) -> None:
+    """Write dH of these rows from the float32 product; with `residual`, from the product of U."""
+    assert into.hidden is not None
+    out, undo = into.hidden[place], into.undo
+    launch(
+        finish_kernel.finish_hidden, finish_kernel.grid(rows.n, rows.width, finish_kernel.ROWS), finish_kernel.ROWS,
+        product=product, weight=rows.weight, targets=rows.targets, stats=rows.stats, coefficients=coefficients,
+        residual=residual, undo=undo if isinstance(undo, Tensor) else None, out=out, vocab=rows.vocab,
+        width=rows.width, stride_weight=rows.weight.stride(0), stride_stats=rows.stats.stride(0),
+        stride_out=out.stride(0), scale=rows.head.scale, softcap=rows.softcap, KEPT=residual is not None,
+        UNDO=isinstance(undo, Tensor), HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"] and residual is None,
+    )  # fmt: skip
+
+
+def add_targets(
+    rows: Rows, coefficients: Tensor, into: Gradients, place: slice, u: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Add to dW what rounding took off the entries at the targets of these rows; with `u`, to db too."""
+    if into.order is None:
+        return
+    config, bias = finish_kernel.TARGETS, into.bias if u is not None else None
+    launch(
+        finish_kernel.add_targets, finish_kernel.grid(rows.n, 1 if into.weight is None else rows.width, config), config,
+        hidden=rows.hidden, targets=rows.targets, stats=rows.stats, coefficients=coefficients, residual=residual,
+        kept=u, place=into.order.place, sorted=into.order.sorted, order=into.order.order, grad=into.weight,
+        grad_bias=bias, n=len(into.order.sorted), first=place.start, last=place.stop, vocab=rows.vocab,
+        width=rows.width, stride_hidden=rows.hidden.stride(0), stride_stats=rows.stats.stride(0),
+        stride_kept=0 if u is None else u.stride(0), scale=rows.head.scale, softcap=rows.softcap, KEPT=u is not None,
+        WEIGHT=into.weight is not None, BIAS=bias is not None, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"] and u is None,
+    )  # fmt: skip
+
+
 def chunk_rows(
     kind: type[Kept] | type[Logits], rows: Rows, memory_budget: int | None, fewest: int | None = None
 ) -> int:
@@ -410,13 +433,24 @@ def chunk_rows(
         scratch = tuned.SCRATCH if table is None else table.scratch
         budget = scratch.budget(torch.cuda.get_device_properties(rows.device).total_memory)
     if memory_budget is None and rows.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        free, _ = torch.cuda.mem_get_info(rows.device)
-        free += torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
         # By halves: a number of rows that followed every byte of free memory would change the bits from run to run.
+        free = free_memory(rows.device, 2 * budget)
         while budget > free // 2 and budget > 2**20:
             budget //= 2
     fit = whole_tiles(budget // kind.row_bytes(rows), rows.n)
     return fit if fit >= min(MIN_ROWS if fewest is None else fewest, rows.n) else 0
+
+
+def free_memory(device: torch.device, enough: int) -> int:
+    """Return the bytes of a GPU that this process can still allocate. The driver is asked only if its last answer, less
+    the memory that tensors have taken since, is not `enough`."""
+    # As a nested dict: `torch.cuda.memory_allocated` flattens and sorts all statistics for one number.
+    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    allocated, reserved = (statistics[name]["all"]["current"] for name in ("allocated_bytes", "reserved_bytes"))
+    if room.get(device, 0) - allocated < enough:
+        free, _ = torch.cuda.mem_get_info(device)
+        room[device] = free + reserved
+    return room[device] - allocated
 
 
 def chunks(start: int, stop: int, size: int) -> list[slice]:
@@ -443,18 +477,18 @@ def fused_gradients(
         "PRECISION": linear_kernel.precision(rows.target, rows.dtype), **rows.flags,
     }  # fmt: skip
     config = rows.config(fused_kernel, fused_kernel.config(rows.target, rows.dtype, rows.width))
-    block, residual, y = config.constants["BLOCK_OWN"], rows.residual(coefficients), rows.places
+    block, place = config.constants["BLOCK_OWN"], slice(0, rows.n)
     if into.hidden is not None:
-        total = rows.floats(rows.n, rows.width).zero_()
+        exact = rows.dtype == "fp32"  # nothing is rounded
+        total = (into.hidden if exact else rows.floats(rows.n, rows.width)).zero_()
         launch(
             fused_kernel.linear_logprobs_backward, (triton.cdiv(rows.n, block),), config,
             own=rows.hidden, other=rows.weight, grad=total, grad_bias=None, n_own=rows.n, n_other=rows.vocab,
             stride_own=rows.hidden.stride(0), stride_other=rows.weight.stride(0), OWNS_ROWS=True, BIAS_GRAD=False,
             **shared,
         )  # fmt: skip
-        if residual is not None:
-            total += residual * rows.weight[y]
-        torch.mul(total, into.undo, out=into.hidden)
+        if not exact:
+            finish_hidden(rows, coefficients, total, into, place)
     if into.weight is not None or into.bias is not None:
         total = rows.floats(*rows.weight.shape) if into.weight is None else into.weight
         launch(
@@ -463,8 +497,8 @@ def fused_gradients(
             n_other=rows.n, stride_own=rows.weight.stride(0), stride_other=rows.hidden.stride(0), OWNS_ROWS=False,
             BIAS_GRAD=into.bias is not None, **shared,
         )  # fmt: skip
-        if residual is not None:
-            total.index_put_((y,), residual * rows.hidden, accumulate=True)
+        if into.weight is not None:
+            add_targets(rows, coefficients, into, place)
     return into.result()
 
 

@@ -13,6 +13,7 @@ launches. Claims, for each binary:
                accesses of 128 bits or more, counted as width × instructions over its loops, or over all its code if
                no loop touches device memory, scalars (a row's target and statistics: one address) left out
   descriptors  a variant with `descriptors` loads through TMA if the target has it
+  flattened    a variant with `flattened` has one loop: no barrier is initialised in it, and copies begin before it
   atomics      no atomic operation on device memory: the same input gives the same bits
   ordered      no loop loads from device memory what another thread of the program has stored
 
@@ -61,12 +62,13 @@ TENSOR_CORES = {  # target -> the name of its products, in PTX or assembly and i
     "gfx1100": ("WMMA", "v_wmma"),
 }
 OWN_OPERATION = {"sm_90": "warp_group_dot", "sm_100": "tc_gen5_mma"}  # names of products that replace Triton's `tt.dot`
-MARKERS = ("<!-- written by make certify -->", "<!-- end of what make certify wrote -->")
+VERSION = ".".join(triton.__version__.split(".")[:2])
+MARKERS = (f"<!-- written with Triton {VERSION} -->", f"<!-- end of what was written with Triton {VERSION} -->")
 EXAMPLES = """examples:
   python -m exo_fast.kernels.certification                                    everything, into build/certification.json
   python -m exo_fast.kernels.certification --target sm_90 --kernel group_loss one kernel for one target
   python -m exo_fast.kernels.certification --kernel path/to/new_kernel.py     a kernel that is not in the package
-  python -m exo_fast.kernels.certification --markdown docs/certification.md   also rewrite the table of that page
+  python -m exo_fast.kernels.certification --markdown docs/certification.md   also rewrite this Triton's table there
 """
 
 
@@ -160,6 +162,7 @@ def described(job: Job) -> tuple[Row, Variant, Config]:
     claims += ["products"] * variant.products + ["wide"] * variant.memory_bound
     claims += ["descriptors"] * (variant.descriptors and target.descriptors)
     name, default = Path(job.kernel).stem, job.config == 0
+    claims += ["flattened"] * variant.flattened
     row = Row(name, variant.name, job.target, job.dtype, str(config), default, job.buffers, claims)
     return row, variant, config
 
@@ -222,6 +225,9 @@ def check(row: Row, off_tensor_cores: int) -> None:
         row.fail("wide", f"{code.wide_share:.0%} of bytes in 128-bit accesses, {widths}", f"{WIDE_SHARE:.0%}")
     if "descriptors" in row.claims and not code.tma:
         row.fail("descriptors", "no TMA load", "cp.async.bulk.tensor (UTMALDG)")
+    if "flattened" in row.claims and (code.barriers_in_loops or not code.tma_ahead):
+        found = f"{code.barriers_in_loops} barriers initialised in loops, {code.tma_ahead} copies before them"
+        row.fail("flattened", found, "no barrier, and copies: a pipeline that is filled once")
 
 
 def run(todo: list[Job], workers: int) -> list[Row]:
@@ -281,8 +287,19 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[Row]) -> str:
+    """Return Markdown: Triton's version, what was compiled, and every failed claim."""
+    failures = [(row, failed) for row in rows for failed in row.failures]
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines = [f"Triton {triton.__version__}, {today}: {len(rows):,} binaries, {len(failures)} claims failed."]
+    if failures:
+        lines.append("")
+        lines += [f"- {failed['claim']}: {row}: {failed['found']}" for row, failed in failures]
+    return "\n".join(lines)
+
+
 def write_table(page: Path, text: str) -> None:
-    """Put the table between the page's two markers."""
+    """Put the text between the page's two markers of this Triton."""
     before, _, rest = page.read_text().partition(MARKERS[0])
     _, _, after = rest.partition(MARKERS[1])
     page.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
@@ -338,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.write_text(json.dumps(report, indent=1))
     text = table(rows)
     if options.markdown:
-        write_table(options.markdown, text)
+        write_table(options.markdown, f"{summary(rows)}\n\n{text}")
     print(text)
     for row, failed in failures:
         print(f"FAILED {failed['claim']}: {row}: found {failed['found']}; needed {failed['needed']}")

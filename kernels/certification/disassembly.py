@@ -41,6 +41,8 @@ class Code:
     local_accesses: int = 0
     atomics: int = 0
     tma: int = 0  # bulk copies issued by the copy engine
+    tma_ahead: int = 0  # those outside loops: they fill a pipeline before its loop begins
+    barriers_in_loops: int = 0  # NVIDIA: barriers initialised in a loop, of a pipeline that starts again in each turn
     tensor_cores: dict[str, int] = field(default_factory=dict)  # instruction -> count
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
@@ -229,7 +231,9 @@ def _inspect(
     names = [instruction.name for instruction in instructions]
     accesses = {place: access for place, name in enumerate(names) if (access := access_of(name))}
     device = {place: access for place, access in accesses.items() if access.kind in ("load", "store")}
-    looping = in_loops(instructions, labels) & device.keys()
+    loops = in_loops(instructions, labels)
+    looping = loops & device.keys()
+    copies = [place for place, name in enumerate(names) if tma.match(name)]
     # A scalar is one address for all threads: it is subtracted by number and width before shares are formed.
     scalars = scalar_accesses(ttgir)[bool(looping)]
     tensors = Counter(device[place] for place in looping or device) - scalars
@@ -240,7 +244,9 @@ def _inspect(
         spilled=sum(access.bits // 8 for access in local),
         local_accesses=len(local),
         atomics=sum(access.kind == "atomic" for access in accesses.values()),
-        tma=sum(bool(tma.match(name)) for name in names),
+        tma=len(copies),
+        tma_ahead=sum(place not in loops for place in copies),
+        barriers_in_loops=sum(names[place].startswith("SYNCS.EXCH") for place in loops),
         tensor_cores=dict(Counter(name for name in names if tensor_core.match(name))),
         loads=dict(Counter(access.bits for access in device.values() if access.kind == "load")),
         stores=dict(Counter(access.bits for access in device.values() if access.kind == "store")),

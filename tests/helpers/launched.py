@@ -14,7 +14,7 @@ import torch
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from exo_fast.backends import products
+from exo_fast.backends import checks, products
 from exo_fast.backends import triton as backend
 from exo_fast.head import Head
 from exo_fast.kernels import launch as kernel_launch
@@ -89,7 +89,29 @@ def launched(target: Target) -> Iterator[tuple[str, Arguments]]:
             _, stats, _ = backend.logprobs_forward(hidden, head, targets, budget, need[0])
             backend.logprobs_backward(hidden, head, targets, stats, torch.ones(n), need, budget)
             backend.statistics_forward(hidden, head, targets, budget, outputs=(True,) * 4)
+    launch_checks()
     yield from made
+
+
+def launch_checks() -> None:
+    """Launch the checks of arguments, of every public function and for tensors of every dtype."""
+    checks._fused = lambda *_: True
+    torch._assert_async = lambda *_: None
+
+    def groups(loss_type: str, candidates: int, dtype: torch.dtype) -> checks.Groups:
+        numbers = torch.zeros(2, candidates, dtype=dtype)
+        return checks.Groups(numbers, numbers.clone(), LossOptions(loss_type), "error")
+
+    loss = {2: "exo-pref", 64: "dpo-rw"}
+    for dtype, candidates in ((torch.int64, 2), (torch.int32, 64)):
+        targets, bounds = torch.zeros(300, dtype=dtype), torch.zeros(2 * candidates + 1, dtype=dtype)
+        checks.checked_targets("triton", targets, 7, ignore_index=-100)
+        found = groups(loss[candidates], candidates, torch.float32)
+        checks.checked_targets("triton", targets, 7, cu_seqlens=bounds, groups=found)
+    on_host = bounds.to("meta")  # on another device than targets
+    checks.check_boundary_values = lambda *_: None
+    found = groups("exo-pref", 3, torch.bfloat16)
+    checks.checked_targets("triton", torch.zeros(300, dtype=torch.int64), 7, cu_seqlens=on_host, groups=found)
 
 
 def uncovered(launch: Arguments, compiled: list[Arguments]) -> list[str]:

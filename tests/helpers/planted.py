@@ -38,6 +38,19 @@ def product(
 
 
 @triton.jit
+def walk(a, b, out, width, blocks, BLOCK: tl.constexpr, DEPTH: tl.constexpr, FLATTEN: tl.constexpr):
+    """Row sums of exponentials over blocks of a · bᵀ: the loop over D lies in the loop over blocks, or they are one."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    tl.assume(width > 0)
+    for block in tl.range(0, blocks, flatten=FLATTEN):
+        tile = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for start in tl.range(0, width, DEPTH):
+            tile = tl.dot(a.load([0, start]), b.load([block * BLOCK, start]).T, tile)
+        total += tl.sum(tl.exp(tile), 1)
+    tl.store(out + tl.arange(0, BLOCK), total)
+
+
+@triton.jit
 def total(source, out, BLOCK: tl.constexpr):
     """Adds source to out[0] in whatever order programs run."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -104,6 +117,12 @@ def multiplied(name: str, operand: str, precision: str = "ieee", *, loads: bool,
     )
 
 
+def walked(name: str, *, flatten: bool) -> Variant:
+    loaded = "tensordesc<bf16[BLOCK,DEPTH]>"
+    signature = {"a": loaded, "b": loaded, "out": "*fp32", "width": "i32", "blocks": "i32"}
+    return Variant(name, walk, signature, {"FLATTEN": flatten}, ("out", "width"), products=True, flattened=True)
+
+
 def variants(target: Target, dtype: str) -> list[Variant]:
     clean = multiplied("product", "*bf16", loads=target.descriptors, claims=target.descriptors)
     whole = copied("copy", "*bf16", "source", "out", "n")
@@ -125,7 +144,12 @@ def variants(target: Target, dtype: str) -> list[Variant]:
             added("sum in two layouts", across=True),
             Variant("refused", refused, {"out": "*fp32"}, {}),
         ],
-        "sm_90": [clean, multiplied("product by pointers", "*bf16", loads=False, claims=True)],
+        "sm_90": [
+            clean,
+            multiplied("product by pointers", "*bf16", loads=False, claims=True),
+            walked("walk in one loop", flatten=True),
+            walked("walk in two loops", flatten=False),
+        ],
         "sm_100": [clean],
         "sm_120": [clean],
         "gfx942": [clean, whole, copied("copy of every second", "*bf16", "source", "out", "n", step=2)],

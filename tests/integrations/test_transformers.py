@@ -200,6 +200,9 @@ def test_bfloat16(weights: torch.dtype) -> None:
     logits = hidden.bfloat16().double() @ own.lm_head.weight.bfloat16().double().T
     exact = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten())
     assert abs(loss - exact) < 1e-5 < abs(own_loss - exact)
+    if weights == torch.float32:
+        (gradient,) = torch.autograd.grad(loss, patched.lm_head.weight)
+        assert not torch.equal(gradient, gradient.bfloat16().float()), "dW of float32 weights is not rounded"
 
 
 STATES = ("falcon-mamba", "mamba", "mamba2")  # of float32 in a model of half precision

@@ -12,6 +12,7 @@ import torch
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
 from datasets import Dataset, IterableDataset
+from device_work import OnDevice, on_device
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 from trl_runs import candidates, config, exact_logps, pairs, run
@@ -234,6 +235,11 @@ def test_rows_of_a_group_keep_their_order() -> None:
     labels[:, :2] = -100
     assert share_rows(ids, None, labels, candidates=3) is None
     assert share_rows(ids, None, labels).places.tolist() == [1, 2, 7, 8, 4, 5]
+    for mask in (None, torch.ones_like(ids), torch.ones_like(ids).bool()):
+        OnDevice.reads.clear()
+        batch = on_device({"ids": ids, "mask": mask, "labels": labels})
+        assert share_rows(*batch.values()).places.tolist() == [1, 2, 7, 8, 4, 5]
+        assert OnDevice.reads == {"cpu": 1}  # of the batch, in one wait
 
 
 def test_candidates_whose_prompts_are_cut_differently(tmp_path: Path, tiny_llama: str) -> None:
@@ -373,7 +379,8 @@ def test_hidden_states_of_another_dtype_than_the_head(name: str, cast: bool) -> 
     found = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 0.0}
-    groups = {"labels": labels, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
+    host = {"labels": labels.numpy(), "input_ids": ids.numpy()}
+    groups = {"host": host, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
     plain = reference.linear_logprobs(hidden.to(model.lm_head.weight.dtype), model.lm_head.weight, labels[:, 1:])
     logps = model(input_ids=ids, fused_groups=groups).logits
     torch.testing.assert_close(logps, plain.sum(1).view(2, 2), atol=1e-4, rtol=1e-5)
@@ -397,7 +404,8 @@ def test_a_slice_of_the_head_goes_with_its_group(cast: bool, monkeypatch: pytest
     ids = torch.randint(3, families.VOCAB, (4, 9), generator=torch.Generator().manual_seed(2))
     labels = ids.masked_fill(torch.arange(9) < 3, -100)
     loss = {"loss_type": "exo-rw", "beta_pi": 0.1, "beta_r": 0.1, "label_smoothing": 0.0}
-    groups = {"labels": labels, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
+    host = {"labels": labels.numpy(), "input_ids": ids.numpy()}
+    groups = {"host": host, "ref_logps": torch.zeros(2, 2), "rewards": torch.rand(2, 2), "loss": loss}
     ours = patch.fused_lm_head(add_fused_lm_head, False, {"memory_budget": None, "backend": "auto"})
     for outputs, asked in ((("log_probs",), {"labels": labels, "fused_lm_head": True}), ((), {"fused_groups": groups})):
         model = families.tiny_model("llama")

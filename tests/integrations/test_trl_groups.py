@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -10,7 +11,9 @@ import torch
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'exo_fast[trl]'")
 
+from accelerate.utils import concatenate
 from datasets import Dataset
+from device_work import OnDevice, on_device
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -20,6 +23,7 @@ from trl_runs import candidates, config, exact_logps, pairs, run
 from exo_fast import reference
 from exo_fast.data.tokens import RowTokenizer
 from exo_fast.integrations.trl import CandidateCollator, ExoDPOConfig, ExoDPOTrainer, tokenize_candidates
+from exo_fast.integrations.trl.candidates import ROWS, host_rows
 from exo_fast.metrics import GROUP_METRICS, group_metrics
 
 EVERY = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
@@ -443,3 +447,51 @@ def test_pairs_of_ours_and_trls_do_not_share_a_file(tmp_path: Path, tiny_llama: 
         trainer = make(tmp_path / loss_type, tiny_llama, data, loss_type=loss_type)
         shapes.append(torch.tensor(trainer.train_dataset["ref_rejected_logps"]).shape)
     assert shapes == [(4,), (4, 1)]
+
+
+@pytest.mark.parametrize("share_prompts", [True, False], ids=["shared", "ordinary"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_no_step_waits_for_the_device(tmp_path: Path, tiny_llama: str, share_prompts: bool, accumulation: int) -> None:
+    """The first batch is compared in both layouts, and the end of a training reads the loss; no step in between reads
+    anything. A micro-batch had four reads. Those of transformers, in its forward of ordinary rows, are left out."""
+
+    def reads(steps: int) -> int:
+        trainer = make(
+            tmp_path, tiny_llama, candidates(), share_prompts=share_prompts, max_steps=steps, logging_steps=1000,
+            gradient_accumulation_steps=accumulation, logging_nan_inf_filter=False, gradient_checkpointing=False,
+        )  # fmt: skip
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: on_device(collate(rows))
+        OnDevice.reads.clear()
+        trainer.train()
+        return sum(OnDevice.reads.values()) - (0 if share_prompts else OnDevice.reads["__bool__"])
+
+    assert reads(5) == reads(2)
+
+
+def test_pinned_batches_are_copied_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate copies them, unless the user configures it; then the trainer finds them on the GPU."""
+    from exo_fast.integrations.trl import trainer as module
+
+    def non_blocking(**options: Any) -> bool:
+        return config(tmp_path, ExoDPOConfig, **options).accelerator_config.non_blocking
+
+    assert not non_blocking()
+    monkeypatch.setattr(module, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
+    assert non_blocking()
+    assert not non_blocking(dataloader_pin_memory=False)
+    assert not non_blocking(accelerator_config={"non_blocking": False})
+
+
+def test_a_stream_for_several_processes_has_tensors_alone(
+    tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate joins the batches of several processes, and cannot join arrays."""
+    stream = make(tmp_path, tiny_llama, candidates().to_iterable_dataset())
+    assert "host_rows" in next(iter(stream.get_train_dataloader()))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    batch = next(iter(stream.get_train_dataloader()))
+    assert all(isinstance(value, Tensor) for value in batch.values())
+    joined = concatenate([batch, batch])
+    assert len(joined["input_ids"]) == 2 * len(batch["input_ids"])
+    assert torch.equal(torch.stack(host_rows(batch)), torch.stack([batch[name] for name in ROWS]))

@@ -227,6 +227,20 @@ def test_dense_mask_is_the_definition(window: int | None, dtype: torch.dtype):
     assert (mask == 0).any(-1).all(), "a row without any entry would be NaN after softmax"
 
 
+@pytest.mark.parametrize("tokens", range(9, 18))
+def test_dense_masks_have_the_strides_that_attention_on_a_gpu_asks_for(tokens: int):
+    """PyTorch's memory-efficient attention takes a mask whose strides are multiples of 8 as it is; it copies others, in
+    every layer."""
+    packed = pack([Group([1, 2, 3], [[4], list(range(4, tokens))])])
+    mask = inputs(packed, PLAIN, "eager")["attention_mask"]
+    assert mask.shape == (1, 1, tokens, tokens)
+    assert all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    assert mask.stride(-1) == 1
+    query = torch.randn(1, 2, tokens, 16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert torch.equal(attend(query, query, query, mask), attend(query, query, query, mask.contiguous()))
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_rows_end_to_end(share: bool):
     packed = pack(MIXED, row_length=MIXED_ROW if share else None, share_prompt=share)

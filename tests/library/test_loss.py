@@ -12,6 +12,7 @@ from exo_fast.backends import torch as chunked
 from exo_fast.logprobs import linear_logprobs
 from exo_fast.loss import GroupLoss, LinearGroupLoss, group_loss, linear_group_loss
 from exo_fast.reference import LossOptions
+from exo_fast.statistics import linear_logprobs_with_statistics
 
 LOSS_TYPES = ("exo-pref", "exo-rw", "dpo-pref", "dpo-rw")
 
@@ -358,6 +359,56 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_float32_sums() -> None:
     assert torch.equal(logps, want_logps)
     grads = torch.autograd.grad(got, leaves(made))
     assert [g.dtype for g in grads] == [torch.float32] * 2
+
+
+DOORS = {
+    "loss": lambda made, **to: linear_group_loss(**made, loss_type="exo-rw", **to)[0],
+    "logprobs": lambda made, **to: (linear_logprobs(*rows(made), **to) * coefficients(made)).sum(),
+    "statistics": lambda made, **to: (linear_logprobs_with_statistics(*rows(made), **to)[0] * coefficients(made)).sum(),
+}
+
+
+def rows(made: dict) -> list[Tensor]:
+    return [made[name] for name in ("hidden", "weight", "targets")]
+
+
+def coefficients(made: dict) -> Tensor:
+    return torch.linspace(-1, 2, len(made["targets"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("door", DOORS)
+def test_autocast_does_not_round_the_gradient_of_a_float32_head(door: str, backend: str, dtype: torch.dtype) -> None:
+    """A bf16 U costs 2⁻⁹ of an entry, so there the result must be nearer than its rounding to bf16; elsewhere it is as
+    exact as sums in float32."""
+    made = problem([30, 50, 20, 40], 2, 48, 90, dtype=torch.float32, spread=0.1)
+    exact = {name: made[name].to(dtype).double().detach().requires_grad_() for name in ("hidden", "weight")}
+    want = torch.autograd.grad(DOORS[door]({**made, **exact}, backend="reference"), exact["weight"])[0]
+    with torch.autocast("cpu", dtype=dtype):
+        value = DOORS[door](made, backend=backend)
+    (got,) = torch.autograd.grad(value, made["weight"])
+    assert got.dtype == torch.float32
+
+    def error(of: Tensor) -> float:
+        return float((of.double() - want).norm() / want.norm())
+
+    assert error(got) < 0.8 * error(got.to(dtype))
+    if backend == "reference" or (backend == "torch" and dtype == torch.float16):
+        assert error(got) < 4e-6
+
+
+def test_autocast_keeps_no_second_copy_of_the_head() -> None:
+    """The cast weight lives inside the operator: the graph holds the parameter itself."""
+    made = problem([3, 5], 2, 8, 90, dtype=torch.float32)
+    kept: list[Tensor] = []
+    for door in DOORS.values():
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            door(made)
+    assert [t.dtype for t in kept if t.shape == made["weight"].shape] == [torch.float32] * len(DOORS)
 
 
 def test_product_setting_is_put_back() -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -385,8 +385,8 @@ class _Step:
         hidden = self._hidden(model, **self._shared_inputs() if self.shared else {}).flatten(0, 1)
         with self.meter.labelled("head"):
             hidden = hidden[torch.zeros(self.setting.targets, dtype=torch.long)].to(self.setting.compute_dtype)
-            head = replace(self.head, weight=self.head.weight.to(hidden.dtype))
-            return _FormsNoLogits.apply(hidden, head.weight, fused_scratch(self.setting, hidden, head), True)
+            scratch = fused_scratch(self.setting, hidden, self.head)
+            return _FormsNoLogits.apply(hidden, self.head.weight, scratch, True)
 
     def _shared_inputs(self) -> dict[str, Any]:
         """Return positions and masks as `exo_fast.masks.model_inputs` makes them, but without looking at values."""
@@ -478,16 +478,17 @@ class _FormsNoLogits(torch.autograd.Function):
 
 
 def fused_scratch(setting: Setting, hidden: Tensor, head: Head) -> int:
-    """Return the bytes that `linear_group_loss` takes beside dH and a float32 dW."""
+    """Return the bytes that `linear_group_loss` takes beside dH and a float32 dW, among them autocast's cast of W."""
     vocab, width = head.weight.shape
+    cast = 0 if head.weight.dtype == hidden.dtype else vocab * width * hidden.itemsize
     if setting.device != "cpu":
         budget = scratch_budget(setting.memory_budget, torch.device(setting.device))
-        return min(budget, 6 * setting.targets * vocab)
+        return cast + min(budget, 6 * setting.targets * vocab)
     if head_attention.applies(setting.targets, hidden, head):
-        return head_attention.Sizes(setting.targets, width, setting.memory_budget, hidden.device).bytes
+        return cast + head_attention.Sizes(setting.targets, width, setting.memory_budget, hidden.device).bytes
     plan = Plan.of(setting.targets, hidden, head, setting.memory_budget, setting.candidates * setting.completion)
     wide = 0 if hidden.dtype == torch.float32 else plan.block * width * 4
-    return plan.bytes if plan.rows else plan.block_rows * plan.block * 4 + wide
+    return cast + (plan.bytes if plan.rows else plan.block_rows * plan.block * 4 + wide)
 
 
 def tiled_scratch(setting: Setting, tokens: int) -> int:

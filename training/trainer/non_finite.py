@@ -6,6 +6,7 @@ optimizer (ZeRO 0 in float32, and engine=torch).
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,22 @@ MOST_SKIPPED = 10  # consecutive skipped steps: after more, the weights themselv
 
 class GradientGuard:
     """A check before each step of an optimizer. If the gradients' norm is not finite, they are dropped, which skips the
-    step."""
+    step. The norm and the step's losses are read from the device at once: the host waits for it one time in a step."""
 
     def __init__(self) -> None:
-        self.overflow = False
+        self.overflow = self.lost = False  # the norm, or a loss, was not finite
+        self.batches: list[MicroBatch] | None = None  # whose losses were read
 
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check the gradients before every step of `optimizer` from now on."""
-        optimizer.register_step_pre_hook(self._before)
+    def watch(self, optimizer: torch.optim.Optimizer, step_batches: Callable[[], list["MicroBatch"]]) -> None:
+        """Check the gradients before every step of `optimizer` from now on, and the losses of `step_batches()`."""
+        optimizer.register_step_pre_hook(lambda *_: self._before(optimizer, step_batches()))
 
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer, batches: list["MicroBatch"]) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        self.overflow = not bool(torch.isfinite(norm))
+        numbers = torch.stack([norm.float(), *(batch.loss.to(norm.device, torch.float32) for batch in batches)])
+        finite, *finite_losses = torch.isfinite(numbers).tolist()
+        self.overflow, self.lost, self.batches = not finite, not all(finite_losses), batches
         if self.overflow:
             for parameter in parameters:
                 parameter.grad = None

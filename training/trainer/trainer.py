@@ -158,11 +158,13 @@ class StageTrainer(Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         # The Trainer would cast float inputs to the engine's dtype; log-probs of thousands of tokens stay float32.
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=data.is_pinned())
+        return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         weights = torch.stack([(batch["weights"] * batch["counted"]).sum() for batch in batch_samples]).sum()
-        return self.accelerator.reduce(weights.to(device)) / self._copies
+        return self.accelerator.reduce(weights.to(device, non_blocking=True)) / self._copies
 
     @property
     def _copies(self) -> int:
@@ -278,7 +280,7 @@ class StageTrainer(Trainer):
             self.deepspeed.enable_backward_allreduce = False
         optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else self.optimizer.optimizer
         if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO's are not: they check gradients themselves
-            self._guard.watch(optimizer)
+            self._guard.watch(optimizer, lambda: self.step_batches)
         elif self.is_deepspeed_enabled:
             undo_first_step(optimizer)
         self.model.register_head()
@@ -397,6 +399,12 @@ class StageTrainer(Trainer):
         """Check whether the optimizer skipped the last step because gradients were not finite. All processes agree."""
         optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else None
         return bool(getattr(optimizer, "overflow", False)) or self._guard.overflow
+
+    def lost_loss(self) -> bool | Tensor:
+        """Return whether a loss of the last step, in this process, is not finite: on the device, if it was not read."""
+        if self._guard.batches is not self.step_batches:  # an optimizer that checks gradients itself
+            return torch.stack([~torch.isfinite(batch.loss) for batch in self.step_batches]).any()
+        return self._guard.lost
 
     def describe_rows(self, indices: list[int]) -> str:
         """Describe rows of the training data, for a message."""

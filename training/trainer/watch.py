@@ -60,12 +60,12 @@ class RunWatch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        batches = self.trainer.step_batches
-        lost = torch.stack([~torch.isfinite(batch.loss) for batch in batches]).any().float()
-        flags = torch.stack([torch.tensor(float(self.asked), device=args.device), lost.to(args.device)])
+        found = self.asked, self.trainer.lost_loss()
         if args.world_size > 1:
+            flags = torch.stack([torch.as_tensor(f, dtype=torch.float32).to(args.device) for f in found])
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        asked, lost = flags.bool().tolist()
+            found = flags.tolist()
+        asked, lost = map(bool, found)
         if lost or self.trainer.left_out_step():
             self._not_finite(state.global_step, lost)
         else:

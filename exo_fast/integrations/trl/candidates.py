@@ -25,6 +25,16 @@ from exo_fast.data.tokens import RowTokenizer, need_prompts
 
 logger = logging.get_logger(__name__)
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's columns, for the first candidate and for the others
+ROWS = ("input_ids", "attention_mask", "completion_mask")  # of a batch, (G·K, T)
+
+
+def host_rows(batch: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Return the `ROWS` of a collator's batch on the host. They are read from the device, in one wait, if the batch has
+    no copy of them, or a copy of other rows: accelerate divides tensors among processes, and nothing else."""
+    copy = batch.get("host_rows")
+    if copy is None or copy.shape != (len(batch["input_ids"]), len(ROWS), batch["input_ids"].shape[1]):
+        return torch.stack([batch[name].long() for name in ROWS]).cpu().unbind()
+    return torch.from_numpy(copy).unbind(1)
 
 
 def tokenize_candidates(
@@ -236,17 +246,20 @@ class CandidateCollator:
     -> a batch of G groups, whose candidates are consecutive rows, cut to `max_length`:
 
     `input_ids`, `attention_mask` and `completion_mask` (1 on the tokens that count), (G·K, T) long and padded on the
-    right; `rewards` (G, K) float32; `ref_chosen_logps` (G,) and `ref_rejected_logps` (G, K − 1) float32 if the first
-    row has them. Raises KeyError for a row without one of these columns, and ValueError for different numbers of
-    candidates and marks, and for groups of different K: `exo_fast.integrations.trl.candidates` names such rows.
+    right; `host_rows` (G·K, 3, T), the same three as a NumPy array, which no trainer moves to a GPU: there the forward
+    reads them without waiting; `rewards` (G, K) float32; `ref_chosen_logps` (G,) and `ref_rejected_logps` (G, K − 1)
+    float32 if the first row has them. Raises KeyError for a row without one of these columns, and ValueError for
+    different numbers of candidates and marks, and for groups of different K: `exo_fast.integrations.trl.candidates`
+    names such rows.
     """
 
     pad_token_id: int = 0
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
+    host_copy: bool = True  # without it the batch has no `host_rows`
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows, masks = [], []
         kept = slice(None)
         if self.max_length is not None:
@@ -258,12 +271,14 @@ class CandidateCollator:
             for ids, marks in zip(example["candidate_ids"], marked, strict=True):
                 rows.append(torch.tensor((example["prompt_ids"] + ids)[kept]))
                 masks.append(torch.tensor(([False] * len(example["prompt_ids"]) + marks)[kept]).long())
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._padded(rows, self.pad_token_id),
             "attention_mask": self._padded([torch.ones_like(row) for row in rows], 0),
             "completion_mask": self._padded(masks, 0),
             "rewards": torch.tensor([example["rewards"] for example in examples], dtype=torch.float32),
         }
+        if self.host_copy:
+            batch["host_rows"] = torch.stack([batch[name] for name in ROWS], dim=1).numpy()
         for name in REFERENCE:
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -75,8 +76,8 @@ class FusedForward:
         router: dict[str, Any] = {}
         if shared is not None:
             hidden = self.shared_hidden(model, shared)
-            wanted = shared.targets.to(hidden.device)
-            places, shape = shared.places.to(hidden.device), (len(labels), labels.shape[1] - 1)
+            wanted, places = (t.to(hidden.device, non_blocking=True) for t in (shared.targets, shared.places))
+            shape = (len(labels), labels.shape[1] - 1)
             mask = labels[:, 1:].to(hidden.device) != -100
         else:
             outputs = self.ordinary(model, *args, **kwargs)
@@ -109,14 +110,20 @@ class FusedForward:
         self,
         model: PreTrainedModel,
         *,
-        labels: Tensor,  # (G·K, T), −100 on prompts and padding; rows in the order of groups and candidates
+        host: dict[str, np.ndarray],  # labels, input_ids and attention_mask
         ref_logps: Tensor,  # (G, K)
         rewards: Tensor,  # (G, K)
         loss: dict[str, Any],  # loss_type, beta_pi, beta_r, label_smoothing
         **inputs: Tensor,  # input_ids, attention_mask
     ) -> GroupOutput:
-        """Return the mean loss over groups, in one pass over the vocabulary."""
-        shared = self.shared_rows(model, (), inputs, labels, candidates=ref_logps.shape[1])
+        """Return the mean loss over groups, in one pass over the vocabulary.
+
+        `host` has what is read on the host, (G·K, T) each, so that nothing waits for the device: `labels` are −100 on
+        prompts and padding, with rows in the order of groups and candidates, and the others are the model's inputs.
+        """
+        on_host = {name: torch.from_numpy(value) for name, value in host.items()}
+        labels = on_host.pop("labels")
+        shared = self.shared_rows(model, (), {**inputs, **on_host}, labels, candidates=ref_logps.shape[1])
         if shared is not None:
             hidden, targets = self.shared_hidden(model, shared), shared.targets
             bounds = shared.packed.cu_seqlens
@@ -124,12 +131,13 @@ class FusedForward:
             # The last T positions: prompt-learning PEFT has put tokens of its own before them.
             hidden = self.ordinary(model, **inputs, use_cache=False).last_hidden_state[:, -labels.shape[1] : -1]
             mask = labels[:, 1:] != -100
-            hidden, targets = hidden[mask], labels[:, 1:][mask]
-            bounds = nn.functional.pad(mask.sum(1).cpu().cumsum(0), (1, 0))
+            rows, columns = (index.to(hidden.device, non_blocking=True) for index in mask.nonzero(as_tuple=True))
+            hidden, targets = hidden[rows, columns], labels[:, 1:][mask]
+            bounds = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
         head = self.head(model)
         hidden = head.multiplied(hidden.to(head.weight.device))
         mean, logps = linear_group_loss(
-            hidden, head.weight, targets.to(hidden.device), bounds, ref_logps.to(hidden.device),
+            hidden, head.weight, targets.to(hidden.device, non_blocking=True), bounds, ref_logps.to(hidden.device),
             rewards.to(hidden.device), **head.options(self.temperature), **loss, **self.options,
         )  # fmt: skip
         return GroupOutput(loss=mean, logits=logps)
@@ -149,7 +157,7 @@ class FusedForward:
         if self.plan.model_type in LEARNED_POSITIONS and mask is not None and not bool(mask[:, 0].all()):
             return None
         shared = share_rows(inputs["input_ids"], mask, labels, by_length=self.plan.by_length, **options)
-        if shared is not None and self.too_wide(model, shared, labels):
+        if shared is not None and self.too_wide(model, shared):
             shared = None
         if not self.checked and not everywhere(model, shared is not None):
             return None
@@ -164,14 +172,15 @@ class FusedForward:
                 return None
         return shared
 
-    def too_wide(self, model: PreTrainedModel, shared: SharedRows, labels: Tensor) -> bool:
+    def too_wide(self, model: PreTrainedModel, shared: SharedRows) -> bool:
         """Return whether shared rows' attention would cost more than their prompts save. FlexAttention, and SDPA on a
         CPU (`exo_fast.backends.attention`), skip masked pairs; elsewhere a mask of (rows, 1, T, T) is made and read
         through."""
         implementation = model.config._attn_implementation
-        skips = implementation == "flex_attention" or (implementation == "sdpa" and labels.device.type == "cpu")
+        device = model.get_input_embeddings().weight.device
+        skips = implementation == "flex_attention" or (implementation == "sdpa" and device.type == "cpu")
         rows, length = shared.packed.input_ids.shape
-        return not skips and rows * length**2 > DENSE * labels.shape[0] * labels.shape[1] ** 2
+        return not skips and rows * length**2 > DENSE * shared.shape[0] * shared.shape[1] ** 2
 
     def shared_hidden(self, model: PreTrainedModel, shared: SharedRows) -> Tensor:
         """Return (N, D): the hidden state that predicts each token."""
@@ -182,7 +191,7 @@ class FusedForward:
             shared.packed, self.plan, dtype=dtype, device=device, attn_implementation=model.config._attn_implementation
         )
         hidden = final_hidden(model, **inputs)
-        return hidden.flatten(0, 1)[shared.packed.source.to(hidden.device)]
+        return hidden.flatten(0, 1)[shared.packed.source.to(hidden.device, non_blocking=True)]
 
     def ordinary(self, model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
         """Return the output of the model below its head for ordinary rows, each computed as if alone."""

@@ -20,6 +20,7 @@ from exo_fast.positions import LengthRules
 class SharedRows:
     """A padded batch of B rows of T tokens, packed. N tokens are predicted: the tokens with a label."""
 
+    shape: tuple[int, int]  # (B, T) of the padded batch
     groups: list[Group]
     packed: Packed
     targets: Tensor  # (N,) the labels of those tokens
@@ -39,12 +40,13 @@ def share_rows(
     A row's prompt is the tokens before its first label. With `candidates` each K consecutive rows are
     a group, and `packed` has the sequences in the order of the batch. Without, rows of one prompt anywhere in the batch
     are a group. With `by_length` (of a MaskPlan) only rows of like lengths share, and rows are packed whole: the tokens
-    after their last label count for their length. Reads the batch on the host: on a GPU it waits for the device.
+    after their last label count for their length. Reads the batch on the host: if it is on a GPU, it waits for it once.
     """
-    ids, wanted = input_ids.cpu(), labels.cpu()
-    mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-    if ids.dim() != 2 or mask.shape != ids.shape or wanted.shape != ids.shape:
+    given = [input_ids, labels, *([] if attention_mask is None else [attention_mask.bool()])]
+    if input_ids.dim() != 2 or any(tensor.shape != input_ids.shape for tensor in given):
         return None
+    ids, wanted, *masks = torch.stack([tensor.to(input_ids.device, torch.long) for tensor in given]).cpu()  # one wait
+    mask = masks[0].bool() if masks else torch.ones_like(ids, dtype=torch.bool)
     rows, length = ids.shape
     labelled = wanted != -100
     if not bool(labelled.any(1).all()) or bool((labelled & ~mask).any()):
@@ -77,6 +79,7 @@ def share_rows(
         return None
     at = torch.cat([labelled[row].nonzero().squeeze(1) + row * length for row in order])
     return SharedRows(
+        shape=(rows, length),
         groups=groups,
         packed=pack(groups, by_length=by_length),
         targets=wanted.reshape(-1)[at],

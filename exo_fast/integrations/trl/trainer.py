@@ -16,9 +16,10 @@ from transformers.utils import logging
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from exo_fast import reference
 from exo_fast.data.selection import DUPLICATES, TIES
 from exo_fast.integrations.generation_config import settle_generation_config
-from exo_fast.integrations.trl.candidates import REFERENCE, CandidateCollator, CandidateRows, first_row
+from exo_fast.integrations.trl.candidates import REFERENCE, CandidateCollator, CandidateRows, first_row, host_rows
 from exo_fast.integrations.trl.forward import GroupOutput, fusible
 from exo_fast.integrations.trl.patch import check_options, fused_heads
 from exo_fast.loss import group_loss
@@ -91,6 +92,9 @@ class ExoDPOConfig(DPOConfig):
         if self.label_smoothing is None:  # 0 if targets come from rewards
             exo = any(name.startswith("exo") and name != "exo-rw" for name in self.loss_type)
             self.label_smoothing = default_label_smoothing("exo-pref") if exo else 0.0
+        if self.accelerator_config is None and torch.cuda.is_available():  # type: ignore[has-type]
+            # Or the copy of each tensor of a batch would wait for the GPU.
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
         check_options(self.memory_budget, self.backend)
         for name, known in (("duplicates", DUPLICATES), ("ties", TIES)):
@@ -204,7 +208,14 @@ class ExoDPOTrainer(DPOTrainer):
         )
         return rows.prepared(dataset, num_proc=args.dataset_num_proc)
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        # Accelerate reads a stream in the first process, joins batches for the others, and joins nothing but tensors.
+        if self.args.world_size > 1 and _streamed(dataset):
+            self._candidates.host_copy = False
+        return super()._get_dataloader(dataset, *args, **options)
+
     _signature_columns: list[str]
+    _total_train_tokens: Any  # int, in several processes a tensor
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -239,9 +250,11 @@ class ExoDPOTrainer(DPOTrainer):
         if counted < groups:
             kept = {k: v[: len(v) * max(counted, 1) // groups] for k, v in last.items() if k != "counted"}
             batch_samples[-1] = {**kept, "counted": counted}
-        found = [(b["counted"], int(b["attention_mask"].sum()) if b["counted"] else 0) for b in batch_samples]
-        totals = self.accelerator.reduce(torch.tensor(found).sum(0).to(device)) // self._copies
-        groups, tokens = totals.tolist()
+        groups = sum(batch["counted"] for batch in batch_samples)
+        tokens = sum(int(host_rows(batch)[1].sum()) for batch in batch_samples if batch["counted"])
+        if self.accelerator.num_processes > 1:  # numbers on the device, which only the log reads
+            own = torch.tensor([groups, tokens]).to(device, non_blocking=True)
+            groups, tokens = self.accelerator.reduce(own) // self._copies
         self._total_train_tokens += tokens
         return groups
 
@@ -261,7 +274,7 @@ class ExoDPOTrainer(DPOTrainer):
     def _prepare_input(self, data: Any) -> Any:
         # The Trainer would cast rewards and reference log-probs, which may be thousands of nats, to DeepSpeed's dtype.
         if isinstance(data, Tensor) and not self._is_vision_dataset:
-            return data.to(self.args.device)
+            return data.to(self.args.device, non_blocking=data.is_pinned())
         return super()._prepare_input(data)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -289,15 +302,23 @@ class ExoDPOTrainer(DPOTrainer):
             first, others = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         ref_logps = torch.cat([first.unsqueeze(1), others], dim=1)
         rewards = rewards.to(ref_logps.device)
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         numbers = {}
         if self.one_pass:
-            groups = {"labels": labels, "ref_logps": ref_logps, "rewards": rewards, "loss": self.group_loss}
+            ids, mask, completion = host_rows(inputs)
+            read = {"labels": ids.masked_fill(completion == 0, -100), "input_ids": ids, "attention_mask": mask}
+            groups = {
+                "host": {name: value.numpy() for name, value in read.items()},  # arrays, which no engine moves
+                "ref_logps": ref_logps,
+                "rewards": rewards,
+                "loss": self.group_loss,
+            }
             outputs = model(**batch, fused_groups=groups)
             loss, policy_logps = outputs.loss, outputs.logits
-            losses = group_loss(policy_logps, ref_logps, rewards, **self.group_loss, reduction="none")
+            checked = {name: value for name, value in self.group_loss.items() if name != "ties"}
+            losses = reference.group_loss(policy_logps, ref_logps, rewards, **checked)
         else:
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
             found = model(**batch, **routed, labels=labels, use_cache=False, fused_lm_head=True)
             logps = found.log_probs.sum(1).view_as(ref_logps)
@@ -319,7 +340,7 @@ class ExoDPOTrainer(DPOTrainer):
         if self.args.logging_nan_inf_filter and not math.isfinite(means["loss"]):
             del means["loss"]  # the Trainer's own value stays
         logs.update({prefix + name: value for name, value in means.items()})
-        logs[prefix + "num_tokens"] = self._total_train_tokens
+        logs[prefix + "num_tokens"] = int(self._total_train_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._averages["train"].sums is not None:
@@ -351,18 +372,20 @@ class Averages:
     """Sums of numbers of groups, until their means are taken."""
 
     names: tuple[str, ...] = ()
-    sums: Tensor | None = None  # (M + 1,) float64: M sums, and the number of groups in them
+    sums: Tensor | None = None  # (M,) float64
+    count: int = 0  # groups in the sums
 
     def add(self, numbers: dict[str, Tensor], counted: int) -> None:
         """Add the first `counted` of numbers (G,) by name, the same names in every call."""
-        rows = torch.stack([value.double() for value in numbers.values()])[:, :counted]
-        found = torch.cat([rows.sum(1), rows.new_tensor([counted])])
+        found = torch.stack([value.double() for value in numbers.values()])[:, :counted].sum(1)
         self.names, self.sums = tuple(numbers), found if self.sums is None else self.sums + found
+        self.count += counted
 
     def take(self, accelerator: Any) -> dict[str, float]:
         """Return the means over all processes, and clear the sums. All processes must call it."""
-        *sums, count = accelerator.reduce(self.sums).tolist()
-        self.sums = None
+        assert self.sums is not None  # for the type checker: `add` has been called
+        *sums, count = accelerator.reduce(torch.cat([self.sums, self.sums.new_tensor([self.count])])).tolist()
+        self.sums, self.count = None, 0
         return {name: value / count for name, value in zip(self.names, sums, strict=True)}
 
 

@@ -4,6 +4,7 @@ Sizes are odd on purpose and small because the interpreter is slow; `tests/gpu` 
 """
 
 import itertools
+from types import ModuleType
 
 import pytest
 import torch
@@ -543,12 +544,54 @@ def test_chunks_of_any_size_cover_all_rows_once(backend) -> None:
 GIB = 2**30
 
 
+def gpu_memory(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, *, free: int, reserved: int = 0) -> dict:
+    """Pretend a GPU with so many free bytes; `state` says how many tensors hold, and counts the questions."""
+    state = {"free": free, "reserved": reserved, "allocated": 0, "driver": 0, "statistics": 0}
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        state["driver"] += 1
+        return state["free"], 2**60
+
+    def statistics(device: torch.device) -> dict:
+        state["statistics"] += 1
+        return {f"{name}_bytes": {"all": {"current": state[name]}} for name in ("allocated", "reserved")}
+
+    def slow(device: torch.device) -> None:
+        raise AssertionError("this sorts all statistics")
+
+    monkeypatch.setattr(backend, "room", {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", statistics)
+    for name in ("memory_reserved", "memory_allocated", "memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, slow)
+    return state
+
+
+def test_the_driver_is_asked_only_if_memory_may_be_short(backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mem_get_info` was called for every chunk size, with two sorted lists of statistics."""
+    gpu = gpu_memory(backend, monkeypatch, free=60 * GIB, reserved=4 * GIB)
+    device, budget = torch.device("cuda"), 4 * GIB
+    for allocated in (1, 20, 50, 3):
+        gpu["allocated"] = allocated * GIB
+        assert backend.free_memory(device, 2 * budget) == (64 - allocated) * GIB
+    assert (gpu["driver"], gpu["statistics"]) == (1, 4)
+    gpu |= {"allocated": 57 * GIB, "reserved": 60 * GIB, "free": 3 * GIB}  # another process has taken some
+    assert backend.free_memory(device, 2 * budget) == 6 * GIB
+    assert backend.free_memory(device, 2 * budget) == 6 * GIB
+    assert gpu["driver"] == 3
+    gpu |= {"allocated": 40 * GIB}
+    assert backend.free_memory(device, 2 * budget) == 23 * GIB
+    assert gpu["driver"] == 3
+    assert backend.free_memory(torch.device("cuda", 1), 2 * budget) == 23 * GIB
+    assert gpu["driver"] == 4  # another device is asked for itself
+
+
 @pytest.mark.parametrize(
     ("card", "free", "n", "want"),
     [
-        (79.25, 70, 16384, 13312),  # 4 GiB: a row of U and of its temporaries takes 322,304 bytes at Qwen's head
-        (23.6, 20, 16384, 3328),  # 1 GiB
-        (79.25, 7, 16384, 6656),  # 2 GiB, as 4 GiB are more than half of the memory that is free
+        (79.25, 70, 16384, 13824),  # 4 GiB: a row of U and of its temporaries takes 310,016 bytes at Qwen's head
+        (23.6, 20, 16384, 3456),  # 1 GiB
+        (79.25, 7, 16384, 6912),  # 2 GiB, as 4 GiB are more than half of the memory that is free
         (79.25, 70, 8192, 8192),
     ],
 )
@@ -565,10 +608,8 @@ def test_the_budget_is_a_share_of_the_card(
     total = SimpleNamespace(total_memory=int(card * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * GIB), total.total_memory))
-    for name in ("memory_reserved", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    gpu_memory(backend, monkeypatch, free=int(free * GIB))
     assert backend.chunk_rows(backend.Kept, rows, None) == want
-    assert backend.chunk_rows(backend.Kept, rows, GIB) == min(n, 3328)  # a budget that is given counts
+    assert backend.chunk_rows(backend.Kept, rows, GIB) == min(n, 3456)  # a budget that is given counts
     own_table(scratch=Scratch(share=1 / 32, most=GIB))
-    assert backend.chunk_rows(backend.Kept, rows, None) == min(n, 3328 if card > 32 else 1664)
+    assert backend.chunk_rows(backend.Kept, rows, None) == min(n, 3456 if card > 32 else 1664)

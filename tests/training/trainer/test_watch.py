@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from device_work import OnDevice, on_device
 from safetensors.torch import load_file
 
 from exo_fast.training import files
@@ -190,3 +192,31 @@ def test_a_directory_that_cannot_be_made_is_refused(settings: Settings, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"output_dir=.*cannot be written \(Not a directory\)"):
         run(settings(engine="torch", output_dir=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_reads_the_device_once(settings: Settings, monkeypatch: pytest.MonkeyPatch, accumulation: int) -> None:
+    """The norm of the gradients and the losses are read together, before the optimizer's step; it was two reads."""
+    collate = trainer.CountedCollator.__call__
+    monkeypatch.setattr(trainer.CountedCollator, "__call__", lambda self, items: on_device(collate(self, items)))
+    norm = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: norm(grads).as_subclass(OnDevice))
+    quiet = {"engine": "torch", "logging_steps": 1000, "eval_strategy": "no", "save_strategy": "no"}
+
+    def reads(steps: int) -> int:
+        OnDevice.reads.clear()
+        run(settings(**quiet, max_steps=steps, gradient_accumulation_steps=accumulation, output_dir=f"{steps}"))
+        return sum(OnDevice.reads.values())
+
+    monkeypatch.chdir(Path(settings()["output_dir"]).parent)
+    assert reads(4) - reads(2) == 2
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_pinned_batches_are_copied_without_waiting(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: copies.append((device, how)))
+    stub = SimpleNamespace(args=SimpleNamespace(device="cuda:1"))
+    trainer.StageTrainer._prepare_input(stub, torch.ones(2))
+    assert copies == [("cuda:1", {"non_blocking": pinned})]
