@@ -155,7 +155,10 @@ def by_text(model: nn.Module, lengths: Tensor | None) -> Iterator[None]:
             "batch, and the module that computes it is not known, so texts cannot be kept apart."
         )
     inside = [name for name in modules if any(part.isdigit() for part in name.split("."))]
-    if inside and torch.is_grad_enabled() and getattr(model, "is_activation_checkpointing", False):
+    # transformers before 5.23 has the second name alone, and later versions warn of it.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    checkpointed = next((getattr(model, name) for name in names if hasattr(model, name)), False)
+    if inside and torch.is_grad_enabled() and checkpointed:
         raise ValueError(
             f"{type(model).__name__}: its rotary embedding ({inside[0]}) depends on the longest text of a batch and "
             "lies inside a layer, which gradient checkpointing runs again without knowing the texts. Switch gradient "

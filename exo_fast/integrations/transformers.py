@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_utils import slice_logits_to_keep
 
 from exo_fast.backends import BACKENDS
 from exo_fast.head import Head, read_head, unwrap
@@ -174,15 +173,28 @@ def _forward_with_loss(
         hidden = fused.hidden
     finally:
         fused.keeping, fused.hidden = None, None
-    hidden = slice_logits_to_keep(hidden, logits_to_keep)
+    hidden = kept(hidden, logits_to_keep)
     loss = _causal_lm_loss(model, hidden, labels, fused.options, **kwargs)
     aux_loss = getattr(output, "aux_loss", None)
-    if aux_loss is not None:
+    if isinstance(aux_loss, Tensor):  # the number 0 from a model that has no router logits to give
         loss = loss + model.router_aux_loss_coef * aux_loss.to(loss.device)
     output = type(output)(**{**output, "loss": loss, "logits": None})
     if return_dict is None:
         return_dict = model.config.return_dict
     return output if return_dict else output.to_tuple()
+
+
+def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Return the states of `hidden` (B, T, D) whose logits transformers would compute: the last ones by number, the
+    same places in every row (1-D), each row's own places (2-D, integers), or the True ones, flattened (2-D, bool; as
+    transformers 5.23 and later)."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.ndim == 1:
+        return hidden[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
 
 
 def _causal_lm_loss(

@@ -9,6 +9,7 @@ import shutil
 import families
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -372,6 +373,7 @@ def test_shared_prompts_with_flex_attention():
     model = families.tiny_model("gemma2", head_dim=16)
     plan = plan_mask(model.config)
     with torch.no_grad():
+        model.set_attn_implementation("eager")  # sdpa of transformers before 5.23 leaves the cap out
         expected = families.token_logps(model, pack(MIXED, share_prompt=False), plan)
         model.set_attn_implementation("flex_attention")
         assert plan_mask(model.config) == plan
@@ -440,13 +442,13 @@ def test_fallback_is_visible_and_right(refusing_family: str):
         ("bloom", {}, "ALiBi"),
         ("mpt", {}, "ALiBi"),
         ("falcon", {"alibi": True}, "ALiBi"),
-        ("mamba", {}, "layers of type linear_attention: a state-space"),
+        ("mamba", {}, "layers of type (linear_attention|mamba): a state-space"),
         ("mamba2", {}, "state-space"),
         ("jamba", {}, "state-space"),
         ("qwen3_next", {}, "layers of type linear_attention"),
         ("rwkv", {}, "recurrent state"),
         ("llama4_text", {}, "chunked attention cuts its chunks on token indices"),
-        ("deepseek_v32", {}, "layers of type indexed_attention"),
+        ("deepseek_v32", {}, "layers of type (indexed|deepseek_sparse)_attention"),
         ("bart", {}, "encoder-decoder"),
         ("gpt2", {"add_cross_attention": True}, "encoder-decoder"),
         ("gemma3", {}, r"multimodal model \(vision_config"),
@@ -460,6 +462,10 @@ def test_fallback_is_visible_and_right(refusing_family: str):
     ],
 )
 def test_refusals_give_their_reason(model_type: str, entries: dict, reason: str):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    if model_type == "gptj" and transformers.GPTJForCausalLM._supports_attention_backend:
+        pytest.skip("it is the standard one from transformers 5.24 on")
     plan = plan_mask(CONFIG_MAPPING[model_type](**entries))
     assert not plan.share
     assert repr(model_type) in plan.reason

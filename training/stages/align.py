@@ -25,7 +25,7 @@ from exo_fast.training.models.sequence_parallel import SEQUENCE_PARALLEL_CORES, 
 from exo_fast.training.models.sharing import settle_layout
 from exo_fast.training.models.tiled_mlp import tile_mlps
 from exo_fast.training.options import option, temperature_problem
-from exo_fast.training.trainer import non_finite
+from exo_fast.training.trainer import compat, non_finite
 from exo_fast.training.trainer.config import AFTER_PRESETS, TRAINING_GROUPS, CausalConfig
 from exo_fast.training.trainer.continuing import resume_or_start
 from exo_fast.training.trainer.reference_logps import fill_reference_logps
@@ -400,11 +400,13 @@ def apply(config: Any) -> dict[str, Any]:
         "per_device_eval_batch_size": 1,
         "tiled_mlp": True,
     }
-    if config.activation_checkpointing is None:  # transformers' other name for it
+    activation_checkpointing = getattr(config, "activation_checkpointing", None)  # transformers' newer name for it
+    if activation_checkpointing is None:
         wanted["gradient_checkpointing"] = True
     if torch.cuda.is_available() and not config.use_cpu:
         wanted["attn_implementation"] = "flex_attention"
-        if config.gradient_checkpointing is not False and config.activation_checkpointing is not False:
+        checkpointing = config.gradient_checkpointing is not False and activation_checkpointing is not False
+        if compat.ACTIVATION_CHECKPOINTING and checkpointing:
             wanted["activation_checkpointing_kwargs"] = {"offload": True}
     chosen = {name: value for name, value in wanted.items() if getattr(config, name) is None}
     for name, value in chosen.items():

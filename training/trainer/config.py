@@ -23,6 +23,7 @@ from exo_fast.training.files import user_path
 from exo_fast.training.options import PRECISION_HELP, option, parse_size, resolve
 from exo_fast.training.processes import announce_cpu, ensure_launcher_environment
 from exo_fast.training.reports import hub
+from exo_fast.training.trainer import compat
 from exo_fast.training.trainer.deepspeed import deepspeed_config, default_zero_stage
 from exo_fast.validate import LARGEST, LEAST
 
@@ -221,12 +222,16 @@ class TrainConfig(TrainingArguments):
             elif path is not None and path.startswith(("/", "./", "../", "~")):
                 raise InputError(f"{name}={path!r}: no such directory.")
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            given = getattr(self, name)
+            given = getattr(self, name, None)
             unknown = [key for key in given if key not in CHECKPOINTING_KEYS] if isinstance(given, dict) else []
             self._need(
                 not unknown, name, f"there is no {', '.join(map(str, unknown))}; {', '.join(CHECKPOINTING_KEYS)}."
             )
-        if self.gradient_checkpointing is not None and self.activation_checkpointing is None:
+        if (
+            compat.ACTIVATION_CHECKPOINTING
+            and self.gradient_checkpointing is not None
+            and self.activation_checkpointing is None
+        ):
             # transformers' new name, so that the usual one brings no deprecation warning
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         if self.ddp_find_unused_parameters is None:
@@ -356,13 +361,14 @@ class TrainConfig(TrainingArguments):
             "needs dataloader_num_workers above 0.",
         )
         contexts = multiprocessing.get_all_start_methods()
+        context = compat.multiprocessing_context(self)
         need(
-            self.dataloader_multiprocessing_context in (None, *contexts),
+            context in (None, *contexts),
             "dataloader_multiprocessing_context",
             f"one of {', '.join(contexts)} is needed.",
         )
         need(
-            self.dataloader_multiprocessing_context is None or self.dataloader_num_workers > 0,
+            context is None or self.dataloader_num_workers > 0,
             "dataloader_multiprocessing_context",
             "needs dataloader_num_workers above 0.",
         )

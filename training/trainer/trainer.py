@@ -52,7 +52,7 @@ from exo_fast.training.machine import peak_memory_mb
 from exo_fast.training.models import saving
 from exo_fast.training.models.modules import TrainedModule
 from exo_fast.training.reports import hub
-from exo_fast.training.trainer import checkpoints, elastic, non_finite
+from exo_fast.training.trainer import checkpoints, compat, elastic, non_finite
 from exo_fast.training.trainer.config import TrainConfig
 from exo_fast.training.trainer.deepspeed import undo_first_step
 from exo_fast.training.trainer.watch import RunWatch
@@ -151,7 +151,7 @@ class StageTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             generator=torch.Generator().manual_seed(self.args.seed),
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            multiprocessing_context=compat.multiprocessing_context(self.args),
         )
 
     # Loss and metrics

@@ -19,6 +19,7 @@ from exo_fast.training.models.causal import check_lora
 from exo_fast.training.stages.align import AlignConfig, align
 from exo_fast.training.stages.reward_model import RewardModelConfig
 from exo_fast.training.stages.sft import SftConfig
+from exo_fast.training.trainer import compat
 from exo_fast.training.trainer.config import REFUSED
 
 # Fields that change the result: with this value the weights are different.
@@ -164,6 +165,13 @@ REFUSED_VALUES: dict[str, Any] = {
 }
 
 
+LATER = {  # fields that the oldest transformers lack
+    "activation_checkpointing", "activation_checkpointing_kwargs", "dataloader_in_order",
+    "dataloader_multiprocessing_context",
+} - compat.FIELDS  # fmt: skip
+GONE = {"logging_dir", "warmup_ratio"}  # fields that later ones lack
+
+
 def weights(options: dict[str, Any]) -> dict[str, Tensor]:
     return load_file(Path(options["output_dir"], "model.safetensors"))
 
@@ -177,11 +185,11 @@ def untouched() -> dict[int, dict[str, Tensor]]:
 def test_every_field_is_judged_once() -> None:
     names = [*LEARNS_OTHERWISE, *LEARNS_THE_SAME, *ELSEWHERE, *REFUSED_VALUES]
     assert len(names) == len(set(names))
-    assert set(names) == {field.name for field in fields(TrainingArguments) if field.init}
+    assert set(names) - LATER == {field.name for field in fields(TrainingArguments) if field.init} - GONE
     assert REFUSED_VALUES.keys() == REFUSED.keys()
 
 
-@pytest.mark.parametrize("name", [*LEARNS_OTHERWISE, *LEARNS_THE_SAME])
+@pytest.mark.parametrize("name", [name for name in (*LEARNS_OTHERWISE, *LEARNS_THE_SAME) if name not in LATER])
 def test_a_field_does_what_it_says(
     settings: Any, tmp_path: Path, untouched: dict[int, dict[str, Tensor]], name: str
 ) -> None:
@@ -203,7 +211,7 @@ def test_a_field_does_what_it_says(
 
 
 @pytest.mark.parametrize("config", [AlignConfig, SftConfig, RewardModelConfig])
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - LATER))
 def test_what_means_nothing_here_is_refused(tmp_path: Path, config: type, name: str) -> None:
     options = {"model_name_or_path": "m", "data": "d", "output_dir": str(tmp_path), "use_cpu": True}
     with pytest.raises(InputError) as refused:
@@ -254,8 +262,8 @@ BAD_VALUES = {
     "epochs": ({"num_train_epochs": 1e40}, r"num_train_epochs=1e\+40: a positive number is needed, of at most"),
     "data seed": ({"data_seed": -1}, "data_seed=-1: a number from 0"),
     "checkpointing": (
-        {"gradient_checkpointing": True, "activation_checkpointing_kwargs": {"nonsense": 1}},
-        "activation_checkpointing_kwargs=.*: there is no nonsense; use_reentrant",
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"nonsense": 1}},
+        "gradient_checkpointing_kwargs=.*: there is no nonsense; use_reentrant",
     ),
     "beta_pi": ({"beta_pi": 1e-40}, "beta_pi=1e-40: a positive number is needed, that float32 has"),
     "beta_r": ({"beta_r": 1e40}, r"beta_r=1e\+40: a positive number is needed, that float32 has"),
@@ -269,8 +277,9 @@ BAD_VALUES = {
 }
 
 
-@pytest.mark.parametrize(("values", "message"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
-def test_values_that_could_not_work_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("case", [name for name, (values, _) in BAD_VALUES.items() if not LATER & values.keys()])
+def test_values_that_could_not_work_are_refused(tmp_path: Path, case: str) -> None:
+    values, message = BAD_VALUES[case]
     options = {"model_name_or_path": "m", "data": "d", "output_dir": str(tmp_path), "use_cpu": True}
     with pytest.raises(InputError, match=message):
         AlignConfig(**options, **values)
