@@ -63,7 +63,7 @@ TENSOR_CORES = {  # target -> the name of its products, in PTX or assembly and i
     "gfx1100": ("WMMA", "v_wmma"),
 }
 OWN_OPERATION = {"sm_90": "warp_group_dot", "sm_100": "tc_gen5_mma"}  # names of products that replace Triton's `tt.dot`
-# Older Tritons spill in some binaries: the bytes of local memory a thread that one may have, by target. 3.9 spills none.
+# Older Tritons spill in some binaries: the bytes of local memory a thread that one may have, by target.
 SPILLED = {
     "3.6": {"sm_80": 32, "sm_90": 8, "sm_100": 64, "sm_120": 24, "gfx942": 364, "gfx1100": 80},
     "3.8": {"sm_80": 16, "sm_100": 16, "sm_120": 16, "gfx1100": 160},

@@ -128,7 +128,7 @@ def test_claims_of_the_docs() -> None:
         for head in model.HEADS[1:]:  # D = 1024 and 640: kept, whatever the board
             assert 1.1 < tables.advantage(board, head, 8192, BUDGET) < 1.9
             assert tables.even_share(board, head, 8192, BUDGET) < 0.75 * board.library
-        assert 0.88 < tables.advantage(board, model.HEADS[0], 8192, BUDGET) < 1.0  # D = 4096: chunked, if any
+        assert 0.9 < tables.advantage(board, model.HEADS[0], 8192, BUDGET) < 1.03  # D = 4096: about even
         for head in model.HEADS:
             fused, kept = (make(board, head, 8192, BUDGET).seconds(board) for make in (model.fused, model.kept))
             assert fused > 6 * kept
@@ -143,7 +143,7 @@ def test_claims_of_the_docs() -> None:
         narrow = model.ceilings(model.linear_logsumexp_launch(board, model.HEADS[1], 8192, store=False), board)
         assert narrow["products"] / narrow["L2"] == pytest.approx(share, abs=0.01)
     with_loops = {(row["board"], *row["shape"][:2]): row["loops"] for row in tables.loop_rows(boards[1:2])}
-    for shape, least, most in ((("H100", 8192, 4096), 0.03, 0.06), (("H100", 16384, 1024), 0.10, 0.22)):
+    for shape, least, most in ((("H100", 8192, 4096), 0.04, 0.08), (("H100", 16384, 1024), 0.13, 0.24)):
         drained, flattened, hidden = (loop["kernel_ms"] for loop in with_loops[shape].values())
         assert 1 - flattened / drained == pytest.approx(least, abs=0.005)
         assert 1 - hidden / drained == pytest.approx(most, abs=0.005)

@@ -295,7 +295,8 @@ def test_parts_equal_the_whole(results: dict[str, Any], name: str) -> None:
 @pytest.mark.slow
 def test_every_family_is_run_in_parts_or_refused(results: dict[str, Any]) -> None:
     reasons = {name: found for name, found in results["families"].items() if isinstance(found, str)}
-    own = {"falcon", "falcon-new", "stablelm"}  # attention of their own, or only eager, which depends on the version for some
+    # These have attention of their own, or only eager, which depends on the version for two of them.
+    own = {"falcon", "falcon-new", "stablelm"}
     if not Gemma2ForCausalLM._supports_sdpa:
         own.add("gemma2")
     if not NemotronForCausalLM._supports_attention_backend:

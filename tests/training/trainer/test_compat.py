@@ -38,9 +38,7 @@ def test_a_method_with_other_parameters_is_an_error(monkeypatch: pytest.MonkeyPa
     def get_batch_samples(self, epoch_iterator, num_batches): ...
 
     monkeypatch.setattr(Trainer, "get_batch_samples", get_batch_samples)
-    needed = (
-        r"Trainer.get_batch_samples takes \(epoch_iterator, num_batches\).*\(epoch_iterator, num_batches, device\)"
-    )
+    needed = r"Trainer.get_batch_samples takes \(epoch_iterator, num_batches\).*\(epoch_iterator, num_batches, device\)"
     with pytest.raises(ImportError, match=needed):
         compat.check_version()
 
