@@ -23,7 +23,7 @@ def packages_of(name: str, folder: str) -> list[str]:
 DESCRIPTION = re.sub(r"!?\[([^]]*)\]\((?!https?://)[^)]*\)", r"\1", (HERE / "README.md").read_text())
 
 TRAIN = [
-    "transformers>=5.23",  # StageTrainer overrides methods of its Trainer that earlier versions divide differently
+    "transformers>=5.9",  # training/trainer/compat.py asks for what StageTrainer overrides
     "accelerate>=1.1",
     "deepspeed>=0.18",
     "peft>=0.17",
