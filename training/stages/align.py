@@ -28,10 +28,10 @@ from exo_fast.training.options import option, temperature_problem
 from exo_fast.training.trainer import compat, non_finite
 from exo_fast.training.trainer.config import AFTER_PRESETS, TRAINING_GROUPS, CausalConfig
 from exo_fast.training.trainer.continuing import resume_or_start
+from exo_fast.training.trainer.finishing import losses_line
 from exo_fast.training.trainer.reference_logps import fill_reference_logps
 from exo_fast.training.trainer.run import train, training_scope
 from exo_fast.training.trainer.splits import find_training_splits, table, tokenize_splits
-from exo_fast.training.trainer.summary import losses_line
 from exo_fast.training.trainer.trainer import StageTrainer
 from exo_fast.validate import LARGEST, LEAST, LEAST_SMOOTHING
 

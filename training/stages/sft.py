@@ -17,9 +17,9 @@ from exo_fast.training.models.sharing import need_own_numbers
 from exo_fast.training.options import option
 from exo_fast.training.trainer.config import CausalConfig
 from exo_fast.training.trainer.continuing import resume_or_start
+from exo_fast.training.trainer.finishing import losses_line, perplexity
 from exo_fast.training.trainer.run import train, training_scope
 from exo_fast.training.trainer.splits import find_training_splits, table, tokenize_splits
-from exo_fast.training.trainer.summary import losses_line, perplexity
 from exo_fast.training.trainer.trainer import StageTrainer
 
 

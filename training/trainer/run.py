@@ -18,8 +18,7 @@ from exo_fast.training.errors import Stopped
 from exo_fast.training.reports import facts
 from exo_fast.training.trainer.config import TrainConfig
 from exo_fast.training.trainer.deepspeed import pickle_plainly, start_on_cpu
-from exo_fast.training.trainer.finishing import finish, try_or_warn
-from exo_fast.training.trainer.summary import summarize, write_summary
+from exo_fast.training.trainer.finishing import finish, summarize, try_or_warn, write_summary
 from exo_fast.training.trainer.trainer import StageTrainer
 
 
