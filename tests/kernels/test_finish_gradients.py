@@ -16,11 +16,9 @@ BF16, FP16 = torch.bfloat16, torch.float16
 N = 70
 TARGETS = {
     "one": torch.full((N,), 3),  # five turns of 16 rows for one program
-    "two": torch.arange(N) % 2,
     "seven": torch.arange(N) * 5 % 7,
     "runs": torch.arange(N) // 17,  # 17 rows: a turn and one more
     "ignored": torch.where(torch.arange(N) % 3 > 0, torch.arange(N) % 4, -1),
-    "all ignored": torch.full((N,), -1),
 }
 
 
