@@ -145,6 +145,7 @@ def product_statistics(
     that shift and make these rows again; they return at once if no row is flagged."""
     head, store = rows.head, kept is not None
     written = [] if kept is None else [kept]
+    stride_kept = 0 if kept is None else kept.stride(0)
     descriptors = rows.target.descriptors and describable(rows.hidden, rows.weight, *written)
 
     def run(config: Config, again: bool = False) -> None:
@@ -164,7 +165,7 @@ def product_statistics(
                 hidden=hidden, weight=weight, bias=head.bias, targets=rows.targets, shift=rows.stats, flags=flags,
                 partial=partial, kept=out if store else None, n=rows.n, vocab=rows.vocab, width=rows.width,
                 stride_hidden=rows.hidden.stride(0), stride_weight=rows.weight.stride(0),
-                stride_kept=kept.stride(0) if store else 0, splits=splits, scale=head.scale, softcap=rows.softcap,
+                stride_kept=stride_kept, splits=splits, scale=head.scale, softcap=rows.softcap,
                 GROUP=linear_kernel.GROUP, STORE=store, FLAGGED=flagged,
                 PRECISION=linear_kernel.precision(rows.target, rows.dtype), DESCRIPTORS=descriptors,
                 FLATTEN=linear_kernel.flatten(rows.target), **rows.flags,
@@ -175,7 +176,7 @@ def product_statistics(
                 linear_kernel.merge, (triton.cdiv(rows.n, linear_kernel.MERGE_ROWS),), linear_kernel.MERGE,
                 partial=partial, targets=rows.targets, stats=rows.stats, logps=logps, flags=flags, kept=kept,
                 residual=residual, n=rows.n, splits=splits, stride_stats=rows.stats.stride(0),
-                stride_kept=kept.stride(0) if store else 0, scale=head.scale, softcap=rows.softcap, STORE=store,
+                stride_kept=stride_kept, scale=head.scale, softcap=rows.softcap, STORE=store,
                 FLAGGED=flagged, HAS_SOFTCAP=rows.flags["HAS_SOFTCAP"], OVERFLOW=linear_kernel.OVERFLOW,
             )  # fmt: skip
 
@@ -240,7 +241,7 @@ class Kept:
                 factors=factors, width=rows.width, stride_hidden=rows.hidden.stride(0),
                 stride_stats=rows.stats.stride(0), scale=rows.head.scale, BIAS=factors is not None,
             )  # fmt: skip
-            if factors is not None:
+            if factors is not None and into.bias is not None:
                 into.bias += matmul(factors, u, out=rows.floats(1, rows.vocab)).squeeze(0)
             if into.weight is not None:
                 into.add_weight(u.T, scaled)

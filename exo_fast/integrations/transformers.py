@@ -173,6 +173,7 @@ def _forward_with_loss(
         hidden = fused.hidden
     finally:
         fused.keeping, fused.hidden = None, None
+    assert hidden is not None  # the decoder has run
     hidden = kept(hidden, logits_to_keep)
     loss = _causal_lm_loss(model, hidden, labels, fused.options, **kwargs)
     aux_loss = getattr(output, "aux_loss", None)
