@@ -194,7 +194,7 @@ def test_command_says_what_is_wrong(config_file: Path, monkeypatch: pytest.Monke
     with pytest.raises(InputError, match="--prompt 8: between 1 and --tokens - 1 = 7"):
         command.main([*words, "--prompt", "8"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="say --memory"):
+    with pytest.raises(InputError, match="give its memory, such as --memory 80GB"):
         command.main([*words, "--device", "cuda"])
 
 

@@ -3,7 +3,6 @@
 import logging
 
 import pytest
-import transformers
 from transformers import Trainer
 
 from exo_fast.training.trainer import compat
@@ -19,13 +18,13 @@ def test_every_method_that_is_replaced_is_checked() -> None:
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.8.1"])
 def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     with pytest.raises(ImportError, match=f"transformers {version}: .* tested with transformers 5.9 to .*pip install"):
         compat.check_version()
 
 
 def test_a_newer_transformers_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(compat.transformers, "__version__", "5.99.0")
     monkeypatch.setattr(compat.logger, "propagate", True)
     compat.logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):
