@@ -60,7 +60,9 @@ ENVIRONMENTS = (
     ),
     Environment("newest", "the newest", ("torch==2.14.1", "transformers==5.24.0", "trl==1.16.0")),
     Environment("torch-2.11", "torch 2.11", ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0", "numpy<2.3")),
-    Environment("axolotl", "Axolotl 0.19.0", (TORCH, "transformers==5.16.1", "trl==1.9.0", "deepspeed<0.19"), trl=False),
+    Environment(
+        "axolotl", "Axolotl 0.19.0", (TORCH, "transformers==5.16.1", "trl==1.9.0", "deepspeed<0.19"), trl=False
+    ),
     Environment("openrlhf", "OpenRLHF 0.11.2", (TORCH, "transformers==5.15.0", "deepspeed==0.19.6"), trl=False),
     Environment("verl", "verl 0.9.1", ("torch==2.11.0", "transformers==5.9.0", "numpy<2.3"), trl=False),
     Environment("unsloth", "Unsloth 2026.10.9", (TORCH, "transformers==5.17.0", "trl==1.15.0")),
