@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo reviews test faults consistency fuzz certify certify-versions bench bench-op bench-step gpu-first roofline lint format \
+.PHONY: help demo reviews test faults consistency matrix fuzz certify certify-versions bench bench-op bench-step gpu-first roofline lint format \
 	typecheck docs docs-serve dist smoke clean
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make faults      kill and damage trainings, and check that nothing is lost (docs/reliability.md)"
 	@echo "make consistency compare a training on 1, 2 and 4 processes and every ZeRO stage (docs/reliability.md)"
 	@echo "make fuzz        test 30,000 hostile inputs"
+	@echo "make matrix      test in environments with other versions: docs/compatibility.md"
 	@echo "make certify     compile every kernel for six GPU targets, no GPU needed, and check the machine code"
 	@echo "make certify-versions  the same with Triton 3.6 and 3.8 too, each in a folder of its own"
 	@echo "make bench       run all benchmarks, 40 minutes: results in benchmarks/results, tables in docs/performance.md"
@@ -54,6 +55,10 @@ fuzz: $(VENV)/.ready
 
 consistency: $(VENV)/.ready
 	$(BIN)/python -m exo_fast.benchmarks.reliability.consistency --markdown docs/reliability.md
+
+# Five environments need torch with CUDA, 5 GB each. One alone: make matrix ONLY="--only pinned". Interrupted: ONLY=--continue
+matrix: $(VENV)/.ready
+	$(BIN)/python -m exo_fast.benchmarks.reliability.matrix --markdown docs/compatibility.md $(ONLY)
 
 CERTIFY := env -u TRITON_INTERPRET $(BIN)/python -m exo_fast.kernels.certification --markdown docs/certification.md
 certify: $(VENV)/.ready
