@@ -361,7 +361,7 @@ def explanation(results: dict[str, Any]) -> str:
     return (
         f"{len(results['rows'])} trainings of {STEPS} optimizer steps: {GLOBAL_BATCH} groups of K = {CANDIDATES} a "
         f"step, {GROUPS % GLOBAL_BATCH} in the last; at most {max(parameters):,} parameters. Shown "
-        "is the largest ‖a − b‖ / ‖b‖ of a parameter tensor, where b is that of one process in float32 without "
+        "is the largest ‖a − b‖ / ‖b‖ of a parameter tensor, where b comes from one process in float32 without "
         "DeepSpeed, the worse of accumulation over 1 and over 3 micro-batches. *Of the change*: ‖a − b‖ over how far "
         f"training moved the tensor, which was {min(moved):.0%} to {max(moved):.0%} of its norm. Gradients were "
         f"clipped in at least {clipped} steps. Limits: {LIMITS['fp32']:.0e}, and {LIMITS['bf16']:.0e} in bf16 (tied "

@@ -149,7 +149,7 @@ SECTIONS = {
         "The operation: every measurement",
         paragraph("""
             Hidden states and head to the loss and the gradients named. *of floor*: products alone over the time; */
-            CCE*: time over that of Apple CCE, both as multiples of their floor; *scratch*: peak memory above inputs, dH
+            CCE*: time over Apple CCE's, both as multiples of their floor; *scratch*: peak memory above inputs, dH
             and a float32 dW; then errors against float64 on few rows of the same head: of log-probs (root mean square,
             nats), and of the loss, dH and dW (relative).
         """),

@@ -107,7 +107,7 @@ SECTIONS = {
         "How time and memory grow",
         paragraph("""
             One size grows and the others stay. *time*, *scratch*: b of a·size^b, by least squares of the logarithms.
-            *time over floor*: the same of the time over that of the products alone, measured in the same process: 0
+            *time over floor*: the same for the time over the products' alone, measured in the same process: 0
             where the time grows as the products do.
         """),
         table,
