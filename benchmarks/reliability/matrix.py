@@ -1,8 +1,8 @@
 """Test this checkout with other versions of what it stands on: one table from one command.
 
 Each environment is made anew in build/matrix, with the versions that it pins, and this checkout installed beside them.
-Pip's own check and four groups of tests run in it, one after the other. Results are written after each group, so that
-an interrupted run continues where it ended. The exit status is 1 if anything failed.
+Pip's own check and four groups of tests run in it, one after the other. Results are written after each environment, and
+--continue leaves out the ones that have some. The exit status is 1 if anything failed.
 
 Environments of frameworks have the versions that the framework pins, without the framework itself: they show that
 exo_fast can be installed and used beside these versions, and not that the framework calls it.
